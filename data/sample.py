@@ -1,0 +1,112 @@
+"""Makes the built-in sample: python data/sample.py [FOLDER] [--tokenizer auto|gpt2|bytes]
+
+Its text comes with every CPython: the documentation topics behind help(), the licence, and the
+docstrings of the standard library. Good for trying things out where there is no network; the text
+differs a little between Python versions, so losses compare only within one.
+"""
+
+import argparse
+import ast
+import random
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from shards import DataError, ShardWriter, encode_document, get_encoder
+
+VAL_SHARE = 0.07
+GPT2_SECONDS = 8  # how long `auto` waits for the GPT-2 vocabulary
+# Installed packages, and folders of the library without prose of its own.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
+
+
+def topics() -> list[str]:
+    """Documentation topics, one document each."""
+    from pydoc_data.topics import topics as texts
+
+    return [texts[name].strip() for name in sorted(texts)]
+
+
+def licences() -> list[str]:
+    """Python's licence, if the installation has it."""
+    library = Path(sysconfig.get_path("stdlib"))
+    folders = (library, library.parent, Path(sys.base_prefix))
+    paths = [folder / name for folder in folders for name in ("LICENSE.txt", "LICENSE")]
+    return [path.read_text("utf-8") for path in paths if path.is_file()][:1]
+
+
+def docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
+    """The docstrings of a module, its classes and their functions, in source order."""
+    if text := ast.get_docstring(node):
+        yield text
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
+            yield from docstrings(child)
+
+
+def modules() -> list[str]:
+    """The standard library's docstrings, one document a module."""
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in sorted(library.rglob("*.py")):
+        if LEFT_OUT.intersection(path.relative_to(library).parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of old escapes in the sources
+                tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # templates and inputs of tests
+            continue
+        if text := "\n\n".join(docstrings(tree)):
+            documents.append(text)
+    return documents
+
+
+def make_sample(folder: Path, tokenizer: str) -> str:
+    """Write the sample's two shards; return the line that says what it is. Raises DataError."""
+    note = ""
+    if tokenizer == "auto":
+        try:
+            get_encoder("gpt2", GPT2_SECONDS)
+            tokenizer = "gpt2"
+        except DataError:
+            tokenizer = "bytes"
+            note = " (tiktoken could not get the GPT-2 vocabulary)"
+    encoder = get_encoder(tokenizer)
+
+    # Some modules repeat a text; no document may be in both shards.
+    documents = list(dict.fromkeys(topics() + licences() + modules()))
+    random.Random(0).shuffle(documents)  # so that both shards hold all kinds
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        ShardWriter(folder / "sample_train_000001.bin") as train,
+        ShardWriter(folder / "sample_val_000000.bin") as val,
+    ):
+        for text in documents:
+            is_val = val.num_tokens < VAL_SHARE * (train.num_tokens + val.num_tokens)
+            (val if is_val else train).write(encode_document(encoder, text))
+    return (
+        f"{folder}: {len(documents)} documents, {train.num_tokens:,} train and "
+        f"{val.num_tokens:,} val tokens, tokenizer {tokenizer}{note}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code (0 done, 1 not possible, 2 by argparse)."""
+    parser = argparse.ArgumentParser(description="Make the built-in sample.")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(__file__).resolve().parent / "sample"
+    )
+    parser.add_argument("--tokenizer", choices=("auto", "gpt2", "bytes"), default="auto")
+    args = parser.parse_args(argv)
+    try:
+        print(make_sample(args.folder, args.tokenizer))
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
