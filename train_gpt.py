@@ -215,6 +215,18 @@ def check_config(config: Config, world_size: int) -> None:
         if not condition:
             raise UserError(message)
 
+    positive = "num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
+    positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim"
+    for name in positive.split():
+        value = getattr(config, name)
+        require(value > 0, f"--{name} {value} must be positive")
+    for name in ("extension_steps", "stop_step", "val_every", "momentum_cooldown_steps"):
+        value = getattr(config, name)
+        require(value >= 0, f"--{name} {value} must not be negative")
+    require(
+        0 <= config.lr_decay_start < 1,
+        f"--lr_decay_start {config.lr_decay_start} must be a share of num_steps below 1",
+    )
     require(
         config.rows_per_step % world_size == 0,
         f"--rows_per_step {config.rows_per_step} is not divisible by the {world_size} processes: "
@@ -234,8 +246,8 @@ def check_config(config: Config, world_size: int) -> None:
                 "of a multiple of 16 tokens: change the tokens or --rows_per_step",
             )
             require(
-                min(stage.max_seq_len, stage.window_short, stage.window_long) > 0 and stage.lr > 0,
-                f"{option}: max_seq_len, windows and lr must be positive, found {stage}",
+                min(dataclasses.astuple(stage)[:6]) > 0,
+                f"{option}: share, tokens, max_seq_len, windows and lr must be positive: {stage}",
             )
     require(len(config.extension) == 1, f"--extension takes one row, found {len(config.extension)}")
     require(
@@ -268,12 +280,6 @@ def check_config(config: Config, world_size: int) -> None:
     ):
         value = getattr(config, name)
         require(value in choices, f"--{name} {value!r} is not one of {', '.join(choices)}")
-    positive = ("num_steps", "val_tokens", "val_row_tokens", "min_mean_doc_len")
-    for name in (*positive, "momentum_warmup_steps"):
-        require(getattr(config, name) > 0, f"--{name} {getattr(config, name)} must be positive")
-    for name in ("extension_steps", "stop_step", "val_every", "momentum_cooldown_steps"):
-        value = getattr(config, name)
-        require(value >= 0, f"--{name} {value} must not be negative")
     require(config.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
 
 
@@ -375,12 +381,15 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch._dynamo.config.recompile_limit = 64  # one graph a kind of layer and row length
         # flash-attn-4 makes its compiler say this once a kernel; it concerns an argument we leave out
         warnings.filterwarnings("ignore", message="Argument aux_data")
     else:
         device = torch.device("cpu")
         keep_freed_memory()
     if store is not None:
+        # torch 2.13 has new names for the two collectives, which 2.11 does not know
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter|all_gather)")
         backend = "nccl" if device.type == "cuda" else "gloo"
         options = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group(
@@ -616,7 +625,7 @@ class GPT(nn.Module):
         num_layers, vocab = len(config.layers), config.padded_vocab_size
         value_tables = {row.value_table for row in config.layers} - {None}
         self.num_value_tables = len(value_tables)
-        # A multiple of 8 keeps the shapes, and with them the random numbers, the same on 1, 2, 4 and 8 ranks.
+        # A multiple of 8 keeps the shapes the same on 1, 2, 4 and 8 ranks.
         shards = math.lcm(8, runtime.world_size)
         factory = {"device": device, "dtype": dtype}
         # q, k, v and o stacked in rows, one layer an entry
@@ -1154,7 +1163,7 @@ def make_batch(
     if len(starts) >= length:
         raise UserError(
             f"a row of {num_tokens} tokens holds {len(starts)} documents, more than the {length - 1} that "
-            f"cu_seqlens has room for: lower --min_mean_doc_len from {min_mean_doc_len}"
+            f"cu_seqlens has room for: set --min_mean_doc_len below {min_mean_doc_len}"
         )
     cu_seqlens = np.full(length, num_tokens, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
@@ -1456,6 +1465,11 @@ def validate(
 def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
     num_targets = check_data(config, schedule.tokens_needed())
+    folder = Path(config.checkpoint).parent
+    if config.checkpoint and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(
+            f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder"
+        )
     log.data |= {"environment": describe_environment(runtime), "config": config_as_text(config)}
     log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
     log.line(
@@ -1522,9 +1536,8 @@ def train(config: Config, runtime: Runtime) -> None:
             log.line(f"step {done} val_loss {val_loss:.4f} train_time {clock.total:.3f} s")
             clock.start()
     progress.bar.close()
+    rows.stop()
 
-    if config.checkpoint:
-        save_checkpoint(model, config, runtime)
     peak = peak_memory(runtime)
     tokens_per_second = schedule.tokens_needed() / clock.total
     log.data["summary"] = {
@@ -1544,6 +1557,8 @@ def train(config: Config, runtime: Runtime) -> None:
     )
     if runtime.is_main:
         log.line(f"log {log.path}, curve {draw_curve(log)}")
+    if config.checkpoint:
+        save_checkpoint(model, config, runtime)
 
 
 def peak_memory(runtime: Runtime) -> float:
@@ -1653,9 +1668,9 @@ def continue_text(config: Config, runtime: Runtime) -> None:
         raise UserError(
             f"--checkpoint {config.checkpoint}: cannot be read ({error.strerror})"
         ) from None
-    except Exception as error:  # noqa: BLE001 (whatever the file does to the unpickler)
+    except Exception:  # noqa: BLE001 (whatever the file does to the unpickler)
         raise UserError(
-            f"--checkpoint {config.checkpoint}: not a checkpoint of this script ({error}): make one with "
+            f"--checkpoint {config.checkpoint}: not a checkpoint of this script: make one with "
             "--checkpoint in a training run"
         ) from None
     model = GPT(trained, runtime)
@@ -1669,7 +1684,10 @@ def continue_text(config: Config, runtime: Runtime) -> None:
     else:
         import tiktoken
 
-        tokenizer = tiktoken.get_encoding("gpt2")
+        try:
+            tokenizer = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # noqa: BLE001 (whatever the missing network makes it raise)
+            raise UserError(f"--sample needs GPT-2's vocabulary, and tiktoken: {error}") from None
         tokens = tokenizer.encode_ordinary(config.sample)
     tokens = [START_TOKEN, *tokens]
     prompt_length = len(tokens)
@@ -1758,7 +1776,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         def read(text: str) -> object:
             try:
                 return parse_value(kind, text)
-            except (ValueError, ZeroDivisionError) as error:
+            except (ValueError, ArithmeticError) as error:
                 raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
 
         return read
@@ -1778,7 +1796,10 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     )
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for name, kind in typing.get_type_hints(Config).items():
-        default = format_value(getattr(PRESETS["speedrun"], name)) or "none"
+        values = {preset: format_value(getattr(PRESETS[preset], name)) for preset in PRESETS}
+        default = values["speedrun"] or "none"
+        if values["tiny"] != values["speedrun"] and name not in ("layers", "stages", "extension"):
+            default += f"; tiny: {values['tiny']}"
         text = f"{comments[name]} [{default}]".replace("%", "%%")
         parser.add_argument(
             f"--{name}",

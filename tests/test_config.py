@@ -1,0 +1,292 @@
+"""Rooms 1 and 9: options, tables, their errors; and that importing the script does nothing."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, cpu_runtime, tiny_config
+
+from train_gpt import (
+    GPT,
+    PRESETS,
+    Config,
+    Layer,
+    Optimizer,
+    Stage,
+    UserError,
+    check_config,
+    config_as_text,
+    config_from_text,
+    parse_args,
+    start_runtime,
+)
+
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+
+def other_value(name: str) -> object:
+    """A value of the field's type that no preset has."""
+    kind = typing.get_type_hints(Config)[name]
+    if kind is bool:
+        return not PRESETS["speedrun"].repeat_data
+    if kind == tuple[Layer, ...]:
+        return (Layer("long", None), Layer("short", 0), Layer("short", 0))
+    if kind == tuple[Stage, ...]:
+        return (Stage(1 / 3, 64, 5, 6, 7, 0.1), Stage(2 / 3, 128, 8, 9, 10, 1e-3))
+    return {int: 12_345, float: 0.1 + 0.2, str: "some where/*, a:b = 50%.bin"}[kind]
+
+
+# Options -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_an_option_and_survives_its_text(name):
+    value = other_value(name)
+    config = dataclasses.replace(PRESETS["speedrun"], **{name: value})
+    assert config != PRESETS["speedrun"]
+    text = config_as_text(config)
+    assert set(text) == set(FIELDS)
+    assert all(isinstance(part, str) for part in text.values())
+    assert config_from_text(text) == config
+    assert parse_args(["--preset", "speedrun", f"--{name}", text[name]]) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_their_text_and_fit_together(preset):
+    assert config_from_text(config_as_text(PRESETS[preset])) == PRESETS[preset]
+    assert parse_args(["--preset", preset]) == PRESETS[preset]
+    check_config(PRESETS[preset], 1)
+
+
+def test_default_preset_follows_the_device(monkeypatch):
+    for available, preset in ((False, "tiny"), (True, "speedrun")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=available: answer)
+        assert parse_args([]) == PRESETS[preset]
+        assert parse_args(["--seed", "7"]) == dataclasses.replace(PRESETS[preset], seed=7)
+
+
+def test_tables_parse():
+    config = parse_args(
+        ["--stages", "1/3:96:10:8:9:0.5, 2/3:192:20:16:18:1e-1", "--layers", "short:none,long:0"]
+    )
+    assert config.stages == (Stage(1 / 3, 96, 10, 8, 9, 0.5), Stage(2 / 3, 192, 20, 16, 18, 0.1))
+    assert config.layers == (Layer("short", None), Layer("long", 0))
+    assert type(config.stages[0].tokens_per_step) is int
+
+
+def test_scalars_parse():
+    arguments = [
+        "--adam_eps",
+        "1e-12",
+        "--lr_decay_start",
+        "2/5",
+        "--repeat_data",
+        "TRUE",
+        "--num_steps",
+        "-3",
+    ]
+    config = parse_args(arguments)
+    assert (config.adam_eps, config.lr_decay_start) == (1e-12, 0.4)
+    assert config.repeat_data is True
+    assert config.num_steps == -3
+    assert parse_args(["--preset", "tiny", "--repeat_data", "false"]).repeat_data is False
+
+
+def test_help_shows_every_fields_comment(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--help"])
+    assert ended.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())  # argparse breaks lines where it likes
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    fields = source[source.index("class Config:") : source.index("PRESETS = {")]
+    for name in FIELDS:
+        (comment,) = re.findall(rf"^    {name}: .*?  # (.+)$", fields, re.MULTILINE)
+        assert f"--{name}{name.upper()}" + "".join(comment.split()) in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--nonsense 1", "--nonsense"),
+        ("--num_step 1", "--num_step"),  # abbreviations are not taken
+        ("--preset fast", "--preset"),
+        ("--num_steps", "--num_steps"),
+        ("--num_steps many", "--num_steps"),
+        ("--num_steps 1.5", "--num_steps"),
+        ("--muon_lr nan", "--muon_lr"),
+        ("--muon_lr 1/0", "--muon_lr"),
+        ("--muon_lr inf", "--muon_lr"),
+        ("--repeat_data yes", "--repeat_data"),
+        ("--layers short", "--layers"),
+        ("--layers short:x", "--layers"),
+        ("--layers short:0:1", "--layers"),
+        ("--stages 1:2:3", "--stages"),
+        ("--stages 1:2:3:4:5:x", "--stages"),
+        ("--stages 1:2.5:3:4:5:6", "--stages"),
+        ("--extension 1:16:16:16:16:1,", "--extension"),
+    ],
+)
+def test_what_cannot_be_read_ends_with_code_2_and_the_options_name(arguments, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(arguments.split())
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert named in errors[-1]
+    assert "error:" in errors[-1]
+    if not arguments.startswith(("--non", "--num_step ")):
+        assert f"argument {named}:" in errors[-1]
+
+
+def test_number_beyond_float_cannot_be_read(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--muon_lr", "1e400"])
+    assert ended.value.code == 2
+
+
+def test_only_the_first_process_prints_the_message(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--nonsense"])
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+# Values that do not fit together -----------------------------------------------------------------
+
+STAGE = Stage(1.0, 256, 48, 8, 24, 1.0)
+
+
+def stage(**changes: object) -> tuple[Stage, ...]:
+    return (dataclasses.replace(STAGE, **changes),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ()}, "--stages has no row"),
+        ({"stages": stage(share=0.9)}, "--stages.*shares add up to 0.9"),
+        ({"stages": stage(share=0.5) * 3}, "--stages.*shares add up to 1.5"),
+        ({"extension": stage(share=0.5)}, "--extension.*shares add up to 0.5"),
+        ({"extension": stage(share=0.5) * 2}, "--extension takes one row, found 2"),
+        ({"stages": stage(tokens_per_step=255)}, "--stages: 255 tokens.*--rows_per_step"),
+        ({"rows_per_step": 32}, "--stages: 256 tokens.*32 rows"),
+        ({"stages": stage(max_seq_len=0)}, "--stages.*max_seq_len, windows and lr"),
+        ({"stages": stage(window_short=0)}, "--stages.*max_seq_len, windows and lr"),
+        ({"extension": stage(window_long=-1)}, "--extension.*max_seq_len, windows and lr"),
+        ({"stages": stage(lr=0.0)}, "--stages.*max_seq_len, windows and lr"),
+        ({"head_dim": 24}, "--head_dim 24.*--model_dim 32"),
+        ({"head_dim": 4}, "--head_dim 4.*multiple of 8"),
+        ({"head_dim": 32}, "--model_dim 32 holds 1 heads"),
+        ({"layers": ()}, "--layers has no row"),
+        ({"layers": (Layer("middle", None),)}, "--layers: window 'middle'"),
+        ({"layers": (Layer("short", 1),)}, r"--layers: value tables \[1\]"),
+        ({"layers": (Layer("short", -1),)}, r"--layers: value tables \[-1\]"),
+        ({"vocab_size": 50_256}, "--vocab_size 50256.*at least 50257"),
+        ({"dtype": "float16"}, "--dtype 'float16' is not one of bfloat16, float32"),
+        ({"compile": "all"}, "--compile 'all' is not one of block, full, none"),
+        ({"num_steps": 0}, "--num_steps 0 must be positive"),
+        ({"val_tokens": -1}, "--val_tokens -1 must be positive"),
+        ({"min_mean_doc_len": 0}, "--min_mean_doc_len 0 must be positive"),
+        ({"momentum_warmup_steps": 0}, "--momentum_warmup_steps 0 must be positive"),
+        ({"extension_steps": -1}, "--extension_steps -1 must not be negative"),
+        ({"stop_step": -5}, "--stop_step -5 must not be negative"),
+        ({"val_every": -1}, "--val_every -1 must not be negative"),
+        ({"val_row_tokens": 40}, "--val_row_tokens must be a multiple of 16"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_check_config_names_the_option(changes, message):
+    check_config(tiny_config(), 1)
+    with pytest.raises(UserError, match=message):
+        check_config(tiny_config(**changes), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"rows_per_step": 0}, "--rows_per_step"),
+        ({"rows_per_step": -4}, "--rows_per_step"),
+        ({"head_dim": 0}, "--head_dim"),
+        ({"model_dim": 0}, "--model_dim"),
+        ({"mlp_dim": 0}, "--mlp_dim"),
+        ({"lr_decay_start": 1.0}, "--lr_decay_start"),
+        ({"stages": stage(tokens_per_step=0)}, "--stages"),
+        ({"stages": stage(share=1.5) + stage(share=-0.5)}, "--stages"),
+        ({"final_window_long": -1}, "--final_window_long"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_check_config_names_the_option_of_other_nonsense(changes, option):
+    with pytest.raises(UserError, match=option):
+        check_config(tiny_config(**changes), 1)
+
+
+def test_world_size_must_divide_the_rows():
+    config = tiny_config(rows_per_step=4)
+    for world_size in (1, 2, 4):
+        check_config(config, world_size)
+    for world_size, advice in (3, 6), (8, 8):
+        message = f"--rows_per_step 4 .*{world_size} processes.*--rows_per_step {advice}"
+        with pytest.raises(UserError, match=message):
+            check_config(config, world_size)
+    check_config(tiny_config(rows_per_step=16, stages=stage(), extension=stage()), 16)
+
+
+def test_world_size_must_divide_the_tables():
+    """50304 rows of the embedding go round 1, 2, 3, 4, 6, 8 processes, not 5."""
+    Optimizer(GPT(tiny_config(), cpu_runtime(5, 6)), tiny_config(), cpu_runtime(5, 6))
+    runtime = cpu_runtime(0, 5)
+    with pytest.raises(UserError, match="embed has .* rows, which 5 processes cannot share"):
+        Optimizer(GPT(tiny_config(), runtime), tiny_config(), runtime)
+
+
+def test_log_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = tiny_config(log_dir=str(tmp_path / "file" / "logs"))
+    with pytest.raises(UserError, match="--log_dir .*file/logs: cannot write"):
+        start_runtime(config, None)
+
+
+# Import ------------------------------------------------------------------------------------------
+
+IMPORT = """
+import os, threading
+before = dict(os.environ)
+import torch, torch.distributed
+calls = []
+torch.compile = lambda *a, **k: calls.append("compile")
+torch.distributed.init_process_group = lambda *a, **k: calls.append("init_process_group")
+rng, threads = torch.get_rng_state(), torch.get_num_threads()
+import train_gpt
+assert calls == [], calls
+assert not torch.cuda.is_initialized()
+assert not torch.distributed.is_initialized()
+assert torch.equal(torch.get_rng_state(), rng) and torch.get_num_threads() == threads
+assert torch.get_default_dtype() == torch.float32 and not torch.is_inference_mode_enabled()
+assert threading.active_count() == 1, threading.enumerate()
+assert {k: v for k, v in os.environ.items() if k not in before} == {}
+assert os.listdir() == [], os.listdir()
+import sys
+assert not {"matplotlib", "tiktoken", "flash_attn", "triton"} & set(sys.modules) - AT_START
+"""
+
+
+def test_import_does_nothing(tmp_path):
+    """No device, process group, compilation, thread, file, environment variable or output."""
+    at_start = "import sys, torch, torch.distributed, numpy\nAT_START = set(sys.modules)\n"
+    path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.dont_write_bytecode = True\n"
+    result = subprocess.run(
+        [sys.executable, "-c", path + at_start + IMPORT],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert list(Path(tmp_path).iterdir()) == []

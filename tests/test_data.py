@@ -1,0 +1,381 @@
+"""Room 6: the loader against a walk over the documents in plain Python."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_documents, tiny_config, write_shard
+
+from train_gpt import (
+    IGNORED_TARGET,
+    START_TOKEN,
+    Batch,
+    Prefetcher,
+    TokenStream,
+    UserError,
+    check_data,
+    find_files,
+    make_batch,
+    read_shard_header,
+    read_tokens,
+    training_rows,
+    validation_rows,
+)
+
+Row = tuple[list[int], list[int]]  # its T + 1 tokens, and where documents start in it
+
+
+def reference_rows(tokens: list[int], shapes: list[tuple[int, int]]) -> Iterator[Row]:
+    """Every row of the stream: whole documents cut at max_seq_len, the last one by the row's end."""
+    documents: list[list[int]] = []
+    for token in tokens:
+        if token == START_TOKEN:
+            documents.append([])
+        if documents:  # what stands before the first start token belongs to no document
+            documents[-1].append(token)
+    unread = iter(documents)
+    for num_tokens, max_seq_len in shapes:
+        row, starts = [], []
+        while len(row) < num_tokens + 1:
+            document = next(unread, None)
+            if document is None:
+                return
+            starts.append(len(row))
+            row += document[: min(max_seq_len, num_tokens + 1 - len(row))]
+        yield row, starts
+
+
+def row_of(batch: Batch) -> list[int]:
+    """The row's T + 1 tokens, after checking that inputs and targets are the same, one apart."""
+    tokens, targets = batch.tokens.tolist(), batch.targets.tolist()
+    assert tokens[1:] == targets[:-1]
+    return [*tokens, targets[-1]]
+
+
+def starts_of(batch: Batch) -> list[int]:
+    """Document starts, after checking that cu_seqlens is padded with T."""
+    ends = batch.cu_seqlens.tolist()
+    num_tokens = len(batch.tokens)
+    starts = [end for end in ends if end < num_tokens]
+    assert len(starts) < len(ends), "no closing T"
+    assert ends == starts + [num_tokens] * (len(ends) - len(starts))
+    assert starts == sorted(set(starts))
+    return starts
+
+
+def skewed_lengths(seed: int, total: int) -> list[int]:
+    """Document lengths from 1 to a few hundred, `total` tokens or a little more."""
+    random, lengths = np.random.default_rng(seed), []
+    while sum(lengths) < total:
+        lengths.append(int(1 + min(300, random.exponential(25))))
+    return lengths
+
+
+def write_shards(folder: Path, tokens: np.ndarray, borders: list[int]) -> str:
+    """Cut the stream in shards; returns the glob pattern for them."""
+    for index, part in enumerate(np.split(tokens, borders)):
+        write_shard(folder / f"train_{index:02}.bin", part)
+    return str(folder / "train_*.bin")
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+# T and max_seq_len of successive rounds of the ranks; they grow on the way as they do in training
+SHAPES = [(64, 48)] * 8 + [(128, 48)] * 8 + [(96, 1000)] * 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("borders", [[], [700, 5400, 5450, 9600]])
+def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders):
+    tokens = random_documents(1, skewed_lengths(1, 20_000), num_ids=1000)
+    pattern = write_shards(tmp_path, tokens, borders)
+    config = tiny_config(train_files=pattern, min_mean_doc_len=2)
+    rounds = [shape for shape in SHAPES for _ in range(4 // world_size)]
+    expected = list(reference_rows(tokens.tolist(), [shape for shape in SHAPES for _ in range(4)]))
+    assert len(expected) == 4 * len(SHAPES)
+    ranks = [
+        list(training_rows(config, rank, world_size, rounds, pin=False))
+        for rank in range(world_size)
+    ]
+    rows = [batch for one_of_each in zip(*ranks, strict=True) for batch in one_of_each]
+    assert len(rows) == len(expected)
+    for batch, (row, starts), shape in zip(
+        rows, expected, np.repeat(SHAPES, 4, axis=0), strict=True
+    ):
+        num_tokens, max_seq_len = shape.tolist()
+        assert (len(batch.tokens), batch.max_seq_len) == (num_tokens, max_seq_len)
+        assert row_of(batch) == row
+        assert row[0] == START_TOKEN
+        assert starts_of(batch) == [start for start in starts if start < num_tokens]
+        assert np.diff(batch.cu_seqlens.numpy()).max() <= max_seq_len
+        assert len(batch.cu_seqlens) == num_tokens // 2 + 2
+        assert [str(t.dtype) for t in batch[:3]] == ["torch.int32", "torch.int64", "torch.int32"]
+
+
+def test_documents_across_shard_borders_are_whole(tmp_path):
+    """Borders in the middle of documents, right before and right after a start token; three shards."""
+    lengths = [20, 31, 17, 40, 25, 30, 22, 19]
+    tokens = random_documents(2, lengths, num_ids=1000)
+    edges = np.cumsum([0, *lengths])
+    borders = [
+        int(edges[1]) + 30,  # the second shard begins with the last token of document 1
+        int(edges[3]) + 1,  # document 3's start token is the last of its shard
+        int(edges[5]),  # a border between documents
+        int(edges[6]) + 11,
+    ]
+    pattern = write_shards(tmp_path, tokens, borders)
+    assert read_tokens(f"{tmp_path}/train_01.bin", 1, 50257)[0] != START_TOKEN
+    stream = TokenStream(find_files("--train_files", pattern), 50257, repeat=False)
+    for length, document in zip(lengths[:-1], np.split(tokens, edges[1:-1])):
+        (only,) = stream.next_row(length - 1, 1000)
+        assert only.tolist() == document.tolist()
+
+
+def test_tokens_before_the_first_document_are_left_out(tmp_path):
+    tokens = np.concatenate([[5, 6, 7], random_documents(3, [40, 40], num_ids=1000)])
+    pattern = write_shards(tmp_path, tokens, [])
+    stream = TokenStream(find_files("--train_files", pattern), 50257, repeat=False)
+    assert np.concatenate(stream.next_row(63, 64)).tolist() == tokens[3:67].tolist()
+
+
+def test_row_ends_with_the_data(tmp_path):
+    """The last token of the data is the last target; one token less is too little."""
+    tokens = random_documents(4, [30, 20, 15], num_ids=1000)
+    for missing in (0, 1):
+        pattern = write_shards(tmp_path, tokens[: len(tokens) - missing], [45])
+        config = tiny_config(train_files=pattern)
+        rows = training_rows(config, 0, 1, [(64, 64)], pin=False)
+        if missing:
+            with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
+                next(rows)
+        else:
+            assert row_of(next(rows)) == tokens.tolist()
+
+
+def test_end_of_data_and_repetition(tmp_path):
+    tokens = random_documents(5, skewed_lengths(5, 900), num_ids=1000)
+    pattern = write_shards(tmp_path, tokens, [301, 640])
+    shapes = [(48, 40)] * 60
+    once = list(reference_rows(tokens.tolist(), shapes))
+    assert 5 < len(once) < 60
+    rows = training_rows(tiny_config(train_files=pattern), 0, 1, shapes, pin=False)
+    for row, _ in once:
+        assert row_of(next(rows)) == row
+    with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
+        next(rows)
+
+    config = tiny_config(train_files=pattern, repeat_data=True)
+    endless = list(reference_rows(tokens.tolist() * 10, shapes))
+    assert len(endless) == 60
+    rows = list(training_rows(config, 0, 1, shapes, pin=False))
+    assert [row_of(batch) for batch in rows] == [row for row, _ in endless]
+
+
+def test_check_data_counts_before_training(tmp_path):
+    tokens = random_documents(6, [50] * 20, num_ids=1000)
+    pattern = write_shards(tmp_path, tokens, [333])
+    val_file = write_shard(tmp_path / "val.bin", tokens[:101])
+    config = tiny_config(train_files=pattern, val_file=str(val_file))
+    assert check_data(config, 999) == 100  # fewer than the 200 of val_tokens
+    with pytest.raises(UserError, match="--train_files.*1000 tokens.*1000"):
+        check_data(config, 1000)
+    assert check_data(tiny_config(**{**vars(config), "repeat_data": True}), 10**9) == 100
+    write_shard(val_file, tokens[:1])
+    with pytest.raises(UserError, match=r"val\.bin.*too short"):
+        check_data(config, 999)
+
+
+def test_too_many_documents_in_a_row():
+    """T // min_mean_doc_len + 1 documents fit, one more does not."""
+    tokens = np.arange(65, dtype=np.uint16)
+    batch = make_batch(tokens, np.arange(9), 64, min_mean_doc_len=8, pin=False)
+    assert starts_of(batch) == list(range(9))
+    with pytest.raises(UserError, match="10 documents.*lower --min_mean_doc_len from 8"):
+        make_batch(tokens, np.arange(10), 64, min_mean_doc_len=8, pin=False)
+    # a start token that is only the last target starts no document of the row
+    batch = make_batch(tokens, np.array([0, 64]), 64, min_mean_doc_len=8, pin=False)
+    assert starts_of(batch) == [0]
+
+
+# Validation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_targets", [64, 320, 321, 383, 399])
+def test_validation_scores_every_target_once(tmp_path, world_size, num_targets):
+    lengths = [10, 60, 5, 49, 4, 130, 62, 1, 79]  # a row begins with a document, one ends with one
+    tokens = random_documents(7, lengths, num_ids=1000)
+    assert len(tokens) == 400
+    path = write_shard(tmp_path / "val.bin", tokens)
+    config = tiny_config(val_file=str(path))
+    ranks = [
+        list(validation_rows(config, rank, world_size, num_targets)) for rank in range(world_size)
+    ]
+    num_rows = sum(map(len, ranks))
+    assert num_rows == -(-num_targets // 64)
+    rows = [ranks[index % world_size][index // world_size] for index in range(num_rows)]
+    inputs, targets = [], []
+    for index, batch in enumerate(rows):
+        assert len(batch.tokens) == len(batch.targets) == 64
+        scored = min(64, num_targets - 64 * index)
+        assert batch.targets[scored:].tolist() == [IGNORED_TARGET] * (64 - scored)
+        assert (batch.targets[:scored] >= 0).all()
+        inputs += batch.tokens[:scored].tolist()
+        targets += batch.targets[:scored].tolist()
+        # masked apart: every scored position has the documents of the stream, cut by the row's start
+        own = batch.tokens[:scored].tolist()
+        expected = sorted({0, *[i for i in range(scored) if own[i] == START_TOKEN]})
+        assert [start for start in starts_of(batch) if start < scored] == expected
+        assert batch.max_seq_len >= np.diff(batch.cu_seqlens.numpy()).max()
+    assert inputs == tokens[:num_targets].tolist()
+    assert targets == tokens[1 : num_targets + 1].tolist()
+
+
+# Broken files ------------------------------------------------------------------------------------
+
+
+def test_file_format_is_the_documented_one(tmp_path):
+    path = write_shard(tmp_path / "a.bin", [START_TOKEN, 1, 65535 - 40000])
+    assert read_shard_header(str(path)) == 3
+    assert read_tokens(str(path), 3, 50257).tolist() == [START_TOKEN, 1, 25535]
+    assert read_tokens(str(path), 2, 50257).tolist() == [START_TOKEN, 1]
+
+
+def with_header(position: int, value: int) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 10
+    header[position] = value
+    return header.tobytes() + bytes(20)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"", "0 bytes, shorter than a shard's header"),
+        (b"x" * 1000, "1000 bytes, shorter"),
+        (with_header(0, 20240519), "magic 20240519, expected 20240520"),
+        (with_header(0, 0), "magic 0"),
+        (b"\x89PNG and some other file" * 100, "not a token shard"),
+        (with_header(1, 2), "version 2, expected 1"),
+        (with_header(2, 11), "1044 bytes, expected 1046"),
+        (with_header(2, 9), "1044 bytes, expected 1042"),
+        (with_header(2, -1), "1044 bytes, expected"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "file",
+)
+def test_broken_header(tmp_path, content, message):
+    path = tmp_path / "broken.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_shard_header(str(path))
+    assert str(error.value).startswith(f"{path}: ")
+    assert any(remedy in str(error.value) for remedy in ("cached_fineweb.py", "--train_files"))
+
+
+def test_tokens_outside_the_vocabulary(tmp_path):
+    path = write_shard(tmp_path / "big.bin", [START_TOKEN, 5, 50257, 7])
+    assert read_tokens(str(path), 2, 50257).tolist() == [START_TOKEN, 5]
+    with pytest.raises(UserError, match=r"big\.bin: token 50257 at position 2.*tokenize_text"):
+        read_tokens(str(path), 4, 50257)
+
+
+def test_broken_shard_behind_a_good_one_is_named(tmp_path):
+    """Shards load in a thread; what it raises arrives where the rows are taken."""
+    good = write_shard(tmp_path / "train_0.bin", random_documents(8, [40] * 5, 1000))
+    for tokens, message in (
+        ([5] * 100, r"train_1\.bin: no document begins in it.*50256.*tokenize_text"),
+        ([START_TOKEN, 60_000], r"train_1\.bin: token 60000"),
+    ):
+        bad = write_shard(tmp_path / "train_1.bin", tokens)
+        stream = TokenStream([str(good), str(bad)], 50257, repeat=False)
+        with pytest.raises(UserError, match=message):
+            for _ in range(10):
+                stream.next_row(39, 64)
+
+
+def test_missing_files_name_the_option(tmp_path):
+    with pytest.raises(UserError, match=r"--val_file .*none_\*\.bin: no such file.*sample\.py"):
+        find_files("--val_file", str(tmp_path / "none_*.bin"))
+
+
+def test_files_come_in_the_order_of_their_names(tmp_path):
+    for name in ("b", "c", "a"):
+        write_shard(tmp_path / f"{name}.bin", [START_TOKEN])
+    files = find_files("--train_files", str(tmp_path / "*.bin"))
+    assert [Path(path).stem for path in files] == ["a", "b", "c"]
+
+
+# Prefetcher --------------------------------------------------------------------------------------
+
+
+def threads_named(name: str) -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == name}
+
+
+def next_of(items: Prefetcher) -> object:
+    """next(items), but an error after ten seconds where it would wait for ever."""
+    results = []
+
+    def take() -> None:
+        try:
+            results.append(next(items))
+        except Exception as error:  # noqa: BLE001 (raised again below)
+            results.append(error)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert results, "nothing came"
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
+
+
+def test_prefetcher_hands_items_on_in_order_and_stays_a_few_ahead():
+    taken = []
+
+    def count() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    items = Prefetcher(count(), depth=3)
+    assert next_of(items) == 0
+    deadline = time.monotonic() + 5
+    while len(taken) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(taken) == 5  # one handed on, three in the queue, one waiting for room
+    assert [next_of(items) for _ in range(99)] == list(range(1, 100))
+    with pytest.raises(StopIteration):
+        next_of(items)
+
+
+def test_prefetcher_hands_on_an_error_after_the_items_before_it():
+    def broken() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise UserError("the third is bad")
+
+    items = Prefetcher(broken(), depth=8)
+    assert [next_of(items), next_of(items)] == [1, 2]
+    with pytest.raises(UserError, match="the third is bad"):
+        next_of(items)
+
+
+@pytest.mark.parametrize("taken", [0, 5])
+def test_stop_ends_the_thread(taken):
+    before = threads_named("prefetch")
+    items = Prefetcher(iter(range(10**9)), depth=2)
+    (thread,) = threads_named("prefetch") - before
+    for _ in range(taken):
+        next_of(items)
+    assert thread.is_alive()
+    items.stop()
+    thread.join(timeout=5)
+    assert not thread.is_alive()

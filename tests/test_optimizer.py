@@ -1,0 +1,437 @@
+"""Room 5: every rule against a float64 transcription, and sharding against one process."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import cpu_runtime, random_batch, tiny_config
+from torch import Tensor
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    PARAM_GROUPS,
+    POLAR_EXPRESS,
+    Config,
+    Optimizer,
+    ParamGroup,
+    Schedule,
+    adam_update_,
+    apply_update_,
+    join_mantissa,
+    normuon_direction,
+    nothing_changes,
+    polar_express,
+    split_mantissa_,
+)
+
+GROUPS = {group.name: group for group in PARAM_GROUPS}
+# Tall, wide and square; the last two are those of one pair of heads and one W_1 in tiny_config.
+SHAPES = [(3, 24, 10), (3, 10, 24), (2, 16, 16), (1, 16, 32), (1, 64, 32)]
+
+
+def gaussian(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def randomize(model: GPT, seed: int) -> None:
+    """Give every layer's weights random values; a bank's padding stays zero."""
+    num_layers = len(model.config.layers)
+    with torch.no_grad():
+        for index, (name, param) in enumerate(model.named_parameters()):
+            used = {"attention_bank": num_layers, "mlp_bank": 2 * num_layers}.get(name, len(param))
+            param[:used] = gaussian(param[:used].shape, seed + index, 0.1).to(param.dtype)
+
+
+# Polar factor ------------------------------------------------------------------------------------
+
+
+def reference_polar(x: Tensor) -> Tensor:
+    """What five steps make of each singular value, applied between the SVD's factors, in float64."""
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / (1.02 * s.square().sum(dim=-1, keepdim=True).sqrt())
+    for a, b, c in POLAR_EXPRESS:
+        s = a * s + b * s**3 + c * s**5
+    return u * s[:, None, :] @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_polar_express_maps_singular_values_by_its_polynomials(shape):
+    x = gaussian(shape, 1).double()
+    torch.testing.assert_close(polar_express(x), reference_polar(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_polar_express_is_nearly_the_polar_factor(shape, dtype, slack):
+    """Singular values above 1/1000 of the Frobenius norm end between 0.858 and 1.142 (scan of the
+    polynomials over that range), the singular vectors stay."""
+    u, _, v = torch.linalg.svd(gaussian(shape, 2).double(), full_matrices=False)
+    spread = torch.logspace(0, -2.3, u.size(-1), dtype=torch.float64)
+    x = 50 * u * spread @ v
+    y = polar_express(x.to(dtype)).double()
+    assert y.shape == x.shape
+    singular_values = torch.linalg.svdvals(y)
+    assert singular_values.min() > 0.858 - slack
+    assert singular_values.max() < 1.142 + slack
+    factor = u @ v
+    cosine = (y * factor).sum() / (y.norm() * factor.norm())
+    assert cosine > 0.985
+
+
+def test_polar_express_leaves_zero_matrices_zero():
+    x = torch.cat([torch.zeros(1, 8, 6), gaussian((1, 8, 6), 3)])
+    y = polar_express(x)
+    assert torch.count_nonzero(y[0]) == 0
+    torch.testing.assert_close(y[1:], polar_express(x[1:]))
+
+
+# NorMuon -----------------------------------------------------------------------------------------
+
+
+class ReferenceNorMuon:
+    """SPEC-like NorMuon for one matrix in float64: momentum, polar factor, evened rows, old norm."""
+
+    def __init__(self, rows: int, cols: int):
+        self.momentum = torch.zeros(rows, cols, dtype=torch.float64)
+        self.mean_square = torch.zeros(max(rows, cols), dtype=torch.float64)
+        self.by_row = rows >= cols
+
+    def direction(self, grad: Tensor, mu: float, beta2: float) -> Tensor:
+        grad = grad.double()
+        self.momentum = mu * self.momentum + (1 - mu) * grad
+        nesterov = mu * self.momentum + (1 - mu) * grad
+        polar = reference_polar(nesterov[None])[0]
+        squares = (polar**2).mean(dim=1 if self.by_row else 0)
+        self.mean_square = beta2 * self.mean_square + (1 - beta2) * squares
+        root = self.mean_square.sqrt()
+        evened = polar / (root[:, None] if self.by_row else root[None, :])
+        return evened * (polar.norm() / evened.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normuon_direction_over_steps(shape):
+    batch, rows, cols = shape
+    references = [ReferenceNorMuon(rows, cols) for _ in range(batch)]
+    momentum = torch.zeros(shape)
+    mean_square = torch.zeros((batch, rows, 1) if rows >= cols else (batch, 1, cols))
+    for step, mu in enumerate((0.85, 0.9, 0.95, 0.9)):
+        # rows and columns of unlike size, so that evening them out does something
+        grad = gaussian(shape, 10 + step) * torch.linspace(0.2, 3, rows)[:, None]
+        grad = grad * torch.linspace(2, 0.3, cols)
+        direction = normuon_direction(grad, momentum, mean_square, mu, beta2=0.9)
+        expected = torch.stack([r.direction(g, mu, 0.9) for r, g in zip(references, grad)])
+        torch.testing.assert_close(direction.double(), expected, rtol=0, atol=2e-4)
+        kept = torch.stack([reference.momentum for reference in references])
+        torch.testing.assert_close(momentum.double(), kept, rtol=1e-5, atol=1e-6)
+        squares = torch.stack([reference.mean_square for reference in references])
+        torch.testing.assert_close(mean_square.flatten(1).double(), squares, rtol=2e-3, atol=1e-6)
+
+
+# Mantissas and Adam ------------------------------------------------------------------------------
+
+
+def test_mantissa_round_trip_of_any_bit_pattern():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).int()
+    special = [0, -(2**31), 0x7F7FFFFF, 1, 0x7FFF, 0x8000, 0xFFFF, 0x3F80FFFF, -1]
+    bits = torch.cat([bits, torch.tensor(special).int()])
+    high = torch.zeros(len(bits), dtype=torch.bfloat16)
+    low = torch.zeros(len(bits), dtype=torch.int16)
+    split_mantissa_(high, low, bits.view(torch.float32))
+    assert torch.equal(join_mantissa(high, low).view(torch.int32), bits)
+    # The bf16 half alone is the weight without its lower bits.
+    assert torch.equal(high.float().view(torch.int32), bits & -65536)
+
+
+def test_bf16_with_low_bits_follows_fp32_bit_for_bit():
+    high = gaussian((64, 33), 1).bfloat16()
+    low = torch.zeros_like(high, dtype=torch.int16)
+    weights = high.float()
+    for step in range(100):
+        direction, lr = gaussian((64, 33), 100 + step), torch.tensor(1e-4 * (1 + step % 7))
+        decay = torch.tensor(3e-5)
+        apply_update_(high, low, direction, lr, decay)
+        apply_update_(weights, None, direction, lr, decay)
+    assert torch.equal(join_mantissa(high, low).view(torch.int32), weights.view(torch.int32))
+    assert not torch.equal(high.float(), weights)  # so the low bits were needed
+
+
+def test_cautious_decay_by_hand():
+    """Only entries that the step shrinks anyway decay; a zero weight or a zero step does not."""
+    weights = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0, 0.0])
+    direction = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 1.0])
+    apply_update_(weights, None, direction, torch.tensor(0.5), torch.tensor(0.25))
+    torch.testing.assert_close(weights, torch.tensor([0.25, 1.5, -1.5, -0.25, 2.0, -0.5]))
+
+
+class ReferenceAdam:
+    """Kingma & Ba's algorithm 1 with cautious decay, in float64."""
+
+    def __init__(self, weights: Tensor):
+        self.weights = weights.double().clone()
+        self.m, self.v = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.t = 0
+
+    def step(
+        self, grad: Tensor, betas: tuple[float, float], eps: float, lr: float, decay: float
+    ) -> None:
+        self.t += 1
+        self.m = betas[0] * self.m + (1 - betas[0]) * grad.double()
+        self.v = betas[1] * self.v + (1 - betas[1]) * grad.double() ** 2
+        m_hat, v_hat = self.m / (1 - betas[0] ** self.t), self.v / (1 - betas[1] ** self.t)
+        update = m_hat / (v_hat.sqrt() + eps)
+        mask = (update * self.weights > 0).double()
+        self.weights = self.weights - lr * update - decay * mask * self.weights
+
+
+def test_adam_update_over_steps():
+    weights = gaussian((50, 7), 1)
+    reference = ReferenceAdam(weights)
+    mean, mean_square = torch.zeros_like(weights), torch.zeros_like(weights)
+    betas, eps, lr, decay = (0.8, 0.95), 1e-3, 0.05, 0.01
+    for t in range(1, 9):
+        grad = gaussian(weights.shape, 20 + t, 0.1**t)  # falling, so that eps comes to matter
+        corrections = tuple(torch.tensor(1 - beta**t) for beta in betas)
+        numbers = eps, torch.tensor(lr), torch.tensor(decay)
+        adam_update_(weights, None, grad, mean, mean_square, betas, corrections, *numbers)
+        reference.step(grad, betas, eps, lr, decay)
+        torch.testing.assert_close(weights.double(), reference.weights, rtol=1e-5, atol=1e-6)
+
+
+# Optimizer.step ----------------------------------------------------------------------------------
+
+
+def test_adam_groups_change_on_odd_steps_with_summed_gradients(runtime):
+    config = tiny_config(adam_weight_decay=0.02)  # strong enough that a missing decay shows
+    model = GPT(config, runtime)
+    randomize(model, 5)
+    optimizer = Optimizer(model, config, runtime)
+    groups = [group for group in PARAM_GROUPS if group.rule == "adam"]
+    assert {group.every for group in groups} == {2}
+    params = {group.name: getattr(model, group.name) for group in groups}
+    references = {name: ReferenceAdam(param.detach()) for name, param in params.items()}
+    for bank in (model.mlp_bank, model.attention_bank):
+        bank.grad = torch.zeros_like(bank)
+    sums = {}
+    for step in range(6):
+        lr_scale = 1.0 - 0.1 * step
+        before = {name: param.detach().clone() for name, param in params.items()}
+        for index, (name, param) in enumerate(params.items()):
+            grad = gaussian(param.shape, 100 * step + index, 0.01)
+            sums[name] = sums.get(name, 0) + grad.double()
+            param.grad = grad if param.grad is None else param.grad + grad  # as backward() does
+        for bank in (model.mlp_bank, model.attention_bank):
+            bank.grad = torch.zeros_like(bank)
+        optimizer.step(step, lr_scale, 0.9)
+        for group in groups:
+            param = params[group.name]
+            if step % 2 == 0:
+                assert torch.equal(param, before[group.name])
+                continue
+            lr = config.adam_lr * group.lr * lr_scale
+            decay = lr * lr * config.adam_weight_decay * group.weight_decay
+            references[group.name].step(
+                sums.pop(group.name), group.betas, config.adam_eps, lr, decay
+            )
+            assert param.grad is None
+            torch.testing.assert_close(
+                param.double(), references[group.name].weights, rtol=1e-4, atol=1e-5 * max(1, lr)
+            )
+
+
+def blocks_of(name: str, config: Config) -> list[tuple[int, int, int, float]]:
+    """(entry, first row, rows, multiplier of the step) of every matrix NorMuon treats as a whole."""
+    dim, num_layers = config.model_dim, len(config.layers)
+    if name == "mlp_bank":
+        factor = max(1.0, config.mlp_dim / dim) ** 0.5
+        return [
+            (entry, 0, config.mlp_dim, factor * (1 if entry < num_layers else 2))
+            for entry in range(2 * num_layers)
+        ]
+    pair = 2 * config.head_dim
+    blocks = []
+    for layer in range(num_layers):
+        blocks += [(layer, first, pair, 1.0) for first in range(0, 2 * dim, pair)]  # q, then k
+        blocks += [(layer, 2 * dim, dim, 1.0), (layer, 3 * dim, dim, 1.0)]  # v, o
+    return blocks
+
+
+@pytest.mark.parametrize("name", ["attention_bank", "mlp_bank"])
+def test_normuon_step_block_by_block(runtime, name):
+    """Pairs of q and k heads, v, o, W_1 and W_2 are each orthogonalised by themselves, the padding of
+    the bank stays zero, and step sizes and decay are those of the recipe."""
+    config = tiny_config(muon_weight_decay=50.0)  # strong enough that a missing decay shows
+    model = GPT(config, runtime)
+    randomize(model, 7)
+    optimizer = Optimizer(model, config, runtime)
+    optimizer.states = [state for state in optimizer.states if state.group.name == name]
+    bank = getattr(model, name)
+    blocks = blocks_of(name, config)
+    references = [ReferenceNorMuon(rows, config.model_dim) for _, _, rows, _ in blocks]
+    expected = bank.detach().double().clone()
+    used = max(entry for entry, *_ in blocks) + 1
+    for step, (lr_scale, mu) in enumerate([(1.0, 0.85), (1.5, 0.9), (0.5, 0.95)]):
+        bank.grad = torch.zeros_like(bank)
+        bank.grad[:used] = gaussian(bank[:used].shape, 30 + step)
+        lr = config.muon_lr * lr_scale
+        for reference, (entry, first, rows, factor) in zip(references, blocks):
+            part = expected[entry, first : first + rows]
+            grad = bank.grad[entry, first : first + rows]
+            direction = factor * reference.direction(grad, mu, config.muon_beta2)
+            decay = lr * lr * config.muon_weight_decay * (direction * part > 0)
+            expected[entry, first : first + rows] = part - lr * direction - decay * part
+        optimizer.step(step, lr_scale, mu)
+        torch.testing.assert_close(bank.double(), expected, rtol=0, atol=2e-5)
+    assert torch.count_nonzero(bank[used:]) == 0
+
+
+def test_all_weights_belong_to_a_group_and_the_tables_agree(runtime, monkeypatch):
+    config = tiny_config()
+    model = GPT(config, runtime)
+    Optimizer(model, config, runtime)
+    monkeypatch.setattr(train_gpt, "PARAM_GROUPS", PARAM_GROUPS[1:])
+    with pytest.raises(AssertionError, match="disagree"):
+        Optimizer(model, config, runtime)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_changes_restores_every_bit(runtime, dtype):
+    config = tiny_config(dtype=dtype)
+    model = GPT(config, runtime)
+    randomize(model, 9)
+    optimizer = Optimizer(model, config, runtime)
+    batch = random_batch(1, [30, 34])
+
+    def steps(numbers: range) -> None:
+        for step in numbers:
+            model(batch, 8, 24).backward()
+            optimizer.step(step, 1.0, 0.9)
+
+    steps(range(3))  # so that moments and low bits are not zero
+    model.zero_grad(set_to_none=True)
+    tensors = [*model.parameters()]
+    for state in optimizer.states:
+        low = [] if state.low is None else [state.low]
+        tensors += [*low, state.mean, *state.mean_squares]
+    assert len(tensors) == (20 if dtype == "bfloat16" else 16)
+    before = [tensor.detach().clone() for tensor in tensors]
+    with pytest.raises(KeyError), nothing_changes(model, optimizer):
+        steps(range(3))
+        changed = [not torch.equal(tensor, copy) for tensor, copy in zip(tensors, before)]
+        assert all(changed), "the steps must touch everything, or this test shows nothing"
+        raise KeyError("an error on the way out")
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before))
+    assert all(param.grad is None for param in model.parameters())
+
+
+# Several processes -------------------------------------------------------------------------------
+
+NUM_STEPS = 4
+EXACT_STEPS = 2
+
+
+def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
+    """The weights after 4 real steps on the same four rows a step, float32."""
+    config = tiny_config(rows_per_step=4)
+    runtime = cpu_runtime(rank, world_size)
+    model, schedule = GPT(config, runtime), Schedule(config)
+    optimizer = Optimizer(model, config, runtime)
+    rows = [[random_batch(10 * step + row, [20, 44]) for row in range(4)] for step in range(4)]
+    for step in range(NUM_STEPS):
+        for batch in rows[step][rank::world_size]:
+            (model(batch, 8, 24) / config.rows_per_step).backward()
+        plan = schedule[step]
+        optimizer.step(step, plan.lr_scale, plan.momentum)
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
+    """bf16 weights and their low bits after steps with gradients whose sum over the ranks is exact.
+
+    A gradient is a sum of four of small integers, so the order of adding them cannot matter."""
+    config = tiny_config(dtype="bfloat16")
+    runtime = cpu_runtime(rank, world_size)
+    model = GPT(config, runtime)
+    optimizer = Optimizer(model, config, runtime)
+    for step in range(EXACT_STEPS):
+        for index, param in enumerate(model.parameters()):
+            shape, own = param.shape, torch.zeros_like(param)
+            for row in range(4):
+                generator = torch.Generator().manual_seed(1000 * step + 10 * index + row)
+                grad = torch.randint(-8, 9, shape, generator=generator)
+                own += grad.to(param.dtype) * (row % world_size == rank)
+            param.grad = own if param.grad is None else param.grad + own
+        optimizer.step(step, 1.0, 0.9)
+    results = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for state in optimizer.states:
+        if state.low is not None:  # this rank's rows
+            results[f"{state.group.name}.weights"] = join_mantissa(state.shard, state.low)
+    return results
+
+
+def worker(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    results = train_on_four_rows(rank, world_size), train_on_exact_gradients(rank, world_size)
+    torch.save(results, f"{folder}/{rank}.part")
+    Path(f"{folder}/{rank}.part").rename(f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_ranks(world_size: int, folder: Path, timeout: float = 120) -> list[tuple[dict, dict]]:
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=worker, args=(rank, world_size, str(folder)), daemon=True)
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert [process.exitcode for process in processes] == [0] * world_size
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def single_process() -> tuple[dict, dict]:
+    return train_on_four_rows(0, 1), train_on_exact_gradients(0, 1)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, tmp_path):
+    real, exact = single_process
+    ranks = run_ranks(world_size, tmp_path)
+    for name in real:
+        for rank in range(1, world_size):
+            assert torch.equal(ranks[rank][0][name], ranks[0][0][name]), f"ranks differ in {name}"
+            assert torch.equal(ranks[rank][1][name], ranks[0][1][name]), f"ranks differ in {name}"
+        compare_real(name, ranks[0][0][name], real[name], GROUPS[name])
+    for name in ("embed.weights", "value_embed.weights"):  # Adam, elementwise: not a bit differs
+        joined = torch.cat([rank[1][name] for rank in ranks])
+        assert torch.equal(joined, exact[name]), name
+    assert torch.equal(ranks[0][1]["value_gate"], exact["value_gate"])
+    for name in ("attention_bank.weights", "mlp_bank.weights"):  # products of matrices: rounding
+        joined = torch.cat([rank[1][name] for rank in ranks])
+        torch.testing.assert_close(joined, exact[name], rtol=0, atol=1e-5)
+
+
+def compare_real(name: str, value: Tensor, expected: Tensor, group: ParamGroup) -> None:
+    """Equal to rounding. Adam divides by the root of the gradient's own square, so where a gradient is
+    all rounding (a handful of entries of millions) a visible part of a step may differ."""
+    config = tiny_config()
+    lr = group.lr * (config.adam_lr if group.rule == "adam" else config.muon_lr)
+    difference = (value - expected).abs() / lr  # in steps
+    assert difference.max() < 0.05, name
+    assert (difference > 1e-4).float().mean() < 1e-4, name
+    assert difference.mean() < 1e-5, name

@@ -1,0 +1,92 @@
+"""Room 7: stages, learning rate and momentum against the formulas."""
+
+import pytest
+from conftest import tiny_config
+
+from train_gpt import Schedule, Stage
+
+A, B, C = (
+    Stage(1 / 3, 128, 32, 8, 16, 1.0),
+    Stage(1 / 3, 256, 48, 12, 24, 1.52),
+    Stage(1 / 3, 384, 64, 16, 32, 1.73),
+)
+LAST = Stage(1.0, 512, 64, 20, 40, 9.0)
+
+
+def schedule(**changes: object) -> Schedule:
+    fields = {
+        "stages": (A, B, C),
+        "num_steps": 100,
+        "extension": (LAST,),
+        "extension_steps": 10,
+        "momentum_warmup_steps": 20,
+        "momentum_cooldown_steps": 5,
+    }
+    return Schedule(tiny_config(**{**fields, **changes}))
+
+
+def test_stage_edges():
+    """A third of 100 steps each, to the nearest step; then the extension."""
+    plan = schedule()
+    stages = [plan.stage(step) for step in range(110)]
+    assert stages == [A] * 33 + [B] * 34 + [C] * 33 + [LAST] * 10
+    assert [plan[step].stage for step in range(110)] == stages
+    assert plan.stage(110) is LAST  # asked for before the final validation
+    assert (plan.total_steps, plan.end_step) == (110, 110)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 1270])
+def test_every_step_has_a_stage_whatever_the_length(num_steps):
+    plan = schedule(num_steps=num_steps, extension_steps=3)
+    stages = [plan.stage(step) for step in range(num_steps + 3)]
+    assert stages[num_steps:] == [LAST] * 3
+    assert LAST not in stages[:num_steps]
+    for stage in (A, B, C):
+        assert abs(stages.count(stage) - num_steps / 3) < 1
+
+
+def test_edges_of_a_long_schedule():
+    plan = schedule(num_steps=1270, extension_steps=15)
+    edges = [s for s in range(1, plan.total_steps) if plan.stage(s) != plan.stage(s - 1)]
+    assert edges == [423, 847, 1270]
+    assert plan.total_steps == 1285
+
+
+def test_learning_rate():
+    """From 40 % of the steps on, linear from the stage's multiplier down to 0.15."""
+    plan = schedule(lr_decay_start=0.4, lr_end=0.15)
+    for step in range(110):
+        multiplier = 1.0 if step < 33 else 1.52 if step < 67 else 1.73
+        passed = min(1.0, max(0.0, (step - 40) / 60))  # of the decay
+        expected = multiplier + passed * (0.15 - multiplier)
+        if step >= 100:
+            expected = 0.15  # whatever multiplier the extension's row has
+        assert plan[step].lr_scale == pytest.approx(expected, abs=1e-12), step
+    assert schedule(lr_decay_start=0.0, lr_end=0.0)[50].lr_scale == pytest.approx(1.52 / 2)
+
+
+def test_momentum():
+    """Linear from start to peak, flat, and back to start over the last steps of all."""
+    plan = schedule(momentum_start=0.85, momentum_peak=0.95)
+    for step in range(110):
+        expected = 0.95
+        if step < 20:
+            expected = 0.85 + 0.1 * step / 20
+        if step > 105:
+            expected = 0.85 + 0.1 * (110 - step) / 5
+        assert plan[step].momentum == pytest.approx(expected, abs=1e-12), step
+    assert schedule(momentum_cooldown_steps=0)[109].momentum == 0.95
+
+
+def test_tokens():
+    plan = schedule()
+    assert plan.tokens_needed() == 33 * 128 + 34 * 256 + 33 * 384 + 10 * 512
+    assert [plan.row_tokens(step) for step in (0, 32, 33, 67, 100)] == [32, 32, 64, 96, 128]
+
+
+def test_stop_step_cuts_and_changes_nothing_else():
+    whole, cut = schedule(), schedule(stop_step=40)
+    assert (cut.end_step, cut.total_steps) == (40, 110)
+    assert [cut[step] for step in range(40)] == [whole[step] for step in range(40)]
+    assert cut.tokens_needed() == 33 * 128 + 7 * 256
+    assert schedule(stop_step=1000).end_step == 110

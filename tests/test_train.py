@@ -1,0 +1,491 @@
+"""Room 8 end to end: the script as a user starts it, on small streams and on the built-in sample."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, cpu_runtime, write_shard
+
+from train_gpt import (
+    GPT,
+    START_TOKEN,
+    Batch,
+    Config,
+    Optimizer,
+    Schedule,
+    byte_token_ids,
+    config_from_text,
+    rms_norm,
+    training_rows,
+)
+
+SCRIPT = ROOT / "train_gpt.py"
+OPTIONS = {
+    "preset": "tiny",
+    "val_tokens": 1000,
+    "repeat_data": "false",
+    "min_mean_doc_len": 4,
+    "layers": "short:0,long:none",
+    "model_dim": 32,
+    "head_dim": 16,
+    "mlp_dim": 64,
+    "num_steps": 24,
+    "stages": "1/2:128:48:8:16:1,1/2:256:64:16:32:1.2",
+    "extension_steps": 2,
+    "extension": "1:256:64:16:2:1",  # a window unlike that of the final validation
+    "final_window_long": 64,
+    "rows_per_step": 2,
+    "momentum_warmup_steps": 5,
+    "momentum_cooldown_steps": 2,
+    "dtype": "float32",
+    "compile": "none",
+    "muon_lr": 0.023,
+    "adam_lr": 0.1,  # so that a few steps are enough
+    "val_every": 12,
+    "val_row_tokens": 64,
+    "lr_decay_start": 0.4,
+}
+ALPHABET = "abcdefghijklmnop"
+
+
+def letters(seed: int, num_tokens: int) -> list[int]:
+    """Documents of byte tokens over 16 letters: nine in ten times the letter five further on follows."""
+    random = np.random.default_rng(seed)
+    ids = [byte_token_ids()[ord(letter)] for letter in ALPHABET]
+    tokens: list[int] = []
+    while len(tokens) < num_tokens:
+        tokens.append(START_TOKEN)
+        letter = int(random.integers(16))
+        for _ in range(random.integers(20, 60)):
+            tokens.append(ids[letter])
+            letter = (letter + 5) % 16 if random.random() < 0.9 else int(random.integers(16))
+    return tokens[:num_tokens]
+
+
+def unigram_entropy(tokens: np.ndarray | list[int]) -> float:
+    """Nats per token that a model pays which knows nothing but how frequent each token is."""
+    counts = np.array(list(Counter(map(int, tokens)).values()), dtype=np.float64)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def read_shard(path: Path) -> np.ndarray:
+    return np.frombuffer(path.read_bytes()[1024:], dtype="<u2")
+
+
+def write_data(folder: Path) -> Path:
+    """Two training shards and one for validation."""
+    tokens = letters(1, 8000)
+    write_shard(folder / "train_0.bin", tokens[:3501])
+    write_shard(folder / "train_1.bin", tokens[3501:])
+    write_shard(folder / "val.bin", letters(2, 1001))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path)
+
+
+def command(folder: Path, ranks: int, **changes: object) -> list[str]:
+    options = {
+        **OPTIONS,
+        "train_files": folder / "train_*.bin",
+        "val_file": folder / "val.bin",
+        "log_dir": folder / "logs",
+        **changes,
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, *(launcher if ranks > 1 else []), str(SCRIPT), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Few threads, no process group of whoever runs the tests, no GPU."""
+    taken = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in taken}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
+
+
+def run(
+    folder: Path, ranks: int = 1, timeout: float = 120, **changes: object
+) -> subprocess.CompletedProcess:
+    """Run to the end; killed with all its processes when it hangs."""
+    with subprocess.Popen(
+        command(folder, ranks, **changes),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            pytest.fail(f"no end after {timeout} s\n{out}\n{err}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def log_of(folder: Path) -> tuple[str, dict]:
+    """The text and the JSON of the only run."""
+    (text,) = (folder / "logs").glob("*.txt")
+    return text.read_text(encoding="utf-8"), json.loads(text.with_suffix(".json").read_text())
+
+
+# A whole run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that went well, with its weights in weights.pt."""
+    folder = write_data(tmp_path_factory.mktemp("trained"))
+    result = run(folder, checkpoint=folder / "weights.pt")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert len(list((folder / "logs").iterdir())) == 3
+    return folder
+
+
+def test_log_has_the_script_the_config_and_a_line_for_every_step(trained):
+    text, record = log_of(trained)
+    script = SCRIPT.read_text(encoding="utf-8")
+    assert text.startswith(script)
+    rest = text[len(script) :]
+    assert '"stages": "0.5:128:48:8:16:1.0, 0.5:256:64:16:32:1.2"' in rest
+    number = r"(\d+\.\d+)"
+    step_line = rf"^step (\d+) train_loss {number} train_time {number} s step {number} ms$"
+    lines = re.findall(step_line, rest, re.MULTILINE)
+    assert [int(step) for step, *_ in lines] == list(range(1, 27))
+    val_line = rf"^step (\d+) val_loss {number} train_time {number} s$"
+    validations = re.findall(val_line, rest, re.MULTILINE)
+    assert [int(step) for step, *_ in validations] == [12, 24, 26]
+    for line, row in zip(lines, record["steps"], strict=True):
+        assert float(line[1]) == pytest.approx(row["train_loss"], abs=1e-4)
+    for line, row in zip(validations, record["validations"], strict=True):
+        assert float(line[1]) == pytest.approx(row["val_loss"], abs=1e-4)
+
+
+def test_json_has_steps_validations_and_summary(trained):
+    _, record = log_of(trained)
+    assert [row["step"] for row in record["steps"]] == list(range(1, 27))
+    assert all(row["step_ms"] > 0 for row in record["steps"])
+    times = [row["train_time_s"] for row in record["steps"]]
+    assert times == sorted(times)
+    assert [row["step"] for row in record["validations"]] == [12, 24, 26]
+    assert record["config"]["model_dim"] == "32"
+    assert record["environment"]["world_size"] == 1
+    summary = record["summary"]
+    assert summary["steps"] == 26
+    assert summary["val_loss"] == record["validations"][-1]["val_loss"]
+    assert summary["train_time_s"] >= times[-1]
+    tokens = 12 * 128 + 14 * 256
+    assert summary["tokens_per_s"] == pytest.approx(tokens / summary["train_time_s"], rel=1e-6)
+    assert 0.1 < summary["peak_memory_gib"] < 8
+
+
+def test_picture_is_one(trained):
+    (picture,) = (trained / "logs").glob("*.png")
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content[12:16] == b"IHDR"
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert len(content) > 10_000
+
+
+def test_run_learns(trained):
+    """The first loss is that of no knowledge, the last one is better than token frequencies."""
+    _, record = log_of(trained)
+    assert record["steps"][0]["train_loss"] == pytest.approx(math.log(50_304), abs=0.3)
+    entropy = unigram_entropy(read_shard(trained / "val.bin"))
+    assert record["summary"]["val_loss"] < entropy - 0.5
+
+
+def load(checkpoint: Path) -> tuple[Config, GPT]:
+    saved = torch.load(checkpoint, weights_only=True)
+    config = config_from_text(saved["config"])
+    model = GPT(config, cpu_runtime())
+    model.load_state_dict(saved["weights"])
+    return config, model
+
+
+def validation_loss(folder: Path, window_short: int, window_long: int) -> float:
+    """That of the saved weights, from the shard in float64: rows of 64 tokens, documents apart."""
+    _, model = load(folder / "weights.pt")
+    tokens, total = read_shard(folder / "val.bin").astype(np.int64), 0.0
+    for begin in range(0, 1000, 64):
+        row = torch.from_numpy(tokens[begin : begin + 65])
+        inputs, targets = row[:-1], row[1:]
+        starts = {0, *(inputs == START_TOKEN).nonzero().flatten().tolist(), len(inputs)}
+        batch = Batch(inputs.int(), targets, torch.tensor(sorted(starts), dtype=torch.int32), 64)
+        with torch.no_grad():
+            hidden = model.hidden(batch, window_short, window_long)
+        logits = rms_norm(hidden.double()) @ model.embed.double().T
+        losses = -(23 * torch.sigmoid((logits + 5) / 7.5)).log_softmax(dim=1)
+        total += losses[torch.arange(len(targets)), targets].sum().item()
+    return total / 1000
+
+
+def test_final_validation_loss_is_that_of_the_saved_weights(trained):
+    """Scored with the final long window, not with that of the last step."""
+    loss = log_of(trained)[1]["summary"]["val_loss"]
+    assert loss == pytest.approx(validation_loss(trained, 16, 64), abs=1e-5)
+    assert loss != pytest.approx(validation_loss(trained, 16, 2), abs=1e-4)
+
+
+def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data):
+    """Its validation has the windows of its last step."""
+    result = run(data, stop_step=13, checkpoint=data / "weights.pt")
+    assert result.returncode == 0, result.stderr
+    (_, whole), (_, record) = log_of(trained), log_of(data)
+    losses = [row["train_loss"] for row in whole["steps"]][:13]
+    assert [row["train_loss"] for row in record["steps"]] == pytest.approx(losses, abs=1e-3)
+    assert [row["step"] for row in record["validations"]] == [12, 13]
+    loss = record["summary"]["val_loss"]
+    assert loss == pytest.approx(validation_loss(data, 16, 32), abs=1e-5)
+    assert loss != pytest.approx(validation_loss(data, 16, 64), abs=3e-5)
+
+
+def test_run_is_the_plain_loop(trained):
+    """Losses and weights are those of the loop without warm-up, prefetching and logging: every step
+    has its own rows, windows, learning rate and momentum."""
+    config, saved = load(trained / "weights.pt")
+    model = GPT(config, cpu_runtime())
+    optimizer = Optimizer(model, config, cpu_runtime())
+    first, second, last = *config.stages, config.extension[0]
+    stages = [first] * 12 + [second] * 12 + [last] * 2
+    shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages for _ in "ab"]
+    rows = training_rows(config, 0, 1, shapes, pin=False)
+    schedule, losses = Schedule(config), []
+    for step, stage in enumerate(stages):
+        loss = sum(model(next(rows), stage.window_short, stage.window_long) for _ in "ab")
+        (loss / 2).backward()
+        optimizer.step(step, schedule.lr_scale(step), schedule.momentum(step))
+        losses.append(loss.item() / stage.tokens_per_step)
+    record = log_of(trained)[1]
+    assert [row["train_loss"] for row in record["steps"]] == pytest.approx(losses, abs=2e-3)
+    for (name, param), value in zip(model.named_parameters(), saved.parameters(), strict=True):
+        error = (param - value).norm() / value.norm()
+        assert error < 0.01, name
+
+
+def test_sample_continues_a_text(trained):
+    """With temperature 0 by what the saved weights find likeliest, otherwise by chance and seed."""
+    prompt, length = "dins", 24
+    options = {
+        "checkpoint": trained / "weights.pt",
+        "sample": prompt,
+        "sample_tokens": length,
+    }
+    result = run(trained, **options, temperature=0)
+    assert result.returncode == 0, result.stderr
+    (sampled,) = result.stdout.splitlines()
+    assert sampled.startswith(prompt)
+    assert len(sampled) > len(prompt)
+    likeliest = likeliest_next_letters(trained / "weights.pt", sampled)[len(prompt) :]
+    assert likeliest[:-1] == sampled[len(prompt) :]
+    assert len(sampled) == len(prompt) + length or likeliest[-1] == "\n"  # a document's end
+    texts = [run(trained, **options, seed=seed).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(list((trained / "logs").iterdir())) == 3  # sampling writes no log
+
+
+def likeliest_next_letters(checkpoint: Path, text: str) -> str:
+    """What the saved weights find likeliest at each place of the text, the start token's included;
+    a new document is a line feed."""
+    config, model = load(checkpoint)
+    ids = byte_token_ids()
+    tokens = torch.tensor([START_TOKEN] + [ids[byte] for byte in text.encode()])
+    ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    windows = config.extension[0].window_short, config.final_window_long
+    with torch.no_grad():
+        hidden = model.hidden(Batch(tokens.int(), tokens, ends, len(tokens)), *windows)
+    best = (rms_norm(hidden) @ model.embed.T).argmax(dim=1).tolist()
+    return "".join("\n" if token == START_TOKEN else chr(ids.index(token)) for token in best)
+
+
+def validation_losses(folder: Path) -> list[float]:
+    return [row["val_loss"] for row in log_of(folder)[1]["validations"]]
+
+
+def test_two_ranks_validate_like_one_process(trained, data):
+    result = run(data, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("val loss") == 1
+    assert validation_losses(data) == pytest.approx(validation_losses(trained), abs=1e-3)
+    _, record = log_of(data)
+    assert record["environment"]["world_size"] == 2
+    assert len(record["steps"]) == 26
+
+
+# Failures ----------------------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "train_1.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def spoil_magic(folder: Path) -> None:
+    path = folder / "train_0.bin"
+    path.write_bytes(b"\x00" + path.read_bytes()[1:])
+
+
+def spoil_token(folder: Path) -> None:
+    tokens = read_shard(folder / "train_1.bin").copy()
+    tokens[-1] = 60_000
+    write_shard(folder / "train_1.bin", tokens)
+
+
+def spoil_val_token(folder: Path) -> None:
+    tokens = read_shard(folder / "val.bin").copy()
+    tokens[900] = 60_000
+    write_shard(folder / "val.bin", tokens)
+
+
+def remove_shards(folder: Path) -> None:
+    for path in folder.glob("train_*.bin"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "message"),
+    [
+        (remove_shards, {}, r"--train_files .*train_\*\.bin: no such file"),
+        (None, {"val_file": "gone.bin"}, r"--val_file gone\.bin: no such file"),
+        (truncate, {}, r"train_1\.bin: 10020 bytes, expected 10022"),
+        (spoil_magic, {}, r"train_0\.bin: not a token shard"),
+        (spoil_token, {}, r"train_1\.bin: token 60000 at position 4498"),
+        (spoil_val_token, {}, r"val\.bin: token 60000 at position 900"),
+        (None, {"num_steps": 400}, r"--train_files .*8000 tokens, but .* reads at least 77312"),
+        (None, {"adam_lr": "1e30"}, r"loss is nan.*--muon_lr or --adam_lr"),
+        (None, {"rows_per_step": 5}, r"--stages: 128 tokens a step do not make 5 rows"),
+        (None, {"checkpoint": "none.pt", "sample": "a"}, r"--checkpoint none\.pt: cannot be read"),
+        (None, {"checkpoint": "val.bin", "sample": "a"}, r"--checkpoint val\.bin: not a check"),
+        (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
+        (None, {"sample": "a"}, r"--sample needs --checkpoint FILE"),
+    ],
+)
+def test_one_message_names_what_to_mend(data, spoil, changes, message):
+    if spoil is not None:
+        spoil(data)
+    result = run(data, **changes)
+    assert result.returncode == 1
+    assert re.fullmatch(rf"\nerror: .*{message}[^\n]*\n", result.stderr), result.stderr
+    for text in (data / "logs").glob("*.txt"):  # a log that was begun tells how it ended
+        assert text.read_text(encoding="utf-8").splitlines()[-1] == result.stderr.strip()
+        assert "steps" in json.loads(text.with_suffix(".json").read_text())
+
+
+def many_documents_in_the_second_ranks_row(folder: Path) -> None:
+    """Rows hold 65 tokens: three of ordinary documents, then one of nothing but start tokens."""
+    documents = [START_TOKEN, *[5] * 32, START_TOKEN, *[6] * 31] * 3
+    tokens = documents + [START_TOKEN] * 65 + letters(3, 5000)
+    remove_shards(folder)
+    write_shard(folder / "train_0.bin", tokens)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "message"),
+    [
+        (None, {"rows_per_step": 5}, "--rows_per_step 5 is not divisible by the 2 processes"),
+        (many_documents_in_the_second_ranks_row, {}, "a row of 64 tokens holds 64 documents"),
+        (spoil_token, {}, r"token 60000 at position 4498"),
+        (None, {"sample": "a", "checkpoint": "none.pt"}, "--sample runs in one process, not in 2"),
+    ],
+)
+def test_two_ranks_end_quickly_with_one_message(data, spoil, changes, message):
+    if spoil is not None:
+        spoil(data)
+    result = run(data, 2, timeout=60, **changes)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert re.search(message, lines[0])
+    assert result.stderr.count("Traceback (most recent call last)") <= 1  # the launcher's own
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_interrupt_keeps_the_log(data, ranks):
+    """Ctrl-C goes to every process of the terminal's group, the launcher included."""
+
+    def has_steps() -> bool:
+        return any("step 3 train_loss" in path.read_text() for path in data.glob("logs/*.txt"))
+
+    process = subprocess.Popen(
+        command(data, ranks, num_steps=5000, repeat_data="true"),
+        cwd=data,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_until(has_steps, process, 60)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=45)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    text, record = log_of(data)
+    assert err.count("interrupted; the log so far is") == 1, err
+    if ranks == 1:
+        assert process.returncode == 130
+        assert re.fullmatch(r"\ninterrupted; the log so far is .*\.txt\n", err)
+    else:
+        assert process.returncode != 0
+    assert text.splitlines()[-1].startswith("interrupted")
+    assert len(record["steps"]) >= 3
+    assert record["steps"][2]["step"] == 3
+
+
+# The preset for a look at it ---------------------------------------------------------------------
+
+MARGIN = 0.3  # nats below the unigram entropy
+
+
+def test_tiny_preset_learns_the_built_in_sample(tmp_path):
+    """As a user without a GPU starts it; takes a minute or two."""
+    sample = [sys.executable, str(ROOT / "data" / "sample.py"), "sample", "--tokenizer", "bytes"]
+    subprocess.run(sample, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    (val_file,) = (tmp_path / "sample").glob("sample_val_*.bin")
+    arguments = ["--preset", "tiny", "--train_files", "sample/sample_train_*.bin"]
+    arguments += ["--val_file", str(val_file)]
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=tmp_path,
+        env={**environment(), "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    _, record = log_of(tmp_path)
+    entropy = unigram_entropy(read_shard(val_file))
+    print(f"{entropy:.3f} {record['summary']} {time.monotonic() - started:.0f} s")
+    assert 2 < entropy < math.log(257)
+    assert record["summary"]["val_loss"] < entropy - MARGIN
