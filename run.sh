@@ -26,6 +26,22 @@ set_up() {  # sets $python; installs again when requirements.txt has changed
   cp "$root/requirements.txt" "$root/.venv/requirements.txt"
 }
 
+# torchrun, but silent about processes that have said themselves why they ended (exit codes 1, 2, 130)
+torchrun='
+import logging, sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+try:
+    run.main()
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(code if code in (1, 2, 130) else str(error))
+except SignalException:
+    sys.exit(130)
+'
+
 train() {
   local gpus nproc nnodes=${NNODES:-1} launch
   gpus=$("$python" -c 'import torch; n = torch.cuda.device_count(); print(max(p for p in (0, 1, 2, 4, 8) if p <= n))')
@@ -49,7 +65,8 @@ train() {
   if [ "$nproc" -eq 1 ] && [ "$nnodes" -eq 1 ]; then
     exec "$python" train_gpt.py "$@"
   fi
-  exec "$python" -m torch.distributed.run "${launch[@]}" --nproc-per-node "$nproc" train_gpt.py "$@"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # of each process
+  exec "$python" -c "$torchrun" "${launch[@]}" --nproc-per-node "$nproc" train_gpt.py "$@"
 }
 
 cd "$root"

@@ -1,9 +1,10 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
-Claim:    none yet on 8 x H100. The runs made so far, with their machines and logs, are in records/.
-Launch:   ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
-Rooms:    1 config and tables, 2 runtime and log, 3 operations, 4 model, 5 optimizer, 6 data,
-          7 schedule, 8 train and validate, 9 command line. Later rooms call earlier ones.
+Claim:   none on 8 x H100 and FineWeb yet. On 4 x H100 and the proxy corpus: validation loss 3.374
+         after 750 of 1285 steps, 108.7 s, one run, 2026-11-22, records/2026-11-22_whole_recipe.
+Launch:  ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
+Rooms:   1 this claim, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
+         7 data, 8 schedule, 9 train and validate, 10 command line. Later rooms call earlier ones.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import functools
 import glob
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -44,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ==================================================================================================
-# 1. Config and tables
+# 2. Config and tables
 # ==================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
@@ -58,7 +60,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the schedule; sizes are in tokens."""
+    """One row of the schedule. Sizes are in tokens; loss weights change from start to end."""
 
     share: float  # of num_steps
     tokens_per_step: int  # over all GPUs and micro-steps
@@ -66,53 +68,93 @@ class Stage:
     window_short: int  # how many earlier tokens a query sees
     window_long: int
     lr: float  # multiplier
+    second_start: float  # loss weight of the token after the next one
+    second_end: float
+    third_start: float  # and of the one after that
+    third_end: float
+    prefix_start: float  # loss weight of the next token's prefix token
+    prefix_end: float
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the layer plan."""
+    """One row of the layer plan. Layers are named by their number, from 0."""
 
-    window: str  # short or long
-    value_table: int | None  # value embedding added to v, or none
+    window: str  # short, long (with the partial key offset), or none: no attention, an MLP alone
+    paired: bool  # heads 2j and 2j + 1 interleaved into one stream of twice the positions
+    value_table: int | None  # value embedding added to v
+    xsa: bool  # takes out of a head's output what lies along the token's own value
+    head_gate: bool  # scales each head's output per token
+    skip_from: int | None  # adds the gated output of that earlier layer
+    attend_from: int | None  # attention reads the output of that earlier layer
 
 
 # fmt: off
 SPEEDRUN_STAGES = (
-    #     share  tokens_per_step  max_seq_len  short   long   lr
-    Stage(1 / 3,         131_072,         896,   128,   384, 1.00),
-    Stage(1 / 3,         262_144,        2048,   384,   896, 1.52),
-    Stage(1 / 3,         393_216,        2048,   640,  1408, 1.73),
+    #     share     tokens  seq_len  short   long    lr  second     third      prefix
+    Stage(1 / 3,     131_072,      896,   128,   384, 1.00,  0.5, 0.5,  0.25, 0.0, 0.25, 0.25),
+    Stage(1 / 3,     262_144,     2048,   384,   896, 1.52,  0.5, 0.0,  0.0,  0.0, 0.25, 0.0),
+    Stage(1 / 3,     393_216,     2048,   640,  1408, 1.73,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
-    Stage(1.0,           393_216,        2048,   768,  1664, 1.73),
+    Stage(1.0,       393_216,     2048,   768,  1664, 1.73,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
 )
 SPEEDRUN_LAYERS = (
-    #     window   value_table
-    Layer("short", None),  # 0
-    Layer("short", 0),     # 1
-    Layer("short", 1),     # 2
-    Layer("long",  None),  # 3
-    Layer("short", None),  # 4
-    Layer("short", None),  # 5
-    Layer("short", None),  # 6
-    Layer("short", None),  # 7
-    Layer("short", 2),     # 8
-    Layer("short", 3),     # 9
-    Layer("long",  4),     # 10
+    #     window   paired  value  xsa    head_gate  skip_from  attend_from
+    Layer("short", True,   None,  False, False,     None,      None),  # 0
+    Layer("short", False,  0,     True,  False,     None,      None),  # 1
+    Layer("short", True,   1,     False, False,     None,      None),  # 2
+    Layer("long",  False,  None,  True,  True,      None,      None),  # 3
+    Layer("short", False,  None,  True,  False,     None,      None),  # 4
+    Layer("short", True,   None,  False, False,     None,      None),  # 5
+    Layer("none",  False,  None,  False, False,     3,         None),  # 6
+    Layer("short", False,  None,  True,  False,     None,      None),  # 7
+    Layer("short", False,  2,     False, False,     None,      7),     # 8
+    Layer("short", True,   3,     False, False,     None,      7),     # 9
+    Layer("long",  False,  4,     False, True,      None,      7),     # 10, with the dynamic skips
 )
 TINY_STAGES = (
-    Stage(1 / 2,           1_024,         256,    64,   128, 1.00),
-    Stage(1 / 2,           1_024,         512,   128,   256, 1.00),
+    Stage(1 / 2,       1_024,      256,    64,   128, 1.00,  0.2, 0.0,  0.1,  0.0, 0.0,  0.0),
+    Stage(1 / 2,       1_024,      512,   128,   256, 1.00,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
 )
 TINY_EXTENSION = (
-    Stage(1.0,             1_024,         512,   128,   512, 1.00),
+    Stage(1.0,         1_024,      512,   128,   512, 1.00,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
 )
 TINY_LAYERS = (
-    Layer("short", 0),     # 0
-    Layer("long",  None),  # 1
-    Layer("short", None),  # 2
-    Layer("long",  None),  # 3
+    #     window   paired  value  xsa    head_gate  skip_from  attend_from
+    Layer("short", True,   0,     False, False,     None,      None),  # 0
+    Layer("long",  False,  None,  True,  True,      None,      None),  # 1
+    Layer("none",  False,  None,  False, False,     1,         None),  # 2
+    Layer("short", False,  None,  True,  False,     None,      None),  # 3
+    Layer("long",  False,  1,     False, True,      None,      3),     # 4
 )
+
+# Outputs of the two dynamic MLPs, name: (width, start). "first" is the residual stream entering
+# layer 0, "skip" and "attend" the outputs of the layers in skip_from and attend_from (3 and 7),
+# "last" the stream entering the last layer.
+LAST_LAYER_GATES = {
+    "value_first":  (1, 0.0),  # added to the values
+    "value_attend": (1, 0.0),
+    "value_last":   (1, 0.0),
+    "x_first":      (1, 0.0),  # added to the residual stream before the layer
+    "x_attend":     (1, 0.0),
+    "x_last":       (1, 0.0),
+    "value_gate":   (2, 2.0),  # on the value embedding, one a half of the heads
+    "residual":     (1, math.sqrt(1.1)),  # in place of the learned scalars of the other layers
+    "project":      (1, 1.0),
+    "first":        (1, 0.0),
+    "bigram":       (1, 0.05),
+    "mlp_residual": (1, math.sqrt(1.1)),
+    "mlp_project":  (1, 1.0),
+}
+GATE_SCALE = 0.1  # of the gate MLPs outputs; learned in two of them
+OUTPUT_GATES = {
+    "first":  (1, 0.0),
+    "attend": (1, -0.5),
+    "last":   (1, 0.0),
+    "value":  (1, 0.0),  # the first value embedding
+    "skip":   (1, 0.0),
+}
 # fmt: on
 
 
@@ -127,20 +169,25 @@ class Config:
     repeat_data: bool = False  # start over when the training shards run out
     min_mean_doc_len: int = 128  # sizes cu_seqlens: a row of T tokens may hold T / this documents
     # Model
-    layers: tuple[Layer, ...] = SPEEDRUN_LAYERS  # layer plan, rows window:value_table
+    layers: tuple[Layer, ...] = SPEEDRUN_LAYERS  # layer plan, rows of the fields of Layer
     model_dim: int = 768  # width of the residual stream
     head_dim: int = 128  # width of an attention head
     mlp_dim: int = 3072  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
-    attention_scale: float = 0.1  # factor on q.k before the softmax
+    gate_dim: int = 64  # hidden width of the gate MLPs
+    bigram_rows: int = 377_280  # rows of the hashed bigram table
+    mix_window: int = 112  # how many earlier tokens the head mixing of the last layer sees
+    attention_scale: float = 0.1  # factor on q.k before the softmax, grows with the long window
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
     num_steps: int = 1270  # scheduled steps; the learning rate reaches its end here
-    stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # share:tokens:max_seq_len:short:long:lr, …
+    stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # rows of the fields of Stage
     extension_steps: int = 15  # steps after the scheduled ones, at the final learning rate
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
     final_window_long: int = 2560  # long window of the final validation
     rows_per_step: int = 8  # rows a step is cut in: one a GPU and micro-step
+    tied_share: float = 2 / 3  # share of num_steps in which embedding and head are one matrix
+    prefix_file: str = "data/gpt2_prefix_tokens.npy"  # prefix token of every token
     stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
     # Optimizer
     muon_lr: float = 0.023  # NorMuon, all attention and MLP matrices
@@ -159,7 +206,7 @@ class Config:
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
     val_row_tokens: int = 32_768  # tokens of one validation row
-    compile: str = "block"  # block: one graph reused by all layers; full: the whole model; none
+    compile: str = "block"  # block: small graphs that layers share; full: all layers in one; none
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
     checkpoint: str = ""  # file the final weights are written to, or, with --sample, read from
     sample: str = ""  # continue this text with the weights of --checkpoint instead of training
@@ -187,17 +234,20 @@ PRESETS = {
         model_dim=64,
         head_dim=16,
         mlp_dim=256,
+        gate_dim=16,
+        bigram_rows=4096,
+        mix_window=48,
         dtype="float32",
-        num_steps=100,
+        num_steps=80,
         stages=TINY_STAGES,
         extension_steps=4,
         extension=TINY_EXTENSION,
         final_window_long=512,
         rows_per_step=2,
-        momentum_warmup_steps=30,
+        momentum_warmup_steps=25,
         momentum_cooldown_steps=10,
         adam_lr=0.1,  # few tokens, each of them often
-        val_every=50,
+        val_every=40,
         val_row_tokens=512,
         compile="none",
     ),
@@ -216,7 +266,8 @@ def check_config(config: Config, world_size: int) -> None:
             raise UserError(message)
 
     positive = "num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
-    positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim"
+    positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim "
+    positive += "gate_dim bigram_rows mix_window"
     for name in positive.split():
         value = getattr(config, name)
         require(value > 0, f"--{name} {value} must be positive")
@@ -230,7 +281,8 @@ def check_config(config: Config, world_size: int) -> None:
     require(
         config.rows_per_step % world_size == 0,
         f"--rows_per_step {config.rows_per_step} is not divisible by the {world_size} processes: "
-        f"start 1, 2, 4 or 8 of them, or pass --rows_per_step {round_up(config.rows_per_step, world_size)}",
+        "start 1, 2, 4 or 8 of them, or pass "
+        f"--rows_per_step {round_up(config.rows_per_step, world_size)}",
     )
     for option, stages in ("--stages", config.stages), ("--extension", config.extension):
         require(len(stages) > 0, f"{option} has no row: give at least one")
@@ -242,8 +294,9 @@ def check_config(config: Config, world_size: int) -> None:
         for stage in stages:
             require(
                 stage.tokens_per_step % (16 * config.rows_per_step) == 0,
-                f"{option}: {stage.tokens_per_step} tokens a step do not make {config.rows_per_step} rows "
-                "of a multiple of 16 tokens: change the tokens or --rows_per_step",
+                f"{option}: {stage.tokens_per_step} tokens a step do not make "
+                f"{config.rows_per_step} rows of a multiple of 16 tokens: change them or "
+                "--rows_per_step",
             )
             require(
                 min(dataclasses.astuple(stage)[:6]) > 0,
@@ -252,27 +305,18 @@ def check_config(config: Config, world_size: int) -> None:
     require(len(config.extension) == 1, f"--extension takes one row, found {len(config.extension)}")
     require(
         config.model_dim % config.head_dim == 0 and config.head_dim % 8 == 0,
-        f"--head_dim {config.head_dim} must be a multiple of 8 that divides --model_dim {config.model_dim}",
+        f"--head_dim {config.head_dim} must be a multiple of 8 that divides "
+        f"--model_dim {config.model_dim}",
     )
     require(
         config.num_heads % 2 == 0,
-        f"--model_dim {config.model_dim} holds {config.num_heads} heads: Muon takes query and key heads in "
-        "pairs, so make it an even number",
+        f"--model_dim {config.model_dim} holds {config.num_heads} heads: Muon takes query and key "
+        "heads in pairs, so make it an even number",
     )
-    require(len(config.layers) > 0, "--layers has no row: give at least one")
-    for row in config.layers:
-        require(
-            row.window in ("short", "long"),
-            f"--layers: window {row.window!r} is neither short nor long",
-        )
-    tables = sorted({row.value_table for row in config.layers} - {None})
-    require(
-        tables == list(range(len(tables))),
-        f"--layers: value tables {tables} are not numbered 0, 1, 2, … without a gap",
-    )
+    check_layers(config.layers, require)
     require(
         config.vocab_size > START_TOKEN,
-        f"--vocab_size {config.vocab_size} leaves out the start token: use at least {START_TOKEN + 1}",
+        f"--vocab_size {config.vocab_size} leaves out the start token {START_TOKEN}: raise it",
     )
     for name, choices in (
         ("dtype", ("bfloat16", "float32")),
@@ -283,8 +327,44 @@ def check_config(config: Config, world_size: int) -> None:
     require(config.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
 
 
+def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
+    """The shape that GPT.hidden expects of a plan."""
+    require(len(layers) > 0, "--layers has no row: give at least one")
+    last = layers[-1]
+    for i, row in enumerate(layers):
+        known = ("short", "long", "none")
+        require(
+            row.window in known, f"--layers: window {row.window!r} is none of {', '.join(known)}"
+        )
+        for name in ("skip_from", "attend_from"):
+            source = getattr(row, name)
+            require(
+                source is None or 0 <= source < i,
+                f"--layers: {name} of layer {i} is no earlier one",
+            )
+        extras = row.paired or row.xsa or row.head_gate or row.value_table is not None
+        require(
+            not (row.window == "none" and extras), f"--layers: layer {i} has no attention to change"
+        )
+        require(
+            not (row.paired and (row.xsa or row.head_gate)),
+            f"--layers: layer {i} is paired and gated",
+        )
+    tables = sorted({row.value_table for row in layers} - {None})
+    numbered = tables == list(range(len(tables))) and len(tables) > 0
+    require(numbered, f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
+    for name in ("skip_from", "attend_from"):
+        sources = {getattr(row, name) for row in layers} - {None}
+        require(len(sources) == 1, f"--layers: {name} names {len(sources)} layers, not one")
+    complete = last.window == "long" and last.head_gate and not last.paired and not last.xsa
+    complete = complete and last.value_table is not None and last.attend_from is not None
+    require(
+        complete, "--layers: the last one must be long, with value table, head gate and attend_from"
+    )
+
+
 # ==================================================================================================
-# 2. Runtime and log
+# 3. Runtime and log
 # ==================================================================================================
 
 
@@ -321,8 +401,8 @@ class Log:
         self.data["steps"].append(
             {"step": step, "train_loss": train_loss, "train_time_s": train_time, "step_ms": step_ms}
         )
-        text = f"step {step} train_loss {train_loss:.4f} train_time {train_time:.3f} s step {step_ms:.1f} ms"
-        self.line(text, screen=False)
+        loss_and_time = f"train_loss {train_loss:.4f} train_time {train_time:.3f} s"
+        self.line(f"step {step} {loss_and_time} step {step_ms:.1f} ms", screen=False)
 
     def write_json(self) -> None:
         if self.path is not None:
@@ -376,14 +456,16 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible. "
-                "Start as many processes as GPUs (NPROC for run.sh, --nproc_per_node for torchrun)"
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
+                "visible. Start as many processes as GPUs (NPROC for run.sh, --nproc_per_node "
+                "for torchrun)"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch._dynamo.config.recompile_limit = 64  # one graph a kind of layer and row length
-        # flash-attn-4 makes its compiler say this once a kernel; it concerns an argument we leave out
-        warnings.filterwarnings("ignore", message="Argument aux_data")
+        # flash-attn-4's compiler warns of an argument left out here, inductor of fp32 products,
+        # which here have 12 columns
+        warnings.filterwarnings("ignore", message="Argument aux_data|TensorFloat32 tensor cores")
     else:
         device = torch.device("cpu")
         keep_freed_memory()
@@ -406,8 +488,8 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from giving large freed buffers back to the system: mapping the logits anew in every
-    step costs several times what computing them does."""
+    """Stop glibc from giving large freed buffers back to the system: mapping the logits anew in
+    every step costs several times what computing them does."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # other C libraries have none
         mallopt(-4, 0)  # M_MMAP_MAX: take large buffers from the heap
@@ -431,7 +513,7 @@ def describe_environment(runtime: Runtime) -> dict:
 
 
 # ==================================================================================================
-# 3. Operations
+# 4. Operations
 # ==================================================================================================
 
 
@@ -439,15 +521,32 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotary_tables(num_positions: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (num_positions, 1, head_dim / 4) fp32: frequencies from 1 down to 1/1024."""
-    frequencies = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """Radians a position, (head_dim / 4,) fp64: from 1 down to 1/1024."""
+    return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+
+
+def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
+    """Frequencies and attention scale after the long window went from `old` to `new` tokens.
+
+    Frequencies that turn fewer than 1 time in the old window stretch with it, those that turn more
+    than 32 times stay. Source: YaRN, Peng et al. 2023, arXiv 2309.00071, section 3.2.
+    """
+    stretch = old / new
+    ramp = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
+    return frequencies * (stretch + ramp * (1 - stretch)), scale * (1 + 0.2 * math.log(new / old))
+
+
+def rotary_tables(
+    frequencies: Tensor, num_positions: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times frequency, each (num_positions, 1, head_dim / 4) fp32."""
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs in the first half of the head; the second half stays. x: (T, heads, head_dim)."""
+    """x (T, heads, head_dim) with adjacent pairs in the first half of the head turned."""
     turned, still = x.chunk(2, dim=-1)
     even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
@@ -455,7 +554,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest attention this device has: flash-attn-4, varlen (FlashAttention-2 in torch) or plain."""
+    """The fastest attention here: flash-attn-4, varlen (FlashAttention-2 in torch) or plain."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "plain"
     if torch.cuda.get_device_capability(device)[0] >= 9 and importlib.util.find_spec(
@@ -477,8 +576,8 @@ def attention(
 ) -> Tensor:
     """Causal attention over packed documents, each query seeing itself and `window` earlier tokens.
 
-    q, k, v: (T, heads, head_dim). cu_seqlens: int32 document starts, padded at the end with T, so that
-    document i is cu_seqlens[i] to cu_seqlens[i + 1]. max_seq_len: no document is longer.
+    q, k, v: (T, heads, head_dim). cu_seqlens: int32 document starts, padded at the end with T, so
+    that document i is cu_seqlens[i] to cu_seqlens[i + 1]. max_seq_len: no document is longer.
     Returns (T, heads, head_dim).
     """
     if backend == "flash-attn-4":
@@ -514,7 +613,7 @@ def plain_attention(
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq_len: int, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """flash-attn-4 as one opaque op, so that full-graph compilation takes it. Also returns the row LSEs."""
+    """flash-attn-4 as one opaque op, which full-graph compilation takes; also gives the LSEs."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     out, lse, *_ = _flash_attn_fwd(
@@ -595,13 +694,85 @@ flash_attention.register_autograd(
 )
 
 
+def shift(x: Tensor) -> Tensor:
+    """x of the previous position, (T, ...); the first position keeps its own."""
+    return torch.cat([x[:1], x[:-1]])
+
+
+def pair_heads(x: Tensor) -> Tensor:
+    """(T, heads, head_dim) to (2T, heads / 2, head_dim): heads 2j and 2j + 1 take turns."""
+    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
+
+
+def unpair_heads(x: Tensor) -> Tensor:
+    """The inverse of pair_heads."""
+    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def remove_own_value(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
+    """XSA: y - tanh(alpha)·(y·v / |v|²)·v a head. y, v: (T, heads, head_dim), alpha: (T, heads)."""
+    y32, v32 = y.float(), v.float()
+    share = (y32 * v32).sum(-1) / v32.square().sum(-1).clamp_min(1e-12)
+    return (y32 - (alpha.tanh() * share)[:, :, None] * v32).type_as(y)
+
+
+def mix_heads(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float, weights: Tensor
+) -> Tensor:
+    """Attention with probabilities mixed over the heads: sum_s (sum_j w_j p_j[t, s]) v_h[s].
+
+    p_j is head j's own softmax over the last `window` tokens of the document and the query's token.
+    q, k, v: (T, heads, head_dim); weights: (T, heads). Returns (T, heads, head_dim). Works on
+    blocks of queries with the block before as keys, so `window` is at most the block.
+    """
+    weights = rms_norm(weights)
+    num_tokens, heads, head_dim = q.shape
+    block = max(128, round_up(window, 16))
+    padding = -num_tokens % block
+    position = torch.arange(num_tokens + padding, device=q.device)
+    document = torch.searchsorted(cu_seqlens, position.int(), right=True)
+
+    def blocks(x: Tensor, value: int = 0) -> Tensor:
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding), value=value).unflatten(
+            0, (-1, block)
+        )
+
+    def with_block_before(x: Tensor) -> Tensor:
+        return torch.cat([F.pad(x, (0, 0) * (x.dim() - 1) + (1, 0))[:-1], x], dim=1)
+
+    query, keys = position.unflatten(0, (-1, block)), position.unflatten(0, (-1, block))
+    keys = torch.cat([keys - block, keys], dim=1)
+    distance = query[:, :, None] - keys[:, None, :]
+    visible = (distance >= 0) & (distance <= window) & (keys >= 0)[:, None, :]
+    visible &= document[query][:, :, None] == document[keys.clamp_min(0)][:, None, :]
+
+    k, v = with_block_before(blocks(k)), with_block_before(blocks(v))
+    scores = torch.einsum("nqhd,nkhd->nhqk", blocks(q), k).float() * scale
+    probabilities = scores.masked_fill(~visible[:, None], -math.inf).softmax(dim=-1)
+    mixed = (probabilities * blocks(weights.float()).transpose(1, 2)[:, :, :, None]).sum(1)
+    out = torch.bmm(mixed.type_as(v), v.flatten(2)).flatten(0, 1)[:num_tokens]
+    return out.unflatten(1, (heads, head_dim))
+
+
 def softcap(logits: Tensor) -> Tensor:
     """Logits between 0 and 23, fp32."""
     return 23 * torch.sigmoid((logits.float() + 5) / 7.5)
 
 
+def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (T, vocab) at targets (T, n), 0 where a target is IGNORED_TARGET."""
+    if logits.is_cuda:  # sums that the compiler folds into the softmax, forward and backward
+        column = torch.arange(logits.size(1), device=logits.device)
+        picked = [
+            torch.where(column == target[:, None], logits, 0.0).sum(1)
+            for target in targets.unbind(1)
+        ]
+        return torch.stack(picked, dim=1)
+    return logits.gather(1, targets.clamp_min(0)) * (targets != IGNORED_TARGET)
+
+
 # ==================================================================================================
-# 4. Model
+# 5. Model
 # ==================================================================================================
 
 
@@ -614,142 +785,479 @@ class Batch(NamedTuple):
     max_seq_len: int  # no document of the row is longer
 
 
+class Lookups(NamedTuple):
+    """What the tables hold for a row of tokens."""
+
+    embedded: Tensor  # (T, dim)
+    values: Tensor  # (T, tables, dim)
+    bigram: Tensor  # (T, dim)
+    sign: Tensor  # (T,) rows of the sign table
+
+
+class Windows(NamedTuple):
+    """How many earlier tokens a query sees in short and in long layers."""
+
+    short: int
+    long: int
+
+
+@dataclass(frozen=True)
+class SmallParam:
+    """A slice of GPT.small: the parameters that fit in a few rows, kept in one fp32 vector."""
+
+    shape: tuple[int, ...]
+    start: float | list[float] | None  # None: uniform with std 0.5/sqrt(columns)
+    betas: tuple[float, float]
+    lr: float  # multiplier of adam_lr
+    weight_decay: float  # multiplier of adam_weight_decay
+
+
+def gate_layouts(config: Config) -> dict[str, dict[str, tuple[int, float]]]:
+    """Outputs of the four gate MLPs, name: (width, start).
+
+    "early" reads the normed embedding and serves the layers up to the one in skip_from; "late"
+    reads the stream behind that layer and serves the others; "last" serves the last layer, "output"
+    comes behind it.
+    """
+    heads, last = config.num_heads, len(config.layers) - 1
+    skip_from = next(row.skip_from for row in config.layers if row.skip_from is not None)
+    layouts = {"early": {}, "late": {}, "last": LAST_LAYER_GATES, "output": OUTPUT_GATES}
+    for i, row in enumerate(config.layers):
+        layout = layouts["early" if i <= skip_from else "late"]
+        if row.xsa:
+            layout[f"xsa {i}"] = (heads, 0.0)
+        if row.head_gate:
+            layout[f"head {i}"] = (heads, 0.25)
+        if row.window != "none" and i != last:
+            layout[f"first {i}"] = (1, 0.0)
+            layout[f"bigram {i}"] = (1, 0.05)
+        if row.skip_from is not None:
+            layout[f"skip {i}"] = (1, 0.5)
+        if i == last:
+            layout[f"mix_in {i}"] = (heads, 1.0)
+            layout[f"mix_out {i}"] = (heads, 0.0)
+    return layouts
+
+
+def small_params(config: Config) -> dict[str, SmallParam]:
+    """The layout of GPT.small."""
+    layers, dim, slow = len(config.layers), config.model_dim, (0.9, 0.99)
+    tables = len({row.value_table for row in config.layers} - {None})
+    root = math.sqrt(1.1)
+    # fmt: off
+    table = {
+        #                            shape      start  betas        lr    weight_decay
+        "smear":         SmallParam((1,),        0.0,  slow,        0.01, 0.0),
+        "smear_gate":    SmallParam((1, 12),     0.0,  slow,        0.01, 0.0),
+        "attention_in":  SmallParam((layers,),   0.5,  slow,        5.0,  0.0),
+        "attention_out": SmallParam((layers,),   1.0,  slow,        5.0,  0.0),
+        "skip":          SmallParam((1,),       -1.5,  slow,        5.0,  0.0),
+        "residual":      SmallParam((layers,),   root, (0.9, 0.95), 5.0,  0.0),
+        "mlp_residual":  SmallParam((layers,),   root, (0.9, 0.95), 5.0,  0.0),
+        "project":       SmallParam((layers,),   1.0,  (0.9, 0.95), 1.0,  0.0),
+        "mlp_project":   SmallParam((layers,),   1.0,  (0.9, 0.95), 1.0,  0.0),
+        "value_gate":    SmallParam((tables, config.num_heads, 12), 0.0, slow, 1.0, 1.0),
+    }
+    # fmt: on
+    for name, layout in gate_layouts(config).items():
+        learned_scale = name in ("early", "late")
+        lr = 0.1 if learned_scale else 0.25
+        starts = [start / GATE_SCALE for width, start in layout.values() for _ in range(width)]
+        table[f"{name} w_1"] = SmallParam((config.gate_dim, dim), None, slow, lr, 1.0)
+        table[f"{name} b_1"] = SmallParam((config.gate_dim,), 0.0, slow, lr, 0.0)
+        table[f"{name} w_2"] = SmallParam((len(starts), config.gate_dim), 0.0, slow, lr, 1.0)
+        table[f"{name} b_2"] = SmallParam((len(starts),), starts, slow, lr, 0.0)
+        if learned_scale:
+            table[f"{name} scale"] = SmallParam((1,), GATE_SCALE, slow, lr, 0.0)
+    return table
+
+
+def compiler(enabled: bool) -> Callable[[Callable], Callable]:
+    """torch.compile with fixed shapes, or what leaves a function as it is."""
+    if enabled:
+        return functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    return lambda function: function
+
+
 class GPT(nn.Module):
-    """Decoder-only transformer. Weights of one kind are stacked in a bank, so that the optimizer can share a
-    whole kind out over the ranks at once; banks are padded with zeros to a multiple of the ranks."""
+    """Decoder-only transformer. Weights of one kind are stacked in a bank, so that the optimizer
+    can share a whole kind out over the ranks at once; banks are padded with zeros to a multiple
+    of the ranks."""
 
     def __init__(self, config: Config, runtime: Runtime):
         super().__init__()
         self.config = config
         dim, device, dtype = config.model_dim, runtime.device, getattr(torch, config.dtype)
-        num_layers, vocab = len(config.layers), config.padded_vocab_size
-        value_tables = {row.value_table for row in config.layers} - {None}
-        self.num_value_tables = len(value_tables)
-        # A multiple of 8 keeps the shapes the same on 1, 2, 4 and 8 ranks.
-        shards = math.lcm(8, runtime.world_size)
-        factory = {"device": device, "dtype": dtype}
-        # q, k, v and o stacked in rows, one layer an entry
-        self.attention_bank = nn.Parameter(
-            torch.zeros(round_up(num_layers, shards), 4 * dim, dim, **factory)
-        )
-        # W_1 of every layer, then W_2 of every layer, both (mlp_dim, dim)
-        self.mlp_bank = nn.Parameter(
-            torch.zeros(round_up(2 * num_layers, shards), config.mlp_dim, dim, **factory)
-        )
-        # Embedding and head are one matrix.
-        self.embed = nn.Parameter(torch.zeros(vocab, dim, **factory))
-        # Value tables behind one another in one matrix
-        self.value_embed = nn.Parameter(torch.zeros(self.num_value_tables * vocab, dim, **factory))
-        self.value_gate = nn.Parameter(
-            torch.zeros(self.num_value_tables, config.num_heads, 12, device=device)
-        )
-        self.init_weights()
+        vocab = config.padded_vocab_size
+        self.attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
+        self.skip_from = next(row.skip_from for row in config.layers if row.skip_from is not None)
+        self.num_value_tables = len({row.value_table for row in config.layers} - {None})
+        self.small_layout = small_params(config)
+        self.gate_layouts = gate_layouts(config)
+        self.tied = True  # the head is also the embedding; Optimizer.split_embedding ends it
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+        def bank(entries: int, rows: int) -> nn.Parameter:
+            # A multiple of 8 keeps the shapes the same on 1, 2, 4 and 8 ranks.
+            return zeros(round_up(entries, math.lcm(8, runtime.world_size)), rows, dim)
+
+        self.attention_bank = bank(len(self.attention_layers), 4 * dim)  # rows of q, k, v, o
+        self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2
+        self.head = zeros(vocab, dim)
+        self.embed = zeros(vocab, dim)
+        self.value_embed = zeros(self.num_value_tables * vocab, dim)  # one table behind the other
+        self.bigram = zeros(config.bigram_rows, dim)
+        num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
+        self.small = nn.Parameter(torch.zeros(num_small, device=device))
+        generator = torch.Generator(device).manual_seed(config.seed)
+        signs = torch.randint(0, 2, (8192, dim), generator=generator, device=device)
+        self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype), persistent=False)
+        self.init_weights(generator)
 
         self.backend = attention_backend(device, dtype)
-        stages = (*config.stages, *config.extension)
-        longest_row = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
-        self.rotary = rotary_tables(
-            max(longest_row, config.val_row_tokens), config.head_dim, device
-        )
-        compile = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        per_block = compile if config.compile == "block" else lambda function: function
+        self.rotary = self.make_rotary(device)
+        per_block = compiler(config.compile == "block")
+        self.start_stream = per_block(start_stream)
+        self.gate_mlp = per_block(gate_mlp)
         self.before_attention = per_block(before_attention)
+        self.mix_heads = per_block(mix_heads)
         self.after_attention = per_block(after_attention)
-        self.head_loss = per_block(head_loss)
+        self.skip_mlp = per_block(skip_mlp)
+        self.enter_last_layer = per_block(enter_last_layer)
+        self.leave_layers = per_block(leave_layers)
+        self.run_layers = compiler(config.compile == "full")(self.run_layers)
+        self.head_loss = compiler(config.compile != "none")(head_loss)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Inputs of a block uniform with std 0.5/sqrt(dim), its output projections zero."""
+    def init_weights(self, generator: torch.Generator) -> None:
         config = self.config
-        generator = torch.Generator(self.embed.device).manual_seed(config.seed)
-        bound = math.sqrt(3) * 0.5 / math.sqrt(config.model_dim)
-        num_layers = len(config.layers)
-        self.attention_bank[:num_layers, : 3 * config.model_dim].uniform_(
-            -bound, bound, generator=generator
-        )
-        self.mlp_bank[:num_layers].uniform_(-bound, bound, generator=generator)
-        self.embed.normal_(0, 0.005, generator=generator)
+
+        def uniform_(weights: Tensor) -> None:  # std 0.5/sqrt(columns)
+            bound = math.sqrt(3) * 0.5 / math.sqrt(weights.size(-1))
+            weights.uniform_(-bound, bound, generator=generator)
+
+        uniform_(self.attention_bank[: len(self.attention_layers)])
+        uniform_(self.mlp_bank[: len(config.layers)])  # W_2 stays zero
+        self.head.normal_(0, 0.005, generator=generator)
+        self.embed.copy_(self.head)
         self.value_embed.normal_(0, 0.01, generator=generator)
+        for name, weights in self.unpack_small().items():
+            start = self.small_layout[name].start
+            if start is None:
+                uniform_(weights)
+            else:
+                weights.copy_(torch.as_tensor(start, device=weights.device).expand_as(weights))
 
-    def hidden(self, batch: Batch, window_short: int, window_long: int) -> Tensor:
-        """The residual stream after the last layer, (T, dim)."""
+    def unpack_small(self) -> dict[str, Tensor]:
+        """The slices of self.small by name, in their shapes."""
+        shapes = [row.shape for row in self.small_layout.values()]
+        pieces = self.small.split([math.prod(shape) for shape in shapes])
+        return {
+            name: piece.view(shape)
+            for name, piece, shape in zip(self.small_layout, pieces, shapes, strict=True)
+        }
+
+    def make_rotary(self, device: torch.device) -> dict[int, tuple[Tensor, Tensor, float]]:
+        """Cosines, sines and attention scale for each long window of the schedule, by YaRN."""
         config = self.config
-        num_layers = len(config.layers)
-        windows = {"short": window_short, "long": window_long}
-        cos, sin = (table[: batch.tokens.size(0)] for table in self.rotary)
-        attention_weights = self.attention_bank.unbind(0)
+        stages = (*config.stages, *config.extension)
+        longest = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
+        positions = 2 * max(longest, config.val_row_tokens)  # paired heads use two a token
+        windows = [stage.window_long for stage in stages] + [config.final_window_long]
+        frequencies, scale = rotary_frequencies(config.head_dim), config.attention_scale
+        tables = {windows[0]: (*rotary_tables(frequencies, positions, device), scale)}
+        for old, new in itertools.pairwise(windows):
+            frequencies, scale = yarn(frequencies, scale, old, new)
+            tables[new] = (*rotary_tables(frequencies, positions, device), scale)
+        return tables
+
+    def look_up(self, tokens: Tensor) -> Lookups:
+        """Rows of the embedding tables for tokens (T,)."""
+        embedded = F.embedding(tokens, self.head if self.tied else self.embed)
+        starts = torch.arange(self.num_value_tables, device=tokens.device)
+        rows = tokens[:, None] + starts * self.config.padded_vocab_size
+        hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
+        # The gradient of so large a table is kept as the rows it touches.
+        bigram = F.embedding(hashed, self.bigram, sparse=True)
+        return Lookups(embedded, F.embedding(rows, self.value_embed), bigram, sign)
+
+    def hidden(self, batch: Batch, windows: Windows) -> Tensor:
+        """The residual stream in front of the head, (T, dim)."""
+        return self.run_layers(self.look_up(batch.tokens), batch, windows)
+
+    def run_layers(self, lookups: Lookups, batch: Batch, windows: Windows) -> Tensor:
+        """From the embeddings to the residual stream in front of the head, (T, dim)."""
+        config, num_tokens, last = self.config, batch.tokens.size(0), len(self.config.layers) - 1
+        small = self.unpack_small()
+        attention_weights = dict(zip(self.attention_layers, self.attention_bank.unbind(0)))
         mlp_weights = self.mlp_bank.unbind(0)
-        value_gates = self.value_gate.unbind(0)
+        *turns, scale = self.rotary[windows.long]
+        values = lookups.values.unbind(1)
 
-        x = rms_norm(F.embedding(batch.tokens, self.embed))
-        offsets = torch.arange(self.num_value_tables, device=x.device) * config.padded_vocab_size
-        values = F.embedding(batch.tokens[:, None] + offsets, self.value_embed).unbind(1)
-        for i, row in enumerate(config.layers):
-            value, gate = None, None
-            if row.value_table is not None:
-                value, gate = values[row.value_table], value_gates[row.value_table]
-            q, k, v = self.before_attention(
-                x, attention_weights[i], value, gate, cos, sin, config.head_dim
-            )
-            y = attention(
-                q,
-                k,
-                v,
-                batch.cu_seqlens,
-                batch.max_seq_len,
-                windows[row.window],
-                config.attention_scale,
-                self.backend,
-            )
-            x = self.after_attention(
-                x, y, attention_weights[i], mlp_weights[i], mlp_weights[num_layers + i]
-            )
-        return x
+        def gates_of(name: str, x: Tensor) -> dict[str, Tensor]:
+            weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
+            outputs = self.gate_mlp(x, *weights, small.get(f"{name} scale"))
+            widths = [width for width, _ in self.gate_layouts[name].values()]
+            return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
 
-    def forward(self, batch: Batch, window_short: int, window_long: int) -> Tensor:
-        """Sum over the row of the next-token cross-entropies in nats, fp32 scalar."""
-        return self.head_loss(
-            self.hidden(batch, window_short, window_long), self.embed, batch.targets
+        x0, bigram = self.start_stream(
+            lookups.embedded,
+            small["smear"],
+            small["smear_gate"],
+            lookups.bigram,
+            self.bigram_signs,
+            lookups.sign,
         )
+        gates = gates_of("early", x0)
+        x = first = x0 + (gates["bigram 0"] * bigram).type_as(x0)
+        kept = {}  # outputs of layers
+
+        for i, row in enumerate(config.layers):
+            w_1, w_2 = mlp_weights[i], mlp_weights[len(config.layers) + i]
+            mlp_scales = small["mlp_residual"][i], small["mlp_project"][i]
+            if row.window == "none":
+                skipped = None if row.skip_from is None else kept[row.skip_from]
+                x = self.skip_mlp(
+                    x, skipped, small["skip"], gates.get(f"skip {i}"), w_1, w_2, *mlp_scales
+                )
+                kept[i] = x
+                continue
+            scales = small["residual"][i], small["project"][i]
+            value = value_gate = value_share = extra_value = None
+            if row.value_table is not None:
+                value, value_gate = values[row.value_table], small["value_gate"][row.value_table]
+            if i < last:
+                injections = [(gates[f"first {i}"], x0)]
+                if i > 0:  # layer 0 has had its share of the bigram
+                    injections.append((gates[f"bigram {i}"], bigram))
+            else:
+                kept |= {"attend": kept[row.attend_from], "last": x}
+                own = gates_of("last", x)
+                x, extra_value = self.enter_last_layer(x, first, kept["attend"], own)
+                value_share = own["value_gate"].repeat_interleave(config.num_heads // 2, dim=1)
+                injections = [(own["first"], first), (own["bigram"], bigram)]
+                scales = own["residual"], own["project"]
+                mlp_scales = own["mlp_residual"], own["mlp_project"]
+
+            copies = 2 if row.paired else 1  # positions a token
+            q, k, v = self.before_attention(
+                x if row.attend_from is None else kept[row.attend_from],
+                attention_weights[i],
+                small["attention_in"][i],
+                *(table[: num_tokens * copies] for table in turns),
+                value,
+                value_gate,
+                value_share,
+                extra_value,
+                row.paired,
+                row.window == "long",
+                config.head_dim,
+            )
+            documents = batch.cu_seqlens * copies, batch.max_seq_len * copies
+            window = windows.long if row.window == "long" else windows.short
+            y = attention(q, k, v, *documents, window, scale, self.backend)
+            mixed = None
+            if i == last:
+                read, write = gates[f"mix_in {i}"], gates[f"mix_out {i}"]
+                mixed = (
+                    self.mix_heads(q, k, v, batch.cu_seqlens, config.mix_window, scale, read),
+                    write,
+                )
+            x = self.after_attention(
+                x,
+                y,
+                attention_weights[i],
+                small["attention_out"][i],
+                mixed,
+                (v, gates[f"xsa {i}"]) if row.xsa else None,
+                gates.get(f"head {i}"),
+                row.paired,
+                injections,
+                scales,
+                w_1,
+                w_2,
+                mlp_scales,
+            )
+            kept[i] = x
+            if i == self.skip_from:
+                kept["skip"] = x
+                gates |= gates_of("late", x)
+        own = gates_of("output", x)
+        sources = {"first": first, "value": values[0], **kept}
+        return self.leave_layers(x, [(own[name], sources[name]) for name in OUTPUT_GATES])
+
+    def forward(
+        self,
+        batch: Batch,
+        windows: Windows,
+        loss_weights: Tensor | None = None,
+        prefixes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss to train on and the plain next-token loss (one tensor without loss_weights),
+        both fp32 sums over the row in nats. loss_weights and prefixes: see head_loss."""
+        return self.head_loss(
+            self.hidden(batch, windows), self.head, batch.targets, loss_weights, prefixes
+        )
+
+
+def bigram_hash(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Rows of the bigram and of the sign table for each token (int32) and its predecessor."""
+    previous = F.pad(tokens, (1, 0))[:-1]
+    rows = ((36313 * tokens) ^ (27191 * previous)) % (num_rows - 1)
+    no_previous = torch.arange(len(tokens), device=tokens.device) == 0
+    return torch.where(no_previous, num_rows - 1, rows), (previous ^ tokens) % 8192
+
+
+def start_stream(
+    embedded: Tensor, smear: Tensor, smear_gate: Tensor, bigram: Tensor, signs: Tensor, sign: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Normed, smeared embedding and signed bigram embedding, (T, dim) each."""
+    share = smear * torch.sigmoid(F.linear(embedded[1:, :12].float(), smear_gate))
+    smeared = embedded[1:] + (share * embedded[:-1]).type_as(embedded)
+    return rms_norm(torch.cat([embedded[:1], smeared])), bigram * signs[sign]
+
+
+def gate_mlp(
+    x: Tensor, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor, scale: Tensor | None
+) -> Tensor:
+    """Per-token coefficients, (T, outputs) fp32; scale None is the constant GATE_SCALE."""
+    hidden = F.gelu(F.linear(x, w_1.type_as(x), b_1.type_as(x)))
+    outputs = F.linear(hidden, w_2.type_as(x)).float() + b_2
+    return outputs * (GATE_SCALE if scale is None else scale)
 
 
 def before_attention(
     x: Tensor,
     weights: Tensor,
-    value: Tensor | None,
-    gate: Tensor | None,
+    scale: Tensor,
     cos: Tensor,
     sin: Tensor,
+    value: Tensor | None,
+    value_gate: Tensor | None,
+    value_share: Tensor | None,
+    extra_value: Tensor | None,
+    paired: bool,
+    key_offset: bool,
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the residual stream (T, dim) to queries, keys and values, (T, heads, head_dim) each."""
+    """Queries, keys and values of x (T, dim): (T, heads, head_dim), or as pair_heads makes them.
+
+    value (T, dim) is added to the values times a share a token and head: value_share (T, heads),
+    or made with the weights value_gate (heads, 12). extra_value (T, dim) is added as it is.
+    """
     dim = x.size(1)
     x = rms_norm(x)
-    q, k, v = F.linear(x, weights[: 3 * dim]).view(x.size(0), 3, -1, head_dim).unbind(1)
-    q, k = (apply_rotary(rms_norm(heads), cos, sin) for heads in (q, k))
+    q, k, v = (scale * F.linear(x, weights[: 3 * dim])).type_as(x).view(-1, 3, dim).unbind(1)
+    q, k, v = (heads.unflatten(1, (-1, head_dim)) for heads in (q, k, v))
+    q, k = rms_norm(q), rms_norm(k)
+    if key_offset:
+        k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :])], dim=-1)
     if value is not None:
-        share = 2 * torch.sigmoid(
-            F.linear(torch.cat([x[:, :6], value[:, :6]], dim=1), gate.type_as(x))
-        )
-        v = v + share[:, :, None] * value.view_as(v)
-    return q, k, v
+        if value_share is None:
+            features = torch.cat([x[:, :6], value[:, :6]], dim=1)
+            value_share = 2 * torch.sigmoid(F.linear(features.float(), value_gate))
+        v = v + (value_share[:, :, None] * value.view_as(v)).type_as(v)
+    if extra_value is not None:
+        v = v + extra_value.view_as(v)
+    if paired:
+        q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
+    return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
 
 
-def after_attention(x: Tensor, y: Tensor, weights: Tensor, w_1: Tensor, w_2: Tensor) -> Tensor:
-    """Add the attention output y (T, heads, head_dim) and the ReLU² MLP to the residual stream."""
+def after_attention(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    mixed: tuple[Tensor, Tensor] | None,
+    own_value: tuple[Tensor, Tensor] | None,
+    head_gate: Tensor | None,
+    paired: bool,
+    injections: list[tuple[Tensor, Tensor]],
+    scales: tuple[Tensor, Tensor],
+    w_1: Tensor,
+    w_2: Tensor,
+    mlp_scales: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The rest of a layer: the residual stream x (T, dim) behind its attention y and its MLP."""
     dim = x.size(1)
-    x = x + F.linear(y.reshape(-1, dim), weights[3 * dim :])
-    return x + F.linear(rms_norm(x), w_1).relu().square() @ w_2
+    if paired:
+        y = unpair_heads(y)
+    if mixed is not None:
+        correction, gate = mixed
+        y = y + (gate[:, :, None] * correction).type_as(y)
+    if own_value is not None:
+        y = remove_own_value(y, *own_value)
+    if head_gate is not None:
+        y = (head_gate[:, :, None] * y).type_as(y)
+    projected = scale * F.linear(y.flatten(1), weights[3 * dim :])
+    residual, project = scales
+    x = residual * x + project * projected + sum(gate * tensor for gate, tensor in injections)
+    return mlp(x.type_as(y), w_1, w_2, *mlp_scales)
 
 
-def head_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies of the softcapped logits; x (T, dim), head (vocab, dim), targets (T,)."""
+def mlp(x: Tensor, w_1: Tensor, w_2: Tensor, residual: Tensor, project: Tensor) -> Tensor:
+    """Add the ReLU² MLP to the residual stream."""
+    return (residual * x + project * (F.linear(rms_norm(x), w_1).relu().square() @ w_2)).type_as(x)
+
+
+def skip_mlp(
+    x: Tensor,
+    skipped: Tensor | None,
+    scale: Tensor,
+    gate: Tensor | None,
+    w_1: Tensor,
+    w_2: Tensor,
+    residual: Tensor,
+    project: Tensor,
+) -> Tensor:
+    """A layer without attention; it may take in an earlier layer's output instead."""
+    if skipped is not None:
+        x = (x + torch.sigmoid(scale) * gate * skipped).type_as(x)
+    return mlp(x, w_1, w_2, residual, project)
+
+
+def enter_last_layer(
+    x: Tensor, first: Tensor, attend: Tensor, gates: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Dynamic skips into the residual stream and the values of the last layer, (T, dim) each."""
+    value = gates["value_first"] * first + gates["value_attend"] * attend + gates["value_last"] * x
+    stream = (1 + gates["x_last"]) * x + gates["x_first"] * first + gates["x_attend"] * attend
+    return stream.type_as(x), value.type_as(x)
+
+
+def leave_layers(x: Tensor, skips: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Dynamic skips to the end: adds gate (T, 1) times tensor (T, dim) of each pair."""
+    return (x + sum(gate * tensor for gate, tensor in skips)).type_as(x)
+
+
+def head_loss(
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor | None = None,
+    prefixes: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropies of the softcapped logits; x (T, dim), head (vocab, dim), targets (T,).
+
+    Without loss_weights the sum of next-token losses. loss_weights, (4,): of the next token, of the
+    two after it, and of the next token's prefix token, prefixes[target] (IGNORED_TARGET where there
+    is none); returns the sums of the weighted and of the next-token losses.
+    """
     logits = softcap(F.linear(rms_norm(x), head))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    if loss_weights is None:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    later = [F.pad(targets, (0, n), value=IGNORED_TARGET)[n:] for n in (1, 2)]
+    terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
+    losses = torch.logsumexp(logits, dim=1, keepdim=True) - target_logits(logits, terms)
+    losses = (losses * (terms != IGNORED_TARGET)).sum(0)
+    return losses @ loss_weights, losses[0].detach()
 
 
 # ==================================================================================================
-# 5. Optimizer
+# 6. Optimizer
 # ==================================================================================================
 
 
@@ -769,16 +1277,20 @@ class ParamGroup:
 
 
 # fmt: off
-PARAM_GROUPS = (  # in the order in which their gradients start to travel; updates finish in the reverse order
+# In the order in which their gradients start to travel; the updates finish in the reverse order.
+PARAM_GROUPS = (
     #          name              rule       sharded  every  lr    weight_decay  betas
+    ParamGroup("bigram",         "adam",    True,    2,     75.0,   5.0,        (0.75, 0.95)),
     ParamGroup("value_embed",    "adam",    True,    2,     75.0,   5.0,        (0.75, 0.95)),
     ParamGroup("mlp_bank",       "normuon", True,    1),
+    ParamGroup("head",           "adam",    True,    2,      1.0, 150.0,        (0.50, 0.95)),
     ParamGroup("embed",          "adam",    True,    2,      1.0, 150.0,        (0.50, 0.95)),
     ParamGroup("attention_bank", "normuon", True,    1),
-    ParamGroup("value_gate",     "adam",    False,   2,      1.0,   1.0,        (0.90, 0.99)),
+    ParamGroup("small",          "adam",    False,   2),  # numbers are in small_params
 )
 
-POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; Amsel et al. 2025, arXiv 2505.16932
+# (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; Amsel et al. 2025, arXiv 2505.16932
+POLAR_EXPRESS = (
     (8.1566, -22.4833, 15.8788),
     (4.0429,  -2.8089,  0.5000),
     (3.8917,  -2.7725,  0.5061),
@@ -789,7 +1301,7 @@ POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; Amsel e
 
 
 def polar_express(x: Tensor) -> Tensor:
-    """Nearly the polar factor UVᵀ of each matrix of x = USVᵀ, (batch, rows, cols), in the dtype of x."""
+    """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols)."""
     tall = x.size(1) > x.size(2)
     if tall:  # the Gram matrix on the smaller side
         x = x.mT
@@ -803,10 +1315,11 @@ def polar_express(x: Tensor) -> Tensor:
 def normuon_direction(
     grad: Tensor, momentum: Tensor, mean_square: Tensor, mu: float | Tensor, beta2: float
 ) -> Tensor:
-    """Orthogonalised Nesterov momentum with evened-out rows; updates `momentum` and `mean_square` in place.
+    """Orthogonalised Nesterov momentum, rows evened out; changes momentum and mean_square.
 
     grad: (batch, rows, cols); momentum: the same, fp32; mean_square: fp32, (batch, rows, 1), or
-    (batch, 1, cols) for wide matrices. Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1.
+    (batch, 1, cols) for wide matrices. Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm
+    1.
     """
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
@@ -820,14 +1333,14 @@ def normuon_direction(
 
 
 def join_mantissa(high: Tensor, low: Tensor | None) -> Tensor:
-    """The fp32 weights whose upper 16 bits are the bf16 `high` and whose lower 16 bits are the int16 `low`."""
+    """fp32 weights from their upper 16 bits, a bf16 number, and their lower 16 bits, int16."""
     if low is None:
         return high.float()
     return ((high.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
 
 
 def split_mantissa_(high: Tensor, low: Tensor | None, weights: Tensor) -> None:
-    """Store fp32 weights in place as `high` and `low`: an update loses no bit though the model reads bf16."""
+    """Store fp32 weights as join_mantissa reads them: exact, though the model reads bf16."""
     if low is None:
         high.copy_(weights)
     else:
@@ -839,7 +1352,7 @@ def split_mantissa_(high: Tensor, low: Tensor | None, weights: Tensor) -> None:
 def apply_update_(
     high: Tensor, low: Tensor | None, direction: Tensor, lr: Tensor, decay: Tensor
 ) -> None:
-    """weights -= lr·direction, and decay·weights where the direction shrinks them anyway (cautious decay)."""
+    """weights -= lr·direction, and decay·weights where that has the same sign (cautious decay)."""
     weights = join_mantissa(high, low)
     shrinks = direction * weights > 0
     split_mantissa_(high, low, weights - lr * direction - decay * weights * shrinks)
@@ -851,18 +1364,28 @@ def adam_update_(
     grad: Tensor,
     mean: Tensor,
     mean_square: Tensor,
-    betas: tuple[float, float],
+    betas: tuple[float, float] | tuple[Tensor, Tensor],
     corrections: tuple[Tensor, Tensor],
     eps: float,
     lr: Tensor,
     decay: Tensor,
 ) -> None:
-    """One Adam step in place. corrections: 1 - beta**t for both moments (Kingma & Ba 2015, algorithm 1)."""
+    """One step of Adam (Kingma & Ba 2015, algorithm 1), in place.
+
+    betas, lr and decay are for all weights or one a weight. corrections: 1 - beta**t, both moments.
+    """
     grad = grad.float()
     mean.lerp_(grad, 1 - betas[0])
     mean_square.lerp_(grad.square(), 1 - betas[1])
     direction = (mean / corrections[0]) / ((mean_square / corrections[1]).sqrt() + eps)
     apply_update_(high, low, direction, lr, decay)
+
+
+def sum_rows(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
+    """A table, (num_rows, dim), of values (n, dim) added up at rows (n,); others are left out."""
+    rows = torch.where((rows >= 0) & (rows < num_rows), rows, num_rows)
+    # The gradient of an embedding does just this: in a fixed order, summed in fp32.
+    return torch.ops.aten.embedding_dense_backward(values, rows, num_rows + 1, num_rows, False)[:-1]
 
 
 class ParamState:
@@ -874,8 +1397,8 @@ class ParamState:
         rows = param.size(0) // self.num_shards
         if param.size(0) % self.num_shards:
             raise UserError(
-                f"{group.name} has {param.size(0)} rows, which {self.num_shards} processes cannot share evenly: "
-                "start a number of processes that divides them"
+                f"{group.name} has {param.size(0)} rows, which {self.num_shards} processes cannot "
+                "share evenly: start a number of processes that divides them"
             )
         self.rank = runtime.rank if group.sharded else 0
         self.shard = param.detach()[self.rank * rows : (self.rank + 1) * rows]
@@ -889,6 +1412,17 @@ class ParamState:
         self.blocks: list[
             tuple[slice, int]
         ] = []  # NorMuon: rows of a bank entry, rows of a matrix in them
+        self.lr, self.weight_decay, self.betas = group.lr, group.weight_decay, group.betas
+        if group.name == "small":
+            rows = small_params(config).values()
+            sizes = torch.tensor([math.prod(row.shape) for row in rows])
+
+            def spread(numbers: Iterable[float]) -> Tensor:  # one a parameter to one a weight
+                return torch.tensor(list(numbers)).repeat_interleave(sizes).to(param.device)
+
+            self.lr = spread(row.lr for row in rows)
+            self.weight_decay = spread(row.weight_decay for row in rows)
+            self.betas = tuple(spread(row.betas[i] for row in rows) for i in range(2))
         if group.rule == "adam":
             self.mean_squares = [torch.zeros_like(self.mean)]
             return
@@ -898,7 +1432,7 @@ class ParamState:
             lr_scales = torch.ones(entries)
         else:  # W_1 as it is, W_2 with twice the step
             self.blocks = [(slice(0, height), height)]
-            index = torch.arange(entries) + self.rank * entries
+            index = torch.arange(entries) + self.rank * entries  # in the whole bank
             lr_scales = torch.where(index < len(config.layers), 1.0, 2.0)
         for rows_of_entry, matrix_rows in self.blocks:
             count = entries * (rows_of_entry.stop - rows_of_entry.start) // matrix_rows
@@ -918,12 +1452,13 @@ class ParamState:
 class Optimizer:
     """NorMuon and Adam over PARAM_GROUPS, the large parameters shared out over the ranks.
 
-    A step reduce-scatters the gradients of a sharded parameter, updates this rank's rows and all-gathers the
-    new rows; small parameters are all-reduced and updated everywhere. All collectives are asynchronous.
+    A step reduce-scatters the gradients of a sharded parameter, updates this rank's rows and
+    all-gathers the new rows; small parameters are all-reduced and updated everywhere. All
+    collectives are asynchronous.
     """
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime):
-        self.config, self.runtime = config, runtime
+        self.model, self.config, self.runtime = model, config, runtime
         params = dict(model.named_parameters())
         assert params.keys() == {group.name for group in PARAM_GROUPS}, (
             "PARAM_GROUPS and GPT disagree"
@@ -933,13 +1468,24 @@ class Optimizer:
             for group in PARAM_GROUPS
             if params[group.name].numel() > 0
         ]
-        compiles = config.compile != "none"
-        compile = (
-            functools.partial(torch.compile, fullgraph=True, dynamic=False)
-            if compiles
-            else lambda f: f
-        )
+        compile = compiler(config.compile != "none")
         self.adam_update_, self.apply_update_ = compile(adam_update_), compile(apply_update_)
+
+    @torch.no_grad()
+    def split_embedding(self) -> None:
+        """Make the embedding a matrix of its own, which starts as the head, Adam state included."""
+        head, embed = (
+            next(state for state in self.states if state.group.name == name)
+            for name in ("head", "embed")
+        )
+        embed.param.copy_(head.param)
+        if head.param.grad is not None:
+            # The head's gradient so far is also the embedding's: the update due next takes it for
+            # both.
+            embed.param.grad = head.param.grad.clone()
+        for mine, heads in zip(embed.tensors(), head.tensors()):
+            mine.copy_(heads)
+        self.model.tied = False
 
     def tensors(self) -> list[Tensor]:
         """Every tensor a step changes, the parameters left out."""
@@ -947,15 +1493,17 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float, momentum: float) -> None:
-        """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2 keep theirs on
-        even steps and are updated on odd ones."""
-        due = [state for state in self.states if (step + 1) % state.group.every == 0]
+        """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2
+        keep theirs on even steps and are updated on odd ones."""
+        due = [
+            state
+            for state in self.states
+            if (step + 1) % state.group.every == 0 and state.param.grad is not None
+        ]
         reductions = [self._launch_reduction(state) for state in due]
         gathers = []
-        for state, (grad, work) in reversed(list(zip(due, reductions))):
-            if work is not None:
-                work.wait()
-            self._update(state, grad, step, lr_scale, momentum)
+        for state, finish_reduction in reversed(list(zip(due, reductions))):
+            self._update(state, finish_reduction(), step, lr_scale, momentum)
             state.param.grad = None
             if state.num_shards > 1:
                 gathers.append(
@@ -964,35 +1512,76 @@ class Optimizer:
         for work in gathers:
             work.wait()
 
-    def _launch_reduction(self, state: ParamState) -> tuple[Tensor, dist.Work | None]:
-        grad = state.param.grad
-        if self.runtime.world_size == 1:
-            return grad, None
+    def _launch_reduction(self, state: ParamState) -> Callable[[], Tensor]:
+        """Start to sum a gradient over the ranks. The function returned waits for the sum and gives
+        this rank's rows of it."""
+        grad, world_size = state.param.grad, self.runtime.world_size
+        if grad.is_sparse:
+            rows, values = grad._indices()[0].int(), grad._values()
+            if world_size > 1 and not values.is_cuda:
+                # The CPU merges neighbouring rows as it adds gradients up: as many on every rank.
+                count = torch.tensor(len(rows))
+                dist.all_reduce(count, dist.ReduceOp.MAX)
+                missing = int(count) - len(rows)
+                rows, values = F.pad(rows, (0, missing)), F.pad(values, (0, 0, 0, missing))
+            # On 4 H100s the whole table took 2.6 ms, 65,536 rows a rank alone 4.6 ms: they pay when
+            # all ranks together touch less than about a quarter of it.
+            if 1 < world_size and 4 * world_size * values.nbytes < state.param.nbytes:
+                return self._launch_touched_rows(state, rows, values)
+            grad = sum_rows(rows, values, len(state.param))
+        if world_size == 1:
+            return lambda: grad
         if state.num_shards == 1:
-            return grad, dist.all_reduce(grad, async_op=True)
-        shard = torch.empty_like(state.shard)
-        return shard, dist.reduce_scatter_tensor(shard, grad.contiguous(), async_op=True)
+            work = dist.all_reduce(grad, async_op=True)
+        else:
+            whole, grad = grad.contiguous(), torch.empty_like(state.shard)
+            work = dist.reduce_scatter_tensor(grad, whole, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return grad
+
+        return finish
+
+    def _launch_touched_rows(
+        self, state: ParamState, rows: Tensor, values: Tensor
+    ) -> Callable[[], Tensor]:
+        """_launch_reduction where the rows that all ranks touch are less than the table."""
+        world_size, num_rows = self.runtime.world_size, len(state.shard)
+        all_rows = rows.new_empty(world_size * len(rows))
+        all_values = values.new_empty(world_size * len(rows), values.size(1))
+        works = [
+            dist.all_gather_into_tensor(all_rows, rows, async_op=True),
+            dist.all_gather_into_tensor(all_values, values, async_op=True),
+        ]
+
+        def finish() -> Tensor:
+            for work in works:
+                work.wait()
+            return sum_rows(all_rows - state.rank * num_rows, all_values, num_rows)
+
+        return finish
 
     def _update(
         self, state: ParamState, grad: Tensor, step: int, lr_scale: float, momentum: float
     ) -> None:
         config, group = self.config, state.group
         if group.rule == "adam":
-            lr = config.adam_lr * group.lr * lr_scale
-            decay = lr * lr * config.adam_weight_decay * group.weight_decay
+            lr = torch.as_tensor(config.adam_lr * lr_scale * state.lr)
+            decay = lr * lr * config.adam_weight_decay * state.weight_decay
             updates = (step + 1) // group.every
-            corrections = tuple(torch.tensor(1 - beta**updates) for beta in group.betas)
+            corrections = tuple(torch.as_tensor(1 - beta**updates) for beta in state.betas)
             self.adam_update_(
                 state.shard,
                 state.low,
                 grad,
                 state.mean,
                 state.mean_squares[0],
-                group.betas,
+                state.betas,
                 corrections,
                 config.adam_eps,
-                torch.tensor(lr),
-                torch.tensor(decay),
+                lr,
+                decay,
             )
             return
         lr = config.muon_lr * group.lr * lr_scale
@@ -1014,6 +1603,7 @@ class Optimizer:
 @contextlib.contextmanager
 def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
     """Put every weight and optimizer state back, bit for bit, and drop the gradients at the end."""
+    tied = model.tied
     tensors = [param.detach() for param in model.parameters()] + optimizer.tensors()
     copies = [tensor.clone() for tensor in tensors]
     try:
@@ -1021,11 +1611,12 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
     finally:
         for tensor, copy in zip(tensors, copies):
             tensor.copy_(copy)
+        model.tied = tied
         model.zero_grad(set_to_none=True)
 
 
 # ==================================================================================================
-# 6. Data
+# 7. Data
 # ==================================================================================================
 
 
@@ -1065,8 +1656,8 @@ def read_tokens(path: str, count: int, vocab_size: int) -> np.ndarray:
     if len(tokens) and tokens.max() >= vocab_size:
         index = int(np.argmax(tokens >= vocab_size))
         raise UserError(
-            f"{path}: token {tokens[index]} at position {index} is outside the vocabulary of {vocab_size}: "
-            "it needs GPT-2 tokens (data/tokenize_text.py makes them)"
+            f"{path}: token {tokens[index]} at position {index} is outside the vocabulary of "
+            f"{vocab_size}: it needs GPT-2 tokens (data/tokenize_text.py makes them)"
         )
     return tokens
 
@@ -1075,8 +1666,8 @@ def find_files(option: str, pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern))
     if not files:
         raise UserError(
-            f"{option} {pattern}: no such file. Fetch FineWeb with data/cached_fineweb.py, make shards from text "
-            "with data/tokenize_text.py, or the built-in sample with data/sample.py"
+            f"{option} {pattern}: no such file. Fetch FineWeb with data/cached_fineweb.py, make "
+            "shards with data/tokenize_text.py, or the built-in sample with data/sample.py"
         )
     return files
 
@@ -1084,9 +1675,10 @@ def find_files(option: str, pattern: str) -> list[str]:
 class TokenStream:
     """The training shards as one stream of documents, read once, in order.
 
-    Each row is a run of whole documents, cut at max_seq_len; the last one is cut so that the row holds exactly
-    T + 1 tokens: T inputs and their next tokens. The next row begins with the next document. While one shard is
-    used, the next one is loaded and its start tokens are found in the background.
+    Each row is a run of whole documents, cut at max_seq_len; the last one is cut so that the row
+    holds exactly T + 1 tokens: T inputs and their next tokens. The next row begins with the next
+    document. While one shard is used, the next one is loaded and its start tokens are found in the
+    background.
     """
 
     def __init__(self, files: list[str], vocab_size: int, repeat: bool):
@@ -1128,7 +1720,7 @@ class TokenStream:
         self.starts = np.concatenate([self.starts - first, starts + len(rest)])
 
     def next_row(self, num_tokens: int, max_seq_len: int) -> list[np.ndarray]:
-        """The documents of the next row, `num_tokens` + 1 tokens in all, as views. UserError at the end."""
+        """Documents of the next row, num_tokens + 1 tokens in all; UserError at the end."""
         while True:
             ends = self.starts[1 : num_tokens + 2]
             if (
@@ -1156,14 +1748,15 @@ class TokenStream:
 def make_batch(
     tokens: np.ndarray, starts: np.ndarray, max_seq_len: int, min_mean_doc_len: int, pin: bool
 ) -> Batch:
-    """A row of T + 1 tokens and the positions where its documents start, as tensors ready to be copied."""
+    """Batch of T + 1 tokens and the positions where their documents start."""
     num_tokens = len(tokens) - 1
     length = num_tokens // min_mean_doc_len + 2
     starts = starts[starts < num_tokens]
     if len(starts) >= length:
         raise UserError(
-            f"a row of {num_tokens} tokens holds {len(starts)} documents, more than the {length - 1} that "
-            f"cu_seqlens has room for: set --min_mean_doc_len below {min_mean_doc_len}"
+            f"a row of {num_tokens} tokens holds {len(starts)} documents, more than the "
+            f"{length - 1} that cu_seqlens has room for: set --min_mean_doc_len "
+            f"below {min_mean_doc_len}"
         )
     cu_seqlens = np.full(length, num_tokens, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
@@ -1180,7 +1773,7 @@ def make_batch(
 def training_rows(
     config: Config, rank: int, world_size: int, shapes: Iterable[tuple[int, int]], pin: bool
 ) -> Iterator[Batch]:
-    """This rank's rows. shapes: (tokens, max_seq_len) of every micro-step; the ranks take consecutive rows."""
+    """This rank's rows, one of every world_size. shapes: (T, max_seq_len) of each micro-step."""
     files = find_files("--train_files", config.train_files)
     stream = TokenStream(files, config.vocab_size, config.repeat_data)
     for num_tokens, max_seq_len in shapes:
@@ -1193,13 +1786,32 @@ def training_rows(
                 )
 
 
+def read_prefixes(config: Config, device: torch.device) -> Tensor:
+    """The longest other token that each token's bytes begin with, or IGNORED_TARGET; (vocab,)."""
+    path, padded = config.prefix_file, np.full(config.padded_vocab_size, IGNORED_TARGET, np.int64)
+    remedy = "make it again with data/prefix_tokens.py"
+    try:
+        table = np.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
+    if table.ndim != 1 or table.dtype != np.int32 or len(table) > len(padded):
+        raise UserError(
+            f"--prefix_file {path}: {table.dtype} {table.shape} is no such table: {remedy}"
+        )
+    if table.min() < IGNORED_TARGET or table.max() >= len(table):
+        raise UserError(f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
+    padded[: len(table)] = table
+    return torch.from_numpy(padded).to(device)
+
+
 def check_data(config: Config, tokens_needed: int) -> int:
-    """Look at every header before anything else happens; returns the number of targets validation scores."""
+    """Look at every header first; returns the number of targets that validation scores."""
     total = sum(read_shard_header(path) for path in find_files("--train_files", config.train_files))
     if total <= tokens_needed and not config.repeat_data:
         raise UserError(
-            f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least {tokens_needed}: "
-            "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
+            f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
+            f"{tokens_needed}: add shards (data/cached_fineweb.py), lower --num_steps, or pass "
+            "--repeat_data true"
         )
     path = find_files("--val_file", config.val_file)[0]
     available = read_shard_header(path) - 1
@@ -1211,7 +1823,7 @@ def check_data(config: Config, tokens_needed: int) -> int:
 def validation_rows(
     config: Config, rank: int, world_size: int, num_targets: int
 ) -> Iterator[Batch]:
-    """This rank's rows of the validation stream as it is: every target once, documents masked apart."""
+    """This rank's rows of the validation stream as it is; every target once, documents masked."""
     path = find_files("--val_file", config.val_file)[0]
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
     size = config.val_row_tokens
@@ -1268,7 +1880,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 # ==================================================================================================
-# 7. Schedule
+# 8. Schedule
 # ==================================================================================================
 
 
@@ -1279,6 +1891,11 @@ class StepPlan:
     stage: Stage
     lr_scale: float
     momentum: float
+    tied: bool  # embedding and head are one matrix
+
+    @property
+    def windows(self) -> Windows:
+        return Windows(self.stage.window_short, self.stage.window_long)
 
 
 class Schedule:
@@ -1298,7 +1915,7 @@ class Schedule:
         return self.config.extension[0]
 
     def lr_scale(self, step: int) -> float:
-        """The stage's multiplier, falling linearly to lr_end from lr_decay_start of num_steps on."""
+        """The stage's multiplier, falling linearly to lr_end from lr_decay_start on."""
         config, stage = self.config, self.stage(step)
         left = max(0.0, 1 - step / config.num_steps) / (1 - config.lr_decay_start)
         return stage.lr if left >= 1 else stage.lr * left + config.lr_end * (1 - left)
@@ -1317,7 +1934,21 @@ class Schedule:
         )
 
     def __getitem__(self, step: int) -> StepPlan:
-        return StepPlan(self.stage(step), self.lr_scale(step), self.momentum(step))
+        tied = step < round(self.config.tied_share * self.config.num_steps)
+        return StepPlan(self.stage(step), self.lr_scale(step), self.momentum(step), tied)
+
+    def loss_weights(self) -> list[list[float]]:
+        """Weights of next, second, third and prefix token for every step, linear in a stage."""
+        rows, begin = [], 0
+        ends = [*self.stage_ends, self.total_steps]
+        for end, stage in zip(ends, (*self.config.stages, *self.config.extension)):
+            for step in range(begin, end):
+                done = (step - begin) / (end - begin)
+                pairs = (stage.second_start, stage.second_end), (stage.third_start, stage.third_end)
+                pairs += ((stage.prefix_start, stage.prefix_end),)
+                rows.append([1.0] + [start + done * (stop - start) for start, stop in pairs])
+            begin = end
+        return rows
 
     def row_tokens(self, step: int) -> int:
         return self.stage(step).tokens_per_step // self.config.rows_per_step
@@ -1327,7 +1958,7 @@ class Schedule:
 
 
 # ==================================================================================================
-# 8. Train and validate
+# 9. Train and validate
 # ==================================================================================================
 
 
@@ -1353,8 +1984,8 @@ class Clock:
 class Progress:
     """Reports steps as they complete on the device, without waiting for the one just launched.
 
-    The loss of a step is copied to pinned memory behind the step's own work; it is read a few steps later,
-    which also keeps the host from running further ahead than that.
+    The loss of a step is copied to pinned memory behind the step's own work; it is read a few steps
+    later, which also keeps the host from running further ahead than that.
     """
 
     MAX_IN_FLIGHT = 3
@@ -1397,8 +2028,8 @@ class Progress:
         now, value = self.clock.now(), loss.item()
         if not math.isfinite(value):
             raise UserError(
-                f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): lower --muon_lr or "
-                "--adam_lr, or check the data of --train_files"
+                f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
+                "lower --muon_lr or --adam_lr, or check the data of --train_files"
             )
         step_ms, self.last_time = 1000 * (now - self.last_time), now
         self.runtime.log.step(step + 1, value, now, step_ms)
@@ -1409,11 +2040,18 @@ class Progress:
 
 
 def prepare(
-    forward: Callable, model: GPT, optimizer: Optimizer, schedule: Schedule, runtime: Runtime
+    model: GPT,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    loss_weights: Tensor,
+    prefixes: Tensor,
+    runtime: Runtime,
 ) -> None:
-    """Compile and warm up on every shape of the run with random tokens, then put everything back."""
+    """Compile and warm up on every shape with random tokens, then put everything back."""
     config, begin = model.config, time.perf_counter()
-    plans = {schedule.row_tokens(step): schedule[step] for step in range(schedule.end_step)}
+    steps = {  # the last step of every combination of shape and tied head
+        (schedule.row_tokens(step), schedule[step].tied): step for step in range(schedule.end_step)
+    }
     random = np.random.default_rng(runtime.rank)
 
     def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
@@ -1428,34 +2066,31 @@ def prepare(
         runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
 
     with nothing_changes(model, optimizer):
-        for num_tokens, plan in plans.items():
+        for (num_tokens, tied), last in steps.items():
+            plan = schedule[last]
+            if model.tied and not tied:
+                optimizer.split_embedding()
             for step in range(2):  # an even and an odd one, so that every update runs
                 batch = random_batch(num_tokens, plan.stage.max_seq_len)
-                (
-                    forward(batch, plan.stage.window_short, plan.stage.window_long) / num_tokens
-                ).backward()
+                loss, _ = model(batch, plan.windows, loss_weights[last], prefixes)
+                (loss / num_tokens).backward()
                 optimizer.step(step, plan.lr_scale, plan.momentum)
-            report(f"training rows of {num_tokens:,} tokens")
+            head = "tied" if tied else "untied"
+            report(f"training rows of {num_tokens:,} tokens, embedding and head {head}")
         with torch.no_grad():
-            stage = schedule.stage(schedule.end_step)
             batch = random_batch(config.val_row_tokens, config.val_row_tokens)
-            forward(batch, stage.window_short, stage.window_long)
+            model(batch, plan.windows)
         report(f"validation rows of {config.val_row_tokens:,} tokens")
 
 
 @torch.no_grad()
 def validate(
-    forward: Callable,
-    config: Config,
-    runtime: Runtime,
-    num_targets: int,
-    window_short: int,
-    window_long: int,
+    model: GPT, config: Config, runtime: Runtime, num_targets: int, windows: Windows
 ) -> float:
     """Mean cross-entropy in nats over the first `num_targets` targets of the validation file."""
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for batch in validation_rows(config, runtime.rank, runtime.world_size, num_targets):
-        total += forward(to_device(batch, runtime.device), window_short, window_long)
+        total += model(to_device(batch, runtime.device), windows)
     loss = runtime.all_reduce(total).item() / num_targets
     if not math.isfinite(loss):
         raise UserError(f"the validation loss is {loss}: lower --muon_lr or --adam_lr")
@@ -1477,13 +2112,11 @@ def train(config: Config, runtime: Runtime) -> None:
         screen=False,
     )
     environment = log.data["environment"]
-    log.line(
-        f"{runtime.world_size} x {environment['devices']}, torch {environment['torch']}, log {log.path}"
-    )
+    hardware = f"{runtime.world_size} x {environment['devices']}"
+    log.line(f"{hardware}, torch {environment['torch']}, log {log.path}")
     if num_targets < config.val_tokens:
-        log.line(
-            f"validation scores {num_targets:,} targets, all that --val_file has, not {config.val_tokens:,}"
-        )
+        wanted = f"not {config.val_tokens:,}"
+        log.line(f"validation scores {num_targets:,} targets, all that --val_file has, {wanted}")
 
     begin = time.perf_counter()
     model = GPT(config, runtime)
@@ -1492,10 +2125,9 @@ def train(config: Config, runtime: Runtime) -> None:
     log.line(
         f"{millions:.1f} M parameters, {len(config.layers)} layers, attention by {model.backend}"
     )
-    forward = (
-        torch.compile(model, fullgraph=True, dynamic=False) if config.compile == "full" else model
-    )
-    prepare(forward, model, optimizer, schedule, runtime)
+    loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
+    prefixes = read_prefixes(config, runtime.device)
+    prepare(model, optimizer, schedule, loss_weights, prefixes, runtime)
     preparation = time.perf_counter() - begin
 
     grad_accum_steps = config.rows_per_step // runtime.world_size
@@ -1511,15 +2143,16 @@ def train(config: Config, runtime: Runtime) -> None:
     clock.start()
     for step in range(schedule.end_step):
         plan = schedule[step]
-        windows = plan.stage.window_short, plan.stage.window_long
+        if model.tied and not plan.tied:
+            optimizer.split_embedding()
         train_loss = torch.zeros((), device=runtime.device)
         for _ in range(grad_accum_steps):
             batch = to_device(next(rows), runtime.device)
-            loss = forward(batch, *windows)
+            loss, next_token_loss = model(batch, plan.windows, loss_weights[step], prefixes)
             (
                 loss / config.rows_per_step
             ).backward()  # summed over tokens, averaged over ranks and micro-steps
-            train_loss += loss.detach() / (batch.tokens.numel() * grad_accum_steps)
+            train_loss += next_token_loss / (batch.tokens.numel() * grad_accum_steps)
         optimizer.step(step, plan.lr_scale, plan.momentum)
         progress.launched(step, train_loss)
 
@@ -1527,9 +2160,10 @@ def train(config: Config, runtime: Runtime) -> None:
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
             clock.stop()
             progress.drain()
+            windows = plan.windows
             if done == schedule.total_steps:
-                windows = windows[0], config.final_window_long
-            val_loss = validate(forward, config, runtime, num_targets, *windows)
+                windows = windows._replace(long=config.final_window_long)
+            val_loss = validate(model, config, runtime, num_targets, windows)
             log.data["validations"].append(
                 {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
             )
@@ -1552,8 +2186,9 @@ def train(config: Config, runtime: Runtime) -> None:
     log.write_json()
     log.line(f"val loss {val_loss:.4f} after {done} steps, on {num_targets:,} targets")
     log.line(
-        f"trained {clock.total:.2f} s, {1000 * clock.total / done:.1f} ms a step, {tokens_per_second:,.0f} "
-        f"tokens/s, after {preparation:.0f} s of preparation; peak memory {peak:.1f} GiB a process"
+        f"trained {clock.total:.2f} s, {1000 * clock.total / done:.1f} ms a step, "
+        f"{tokens_per_second:,.0f} tokens/s, after {preparation:.0f} s of preparation; "
+        f"peak memory {peak:.1f} GiB a process"
     )
     if runtime.is_main:
         log.line(f"log {log.path}, curve {draw_curve(log)}")
@@ -1562,7 +2197,7 @@ def train(config: Config, runtime: Runtime) -> None:
 
 
 def peak_memory(runtime: Runtime) -> float:
-    """GiB: the most that any rank's allocator held on its GPU, or any process resident on the CPU."""
+    """GiB: the most any rank's allocator held on its GPU, or any process resident on the CPU."""
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(runtime.device)
     else:
@@ -1635,6 +2270,8 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     )
     byte_tokens = bool(((head < 256) | (head == START_TOKEN)).all())
     weights = {name: param.detach().cpu() for name, param in model.named_parameters()}
+    if model.tied:
+        weights["embed"] = weights["head"]
     temporary = f"{config.checkpoint}.part"
     try:
         torch.save(
@@ -1677,6 +2314,7 @@ def continue_text(config: Config, runtime: Runtime) -> None:
     for name, param in model.named_parameters():
         rows = min(len(param), len(weights[name]))  # banks are padded to the number of ranks
         param[:rows] = weights[name][:rows]
+    model.tied = False
 
     ids = byte_token_ids()
     if byte_tokens:
@@ -1692,15 +2330,13 @@ def continue_text(config: Config, runtime: Runtime) -> None:
     tokens = [START_TOKEN, *tokens]
     prompt_length = len(tokens)
     generator = torch.Generator(runtime.device).manual_seed(config.seed)
-    context = len(model.rotary[0])
+    windows = Windows(trained.extension[0].window_short, trained.final_window_long)
+    context = trained.val_row_tokens
     while len(tokens) < prompt_length + config.sample_tokens:
         row = torch.tensor(tokens[-context:], dtype=torch.int32, device=runtime.device)
         ends = torch.tensor([0, len(row)], dtype=torch.int32, device=runtime.device)
-        stage = trained.extension[0]
-        x = model.hidden(
-            Batch(row, row.long(), ends, len(row)), stage.window_short, trained.final_window_long
-        )
-        logits = softcap(F.linear(rms_norm(x[-1]), model.embed))[: trained.vocab_size]
+        x = model.hidden(Batch(row, row.long(), ends, len(row)), windows)
+        logits = softcap(F.linear(rms_norm(x[-1]), model.head))[: trained.vocab_size]
         if config.temperature > 0:
             probabilities = (logits / config.temperature).softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
@@ -1718,7 +2354,7 @@ def continue_text(config: Config, runtime: Runtime) -> None:
 
 
 # ==================================================================================================
-# 9. Command line
+# 10. Command line
 # ==================================================================================================
 
 
@@ -1765,7 +2401,7 @@ def config_from_text(fields: dict[str, str]) -> Config:
 
 
 def parse_args(arguments: list[str] | None = None) -> Config:
-    """Config from the command line; exits with code 2 and a message on what cannot be understood."""
+    """Config from the command line; exits with code 2 and a message on what it cannot read."""
 
     class Parser(argparse.ArgumentParser):
         def _print_message(self, message: str, file=None) -> None:

@@ -10,11 +10,22 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train_gpt import START_TOKEN, Batch, Config, Layer, Log, Runtime, Stage
+from train_gpt import (
+    GPT,
+    START_TOKEN,
+    TINY_LAYERS,
+    Batch,
+    Config,
+    Log,
+    Runtime,
+    Stage,
+    keep_freed_memory,
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    keep_freed_memory()  # a good deal faster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def cpu_runtime(rank: int = 0, world_size: int = 1) -> Runtime:
-    """A process that computes on the CPU and logs nothing; no process group is needed to make it."""
+    """A process that computes on the CPU and logs nothing; it needs no process group."""
     return Runtime(rank, world_size, torch.device("cpu"), Log(None))
 
 
@@ -35,27 +46,54 @@ def runtime() -> Runtime:
 
 
 def tiny_config(**changes: object) -> Config:
-    """Three layers, two value tables, both windows, rows of 64 tokens."""
+    """The tiny layer plan with four heads of 8 and rows of 64 tokens; every loss term is in use."""
     fields = {
         "val_tokens": 200,
         "min_mean_doc_len": 4,
-        "layers": (Layer("short", 0), Layer("long", None), Layer("short", 1)),
+        "layers": TINY_LAYERS,
         "model_dim": 32,
         "head_dim": 8,
         "mlp_dim": 64,
+        "gate_dim": 8,
+        "bigram_rows": 512,
+        "mix_window": 12,
         "dtype": "float32",
         "num_steps": 8,
-        "stages": (Stage(1.0, 256, 48, 8, 24, 1.0),),
+        "stages": (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 0.0, 0.25, 0.0, 0.25, 0.0),),
         "extension_steps": 2,
-        "extension": (Stage(1.0, 256, 64, 12, 32, 1.0),),
+        "extension": (Stage(1.0, 256, 64, 12, 32, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),),
         "final_window_long": 64,
         "rows_per_step": 4,
+        "prefix_file": str(ROOT / "data" / "gpt2_prefix_tokens.npy"),
         "momentum_warmup_steps": 4,
         "momentum_cooldown_steps": 2,
         "val_row_tokens": 64,
         "compile": "none",
     }
     return Config(**{**fields, **changes})
+
+
+# How far trained_like moves the slices of GPT.small from their starts; the others move by 0.2.
+SPREADS = {"w_1": 0.05, "b_1": 0.3, "w_2": 1.0, "b_2": 1.5, "scale": 0.03, "smear": 1.0}
+SPREADS |= {"smear_gate": 1.0, "skip": 0.5, "value_gate": 0.3}
+
+
+def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
+    """A model with every parameter random, so that no gate and no projection is zero; the padding
+    of the banks stays zero. Embedding and head are matrices of their own."""
+    model = GPT(config, runtime)
+    generator = torch.Generator().manual_seed(seed)
+    num_attention = sum(row.window != "none" for row in config.layers)
+    with torch.no_grad():
+        model.attention_bank[:num_attention].normal_(0, 0.2, generator=generator)
+        model.mlp_bank[: 2 * len(config.layers)].normal_(0, 0.1, generator=generator)
+        for table in (model.head, model.embed, model.value_embed, model.bigram):
+            table.normal_(0, 0.5, generator=generator)
+        for name, weights in model.unpack_small().items():
+            spread = SPREADS.get(name.split()[-1], 0.2)
+            weights += spread * torch.randn(weights.shape, generator=generator)
+    model.tied = False
+    return model
 
 
 def write_shard(path: Path, tokens: np.ndarray | list[int]) -> Path:
@@ -67,7 +105,8 @@ def write_shard(path: Path, tokens: np.ndarray | list[int]) -> Path:
 
 
 def random_documents(seed: int, lengths: list[int], num_ids: int = START_TOKEN) -> np.ndarray:
-    """Documents of these lengths behind one another: the start token, then random ids below num_ids."""
+    """Documents of these lengths behind one another: the start token, then random ids below
+    num_ids."""
     tokens = np.random.default_rng(seed).integers(0, num_ids, sum(lengths))
     tokens[np.cumsum([0, *lengths[:-1]])] = START_TOKEN
     return tokens

@@ -14,6 +14,7 @@ from conftest import ROOT, cpu_runtime, tiny_config
 from train_gpt import (
     GPT,
     PRESETS,
+    TINY_LAYERS,
     Config,
     Layer,
     Optimizer,
@@ -27,6 +28,7 @@ from train_gpt import (
 )
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
+LAST = Layer("long", False, 0, False, True, 1, 3)
 
 
 def other_value(name: str) -> object:
@@ -35,9 +37,9 @@ def other_value(name: str) -> object:
     if kind is bool:
         return not PRESETS["speedrun"].repeat_data
     if kind == tuple[Layer, ...]:
-        return (Layer("long", None), Layer("short", 0), Layer("short", 0))
+        return (LAST, dataclasses.replace(LAST, window="none", skip_from=None, xsa=True))
     if kind == tuple[Stage, ...]:
-        return (Stage(1 / 3, 64, 5, 6, 7, 0.1), Stage(2 / 3, 128, 8, 9, 10, 1e-3))
+        return (Stage(1 / 3, 64, *range(3, 13)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 6)))
     return {int: 12_345, float: 0.1 + 0.2, str: "some where/*, a:b = 50%.bin"}[kind]
 
 
@@ -71,12 +73,32 @@ def test_default_preset_follows_the_device(monkeypatch):
 
 
 def test_tables_parse():
-    config = parse_args(
-        ["--stages", "1/3:96:10:8:9:0.5, 2/3:192:20:16:18:1e-1", "--layers", "short:none,long:0"]
+    arguments = ["--stages", "1/3:96:10:8:9:0.5:1:2:3:4:5:6, 2/3:192:20:16:18:1e-1:1/2:0:0:0:0:0"]
+    arguments += ["--layers", "short:true:none:false:TRUE:none:2,long:False:0:true:false:11:none"]
+    config = parse_args(arguments)
+    assert config.stages == (
+        Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
+        Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0),
     )
-    assert config.stages == (Stage(1 / 3, 96, 10, 8, 9, 0.5), Stage(2 / 3, 192, 20, 16, 18, 0.1))
-    assert config.layers == (Layer("short", None), Layer("long", 0))
+    assert config.layers == (
+        Layer("short", True, None, False, True, None, 2),
+        Layer("long", False, 0, True, False, 11, None),
+    )
     assert type(config.stages[0].tokens_per_step) is int
+    assert type(config.stages[0].second_start) is float
+    assert type(config.layers[0].paired) is bool
+    assert type(config.layers[0].attend_from) is int
+
+
+def test_field_names_are_those_of_the_tables():
+    """Positions count on the command line, so their order is part of the interface."""
+    sizes = ["share", "tokens_per_step", "max_seq_len", "window_short", "window_long", "lr"]
+    weights = ["second_start", "second_end", "third_start", "third_end"]
+    names = [field.name for field in dataclasses.fields(Stage)]
+    assert names == [*sizes, *weights, "prefix_start", "prefix_end"]
+    flags = ["paired", "value_table", "xsa", "head_gate"]
+    names = [field.name for field in dataclasses.fields(Layer)]
+    assert names == ["window", *flags, "skip_from", "attend_from"]
 
 
 def test_scalars_parse():
@@ -123,12 +145,15 @@ def test_help_shows_every_fields_comment(capsys):
         ("--muon_lr inf", "--muon_lr"),
         ("--repeat_data yes", "--repeat_data"),
         ("--layers short", "--layers"),
-        ("--layers short:x", "--layers"),
-        ("--layers short:0:1", "--layers"),
-        ("--stages 1:2:3", "--stages"),
-        ("--stages 1:2:3:4:5:x", "--stages"),
-        ("--stages 1:2.5:3:4:5:6", "--stages"),
-        ("--extension 1:16:16:16:16:1,", "--extension"),
+        ("--layers short:false:x:false:false:none:none", "--layers"),
+        ("--layers short:0:none:false:false:none:none", "--layers"),
+        ("--layers short:false:None:false:false:none:none", "--layers"),
+        ("--layers short:false:0:false:false:none", "--layers"),
+        ("--layers short:false:0:false:false:none:none:none", "--layers"),
+        ("--stages 1:2:3:4:5:6", "--stages"),
+        ("--stages 1:2:3:4:5:6:7:8:9:10:11:x", "--stages"),
+        ("--stages 1:2.5:3:4:5:6:7:8:9:10:11:12", "--stages"),
+        ("--extension 1:16:16:16:16:1:0:0:0:0:0:0,", "--extension"),
     ],
 )
 def test_what_cannot_be_read_ends_with_code_2_and_the_options_name(arguments, named, capsys):
@@ -158,11 +183,18 @@ def test_only_the_first_process_prints_the_message(capsys, monkeypatch):
 
 # Values that do not fit together -----------------------------------------------------------------
 
-STAGE = Stage(1.0, 256, 48, 8, 24, 1.0)
+STAGE = tiny_config().stages[0]
 
 
 def stage(**changes: object) -> tuple[Stage, ...]:
     return (dataclasses.replace(STAGE, **changes),)
+
+
+def layers(index: int, **changes: object) -> tuple[Layer, ...]:
+    """The tiny layer plan with one row changed."""
+    rows = list(TINY_LAYERS)
+    rows[index] = dataclasses.replace(rows[index], **changes)
+    return tuple(rows)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +215,26 @@ def stage(**changes: object) -> tuple[Stage, ...]:
         ({"head_dim": 4}, "--head_dim 4.*multiple of 8"),
         ({"head_dim": 32}, "--model_dim 32 holds 1 heads"),
         ({"layers": ()}, "--layers has no row"),
-        ({"layers": (Layer("middle", None),)}, "--layers: window 'middle'"),
-        ({"layers": (Layer("short", 1),)}, r"--layers: value tables \[1\]"),
-        ({"layers": (Layer("short", -1),)}, r"--layers: value tables \[-1\]"),
-        ({"vocab_size": 50_256}, "--vocab_size 50256.*at least 50257"),
+        ({"layers": layers(3, window="middle")}, "--layers: window 'middle'"),
+        ({"layers": layers(4, value_table=2)}, r"--layers: value tables \[0, 2\]"),
+        ({"layers": layers(0, value_table=-1)}, r"--layers: value tables \[-1, 1\]"),
+        ({"layers": layers(2, skip_from=2)}, "--layers: skip_from of layer 2 is no earlier"),
+        ({"layers": layers(2, skip_from=-1)}, "--layers: skip_from of layer 2 is no earlier"),
+        ({"layers": layers(2, skip_from=None)}, "--layers: skip_from names 0 layers"),
+        ({"layers": layers(3, skip_from=0)}, "--layers: (skip_from names 2|.*layer 3)"),
+        ({"layers": layers(4, attend_from=4)}, "--layers: attend_from of layer 4 is no earlier"),
+        ({"layers": layers(3, attend_from=1)}, "--layers: attend_from names 2 layers"),
+        ({"layers": layers(2, paired=True)}, "--layers: layer 2 has no attention"),
+        ({"layers": layers(2, xsa=True)}, "--layers: layer 2 has no attention"),
+        ({"layers": layers(2, head_gate=True)}, "--layers: layer 2 has no attention"),
+        ({"layers": layers(2, value_table=1)}, "--layers: layer 2 has no attention"),
+        ({"layers": layers(0, xsa=True)}, "--layers: layer 0 is paired and gated"),
+        ({"layers": layers(0, head_gate=True)}, "--layers: layer 0 is paired and gated"),
+        ({"layers": layers(4, window="short")}, "--layers: the last one must be long"),
+        ({"layers": layers(4, head_gate=False)}, "--layers: the last one must be long"),
+        ({"layers": layers(4, xsa=True)}, "--layers: the last one must be long"),
+        ({"layers": layers(4, value_table=None)}, "--layers: the last one must be long"),
+        ({"vocab_size": 50_256}, "--vocab_size 50256 .*start token 50256"),
         ({"dtype": "float16"}, "--dtype 'float16' is not one of bfloat16, float32"),
         ({"compile": "all"}, "--compile 'all' is not one of block, full, none"),
         ({"num_steps": 0}, "--num_steps 0 must be positive"),
@@ -214,6 +262,9 @@ def test_check_config_names_the_option(changes, message):
         ({"head_dim": 0}, "--head_dim"),
         ({"model_dim": 0}, "--model_dim"),
         ({"mlp_dim": 0}, "--mlp_dim"),
+        ({"gate_dim": 0}, "--gate_dim"),
+        ({"bigram_rows": 0}, "--bigram_rows"),
+        ({"mix_window": 0}, "--mix_window"),
         ({"lr_decay_start": 1.0}, "--lr_decay_start"),
         ({"stages": stage(tokens_per_step=0)}, "--stages"),
         ({"stages": stage(share=1.5) + stage(share=-0.5)}, "--stages"),
@@ -238,11 +289,19 @@ def test_world_size_must_divide_the_rows():
 
 
 def test_world_size_must_divide_the_tables():
-    """50304 rows of the embedding go round 1, 2, 3, 4, 6, 8 processes, not 5."""
-    Optimizer(GPT(tiny_config(), cpu_runtime(5, 6)), tiny_config(), cpu_runtime(5, 6))
-    runtime = cpu_runtime(0, 5)
-    with pytest.raises(UserError, match="embed has .* rows, which 5 processes cannot share"):
+    """50304 rows of the head and 512 of the bigram go round 1, 2, 4 and 8 processes, not 3 or
+    5."""
+    for world_size in (2, 4, 8):
+        runtime = cpu_runtime(world_size - 1, world_size)
         Optimizer(GPT(tiny_config(), runtime), tiny_config(), runtime)
+    for world_size, name in (3, "bigram"), (5, "bigram"):
+        runtime = cpu_runtime(0, world_size)
+        message = f"{name} has 512 rows, which {world_size} processes cannot share"
+        with pytest.raises(UserError, match=message):
+            Optimizer(GPT(tiny_config(), runtime), tiny_config(), runtime)
+    runtime, config = cpu_runtime(0, 5), tiny_config(bigram_rows=500)
+    with pytest.raises(UserError, match="value_embed has .* rows, which 5 processes cannot"):
+        Optimizer(GPT(config, runtime), config, runtime)
 
 
 def test_log_folder_that_cannot_be_written_is_named(tmp_path):

@@ -29,7 +29,7 @@ Row = tuple[list[int], list[int]]  # its T + 1 tokens, and where documents start
 
 
 def reference_rows(tokens: list[int], shapes: list[tuple[int, int]]) -> Iterator[Row]:
-    """Every row of the stream: whole documents cut at max_seq_len, the last one by the row's end."""
+    """Every row of the stream: documents cut at max_seq_len, the last one by the row's end."""
     documents: list[list[int]] = []
     for token in tokens:
         if token == START_TOKEN:
@@ -116,7 +116,7 @@ def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders
 
 
 def test_documents_across_shard_borders_are_whole(tmp_path):
-    """Borders in the middle of documents, right before and right after a start token; three shards."""
+    """Borders within documents, right before and right after a start token; three shards."""
     lengths = [20, 31, 17, 40, 25, 30, 22, 19]
     tokens = random_documents(2, lengths, num_ids=1000)
     edges = np.cumsum([0, *lengths])
@@ -193,7 +193,7 @@ def test_too_many_documents_in_a_row():
     tokens = np.arange(65, dtype=np.uint16)
     batch = make_batch(tokens, np.arange(9), 64, min_mean_doc_len=8, pin=False)
     assert starts_of(batch) == list(range(9))
-    with pytest.raises(UserError, match="10 documents.*lower --min_mean_doc_len from 8"):
+    with pytest.raises(UserError, match="10 documents.*set --min_mean_doc_len below 8"):
         make_batch(tokens, np.arange(10), 64, min_mean_doc_len=8, pin=False)
     # a start token that is only the last target starts no document of the row
     batch = make_batch(tokens, np.array([0, 64]), 64, min_mean_doc_len=8, pin=False)
@@ -225,7 +225,7 @@ def test_validation_scores_every_target_once(tmp_path, world_size, num_targets):
         assert (batch.targets[:scored] >= 0).all()
         inputs += batch.tokens[:scored].tolist()
         targets += batch.targets[:scored].tolist()
-        # masked apart: every scored position has the documents of the stream, cut by the row's start
+        # masked apart: documents are those of the stream, cut by the row's start
         own = batch.tokens[:scored].tolist()
         expected = sorted({0, *[i for i in range(scored) if own[i] == START_TOKEN]})
         assert [start for start in starts_of(batch) if start < scored] == expected

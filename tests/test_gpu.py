@@ -71,25 +71,48 @@ def test_full_graph_compilation_takes_the_backend(backend):
         assert relative_error(value, reference) < 1e-2
 
 
+def loss_and_gradients(compile: str) -> list[torch.Tensor]:
+    """Of the whole model on one row of 1024 tokens, every weight moved away from its start."""
+    stage = train_gpt.Stage(1.0, 8192, 512, 128, 256, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25)
+    config = train_gpt.Config(
+        compile=compile, stages=(stage,), extension=(stage,), val_row_tokens=1024, bigram_rows=4096
+    )
+    runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None))
+    model = train_gpt.GPT(config, runtime)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for param in model.parameters():
+        noise = torch.randn(param.shape, generator=generator, device="cuda")
+        param.data.add_(0.02 * noise)
+    tokens = torch.randint(0, 50256, (1025,), generator=generator, device="cuda").int()
+    cu_seqlens = torch.tensor([0, 300, 301, 800] + 60 * [1024], dtype=torch.int32, device="cuda")
+    batch = train_gpt.Batch(tokens[:-1], tokens[1:].long(), cu_seqlens, 512)
+    prefixes = torch.arange(config.padded_vocab_size, device="cuda") - 1
+    weights = torch.tensor([1.0, 0.5, 0.25, 0.25], device="cuda")
+    loss, next_token_loss = model(batch, train_gpt.Windows(128, 256), weights, prefixes)
+    loss.backward()
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    gradients = [grad.to_dense() if grad.is_sparse else grad for grad in gradients]
+    return [loss.detach(), next_token_loss, *gradients]
+
+
 @pytest.mark.parametrize("compile", ["block", "full"])
 def test_compiled_model_matches_eager(compile):
-    """Loss and gradients of a small bf16 model, compiled per block and whole, against eager."""
-    layers = (train_gpt.Layer("short", 0), train_gpt.Layer("long", None))
-    stage = train_gpt.Stage(1.0, 8192, 512, 128, 256, 1.0)
-    common = {"layers": layers, "stages": (stage,), "extension": (stage,), "val_row_tokens": 1024}
-    runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None))
-    tokens = torch.randint(0, 50256, (1025,), device="cuda", dtype=torch.int32)
-    cu_seqlens = packed_documents(1024, 512, 64)
-    batch = train_gpt.Batch(tokens[:-1], tokens[1:].long(), cu_seqlens, 512)
-    results = []
-    for mode in ("none", compile):
-        model = train_gpt.GPT(train_gpt.Config(compile=mode, **common), runtime)
-        with torch.no_grad():
-            model.attention_bank.normal_(0, 0.02, generator=torch.Generator("cuda").manual_seed(1))
-            model.mlp_bank.normal_(0, 0.02, generator=torch.Generator("cuda").manual_seed(2))
-        forward = torch.compile(model, fullgraph=True) if mode == "full" else model
-        loss = forward(batch, 128, 256)
-        loss.backward()
-        results.append([loss.detach()] + [param.grad for param in model.parameters()])
-    for reference, value in zip(*results):
-        assert relative_error(value, reference) < 2e-2
+    """Losses and gradients of the bf16 model, compiled both ways, against eager."""
+    for reference, value in zip(loss_and_gradients("none"), loss_and_gradients(compile)):
+        assert torch.isfinite(value).all()
+        assert relative_error(value, reference) < 4e-2
+
+
+def test_update_keeps_the_low_mantissa_bits():
+    """A hundred compiled updates of bf16 weights with their low bits are those of fp32 weights."""
+    update = train_gpt.compiler(True)(train_gpt.apply_update_)
+    exact = torch.randn(64, 768, device="cuda")
+    high, low = torch.empty(64, 768, device="cuda", dtype=torch.bfloat16), None
+    low = torch.empty(64, 768, device="cuda", dtype=torch.int16)
+    train_gpt.split_mantissa_(high, low, exact)
+    for _ in range(100):
+        direction = torch.randn(64, 768, device="cuda")
+        numbers = torch.tensor(1e-3), torch.tensor(1e-4)
+        update(high, low, direction, *numbers)
+        update(exact, None, direction, *numbers)
+    assert torch.equal(train_gpt.join_mantissa(high, low), exact)

@@ -1,180 +1,229 @@
-"""Room 4: the model against a float64 transcription, what each position can see, and its weights."""
+"""Room 4: the model against a float64 transcription, what a position sees, and the first
+weights."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import cpu_runtime, random_batch, tiny_config
+from conftest import cpu_runtime, random_batch, tiny_config, trained_like
 from torch import Tensor
+from transcription import bigram_rows, target_losses, transcribed_hidden
 
-from train_gpt import GPT, IGNORED_TARGET, Batch, Config, Layer, Runtime
+from train_gpt import (
+    GPT,
+    IGNORED_TARGET,
+    SPEEDRUN_LAYERS,
+    TINY_LAYERS,
+    Batch,
+    Config,
+    Windows,
+)
 
-
-def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
-    """A model whose projections and gates are not zero, as if it had been trained."""
-    model = GPT(config, runtime)
-    generator = torch.Generator().manual_seed(seed)
-    num_layers, dim = len(config.layers), config.model_dim
-    with torch.no_grad():
-        model.attention_bank[:num_layers, 3 * dim :].normal_(0, 0.2, generator=generator)
-        model.mlp_bank[num_layers : 2 * num_layers].normal_(0, 0.2, generator=generator)
-        model.value_gate.normal_(0, 1, generator=generator)
-        for table in (model.embed, model.value_embed):
-            table.normal_(0, 0.5, generator=generator)
-    return model
+WINDOWS = Windows(8, 24)
 
 
-def changed(model: GPT, batch: Batch, position: int, windows: tuple[int, int]) -> set[int]:
+def changed(model: GPT, batch: Batch, position: int, windows: Windows) -> set[int]:
     """The positions whose hidden state depends on the token at `position`."""
     tokens = batch.tokens.clone()
     tokens[position] = (tokens[position] + 1) % 50_000
     with torch.no_grad():
-        before = model.hidden(batch, *windows)
-        after = model.hidden(batch._replace(tokens=tokens), *windows)
+        before = model.hidden(batch, windows)
+        after = model.hidden(batch._replace(tokens=tokens), windows)
     return set((before != after).any(dim=1).nonzero().flatten().tolist())
 
 
 # Against a transcription -------------------------------------------------------------------------
 
-
-def rms(x: Tensor) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-
-
-def reference_hidden(model: GPT, batch: Batch, windows: dict[str, int]) -> Tensor:
-    """The forward pass layer by layer and head by head in float64, with dense masks."""
-    config = model.config
-    dim, head_dim, num_layers = config.model_dim, config.head_dim, len(config.layers)
-    vocab = config.padded_vocab_size
-    tokens, num_tokens = batch.tokens.long(), len(batch.tokens)
-    position = torch.arange(num_tokens)
-    document = torch.zeros(num_tokens, dtype=torch.long)
-    for start in batch.cu_seqlens.tolist()[1:]:
-        document[start:] += 1
-    distance = position[:, None] - position[None, :]
-    frequencies = 1024.0 ** -torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
-    angles = position[:, None].double() * frequencies
-    turn = torch.polar(torch.ones_like(angles), angles)
-
-    def rotate(heads: Tensor) -> Tensor:
-        half = head_dim // 2
-        turned = torch.view_as_complex(heads[:, :half].reshape(num_tokens, -1, 2)) * turn
-        return torch.cat([torch.view_as_real(turned).reshape(num_tokens, half), heads[:, half:]], 1)
-
-    x = rms(model.embed.double()[tokens])
-    for i, layer in enumerate(config.layers):
-        weights = model.attention_bank[i].double()
-        w_q, w_k, w_v, w_o = weights.split(dim)
-        n = rms(x)
-        visible = (distance >= 0) & (distance <= windows[layer.window])
-        visible &= document[:, None] == document[None, :]
-        heads = []
-        for h in range(dim // head_dim):
-            rows = slice(h * head_dim, (h + 1) * head_dim)
-            q, k, v = rotate(rms(n @ w_q[rows].T)), rotate(rms(n @ w_k[rows].T)), n @ w_v[rows].T
-            if layer.value_table is not None:
-                table = layer.value_table
-                value = model.value_embed.double()[table * vocab + tokens]
-                features = torch.cat([n[:, :6], value[:, :6]], 1)
-                gate = 2 * torch.sigmoid(features @ model.value_gate[table, h].double())
-                v = v + gate[:, None] * value[:, rows]
-            scores = (q @ k.T * config.attention_scale).masked_fill(~visible, -math.inf)
-            heads.append(scores.softmax(dim=1) @ v)
-        x = x + torch.cat(heads, 1) @ w_o.T
-        w_1, w_2 = model.mlp_bank[i].double(), model.mlp_bank[num_layers + i].double()
-        x = x + torch.relu(rms(x) @ w_1.T) ** 2 @ w_2
-    return x
+SHRUNK_SPEEDRUN = {"layers": SPEEDRUN_LAYERS, "model_dim": 48}  # six heads
+DOCUMENTS = [[64], [1, 20, 2, 41]]
 
 
-@pytest.mark.parametrize("lengths", [[64], [1, 20, 2, 41]])
-def test_hidden_is_the_written_down_forward_pass(runtime, lengths):
-    config = tiny_config(attention_scale=0.7)  # peaked enough that keys matter
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lengths", DOCUMENTS)
+@pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
+def test_hidden_is_the_written_down_forward_pass(runtime, changes, lengths, tied):
+    """With every parameter random, and scores peaked enough that keys matter."""
+    config = tiny_config(attention_scale=0.7, **changes)
     model = trained_like(config, runtime)
+    model.tied = tied
     batch = random_batch(1, lengths)
+    for windows in (WINDOWS, Windows(12, 64)):  # the first and the last long window
+        with torch.no_grad():
+            value = model.hidden(batch, windows)
+            expected = transcribed_hidden(model, batch, *windows)
+        assert value.dtype == torch.float32
+        assert expected.std() > 1
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=2e-4)
+
+
+def test_hidden_over_several_blocks_of_queries(runtime):
+    """A row longer than the blocks of attention (256) and head mixing (128), not a multiple."""
+    config = tiny_config(attention_scale=0.7, mix_window=40, val_row_tokens=336)
+    model = trained_like(config, runtime, seed=1)
+    batch = random_batch(2, [150, 1, 185])
+    windows = Windows(12, 64)
     with torch.no_grad():
-        value = model.hidden(batch, 8, 24)
-        expected = reference_hidden(model, batch, {"short": 8, "long": 24})
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-4)
+        value = model.hidden(batch, windows)
+        expected = transcribed_hidden(model, batch, *windows)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=2e-4)
 
 
-def reference_losses(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every target, nats, in float64."""
-    logits = 23 / (1 + torch.exp(-(rms(hidden.double()) @ model.embed.double().T + 5) / 7.5))
-    return logits.exp().sum(dim=1).log() - logits[torch.arange(len(targets)), targets]
+def test_hidden_in_bfloat16_is_near(runtime):
+    """The dtype of the weights goes through, and no step rounds more than bf16 must."""
+    config = tiny_config(dtype="bfloat16", attention_scale=0.3)
+    model = trained_like(config, runtime)
+    batch = random_batch(1, [1, 20, 2, 41])
+    with torch.no_grad():
+        value = model.hidden(batch, WINDOWS)
+        expected = transcribed_hidden(model, batch, *WINDOWS)
+    assert value.dtype == torch.bfloat16
+    error = (value.double() - expected).norm() / expected.norm()
+    assert error < 0.04
 
 
 def test_forward_is_the_sum_of_cross_entropies(runtime):
     model = trained_like(tiny_config(), runtime)
     batch = random_batch(2, [30, 34])
     with torch.no_grad():
-        loss = model(batch, 8, 24)
-        expected = reference_losses(model, model.hidden(batch, 8, 24), batch.targets)
+        loss = model(batch, WINDOWS)
+        hidden = transcribed_hidden(model, batch, *WINDOWS)
+    expected = torch.tensor(target_losses(model, hidden, batch.targets.tolist()))
     assert loss.dtype == torch.float32
     assert loss.shape == ()
     assert expected.std() > 0.1  # the targets differ, so a wrong one would show
-    torch.testing.assert_close(loss.double(), expected.sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, expected.sum(), rtol=1e-5, atol=0)
 
 
 def test_ignored_targets_count_nothing(runtime):
     model = trained_like(tiny_config(), runtime)
     batch = random_batch(3, [64])
-    targets = batch.targets.clone()
-    ignored = torch.arange(64) % 3 == 1
-    targets[ignored] = IGNORED_TARGET
+    targets = torch.where(torch.arange(64) % 3 == 1, IGNORED_TARGET, batch.targets)
     with torch.no_grad():
-        losses = reference_losses(model, model.hidden(batch, 8, 24), batch.targets)
-        loss = model(batch._replace(targets=targets), 8, 24)
-        none = model(batch._replace(targets=torch.full_like(targets, IGNORED_TARGET)), 8, 24)
-    torch.testing.assert_close(loss.double(), losses[~ignored].sum(), rtol=1e-5, atol=0)
+        hidden = model.hidden(batch, WINDOWS)
+        loss = model(batch._replace(targets=targets), WINDOWS)
+        none = model(batch._replace(targets=torch.full_like(targets, IGNORED_TARGET)), WINDOWS)
+    expected = sum(target_losses(model, hidden, targets.tolist()))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert none.item() == 0
 
 
 def test_gradient_reaches_every_weight_in_use(runtime):
-    """And none of a bank's padding, nor value table rows of tokens that do not occur."""
+    """And none of a bank's padding, nor rows of tokens and bigrams that do not occur."""
     config = tiny_config()
     model = trained_like(config, runtime)
     batch = random_batch(4, [64], num_ids=500)
-    model(batch, 8, 24).backward()
-    num_layers = len(config.layers)
-    for bank, used in (model.attention_bank, num_layers), (model.mlp_bank, 2 * num_layers):
+    model(batch, WINDOWS).backward()
+    used_of_bank = (model.attention_bank, 4), (model.mlp_bank, 10)  # layer 2 has no attention
+    for bank, used in used_of_bank:
         norms = bank.grad.flatten(1).norm(dim=1)
         assert (norms[:used] > 0).all()
         assert (norms[used:] == 0).all()
-    assert (model.value_gate.grad.flatten(1).norm(dim=1) > 0).all()
-    touched = model.value_embed.grad.view(2, -1, config.model_dim).norm(dim=2) > 0
-    for table in touched:
-        assert set(table.nonzero().flatten().tolist()) == set(batch.tokens.tolist())
+    tokens = set(batch.tokens.tolist())
+    for table in model.value_embed.grad.view(2, -1, config.model_dim):
+        assert set(table.norm(dim=1).nonzero().flatten().tolist()) == tokens
+    assert set(model.embed.grad.norm(dim=1).nonzero().flatten().tolist()) == tokens
+    assert (model.head.grad[: config.vocab_size].norm(dim=1) > 0).all()
+    rows, _ = bigram_rows(batch.tokens.tolist(), config.bigram_rows)
+    touched = model.bigram.grad.to_dense().norm(dim=1).nonzero().flatten().tolist()
+    assert set(touched) == set(rows)
+
+    gradients = model.small.grad.split([math.prod(r.shape) for r in model.small_layout.values()])
+    idle = {"residual": 2, "project": 2, "attention_in": 2, "attention_out": 2}  # no attention
+    idle = {name: {layer} for name, layer in idle.items()}
+    for name in ("residual", "project", "mlp_residual", "mlp_project"):
+        idle[name] = idle.get(name, set()) | {4}  # the last layer has dynamic ones
+    for name, gradient in zip(model.small_layout, gradients, strict=True):
+        still = (gradient == 0).nonzero().flatten().tolist()
+        if name == "value_gate":  # the last layer's table has a dynamic gate
+            still = [index for index in still if index < config.num_heads * 12]
+        assert set(still) == idle.get(name, set()), name
 
 
 # What a position sees ----------------------------------------------------------------------------
 
+LENGTHS, STARTS = [10, 24, 1, 29], [0, 10, 34, 35, 64]
 
-def test_causal_within_documents(runtime):
-    """A token changes hidden states from its own position to the end of its document, no others."""
+
+def without_key_offset(model: GPT) -> GPT:
+    """The unturned halves of the keys of long layers are zero, so that taking them from the
+    previous position changes nothing."""
+    config, bank_row = model.config, 0
+    with torch.no_grad():
+        for row in config.layers:
+            keys = model.attention_bank[bank_row, config.model_dim : 2 * config.model_dim]
+            if row.window == "long":
+                keys.view(config.num_heads, 2, config.head_dim // 2, -1)[:, 1] = 0
+            bank_row += row.window != "none"
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
+def test_nothing_is_seen_before_it_comes(runtime, changes):
+    """Every technique on: a token changes its own hidden state and none before."""
+    model = trained_like(tiny_config(**changes), runtime)
+    batch = random_batch(5, LENGTHS)
+    for position in range(0, 64, 3):
+        assert min(changed(model, batch, position, WINDOWS)) == position
+
+
+def test_documents_see_the_last_token_before_them_and_nothing_else(runtime):
+    """Smear and bigram look one token back, also from a document's first token; attention does not
+    leave the document. So a document's last token reaches the next document, from its first
+    position on, and no other token reaches any other document."""
+    model = without_key_offset(trained_like(tiny_config(), runtime))
+    batch = random_batch(5, LENGTHS)
+    for document, (begin, end) in enumerate(itertools.pairwise(STARTS)):
+        for position in {begin, (begin + end) // 2, end - 2, end - 1} & set(range(begin, end)):
+            # five layers reach from one end of a document to the other
+            expected = set(range(position, end))
+            if position == end - 1 and document < 3:
+                expected |= set(range(end, STARTS[document + 2]))
+            assert changed(model, batch, position, Windows(8, 24)) == expected, position
+
+
+def test_key_offset_lets_the_state_before_a_document_in_behind_its_first_position(runtime):
+    """A document's first key has the unturned half of the previous position's, which knows all of
+    its own document. The first query sees only that key, so its output stays; later ones change.
+    A document of one token passes nothing on."""
     model = trained_like(tiny_config(), runtime)
-    batch = random_batch(5, [10, 24, 1, 29])
-    for position, end in ((0, 10), (9, 10), (10, 34), (20, 34), (34, 35), (35, 64), (63, 64)):
-        seen = changed(model, batch, position, (8, 64))
-        assert position in seen
-        assert seen <= set(range(position, end))
-        assert max(seen) == end - 1  # three layers of windows of 8 and more reach that far
+    batch = random_batch(5, LENGTHS)
+    assert changed(model, batch, 3, WINDOWS) == set(range(3, 34)) - {10}
+    assert changed(model, batch, 9, WINDOWS) == set(range(9, 34))
+    assert changed(model, batch, 12, WINDOWS) == set(range(12, 34))
+    assert changed(model, batch, 33, WINDOWS) == set(range(33, 64)) - {35}
+    assert changed(model, batch, 34, WINDOWS) == set(range(34, 64))
 
 
-@pytest.mark.parametrize("window", ["short", "long"])
-def test_window_reach(runtime, window):
-    """One layer: position t depends on t - window and not on the token before that; over the 256
-    positions that plain attention takes at a time, too."""
+@pytest.mark.parametrize(
+    ("layer", "windows", "mix_window", "reach"),
+    [
+        (0, Windows(8, 270), 12, 4),  # paired heads: half of it
+        (0, Windows(9, 270), 12, 5),
+        (3, Windows(5, 270), 12, 5),
+        (1, Windows(5, 270), 12, 271),  # the key offset adds one
+        (4, Windows(5, 270), 12, 271),
+        (4, Windows(5, 3), 12, 13),  # the head mixing of the last layer
+        (4, Windows(5, 3), 130, 131),
+    ],
+)
+def test_window_reach(runtime, layer, windows, mix_window, reach):
+    """One layer alone: position t depends on t - reach and not on the token before that; over the
+    256 positions that plain attention takes at a time, too."""
     config = tiny_config(
-        layers=(Layer(window, 0),), stages=tiny_config().stages, val_row_tokens=320
+        final_window_long=windows.long, mix_window=mix_window, val_row_tokens=320, bigram_rows=2
     )
     model = trained_like(config, runtime)
+    with torch.no_grad():
+        entry = (0, 1, 3, 4).index(layer)  # of the bank; layer 2 has no attention
+        own = model.attention_bank[entry].clone()
+        model.attention_bank[:, 3 * 32 :] = 0
+        model.attention_bank[entry] = own
+        model.bigram.zero_()
+        model.unpack_small()["smear"].zero_()
     batch = random_batch(6, [320])
-    windows = (5, 270) if window == "short" else (3, 270)
-    reach = windows[0] if window == "short" else windows[1]
-    for position in (0, 17, 300) if window == "short" else (0, 17, 49, 300):
+    for position in (0, 17, 49, 300):
         expected = set(range(position, min(320, position + reach + 1)))
         assert changed(model, batch, position, windows) == expected
 
@@ -182,36 +231,58 @@ def test_window_reach(runtime, window):
 # Weights -----------------------------------------------------------------------------------------
 
 
-def test_blocks_of_an_untrained_network_do_nothing(runtime):
-    model = GPT(tiny_config(), runtime)
+def test_untrained_network_does_what_its_starts_say(runtime):
+    """Residual factors 1.1 a layer, half of the skip, bigram and MLPs nothing."""
+    config = tiny_config()
+    model = GPT(config, runtime)
     batch = random_batch(7, [40, 24])
     with torch.no_grad():
-        expected = F.rms_norm(model.embed[batch.tokens.long()], (32,))
-        assert torch.equal(model.hidden(batch, 8, 24), expected)
-    # ... only because the projections back are zero
-    assert (model.attention_bank[:3, : 3 * 32].flatten(1).std(dim=1) > 0).all()
-    assert (model.mlp_bank[:3].flatten(1).std(dim=1) > 0).all()
-    assert torch.count_nonzero(model.attention_bank[:3, 3 * 32 :]) == 0
-    assert torch.count_nonzero(model.mlp_bank[3:6]) == 0
+        value = model.hidden(batch, WINDOWS)
+        expected = transcribed_hidden(model, batch, *WINDOWS)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-4)
+        # without the attention of the layers: layer 2 has one factor of sqrt(1.1), others two
+        model.attention_bank[:, 3 * 32 :] = 0
+        model.head *= 1000  # the norms' epsilon no longer shows
+        x0 = model.head[batch.tokens.long()]
+        x0 = x0 / x0.square().mean(dim=1, keepdim=True).sqrt()
+        skip = 0.5 / (1 + math.exp(1.5)) * 1.1**2
+        behind_2 = (1.1**2 + skip) * math.sqrt(1.1)
+        behind_3 = 1.1 * behind_2
+        end = 1.1 * behind_3 - 0.5 * behind_3
+        torch.testing.assert_close(model.hidden(batch, WINDOWS), end * x0, rtol=1e-5, atol=1e-5)
 
 
 def test_sizes_of_the_first_weights(runtime):
-    """Uniform with std 0.5/sqrt(dim) into the blocks; the tables as documented."""
-    config = tiny_config(model_dim=64, head_dim=8)
+    """Uniform with std 0.5/sqrt(dim) into and out of attention, into the MLPs and the gate MLPs;
+    the tables as documented; zero for W_2 and bigram."""
+    config = tiny_config(model_dim=64, head_dim=8, gate_dim=128)
     model = GPT(config, runtime)
     std = 0.5 / math.sqrt(64)
-    for weights in (*model.attention_bank[:3, : 3 * 64], *model.mlp_bank[:3]):
+    small = model.unpack_small()
+    w_1s = [small[f"{name} w_1"] for name in ("early", "late", "last", "output")]
+    for weights in (*model.attention_bank[:4].chunk(4, dim=1), model.mlp_bank[:5], *w_1s):
         assert weights.abs().max() <= std * math.sqrt(3)
-    for weights in (model.attention_bank[:3, : 3 * 64], model.mlp_bank[:3]):
         assert weights.std().item() == pytest.approx(std, rel=0.03)
         assert abs(weights.mean().item()) < 0.03 * std
-    assert model.embed.std().item() == pytest.approx(0.005, rel=0.01)
+    assert torch.count_nonzero(model.mlp_bank[5:10]) == 0
+    assert torch.count_nonzero(model.bigram) == 0
+    assert model.bigram.shape == (512, 64)
+    assert model.head.shape == (50_304, 64)
+    assert model.head.std().item() == pytest.approx(0.005, rel=0.01)
+    assert torch.equal(model.embed, model.head)
+    assert model.value_embed.shape == (2 * 50_304, 64)
     assert model.value_embed.std().item() == pytest.approx(0.01, rel=0.01)
-    assert torch.count_nonzero(model.value_gate) == 0
+    signs = model.bigram_signs
+    assert signs.shape == (8192, 64)
+    assert torch.equal(signs.abs(), torch.ones(8192, 64))
+    assert abs(signs.mean().item()) < 0.01
+    assert (signs.mean(dim=0).abs() < 0.06).all()  # 5 standard deviations: signs of every column
+    assert (signs.mean(dim=1).abs() < 0.7).all()  # and row
 
 
 def weights_of(config: Config, world_size: int, rank: int = 0) -> dict[str, Tensor]:
-    return dict(GPT(config, cpu_runtime(rank, world_size)).named_parameters())
+    model = GPT(config, cpu_runtime(rank, world_size))
+    return {**dict(model.named_parameters()), "bigram_signs": model.bigram_signs}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -223,36 +294,36 @@ def test_same_seed_same_weights_on_any_number_of_ranks(dtype):
             weights = weights_of(config, world_size, rank)
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
     other = weights_of(dataclasses.replace(config, seed=config.seed + 1), 1)
-    for name in ("attention_bank", "mlp_bank", "embed", "value_embed"):
+    for name in ("attention_bank", "mlp_bank", "head", "value_embed", "small", "bigram_signs"):
         assert not torch.equal(other[name], expected[name])
 
 
-@pytest.mark.parametrize("num_layers", [1, 3, 5])
-def test_banks_divide_by_the_ranks_and_only_grow_by_zeros(num_layers):
-    config = tiny_config(layers=(Layer("short", 0),) * num_layers)
+@pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
+def test_banks_divide_by_the_ranks_and_only_grow_by_zeros(changes):
+    config = tiny_config(**changes)
     expected = weights_of(config, 1)
-    for world_size in (2, 3, 4, 8, 12, 16):
+    num_layers = len(config.layers)
+    for world_size in (2, 3, 12, 16):
         weights = weights_of(config, world_size)
-        for name in ("attention_bank", "mlp_bank"):
+        for name, used in ("attention_bank", num_layers - 1), ("mlp_bank", 2 * num_layers):
             bank, small = weights[name], expected[name]
-            used = num_layers * (2 if name == "mlp_bank" else 1)
             assert len(bank) % world_size == 0
             assert used <= len(bank)
             assert torch.equal(bank[:used], small[:used])
+            assert torch.count_nonzero(bank[:used]) > 0
             assert torch.count_nonzero(bank[used:]) == 0
-        for name in ("embed", "value_embed", "value_gate"):
+        for name in ("head", "embed", "value_embed", "bigram", "small", "bigram_signs"):
             assert torch.equal(weights[name], expected[name])
 
 
-def test_any_number_of_value_tables(runtime):
-    """None, and one that two layers share."""
+def test_value_table_that_two_layers_share(runtime):
+    rows = list(TINY_LAYERS)
+    rows[0] = dataclasses.replace(rows[0], value_table=0)
+    rows[3] = dataclasses.replace(rows[3], value_table=0)
+    model = trained_like(tiny_config(layers=tuple(rows)), runtime)
+    assert model.value_embed.shape == (2 * 50_304, 32)
     batch = random_batch(8, [64])
-    shared = (Layer("short", 0), Layer("long", 0))
-    for layers, tables in ((Layer("short", None),), 0), (shared, 1):
-        model = trained_like(tiny_config(layers=layers), runtime)
-        assert model.value_gate.shape == (tables, 4, 12)
-        assert model.value_embed.shape == (tables * 50_304, 32)
-        with torch.no_grad():
-            value = model.hidden(batch, 8, 24)
-            expected = reference_hidden(model, batch, {"short": 8, "long": 24})
-        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        value = model.hidden(batch, WINDOWS)
+        expected = transcribed_hidden(model, batch, *WINDOWS)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=2e-4)

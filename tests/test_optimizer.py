@@ -1,5 +1,6 @@
 """Room 5: every rule against a float64 transcription, and sharding against one process."""
 
+import math
 import multiprocessing
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import cpu_runtime, random_batch, tiny_config
+from conftest import cpu_runtime, random_batch, tiny_config, trained_like
 from torch import Tensor
 
 import train_gpt
@@ -19,12 +20,14 @@ from train_gpt import (
     Optimizer,
     ParamGroup,
     Schedule,
+    Windows,
     adam_update_,
     apply_update_,
     join_mantissa,
     normuon_direction,
     nothing_changes,
     polar_express,
+    read_prefixes,
     split_mantissa_,
 )
 
@@ -37,20 +40,17 @@ def gaussian(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def randomize(model: GPT, seed: int) -> None:
-    """Give every layer's weights random values; a bank's padding stays zero."""
-    num_layers = len(model.config.layers)
-    with torch.no_grad():
-        for index, (name, param) in enumerate(model.named_parameters()):
-            used = {"attention_bank": num_layers, "mlp_bank": 2 * num_layers}.get(name, len(param))
-            param[:used] = gaussian(param[:used].shape, seed + index, 0.1).to(param.dtype)
+def used_entries(name: str, config: Config) -> int:
+    """Entries of a bank that are no padding."""
+    attention_layers = sum(row.window != "none" for row in config.layers)
+    return {"attention_bank": attention_layers, "mlp_bank": 2 * len(config.layers)}[name]
 
 
 # Polar factor ------------------------------------------------------------------------------------
 
 
 def reference_polar(x: Tensor) -> Tensor:
-    """What five steps make of each singular value, applied between the SVD's factors, in float64."""
+    """What five steps make of each singular value, between the SVD's factors, in float64."""
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / (1.02 * s.square().sum(dim=-1, keepdim=True).sqrt())
     for a, b, c in POLAR_EXPRESS:
@@ -93,7 +93,7 @@ def test_polar_express_leaves_zero_matrices_zero():
 
 
 class ReferenceNorMuon:
-    """SPEC-like NorMuon for one matrix in float64: momentum, polar factor, evened rows, old norm."""
+    """NorMuon for one matrix in float64: momentum, polar factor, evened rows, old norm."""
 
     def __init__(self, rows: int, cols: int):
         self.momentum = torch.zeros(rows, cols, dtype=torch.float64)
@@ -205,17 +205,47 @@ def test_adam_update_over_steps():
 # Optimizer.step ----------------------------------------------------------------------------------
 
 
-def test_adam_groups_change_on_odd_steps_with_summed_gradients(runtime):
+# Betas, lr and decay multipliers of everything that Adam updates; of GPT.small by the slice's name.
+ADAM = {
+    "head": ((0.5, 0.95), 1, 150),
+    "embed": ((0.5, 0.95), 1, 150),
+    "value_embed": ((0.75, 0.95), 75, 5),
+    "bigram": ((0.75, 0.95), 75, 5),
+    "smear": ((0.9, 0.99), 0.01, 0),
+    "smear_gate": ((0.9, 0.99), 0.01, 0),
+    "attention_in": ((0.9, 0.99), 5, 0),
+    "attention_out": ((0.9, 0.99), 5, 0),
+    "skip": ((0.9, 0.99), 5, 0),
+    "residual": ((0.9, 0.95), 5, 0),
+    "mlp_residual": ((0.9, 0.95), 5, 0),
+    "project": ((0.9, 0.95), 1, 0),
+    "mlp_project": ((0.9, 0.95), 1, 0),
+    "value_gate": ((0.9, 0.99), 1, 1),
+}
+for mlp, multiplier in ("early", 0.1), ("late", 0.1), ("last", 0.25), ("output", 0.25):
+    for part in ("w_1", "w_2"):
+        ADAM[f"{mlp} {part}"] = ((0.9, 0.99), multiplier, 1)
+    for part in ("b_1", "b_2") + (("scale",) if multiplier == 0.1 else ()):
+        ADAM[f"{mlp} {part}"] = ((0.9, 0.99), multiplier, 0)
+
+
+def test_adam_changes_on_odd_steps_with_summed_gradients(runtime):
+    """Every table and every slice of GPT.small by a separate Adam with its own numbers."""
     config = tiny_config(adam_weight_decay=0.02)  # strong enough that a missing decay shows
-    model = GPT(config, runtime)
-    randomize(model, 5)
+    model = trained_like(config, runtime)
     optimizer = Optimizer(model, config, runtime)
-    groups = [group for group in PARAM_GROUPS if group.rule == "adam"]
-    assert {group.every for group in groups} == {2}
-    params = {group.name: getattr(model, group.name) for group in groups}
-    references = {name: ReferenceAdam(param.detach()) for name, param in params.items()}
-    for bank in (model.mlp_bank, model.attention_bank):
-        bank.grad = torch.zeros_like(bank)
+    params = {name: getattr(model, name) for name in ("head", "embed", "value_embed", "bigram")}
+    params["small"] = model.small
+    assert {name: GROUPS[name].every for name in params} == dict.fromkeys(params, 2)
+
+    def pieces(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        sizes = [math.prod(row.shape) for row in model.small_layout.values()]
+        cut = dict(zip(model.small_layout, tensors["small"].split(sizes), strict=True))
+        return {name: t for name, t in tensors.items() if name != "small"} | cut
+
+    detached = {name: param.detach() for name, param in params.items()}
+    references = {name: ReferenceAdam(piece) for name, piece in pieces(detached).items()}
+    assert references.keys() == ADAM.keys()
     sums = {}
     for step in range(6):
         lr_scale = 1.0 - 0.1 * step
@@ -227,24 +257,23 @@ def test_adam_groups_change_on_odd_steps_with_summed_gradients(runtime):
         for bank in (model.mlp_bank, model.attention_bank):
             bank.grad = torch.zeros_like(bank)
         optimizer.step(step, lr_scale, 0.9)
-        for group in groups:
-            param = params[group.name]
-            if step % 2 == 0:
-                assert torch.equal(param, before[group.name])
-                continue
-            lr = config.adam_lr * group.lr * lr_scale
-            decay = lr * lr * config.adam_weight_decay * group.weight_decay
-            references[group.name].step(
-                sums.pop(group.name), group.betas, config.adam_eps, lr, decay
-            )
-            assert param.grad is None
-            torch.testing.assert_close(
-                param.double(), references[group.name].weights, rtol=1e-4, atol=1e-5 * max(1, lr)
-            )
+        if step % 2 == 0:
+            assert all(torch.equal(param, before[name]) for name, param in params.items())
+            assert all(param.grad is not None for param in params.values())
+            continue
+        assert all(param.grad is None for param in params.values())
+        grads, sums, values = pieces(sums), {}, pieces(params)
+        for name, (betas, multiplier, weight_decay) in ADAM.items():
+            lr = config.adam_lr * multiplier * lr_scale
+            decay = lr * lr * config.adam_weight_decay * weight_decay
+            references[name].step(grads[name], betas, config.adam_eps, lr, decay)
+            moved = values[name].double() - references[name].weights
+            # in float32: of a step, and of the weight
+            assert moved.abs().max() < 1e-3 * lr + 3e-7 * values[name].abs().max(), name
 
 
 def blocks_of(name: str, config: Config) -> list[tuple[int, int, int, float]]:
-    """(entry, first row, rows, multiplier of the step) of every matrix NorMuon treats as a whole."""
+    """(entry, first row, rows, multiplier of the step) of every matrix NorMuon takes whole."""
     dim, num_layers = config.model_dim, len(config.layers)
     if name == "mlp_bank":
         factor = max(1.0, config.mlp_dim / dim) ** 0.5
@@ -254,26 +283,25 @@ def blocks_of(name: str, config: Config) -> list[tuple[int, int, int, float]]:
         ]
     pair = 2 * config.head_dim
     blocks = []
-    for layer in range(num_layers):
-        blocks += [(layer, first, pair, 1.0) for first in range(0, 2 * dim, pair)]  # q, then k
-        blocks += [(layer, 2 * dim, dim, 1.0), (layer, 3 * dim, dim, 1.0)]  # v, o
+    for entry in range(used_entries(name, config)):
+        blocks += [(entry, first, pair, 1.0) for first in range(0, 2 * dim, pair)]  # q, then k
+        blocks += [(entry, 2 * dim, dim, 1.0), (entry, 3 * dim, dim, 1.0)]  # v, o
     return blocks
 
 
 @pytest.mark.parametrize("name", ["attention_bank", "mlp_bank"])
 def test_normuon_step_block_by_block(runtime, name):
-    """Pairs of q and k heads, v, o, W_1 and W_2 are each orthogonalised by themselves, the padding of
-    the bank stays zero, and step sizes and decay are those of the recipe."""
+    """Pairs of q and k heads, v, o, W_1 and W_2 are each orthogonalised by themselves, the padding
+    of the bank stays zero, and step sizes and decay are those of the recipe."""
     config = tiny_config(muon_weight_decay=50.0)  # strong enough that a missing decay shows
-    model = GPT(config, runtime)
-    randomize(model, 7)
+    model = trained_like(config, runtime)
     optimizer = Optimizer(model, config, runtime)
     optimizer.states = [state for state in optimizer.states if state.group.name == name]
     bank = getattr(model, name)
     blocks = blocks_of(name, config)
     references = [ReferenceNorMuon(rows, config.model_dim) for _, _, rows, _ in blocks]
     expected = bank.detach().double().clone()
-    used = max(entry for entry, *_ in blocks) + 1
+    used = used_entries(name, config)
     for step, (lr_scale, mu) in enumerate([(1.0, 0.85), (1.5, 0.9), (0.5, 0.95)]):
         bank.grad = torch.zeros_like(bank)
         bank.grad[:used] = gaussian(bank[:used].shape, 30 + step)
@@ -300,71 +328,86 @@ def test_all_weights_belong_to_a_group_and_the_tables_agree(runtime, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_changes_restores_every_bit(runtime, dtype):
+    """Also when embedding and head were split inside."""
     config = tiny_config(dtype=dtype)
-    model = GPT(config, runtime)
-    randomize(model, 9)
+    model = trained_like(config, runtime)
+    model.tied = True
     optimizer = Optimizer(model, config, runtime)
     batch = random_batch(1, [30, 34])
 
     def steps(numbers: range) -> None:
         for step in numbers:
-            model(batch, 8, 24).backward()
+            model(batch, Windows(8, 24)).backward()
             optimizer.step(step, 1.0, 0.9)
 
-    steps(range(3))  # so that moments and low bits are not zero
-    model.zero_grad(set_to_none=True)
+    steps(range(4))  # so that moments and low bits are not zero
     tensors = [*model.parameters()]
     for state in optimizer.states:
         low = [] if state.low is None else [state.low]
         tensors += [*low, state.mean, *state.mean_squares]
-    assert len(tensors) == (20 if dtype == "bfloat16" else 16)
+    # seven parameters, two moments each but three for attention, low bits but for the small ones
+    assert len(tensors) == (7 + 15 + 6 if dtype == "bfloat16" else 7 + 15)
     before = [tensor.detach().clone() for tensor in tensors]
     with pytest.raises(KeyError), nothing_changes(model, optimizer):
+        steps(range(2))
+        optimizer.split_embedding()
         steps(range(3))
         changed = [not torch.equal(tensor, copy) for tensor, copy in zip(tensors, before)]
         assert all(changed), "the steps must touch everything, or this test shows nothing"
         raise KeyError("an error on the way out")
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before))
     assert all(param.grad is None for param in model.parameters())
+    assert model.tied
 
 
 # Several processes -------------------------------------------------------------------------------
 
-NUM_STEPS = 4
-EXACT_STEPS = 2
-
 
 def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
-    """The weights after 4 real steps on the same four rows a step, float32."""
-    config = tiny_config(rows_per_step=4)
+    """The weights after 7 real steps on the same four rows a step, float32. Before step 5, an odd
+    one, embedding and head part."""
+    config = tiny_config(rows_per_step=4, bigram_rows=4096)  # more than the steps touch
     runtime = cpu_runtime(rank, world_size)
     model, schedule = GPT(config, runtime), Schedule(config)
     optimizer = Optimizer(model, config, runtime)
-    rows = [[random_batch(10 * step + row, [20, 44]) for row in range(4)] for step in range(4)]
-    for step in range(NUM_STEPS):
-        for batch in rows[step][rank::world_size]:
-            (model(batch, 8, 24) / config.rows_per_step).backward()
+    prefixes, weights = read_prefixes(config, runtime.device), schedule.loss_weights()
+    for step in range(7):
         plan = schedule[step]
+        if model.tied and not plan.tied:
+            optimizer.split_embedding()
+        for row in range(4)[rank::world_size]:
+            batch = random_batch(10 * step + row, [20, 44])
+            loss, _ = model(batch, plan.windows, torch.tensor(weights[step]), prefixes)
+            (loss / config.rows_per_step).backward()
         optimizer.step(step, plan.lr_scale, plan.momentum)
+    assert step > 5 and not model.tied
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
 def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
     """bf16 weights and their low bits after steps with gradients whose sum over the ranks is exact.
 
-    A gradient is a sum of four of small integers, so the order of adding them cannot matter."""
-    config = tiny_config(dtype="bfloat16")
+    A gradient is a sum of four of small integers, so the order of adding them cannot matter.
+    Embedding and head part before step 3, in the middle of their sums over two steps."""
+    config = tiny_config(dtype="bfloat16", bigram_rows=4096)
     runtime = cpu_runtime(rank, world_size)
     model = GPT(config, runtime)
     optimizer = Optimizer(model, config, runtime)
-    for step in range(EXACT_STEPS):
-        for index, param in enumerate(model.parameters()):
-            shape, own = param.shape, torch.zeros_like(param)
-            for row in range(4):
+    for step in range(4):
+        if step == 3:
+            optimizer.split_embedding()
+        for index, (name, param) in enumerate(model.named_parameters()):
+            if name == "embed" and model.tied:
+                continue
+            for row in range(4)[rank::world_size]:
                 generator = torch.Generator().manual_seed(1000 * step + 10 * index + row)
-                grad = torch.randint(-8, 9, shape, generator=generator)
-                own += grad.to(param.dtype) * (row % world_size == rank)
-            param.grad = own if param.grad is None else param.grad + own
+                shape = (20, param.size(1)) if name == "bigram" else param.shape
+                grad = torch.randint(-8, 9, shape, generator=generator).to(param.dtype)
+                if name == "bigram":  # a sparse gradient of rows, some of them more than once
+                    rows = torch.randint(0, 40, (20,), generator=generator)
+                    where = rows[None] * 12
+                    grad = torch.sparse_coo_tensor(where, grad, param.shape, check_invariants=False)
+                param.grad = grad if param.grad is None else param.grad + grad
         optimizer.step(step, 1.0, 0.9)
     results = {name: param.detach().clone() for name, param in model.named_parameters()}
     for state in optimizer.states:
@@ -417,21 +460,23 @@ def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, t
             assert torch.equal(ranks[rank][0][name], ranks[0][0][name]), f"ranks differ in {name}"
             assert torch.equal(ranks[rank][1][name], ranks[0][1][name]), f"ranks differ in {name}"
         compare_real(name, ranks[0][0][name], real[name], GROUPS[name])
-    for name in ("embed.weights", "value_embed.weights"):  # Adam, elementwise: not a bit differs
-        joined = torch.cat([rank[1][name] for rank in ranks])
-        assert torch.equal(joined, exact[name]), name
-    assert torch.equal(ranks[0][1]["value_gate"], exact["value_gate"])
+    for name in ("head", "embed", "value_embed", "bigram"):  # elementwise: not a bit differs
+        joined = torch.cat([rank[1][f"{name}.weights"] for rank in ranks])
+        assert torch.equal(joined, exact[f"{name}.weights"]), name
+    assert not torch.equal(exact["head"], exact["embed"])
+    assert torch.equal(ranks[0][1]["small"], exact["small"])
     for name in ("attention_bank.weights", "mlp_bank.weights"):  # products of matrices: rounding
         joined = torch.cat([rank[1][name] for rank in ranks])
         torch.testing.assert_close(joined, exact[name], rtol=0, atol=1e-5)
 
 
 def compare_real(name: str, value: Tensor, expected: Tensor, group: ParamGroup) -> None:
-    """Equal to rounding. Adam divides by the root of the gradient's own square, so where a gradient is
-    all rounding (a handful of entries of millions) a visible part of a step may differ."""
+    """Equal to rounding. Adam divides by the root of the gradient's own square, so where a gradient
+    is all rounding (a handful of entries of millions) a visible part of a step may differ; and a
+    weight decays or not by the sign of its step."""
     config = tiny_config()
     lr = group.lr * (config.adam_lr if group.rule == "adam" else config.muon_lr)
     difference = (value - expected).abs() / lr  # in steps
-    assert difference.max() < 0.05, name
-    assert (difference > 1e-4).float().mean() < 1e-4, name
+    assert difference.max() < 0.5, name
+    assert (difference > 2e-3).sum() <= 3 + 1e-5 * value.numel(), name
     assert difference.mean() < 1e-5, name

@@ -1,16 +1,16 @@
-"""Room 7: stages, learning rate and momentum against the formulas."""
+"""Room 7: stages, learning rate, momentum and loss weights against the formulas."""
 
 import pytest
 from conftest import tiny_config
 
-from train_gpt import Schedule, Stage
+from train_gpt import PRESETS, Schedule, Stage
 
 A, B, C = (
-    Stage(1 / 3, 128, 32, 8, 16, 1.0),
-    Stage(1 / 3, 256, 48, 12, 24, 1.52),
-    Stage(1 / 3, 384, 64, 16, 32, 1.73),
+    Stage(1 / 3, 128, 32, 8, 16, 1.0, 0.5, 0.5, 0.25, 0.0, 0.25, 0.25),
+    Stage(1 / 3, 256, 48, 12, 24, 1.52, 0.5, 0.1, 0.0, 0.0, 0.25, 0.0),
+    Stage(1 / 3, 384, 64, 16, 32, 1.73, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 )
-LAST = Stage(1.0, 512, 64, 20, 40, 9.0)
+LAST = Stage(1.0, 512, 64, 20, 40, 9.0, 0.0, 0.5, 0.0, 0.0, 0.125, 0.125)
 
 
 def schedule(**changes: object) -> Schedule:
@@ -90,3 +90,53 @@ def test_stop_step_cuts_and_changes_nothing_else():
     assert [cut[step] for step in range(40)] == [whole[step] for step in range(40)]
     assert cut.tokens_needed() == 33 * 128 + 7 * 256
     assert schedule(stop_step=1000).end_step == 110
+
+
+def test_windows_and_tied():
+    """Windows are those of the stage; the matrices part at the share of num_steps, rounded."""
+    plan = schedule(tied_share=2 / 3)
+    for step in range(110):
+        stage = plan.stage(step)
+        assert plan[step].windows == (stage.window_short, stage.window_long)
+    tied = [plan[step].tied for step in range(110)]
+    assert tied == [True] * 67 + [False] * 43
+    assert not any(schedule(tied_share=0.0)[step].tied for step in range(110))
+    assert all(schedule(tied_share=2.0)[step].tied for step in range(110))
+    assert [Schedule(PRESETS["speedrun"])[step].tied for step in (846, 847)] == [True, False]
+
+
+def test_loss_weights():
+    """Next, second, third and prefix token: linear from a stage's start towards its end, which
+    belongs to the first step of the next stage."""
+    rows = schedule().loss_weights()
+    assert len(rows) == 110
+    for step in range(110):
+        if step < 33:
+            expected = [1.0, 0.5, 0.25 * (1 - step / 33), 0.25]
+        elif step < 67:
+            done = (step - 33) / 34
+            expected = [1.0, 0.5 - 0.4 * done, 0.0, 0.25 * (1 - done)]
+        elif step < 100:
+            expected = [1.0, 0.0, 0.0, 0.0]
+        else:
+            expected = [1.0, 0.5 * (step - 100) / 10, 0.0, 0.125]
+        assert rows[step] == pytest.approx(expected, abs=1e-12), step
+
+
+def test_loss_weights_of_the_speedrun():
+    """Three, then two, then one next token; the prefix token in the first two thirds."""
+    rows = Schedule(PRESETS["speedrun"]).loss_weights()
+    assert len(rows) == 1285
+    assert rows[0] == [1.0, 0.5, 0.25, 0.25]
+    assert rows[422] == pytest.approx([1.0, 0.5, 0.25 / 423, 0.25])
+    assert rows[423] == [1.0, 0.5, 0.0, 0.25]
+    assert rows[846] == pytest.approx([1.0, 0.5 / 424, 0.0, 0.25 / 424])
+    assert rows[847:] == [[1.0, 0.0, 0.0, 0.0]] * 438
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_every_step_has_loss_weights_whatever_the_length(num_steps):
+    rows = schedule(num_steps=num_steps, extension_steps=3).loss_weights()
+    assert len(rows) == num_steps + 3
+    assert all(len(row) == 4 and row[0] == 1 for row in rows)
+    assert rows[num_steps] == [1.0, 0.0, 0.0, 0.125]

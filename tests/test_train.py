@@ -1,4 +1,4 @@
-"""Room 8 end to end: the script as a user starts it, on small streams and on the built-in sample."""
+"""Room 8 end to end: the script as a user starts it, on small streams and on the sample."""
 
 import json
 import math
@@ -24,6 +24,7 @@ from train_gpt import (
     Config,
     Optimizer,
     Schedule,
+    Windows,
     byte_token_ids,
     config_from_text,
     rms_norm,
@@ -36,16 +37,19 @@ OPTIONS = {
     "val_tokens": 1000,
     "repeat_data": "false",
     "min_mean_doc_len": 4,
-    "layers": "short:0,long:none",
     "model_dim": 32,
     "head_dim": 16,
     "mlp_dim": 64,
+    "gate_dim": 8,
+    "bigram_rows": 4096,
+    "mix_window": 12,
     "num_steps": 24,
-    "stages": "1/2:128:48:8:16:1,1/2:256:64:16:32:1.2",
+    "stages": "1/2:128:48:8:16:1:.5:0:.25:0:.25:.1,1/2:256:64:16:32:1.2:.2:.1:0:0:.1:0",
     "extension_steps": 2,
-    "extension": "1:256:64:16:2:1",  # a window unlike that of the final validation
+    "extension": "1:256:64:16:2:1:0:0:0:0:0:0",  # a window unlike that of the final validation
     "final_window_long": 64,
     "rows_per_step": 2,
+    "tied_share": 0.7,  # the head is the embedding until step 17, an odd one
     "momentum_warmup_steps": 5,
     "momentum_cooldown_steps": 2,
     "dtype": "float32",
@@ -60,7 +64,8 @@ ALPHABET = "abcdefghijklmnop"
 
 
 def letters(seed: int, num_tokens: int) -> list[int]:
-    """Documents of byte tokens over 16 letters: nine in ten times the letter five further on follows."""
+    """Documents of byte tokens over 16 letters: nine in ten times the letter five further on is
+    next."""
     random = np.random.default_rng(seed)
     ids = [byte_token_ids()[ord(letter)] for letter in ALPHABET]
     tokens: list[int] = []
@@ -85,7 +90,11 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def write_data(folder: Path) -> Path:
-    """Two training shards and one for validation."""
+    """Two training shards, one for validation, and a prefix token for every other letter."""
+    prefixes = np.full(50_257, -1, dtype=np.int32)
+    ids = [byte_token_ids()[ord(letter)] for letter in ALPHABET]
+    prefixes[ids[1::2]] = ids[::2]
+    np.save(folder / "prefixes.npy", prefixes)
     tokens = letters(1, 8000)
     write_shard(folder / "train_0.bin", tokens[:3501])
     write_shard(folder / "train_1.bin", tokens[3501:])
@@ -103,6 +112,7 @@ def command(folder: Path, ranks: int, **changes: object) -> list[str]:
         **OPTIONS,
         "train_files": folder / "train_*.bin",
         "val_file": folder / "val.bin",
+        "prefix_file": folder / "prefixes.npy",
         "log_dir": folder / "logs",
         **changes,
     }
@@ -165,7 +175,7 @@ def test_log_has_the_script_the_config_and_a_line_for_every_step(trained):
     script = SCRIPT.read_text(encoding="utf-8")
     assert text.startswith(script)
     rest = text[len(script) :]
-    assert '"stages": "0.5:128:48:8:16:1.0, 0.5:256:64:16:32:1.2"' in rest
+    assert '"extension": "1.0:256:64:16:2:1.0:0.0:0.0:0.0:0.0:0.0:0.0"' in rest
     number = r"(\d+\.\d+)"
     step_line = rf"^step (\d+) train_loss {number} train_time {number} s step {number} ms$"
     lines = re.findall(step_line, rest, re.MULTILINE)
@@ -219,6 +229,7 @@ def load(checkpoint: Path) -> tuple[Config, GPT]:
     config = config_from_text(saved["config"])
     model = GPT(config, cpu_runtime())
     model.load_state_dict(saved["weights"])
+    model.tied = False
     return config, model
 
 
@@ -232,8 +243,8 @@ def validation_loss(folder: Path, window_short: int, window_long: int) -> float:
         starts = {0, *(inputs == START_TOKEN).nonzero().flatten().tolist(), len(inputs)}
         batch = Batch(inputs.int(), targets, torch.tensor(sorted(starts), dtype=torch.int32), 64)
         with torch.no_grad():
-            hidden = model.hidden(batch, window_short, window_long)
-        logits = rms_norm(hidden.double()) @ model.embed.double().T
+            hidden = model.hidden(batch, Windows(window_short, window_long))
+        logits = rms_norm(hidden.double()) @ model.head.double().T
         losses = -(23 * torch.sigmoid((logits + 5) / 7.5)).log_softmax(dim=1)
         total += losses[torch.arange(len(targets)), targets].sum().item()
     return total / 1000
@@ -261,7 +272,8 @@ def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data):
 
 def test_run_is_the_plain_loop(trained):
     """Losses and weights are those of the loop without warm-up, prefetching and logging: every step
-    has its own rows, windows, learning rate and momentum."""
+    has its own rows, windows, loss weights, learning rate and momentum, and before step 17 the
+    embedding gets a matrix of its own."""
     config, saved = load(trained / "weights.pt")
     model = GPT(config, cpu_runtime())
     optimizer = Optimizer(model, config, cpu_runtime())
@@ -269,17 +281,30 @@ def test_run_is_the_plain_loop(trained):
     stages = [first] * 12 + [second] * 12 + [last] * 2
     shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages for _ in "ab"]
     rows = training_rows(config, 0, 1, shapes, pin=False)
+    prefixes = torch.full((50_304,), -1)
+    prefixes[:50_257] = torch.from_numpy(np.load(trained / "prefixes.npy"))
     schedule, losses = Schedule(config), []
     for step, stage in enumerate(stages):
-        loss = sum(model(next(rows), stage.window_short, stage.window_long) for _ in "ab")
-        (loss / 2).backward()
+        if step == 17:
+            optimizer.split_embedding()
+        done = step % 12 / 12  # of the stage
+        weights = torch.tensor([1, 0.5 - 0.5 * done, 0.25 - 0.25 * done, 0.25 - 0.15 * done])
+        if step >= 12:
+            weights = torch.tensor([1, 0.2 - 0.1 * done, 0, 0.1 - 0.1 * done])
+        if step >= 24:
+            weights = torch.tensor([1.0, 0, 0, 0])
+        windows = Windows(stage.window_short, stage.window_long)
+        results = [model(next(rows), windows, weights, prefixes) for _ in "ab"]
+        (sum(loss for loss, _ in results) / 2).backward()
         optimizer.step(step, schedule.lr_scale(step), schedule.momentum(step))
-        losses.append(loss.item() / stage.tokens_per_step)
+        losses.append(sum(loss.item() for _, loss in results) / stage.tokens_per_step)
     record = log_of(trained)[1]
     assert [row["train_loss"] for row in record["steps"]] == pytest.approx(losses, abs=2e-3)
     for (name, param), value in zip(model.named_parameters(), saved.parameters(), strict=True):
         error = (param - value).norm() / value.norm()
-        assert error < 0.01, name
+        # Adam makes whole steps of the rounding in gradients that are nothing else
+        assert error < (0.05 if name == "bigram" else 0.005), name
+    assert not torch.equal(saved.head, saved.embed)
 
 
 def test_sample_continues_a_text(trained):
@@ -310,10 +335,10 @@ def likeliest_next_letters(checkpoint: Path, text: str) -> str:
     ids = byte_token_ids()
     tokens = torch.tensor([START_TOKEN] + [ids[byte] for byte in text.encode()])
     ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    windows = config.extension[0].window_short, config.final_window_long
+    windows = Windows(config.extension[0].window_short, config.final_window_long)
     with torch.no_grad():
-        hidden = model.hidden(Batch(tokens.int(), tokens, ends, len(tokens)), *windows)
-    best = (rms_norm(hidden) @ model.embed.T).argmax(dim=1).tolist()
+        hidden = model.hidden(Batch(tokens.int(), tokens, ends, len(tokens)), windows)
+    best = (rms_norm(hidden) @ model.head.T).argmax(dim=1).tolist()
     return "".join("\n" if token == START_TOKEN else chr(ids.index(token)) for token in best)
 
 
@@ -377,6 +402,7 @@ def remove_shards(folder: Path) -> None:
         (None, {"checkpoint": "val.bin", "sample": "a"}, r"--checkpoint val\.bin: not a check"),
         (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
         (None, {"sample": "a"}, r"--sample needs --checkpoint FILE"),
+        (None, {"prefix_file": "gone.npy"}, r"--prefix_file gone\.npy: cannot be read"),
     ],
 )
 def test_one_message_names_what_to_mend(data, spoil, changes, message):
@@ -473,6 +499,7 @@ def test_tiny_preset_learns_the_built_in_sample(tmp_path):
     (val_file,) = (tmp_path / "sample").glob("sample_val_*.bin")
     arguments = ["--preset", "tiny", "--train_files", "sample/sample_train_*.bin"]
     arguments += ["--val_file", str(val_file)]
+    arguments += ["--prefix_file", str(ROOT / "data" / "gpt2_prefix_tokens.npy")]
     started = time.monotonic()
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
