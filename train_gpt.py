@@ -2230,10 +2230,12 @@ def draw_curve(log: Log) -> Path:
         [row["val_loss"] for row in validations],
     )
     axes.plot(val_steps, val_losses, "o-", color="C0", label="validation")
-    for step, loss in zip(val_steps, val_losses):
-        axes.annotate(
-            f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center"
-        )
+    labelled = math.inf
+    for step, loss in reversed(list(zip(val_steps, val_losses))):
+        if labelled - step > 0.06 * val_steps[-1]:  # room for its label
+            offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{loss:.3f}", (step, loss), **offset)
+            labelled = step
     losses = sorted([row["train_loss"] for row in steps] + val_losses)
     top = losses[int(0.97 * (len(losses) - 1))]  # leaves the first steps' fall out of the picture
     axes.set_ylim(

@@ -504,7 +504,7 @@ def test_tiny_preset_learns_the_built_in_sample(tmp_path):
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         cwd=tmp_path,
-        env={**environment(), "OMP_NUM_THREADS": "2"},
+        env={**environment(), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
         capture_output=True,
         text=True,
         timeout=400,
