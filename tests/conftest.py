@@ -1,5 +1,6 @@
 """What the tests share: a small config, shards and rows of random documents, one CPU process."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from train_gpt import (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Both a good deal faster: threads that share a core with another process wait for each other.
     torch.set_num_threads(1)
     keep_freed_memory()
