@@ -2422,8 +2422,9 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     default_preset = "speedrun" if torch.cuda.is_available() else "tiny"
     parser = Parser(
         description=__doc__.split("\n")[0],
-        epilog="Tables are rows of colon-separated fields with commas between the rows: --stages "
-        "1/2:131072:896:128:384:1.0,1/2:262144:2048:384:896:1.5 --layers short:none,long:0",
+        epilog="Tables are rows of colon-separated fields with commas between the rows: a stage is "
+        "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25, a layer "
+        "short:true:none:false:false:none:none",
         allow_abbrev=False,
     )
     parser.add_argument(
