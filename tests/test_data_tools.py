@@ -300,7 +300,8 @@ def test_fetch_resumes(hub: Hub, tmp_path: Path, kind: str) -> None:
     process = start("cached_fineweb.py", "fineweb10B", 0, "--out", out, **hub.env)
     if kind == "stall":  # interrupt it by hand and start it again
         deadline = time.monotonic() + 30
-        while not any(path.stat().st_size for path in out.glob(".parts/*")):
+        # a piece is on disk bit by bit: wait for the whole of it
+        while not any(path.stat().st_size >= 10 * MB for path in out.glob(".parts/*")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
