@@ -221,6 +221,15 @@ class Config:
     def padded_vocab_size(self) -> int:
         return round_up(self.vocab_size, 128)
 
+    @property
+    def num_value_tables(self) -> int:
+        return len({row.value_table for row in self.layers} - {None})
+
+    @property
+    def skip_from(self) -> int:
+        """The layer whose output a later one takes in; behind it the late gates are made."""
+        return next(row.skip_from for row in self.layers if row.skip_from is not None)
+
 
 PRESETS = {
     "speedrun": Config(),
@@ -820,10 +829,9 @@ def gate_layouts(config: Config) -> dict[str, dict[str, tuple[int, float]]]:
     comes behind it.
     """
     heads, last = config.num_heads, len(config.layers) - 1
-    skip_from = next(row.skip_from for row in config.layers if row.skip_from is not None)
     layouts = {"early": {}, "late": {}, "last": LAST_LAYER_GATES, "output": OUTPUT_GATES}
     for i, row in enumerate(config.layers):
-        layout = layouts["early" if i <= skip_from else "late"]
+        layout = layouts["early" if i <= config.skip_from else "late"]
         if row.xsa:
             layout[f"xsa {i}"] = (heads, 0.0)
         if row.head_gate:
@@ -842,8 +850,7 @@ def gate_layouts(config: Config) -> dict[str, dict[str, tuple[int, float]]]:
 def small_params(config: Config) -> dict[str, SmallParam]:
     """The layout of GPT.small."""
     layers, dim, slow = len(config.layers), config.model_dim, (0.9, 0.99)
-    tables = len({row.value_table for row in config.layers} - {None})
-    root = math.sqrt(1.1)
+    gates, root = (config.num_value_tables, config.num_heads, 12), math.sqrt(1.1)
     # fmt: off
     table = {
         #                            shape      start  betas        lr    weight_decay
@@ -856,7 +863,7 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "mlp_residual":  SmallParam((layers,),   root, (0.9, 0.95), 5.0,  0.0),
         "project":       SmallParam((layers,),   1.0,  (0.9, 0.95), 1.0,  0.0),
         "mlp_project":   SmallParam((layers,),   1.0,  (0.9, 0.95), 1.0,  0.0),
-        "value_gate":    SmallParam((tables, config.num_heads, 12), 0.0, slow, 1.0, 1.0),
+        "value_gate":    SmallParam(gates,       0.0,  slow,        1.0,  1.0),
     }
     # fmt: on
     for name, layout in gate_layouts(config).items():
@@ -890,8 +897,8 @@ class GPT(nn.Module):
         dim, device, dtype = config.model_dim, runtime.device, getattr(torch, config.dtype)
         vocab = config.padded_vocab_size
         self.attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
-        self.skip_from = next(row.skip_from for row in config.layers if row.skip_from is not None)
-        self.num_value_tables = len({row.value_table for row in config.layers} - {None})
+        self.skip_from = config.skip_from
+        self.num_value_tables = config.num_value_tables
         self.small_layout = small_params(config)
         self.gate_layouts = gate_layouts(config)
         self.tied = True  # the head is also the embedding; Optimizer.split_embedding ends it
@@ -1267,9 +1274,7 @@ class ParamGroup:
 
     name: str  # of the parameter in GPT
     rule: str  # normuon or adam
-    sharded: (
-        bool  # each rank updates its rows and sends them round; otherwise every rank updates all
-    )
+    sharded: bool  # each rank updates its own rows and sends them round; else every rank all rows
     every: int  # steps whose gradients make one update
     lr: float = 1.0  # multiplier of muon_lr or adam_lr
     weight_decay: float = 1.0  # multiplier
@@ -1409,9 +1414,8 @@ class ParamState:
         )
         self.mean = torch.zeros_like(self.shard, dtype=torch.float32)
         self.mean_squares: list[Tensor] = []
-        self.blocks: list[
-            tuple[slice, int]
-        ] = []  # NorMuon: rows of a bank entry, rows of a matrix in them
+        # NorMuon: rows of a bank entry, rows of a matrix in them
+        self.blocks: list[tuple[slice, int]] = []
         self.lr, self.weight_decay, self.betas = group.lr, group.weight_decay, group.betas
         if group.name == "small":
             rows = small_params(config).values()
@@ -1589,9 +1593,8 @@ class Optimizer:
         direction = torch.empty_like(state.mean)
         for (rows, matrix_rows), mean_square in zip(state.blocks, state.mean_squares):
             matrices = (-1, matrix_rows, grad.size(2))
-            part = state.mean[:, rows].reshape(
-                matrices
-            )  # a copy where a bank entry has several kinds of block
+            # a copy where a bank entry has several kinds of block
+            part = state.mean[:, rows].reshape(matrices)
             direction[:, rows] = normuon_direction(
                 grad[:, rows].reshape(matrices), part, mean_square, momentum, config.muon_beta2
             ).view_as(state.mean[:, rows])
@@ -1723,9 +1726,8 @@ class TokenStream:
         """Documents of the next row, num_tokens + 1 tokens in all; UserError at the end."""
         while True:
             ends = self.starts[1 : num_tokens + 2]
-            if (
-                self.pending is None and len(ends) < num_tokens + 1
-            ):  # the last document ends with the stream
+            if self.pending is None and len(ends) < num_tokens + 1:
+                # the last document ends with the stream
                 ends = np.append(ends, len(self.tokens))
             begins = self.starts[: len(ends)]
             lengths = np.minimum(ends - begins, max_seq_len)
@@ -1830,9 +1832,8 @@ def validation_rows(
     for index in range(rank, -(-num_targets // size), world_size):
         row = tokens[index * size : (index + 1) * size + 1]
         real = len(row) - 1
-        row = np.concatenate(
-            [row, np.full(size - real, START_TOKEN, dtype=row.dtype)]
-        )  # pads the last row
+        padding = np.full(size - real, START_TOKEN, dtype=row.dtype)  # of the last row
+        row = np.concatenate([row, padding])
         starts = np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN)
         batch = make_batch(
             row, np.union1d([0], starts), size, min(config.min_mean_doc_len, 32), pin=False
@@ -2149,9 +2150,8 @@ def train(config: Config, runtime: Runtime) -> None:
         for _ in range(grad_accum_steps):
             batch = to_device(next(rows), runtime.device)
             loss, next_token_loss = model(batch, plan.windows, loss_weights[step], prefixes)
-            (
-                loss / config.rows_per_step
-            ).backward()  # summed over tokens, averaged over ranks and micro-steps
+            # summed over tokens, averaged over ranks and micro-steps
+            (loss / config.rows_per_step).backward()
             train_loss += next_token_loss / (batch.tokens.numel() * grad_accum_steps)
         optimizer.step(step, plan.lr_scale, plan.momentum)
         progress.launched(step, train_loss)
