@@ -1,7 +1,7 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
-Claim:   none on 8 x H100 and FineWeb yet. On 4 x H100 and the proxy corpus: validation loss 3.374
-         after 750 of 1285 steps, 108.7 s, one run, 2026-11-22, records/2026-11-22_whole_recipe.
+Claim:   none on 8 x H100 and FineWeb yet. On 4 x H100 and the proxy corpus: validation loss 3.377
+         after 750 of 1285 steps, 58.4 s, one run, 2026-11-22, records/2026-11-22_kernels_fp8.
 Launch:  ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
 Rooms:   1 this claim, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
          7 data, 8 schedule, 9 train and validate, 10 command line. Later rooms call earlier ones.
@@ -31,7 +31,7 @@ import typing
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -43,7 +43,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor, nn
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ==================================================================================================
 # 2. Config and tables
@@ -206,7 +209,9 @@ class Config:
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
     val_row_tokens: int = 32_768  # tokens of one validation row
-    compile: str = "block"  # block: small graphs that layers share; full: all layers in one; none
+    fp8: bool = True  # products of MLP and head in fp8 where the GPU has it
+    cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
+    compile: str = "none"  # by torch.compile: none; block: the gate MLPs; full: all layers in one
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
     checkpoint: str = ""  # file the final weights are written to, or, with --sample, read from
     sample: str = ""  # continue this text with the weights of --checkpoint instead of training
@@ -323,6 +328,14 @@ def check_config(config: Config, world_size: int) -> None:
         "heads in pairs, so make it an even number",
     )
     check_layers(config.layers, require)
+    require(config.bigram_rows > 1, "--bigram_rows 1 leaves no row to hash into: take more")
+    windows = [stage.window_long for stage in (*config.stages, *config.extension)]
+    windows = [window for window, _ in itertools.groupby([*windows, config.final_window_long])]
+    require(
+        len(set(windows)) == len(windows),
+        f"--stages, --extension, --final_window_long: the long window returns to an earlier one "
+        f"({', '.join(map(str, windows))}), for which the rotary frequencies were others",
+    )
     require(
         config.vocab_size > START_TOKEN,
         f"--vocab_size {config.vocab_size} leaves out the start token {START_TOKEN}: raise it",
@@ -352,8 +365,11 @@ def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
                 f"--layers: {name} of layer {i} is no earlier one",
             )
         extras = row.paired or row.xsa or row.head_gate or row.value_table is not None
+        extras = extras or row.attend_from is not None or i == 0  # whose gates start the stream
         require(
-            not (row.window == "none" and extras), f"--layers: layer {i} has no attention to change"
+            not (row.window == "none" and extras),
+            f"--layers: layer {i} has window none, but what only attention can have, or is the "
+            "first: give it a window",
         )
         require(
             not (row.paired and (row.xsa or row.head_gate)),
@@ -471,10 +487,12 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch._dynamo.config.recompile_limit = 64  # one graph a kind of layer and row length
-        # flash-attn-4's compiler warns of an argument left out here, inductor of fp32 products,
-        # which here have 12 columns
-        warnings.filterwarnings("ignore", message="Argument aux_data|TensorFloat32 tensor cores")
+        if not has_kernels(device):
+            use_twins(device)
+        # flash-attn-4 keeps what it compiled on disk only if asked; its compiler warns of an
+        # argument left out here
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        warnings.filterwarnings("ignore", message="Argument aux_data")
     else:
         device = torch.device("cpu")
         keep_freed_memory()
@@ -525,9 +543,233 @@ def describe_environment(runtime: Runtime) -> dict:
 # 4. Operations
 # ==================================================================================================
 
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # of every RMS norm, what F.rms_norm takes
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LIBRARY = torch.library.Library("speedrun", "FRAGMENT")
+TWINS: dict[str, Callable] = {}  # plain PyTorch of every fused op, by name
+
+
+def fused_op(
+    twin: Callable | None = None, fake: Callable | None = None, mutates: tuple[str, ...] = ()
+) -> Callable:
+    """Make a launcher of kernels the op speedrun::<its name>, which full-graph compilation takes.
+
+    On the CPU the op is its twin, a few lines of plain PyTorch of the same signature that define
+    it, differentiated by autograd. Ops of a backward have none. fake gives the outputs' shapes.
+    """
+
+    def register(launcher: Callable) -> Callable:
+        name = launcher.__name__
+        op = torch.library.custom_op(
+            f"speedrun::{name}", launcher, mutates_args=mutates, device_types="cuda"
+        )
+        op.register_fake(fake or twin)
+        if twin is not None:
+            TWINS[name] = twin
+            op.register_kernel("cpu")(twin)
+            LIBRARY.impl(name, twin, "AutogradCPU")
+        op.launcher = launcher
+        return op
+
+    return register
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels of this file run here: they are written for Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def use_twins(device: torch.device) -> None:
+    """Run plain PyTorch in place of every kernel on a GPU that they are not made for."""
+    for name, twin in TWINS.items():
+        LIBRARY.impl(name, twin, f"Autograd{device.type.upper()}")
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp32, or fp64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """x as the kernels read it, all dimensions adjacent: nearly always x itself."""
+    return None if x is None else x.contiguous()
+
+
+def row_stride(x: Tensor | None) -> int:
+    """Elements from one row of x to the next; a kernel takes the columns of a row as adjacent."""
+    assert x is None or x.stride(1) == 1 or x.size(1) == 1, f"columns {x.stride(1)} elements apart"
+    return 0 if x is None else x.stride(0)
+
+
+def like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Uninitialised contiguous gradients of these tensors, empty for None."""
+    some = next(x for x in tensors if x is not None)
+    return tuple(
+        some.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in tensors
+    )
+
 
 def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),), eps=EPS.value)
+
+
+# --- Sums of streams ------------------------------------------------------------------------------
+
+
+def plain_combine(
+    sources: list[Tensor],
+    coefficients: list[Tensor],
+    norm: bool,
+    sums: list[Tensor],
+    collect: bool,
+) -> tuple[Tensor, Tensor]:
+    total = sum(c.view(-1, 1) * source for c, source in zip(coefficients, sources))
+    normed = rms_norm(total) if norm else total[:0]
+    return total.to(sources[0].dtype, copy=True), normed.to(sources[0].dtype, copy=True)
+
+
+@triton.jit
+def _combine_row(sources, coefficients, rows, steps, t, column, inside):
+    total = tl.zeros(column.shape, tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
+        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
+        total += coefficient * source.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _combine_kernel(
+    sources, coefficients, rows, steps, stream, normed, dim, BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    total = _combine_row(sources, coefficients, rows, steps, t, column, inside)
+    tl.store(stream + t * dim + column, total, mask=inside)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
+        tl.store(normed + t * dim + column, total * scale, mask=inside)
+
+
+@triton.jit
+def _combine_backward_kernel(
+    sources, coefficients, rows, steps, sums, grad_stream, grad_normed, grad_sources,
+    grad_coefficients, dim, BLOCK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    grad = tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        total = _combine_row(sources, coefficients, rows, steps, t, column, inside)
+        scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
+        total *= scale
+        outer = tl.load(grad_normed + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+        grad += scale * (outer - total * (tl.sum(outer * total) / dim))
+    for i in tl.static_range(len(sources)):
+        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
+        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
+        grad_source = coefficient * grad
+        if i >= len(sources) - len(sums):
+            summed = sums[i - len(sources) + len(sums)] + t * dim + column
+            grad_source += tl.load(summed, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
+        tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
+
+
+def combine_arguments(sources: list[Tensor], coefficients: list[Tensor]) -> tuple[tuple, ...]:
+    # Odd numbers from 3 on: of 0, 1 and multiples of 16 Triton would make kernels of their own.
+    steps = tuple(3 + 2 * (0 if c.numel() == 1 else c.stride(0)) for c in coefficients)
+    return tuple(sources), tuple(coefficients), tuple(map(row_stride, sources)), steps
+
+
+@fused_op(plain_combine)
+def combine(
+    sources: list[Tensor],
+    coefficients: list[Tensor],
+    norm: bool,
+    sums: list[Tensor],
+    collect: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sum of coefficient·source, and its RMS norm (empty unless `norm`); (T, dim) each.
+
+    sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
+    happens on the residual stream is such a sum; it is formed in fp32 and rounded once.
+    sums: for the last sources, which many sums share. Their gradients are added to these buffers
+    and leave them where `collect` says so, in the first of these sums: autograd would make a
+    tensor of each and add it in another pass. Plain PyTorch leaves it to autograd.
+    """
+    num_tokens, dim = sources[0].shape
+    stream = sources[0].new_empty(num_tokens, dim)
+    normed = sources[0].new_empty(num_tokens if norm else 0, dim)
+    # a row a warp: its sums need no shared memory
+    _combine_kernel[(num_tokens,)](
+        *combine_arguments(sources, coefficients), stream, normed, dim,
+        BLOCK=triton.next_power_of_2(dim), NORM=norm, num_warps=1,
+    )  # fmt: skip
+    return stream, normed
+
+
+def launch_combine_backward(
+    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor, grad_normed: Tensor,
+    norm: bool, sums: list[Tensor], collect: bool,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Gradients of the sources (of those without a sum unless `collect`) and, (terms, T) fp32, of
+    their coefficients token by token."""
+    num_tokens, dim = sources[0].shape
+    own = len(sources) if collect else len(sources) - len(sums)
+    grad_sources = [source.new_empty(num_tokens, dim) for source in sources[:own]]
+    per_token = sources[0].new_empty((len(sources), num_tokens), dtype=torch.float32)
+    _combine_backward_kernel[(num_tokens,)](
+        *combine_arguments(sources, coefficients), tuple(sums), packed(grad_stream),
+        packed(grad_normed), (*grad_sources, *sums)[: len(sources)], per_token, dim,
+        BLOCK=triton.next_power_of_2(dim), NORM=norm, num_warps=1,
+    )  # fmt: skip
+    return grad_sources, per_token
+
+
+def combine_backward_fake(sources, coefficients, *_):
+    per_token = sources[0].new_empty((len(sources), len(sources[0])), dtype=torch.float32)
+    return [source.new_empty(source.shape) for source in sources], per_token
+
+
+@fused_op(fake=combine_backward_fake)
+def combine_backward(
+    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor, grad_normed: Tensor,
+    norm: bool,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Without sums, and without effects: the one that full-graph compilation takes."""
+    return launch_combine_backward(sources, coefficients, grad_stream, grad_normed, norm, [], False)
+
+
+def _combine_context(ctx, inputs, output):
+    sources, coefficients, ctx.norm, ctx.sums, ctx.collect = inputs
+    ctx.save_for_backward(*sources, *coefficients)
+
+
+def _combine_gradients(ctx, grad_stream, grad_normed):
+    half = len(ctx.saved_tensors) // 2
+    sources, coefficients = list(ctx.saved_tensors[:half]), list(ctx.saved_tensors[half:])
+    arguments = sources, coefficients, grad_stream, grad_normed, ctx.norm
+    if ctx.sums:
+        grad_sources, per_token = launch_combine_backward(*arguments, ctx.sums, ctx.collect)
+    else:
+        grad_sources, per_token = combine_backward(*arguments)
+    grad_sources += [None] * (half - len(grad_sources))
+    total = per_token.sum(1) if any(c.numel() == 1 for c in coefficients) else per_token
+    grads = [(total if c.numel() == 1 else per_token)[i] for i, c in enumerate(coefficients)]
+    grads = [grad.view_as(c) for grad, c in zip(grads, coefficients)]
+    return grad_sources, grads, None, [None] * len(ctx.sums), None
+
+
+combine.register_autograd(_combine_gradients, setup_context=_combine_context)
+
+
+# --- Attention ------------------------------------------------------------------------------------
 
 
 def rotary_frequencies(head_dim: int) -> Tensor:
@@ -574,15 +816,9 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seq_len: int,
-    window: int,
-    scale: float,
-    backend: str,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq_len: int, window: int,
+    scale: float, backend: str,
+) -> Tensor:  # fmt: skip
     """Causal attention over packed documents, each query seeing itself and `window` earlier tokens.
 
     q, k, v: (T, heads, head_dim). cu_seqlens: int32 document starts, padded at the end with T, so
@@ -649,17 +885,9 @@ def _(q, k, v, cu_seqlens, max_seq_len, window, scale):
 
 @torch.library.custom_op("speedrun::flash_attention_backward", mutates_args=())
 def flash_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seq_len: int,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    max_seq_len: int, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from flash_attn.cute.interface import _flash_attn_bwd
 
     return _flash_attn_bwd(
@@ -718,66 +946,1220 @@ def unpair_heads(x: Tensor) -> Tensor:
     return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
 
-def remove_own_value(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
-    """XSA: y - tanh(alpha)·(y·v / |v|²)·v a head. y, v: (T, heads, head_dim), alpha: (T, heads)."""
-    y32, v32 = y.float(), v.float()
-    share = (y32 * v32).sum(-1) / v32.square().sum(-1).clamp_min(1e-12)
-    return (y32 - (alpha.tanh() * share)[:, :, None] * v32).type_as(y)
+# --- Around attention -----------------------------------------------------------------------------
+
+TILE_TOKENS = 16  # a program: half a head of 128 is a 16-byte load for each thread of 4 warps
+
+
+def plain_prepare_qkv(
+    qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, value_share: Tensor
+    | None, extra_value: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values, (T, heads, head_dim) or as pair_heads makes them, of the product
+    qkv (T, 3 dim). Arithmetic in fp32, results in qkv's dtype.
+
+    scale: fp32 scalar on qkv. cos, sin: (positions, 1, head_dim / 4) fp32. value (T, dim), its rows
+    any stride apart, is added to the values times value_share (T, heads) fp32, extra_value (T, dim)
+    as it is.
+    """
+    q, k, v = (scale * widen(qkv)).view(len(qkv), 3, -1, head_dim).unbind(1)
+    q, k = rms_norm(q), rms_norm(k)
+    if key_offset:
+        k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :])], dim=-1)
+    if value is not None:
+        v = v + value_share[:, :, None] * value.view_as(v)
+    if extra_value is not None:
+        v = v + extra_value.view_as(v)
+    if paired:
+        q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
+    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    return q.type_as(qkv), k.type_as(qkv), v.type_as(qkv).contiguous()
+
+
+@triton.jit
+def _load_halves(pointer, offsets, mask, HALF: tl.constexpr):
+    """The half of a head that rotary turns and the one that stays, (tokens, HALF) fp32."""
+    turned = tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+    return turned, tl.load(pointer + HALF + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _turn(x, cos, sin, TILE: tl.constexpr, HALF: tl.constexpr):
+    """x (TILE, HALF) with adjacent pairs turned; loads stay 16 bytes wide this way."""
+    even, odd = tl.split(tl.reshape(x, (TILE, HALF // 2, 2)))
+    pairs = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(pairs, (TILE, HALF))
+
+
+@triton.jit
+def _norm_factor(turned, still, scale):
+    """What takes the halves of a head to its RMS norm, (tokens, 1)."""
+    mean = (tl.sum(turned * turned, 1) + tl.sum(still * still, 1)) / (2 * turned.shape[1])
+    return (scale * tl.rsqrt(scale * scale * mean + EPS))[:, None]
+
+
+@triton.jit
+def _norm_gradient(d_turned, d_still, turned, still, scale):
+    """Gradient of the halves of a head from that of their RMS norm."""
+    factor = _norm_factor(turned, still, scale)
+    turned, still = turned * factor, still * factor
+    along = (tl.sum(d_turned * turned, 1) + tl.sum(d_still * still, 1)) / (2 * turned.shape[1])
+    along = along[:, None]
+    return factor * (d_turned - turned * along), factor * (d_still - still * along)
+
+
+@triton.jit
+def _prepare_qkv_kernel(
+    qkv, scale, cos, sin, value, value_share, extra_value, q, k, v, num_tokens, value_stride,
+    share_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRED: tl.constexpr,
+    KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    DIM: tl.constexpr = HEADS * HEAD_DIM
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.program_id(0)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    in_row = tokens < num_tokens
+    mask, row = in_row[:, None], tokens[:, None]
+    lanes, columns = tl.arange(0, HALF)[None, :], tl.arange(0, HEAD_DIM)[None, :]
+    slot, position = head, row  # of the head in its token's output, of the angle
+    if PAIRED:
+        slot, position = head % 2 * (HEADS // 2) + head // 2, 2 * row + head % 2
+
+    inputs = row * (3 * DIM) + head * HEAD_DIM + lanes
+    q_turned, q_still = _load_halves(qkv, inputs, mask, HALF)
+    k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
+    angles = position * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
+    cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
+    sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
+    factor = tl.load(scale)
+    inputs = row * (3 * DIM) + 2 * DIM + head * HEAD_DIM + columns
+    v_tile = factor * tl.load(qkv + inputs, mask=mask, other=0.0).to(tl.float32)
+    if value is not None:
+        share = tl.load(value_share + tokens * share_stride + head, mask=in_row, other=0.0)
+        inputs = row * value_stride + head * HEAD_DIM + columns
+        v_tile += share[:, None] * tl.load(value + inputs, mask=mask, other=0.0).to(tl.float32)
+    if extra_value is not None:
+        inputs = row * DIM + head * HEAD_DIM + columns
+        v_tile += tl.load(extra_value + inputs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(v + row * DIM + slot * HEAD_DIM + columns, v_tile, mask=mask)
+
+    outputs = row * DIM + slot * HEAD_DIM + lanes
+    norm = _norm_factor(q_turned, q_still, factor)
+    tl.store(q + outputs, _turn(norm * q_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
+    tl.store(q + outputs + HALF, norm * q_still, mask=mask)
+    norm = _norm_factor(k_turned, k_still, factor)
+    tl.store(k + outputs, _turn(norm * k_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
+    if KEY_OFFSET:
+        inputs = tl.maximum(row - 1, 0) * (3 * DIM) + head * HEAD_DIM + lanes
+        k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
+        norm = _norm_factor(k_turned, k_still, factor)
+    tl.store(k + outputs + HALF, norm * k_still, mask=mask)
+
+
+@triton.jit
+def _prepare_qkv_backward_kernel(
+    dq, dk, dv, qkv, scale, cos, sin, value, value_share, dqkv, dscale, dvalue, dvalue_share,
+    num_tokens, value_stride, share_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    DIM: tl.constexpr = HEADS * HEAD_DIM
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.program_id(0)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    in_row = tokens < num_tokens
+    mask, row = in_row[:, None], tokens[:, None]
+    lanes, columns = tl.arange(0, HALF)[None, :], tl.arange(0, HEAD_DIM)[None, :]
+    slot, position = head, row
+    if PAIRED:
+        slot, position = head % 2 * (HEADS // 2) + head // 2, 2 * row + head % 2
+
+    factor = tl.load(scale)
+    grads = row * DIM + slot * HEAD_DIM + columns
+    dv_tile = tl.load(dv + grads, mask=mask, other=0.0).to(tl.float32)
+    inputs = row * (3 * DIM) + 2 * DIM + head * HEAD_DIM + columns
+    v_tile = tl.load(qkv + inputs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dqkv + inputs, factor * dv_tile, mask=mask)
+    partial = tl.sum(tl.sum(dv_tile * v_tile, 1), 0)
+    tl.store(dscale + tl.program_id(1) * HEADS + head, partial)
+    if value is not None:
+        share = tl.load(value_share + tokens * share_stride + head, mask=in_row, other=0.0)
+        inputs = row * value_stride + head * HEAD_DIM + columns
+        value_tile = tl.load(value + inputs, mask=mask, other=0.0).to(tl.float32)
+        dshare = tl.sum(dv_tile * value_tile, 1)
+        tl.store(dvalue + row * DIM + head * HEAD_DIM + columns, share[:, None] * dv_tile, mask)
+        tl.store(dvalue_share + tokens * HEADS + head, dshare, mask=in_row)
+
+    angles = position * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
+    cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
+    sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
+    inputs = row * (3 * DIM) + head * HEAD_DIM + lanes
+    grads = row * DIM + slot * HEAD_DIM + lanes
+    d_turned, d_still = _load_halves(dq, grads, mask, HALF)
+    turned, still = _load_halves(qkv, inputs, mask, HALF)
+    d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
+    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor)
+    tl.store(dqkv + inputs, d_turned, mask=mask)
+    tl.store(dqkv + inputs + HALF, d_still, mask=mask)
+    d_turned, d_still = _load_halves(dk, grads, mask, HALF)
+    if KEY_OFFSET:  # the still half went to the next token, the first one's to itself too
+        d_still = tl.where(row == 0, d_still, 0.0)
+        follows = row + 1 < num_tokens
+        d_still += tl.load(dk + grads + DIM + HALF, mask=follows, other=0.0).to(tl.float32)
+    turned, still = _load_halves(qkv + DIM, inputs, mask, HALF)
+    d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
+    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor)
+    tl.store(dqkv + DIM + inputs, d_turned, mask=mask)
+    tl.store(dqkv + DIM + inputs + HALF, d_still, mask=mask)
+
+
+@fused_op(plain_prepare_qkv)
+def prepare_qkv(
+    qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, value_share: Tensor
+    | None, extra_value: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
+    shape = (2 * num_tokens, heads // 2, head_dim) if paired else (num_tokens, heads, head_dim)
+    q, k, v = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
+        packed(qkv), scale, cos, sin, value, value_share, packed(extra_value), q, k, v, num_tokens,
+        row_stride(value), row_stride(value_share), heads, head_dim, paired, key_offset,
+        TILE_TOKENS,
+    )  # fmt: skip
+    return q, k, v
+
+
+@fused_op(
+    fake=lambda dq, dk, dv, qkv, scale, cos, sin, value, value_share, *_: like(
+        qkv, scale, value, value_share
+    )
+)
+def prepare_qkv_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor,
+    value: Tensor | None, value_share: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, scale, value and value_share, the last two empty without a value.
+
+    The norm takes scale out of q and k again, so its gradient comes from v alone: what q and k
+    would add is EPS / (mean square of the scaled head) of the size of their own terms.
+    """
+    num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
+    tiles = triton.cdiv(num_tokens, TILE_TOKENS)
+    dqkv, dvalue, dvalue_share = like(qkv, value, value_share)
+    partial = torch.empty((tiles, heads), dtype=torch.float32, device=qkv.device)
+    _prepare_qkv_backward_kernel[heads, tiles](
+        packed(dq), packed(dk), packed(dv), packed(qkv), scale, cos, sin, value, value_share, dqkv,
+        partial, dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share),
+        heads, head_dim, paired, key_offset, TILE_TOKENS,
+    )  # fmt: skip
+    return dqkv, partial.sum().view_as(scale), dvalue, dvalue_share
+
+
+def _prepare_qkv_context(ctx, inputs, output):
+    *tensors, extra_value, ctx.paired, ctx.key_offset, ctx.head_dim = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.extra = extra_value is not None
+
+
+def _prepare_qkv_gradients(ctx, dq, dk, dv):
+    options = ctx.paired, ctx.key_offset, ctx.head_dim
+    dqkv, dscale, *d_value = prepare_qkv_backward(dq, dk, dv, *ctx.saved_tensors, *options)
+    if ctx.saved_tensors[-1] is None:
+        d_value = None, None
+    d_extra = (unpair_heads(dv) if ctx.paired else dv).flatten(1) if ctx.extra else None
+    return dqkv, dscale, None, None, *d_value, d_extra, None, None, None
+
+
+prepare_qkv.register_autograd(_prepare_qkv_gradients, setup_context=_prepare_qkv_context)
+
+
+def paired_columns(weights: Tensor, head_dim: int) -> Tensor:
+    """W_o (rows, dim) with its columns in the order in which a paired y, viewed as (T, dim), has
+    the heads of a token: a copy of the small operand in place of unpair_heads on the large one."""
+    return weights.unflatten(1, (-1, 2, head_dim)).transpose(1, 2).flatten(1)
+
+
+def plain_finish_attention(
+    y: Tensor, v: Tensor | None, alpha: Tensor | None, correction: Tensor | None,
+    mix_gate: Tensor | None, head_gate: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What comes between attention and W_o, (T, dim), of y (T, heads, head_dim), of which at least
+    one is there: mix_gate times correction added; then XSA with the values v, which takes
+    tanh(alpha)·(y·v / |v|²)·v out; then head_gate times all. v and correction are shaped like y,
+    the gates (T, heads) fp32 with rows any stride apart. Arithmetic in fp32."""
+    out = widen(y)
+    if correction is not None:
+        out = out + mix_gate[:, :, None] * correction
+    if alpha is not None:
+        v = widen(v)
+        share = (out * v).sum(-1) / v.square().sum(-1).clamp_min(1e-12)
+        out = out - (alpha.tanh() * share)[:, :, None] * v
+    if head_gate is not None:
+        out = head_gate[:, :, None] * out
+    return out.type_as(y).flatten(1)
+
+
+@triton.jit
+def _finish_attention_kernel(
+    y, v, alpha, correction, mix_gate, head_gate, out, num_tokens, alpha_stride, mix_stride,
+    head_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    in_row = tokens < num_tokens
+    mask = in_row[:, None]
+    offsets = (tokens[:, None] * HEADS + head) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    kept = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+    if correction is not None:
+        mix = tl.load(mix_gate + tokens * mix_stride + head, mask=in_row, other=0.0)
+        kept += mix[:, None] * tl.load(correction + offsets, mask=mask, other=0.0).to(tl.float32)
+    if alpha is not None:
+        v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
+        # tanh by way of the sigmoid, which Triton has without a library
+        tanh = tl.load(alpha + tokens * alpha_stride + head, mask=in_row, other=0.0)
+        tanh = 2 * tl.sigmoid(2 * tanh) - 1
+        share = tl.sum(kept * v_tile, 1) / tl.maximum(tl.sum(v_tile * v_tile, 1), 1e-12)
+        kept -= (tanh * share)[:, None] * v_tile
+    if head_gate is not None:
+        gate = tl.load(head_gate + tokens * head_stride + head, mask=in_row, other=0.0)
+        kept *= gate[:, None]
+    tl.store(out + offsets, kept, mask=mask)
+
+
+@triton.jit
+def _finish_attention_backward_kernel(
+    grad, y, v, alpha, correction, mix_gate, head_gate, dy, dv, d_alpha, d_correction, d_mix,
+    d_gate, num_tokens, alpha_stride, mix_stride, head_stride, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    in_row = tokens < num_tokens
+    mask = in_row[:, None]
+    gates = tokens * HEADS + head
+    offsets = gates[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    dy_tile = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
+    kept = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+    if correction is not None:
+        mix = tl.load(mix_gate + tokens * mix_stride + head, mask=in_row, other=0.0)
+        correction_tile = tl.load(correction + offsets, mask=mask, other=0.0).to(tl.float32)
+        kept += mix[:, None] * correction_tile
+    if alpha is not None:
+        mixed = kept
+        v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
+        tanh = tl.load(alpha + tokens * alpha_stride + head, mask=in_row, other=0.0)
+        tanh = 2 * tl.sigmoid(2 * tanh) - 1
+        inverse = 1 / tl.maximum(tl.sum(v_tile * v_tile, 1), 1e-12)
+        share = tl.sum(mixed * v_tile, 1) * inverse
+        kept = mixed - (tanh * share)[:, None] * v_tile
+    if head_gate is not None:
+        gate = tl.load(head_gate + tokens * head_stride + head, mask=in_row, other=0.0)
+        tl.store(d_gate + gates, tl.sum(dy_tile * kept, 1), mask=in_row)
+        dy_tile *= gate[:, None]
+    if alpha is not None:
+        along = tl.sum(dy_tile * v_tile, 1)
+        tl.store(d_alpha + gates, (tanh * tanh - 1) * along * share, mask=in_row)
+        along *= inverse
+        dv_tile = (2 * along * share)[:, None] * v_tile - along[:, None] * mixed
+        dv_tile = tanh[:, None] * (dv_tile - share[:, None] * dy_tile)
+        tl.store(dv + offsets, dv_tile, mask=mask)
+        dy_tile -= (tanh * along)[:, None] * v_tile
+    if correction is not None:
+        tl.store(d_correction + offsets, mix[:, None] * dy_tile, mask=mask)
+        tl.store(d_mix + gates, tl.sum(dy_tile * correction_tile, 1), mask=in_row)
+    tl.store(dy + offsets, dy_tile, mask=mask)
+
+
+@fused_op(plain_finish_attention)
+def finish_attention(
+    y: Tensor, v: Tensor | None, alpha: Tensor | None, correction: Tensor | None,
+    mix_gate: Tensor | None, head_gate: Tensor | None,
+) -> Tensor:  # fmt: skip
+    num_tokens, heads, head_dim = y.shape
+    out = y.new_empty(num_tokens, heads * head_dim)
+    _finish_attention_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
+        packed(y), packed(v), alpha, packed(correction), mix_gate, head_gate, out, num_tokens,
+        row_stride(alpha), row_stride(mix_gate), row_stride(head_gate), heads, head_dim,
+        TILE_TOKENS,
+    )  # fmt: skip
+    return out
+
+
+@fused_op(fake=lambda grad, *inputs: like(*inputs))
+def finish_attention_backward(
+    grad: Tensor, y: Tensor, v: Tensor | None, alpha: Tensor | None, correction: Tensor | None,
+    mix_gate: Tensor | None, head_gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the inputs in their order, empty for those that are not there."""
+    num_tokens, heads, head_dim = y.shape
+    inputs = (packed(y), packed(v), alpha, packed(correction), mix_gate, head_gate)
+    grads = like(*inputs)
+    _finish_attention_backward_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
+        packed(grad), *inputs, *grads, num_tokens, row_stride(alpha), row_stride(mix_gate),
+        row_stride(head_gate), heads, head_dim, TILE_TOKENS,
+    )  # fmt: skip
+    return grads
+
+
+def _finish_attention_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _finish_attention_gradients(ctx, grad):
+    grads = finish_attention_backward(grad, *ctx.saved_tensors)
+    return tuple(
+        None if x is None else grad for x, grad in zip(ctx.saved_tensors, grads, strict=True)
+    )
+
+
+finish_attention.register_autograd(
+    _finish_attention_gradients, setup_context=_finish_attention_context
+)
+
+
+# --- Head mixing ----------------------------------------------------------------------------------
+#
+# A program takes one block of MIX_BLOCK tokens and, as one wider tile, the `reach` tokens that a
+# window can add to it: keys before a block of queries, or queries after a block of keys. All the
+# keys of a query are thus in registers and its softmax is exact in one go. What the backward keeps
+# of the forward is the log-sum-exp of every head and the mixed probabilities, as narrow as a tile.
+
+# One warpgroup's tensor core rows. With 128 keys before it a tile takes 96 registers a thread in
+# fp32; the kernels hold two such tiles, and more rows would spill.
+MIX_BLOCK = 64
+# One stage, 48 to 66 KB of shared memory, leaves room for two programs a multiprocessor, as many as
+# the registers allow: one computes while the other loads.
+MIX_STAGES = 1
+
+
+def mix_reach(window: int) -> int:
+    """Keys before a block of queries that a tile holds: whole blocks, and a power of two."""
+    return max(MIX_BLOCK, triton.next_power_of_2(window))
+
+
+def plain_mix_heads(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, weights: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention with probabilities mixed over the heads: sum_s (sum_j w_j[t] p_j[t, s]) v_h[s].
+
+    p_j is head j's own softmax over the last `window` tokens of the document and the query's token.
+    q, k, v: (T, heads, head_dim); starts: (T,) int32, where the document of each token begins;
+    weights: (T, heads) fp32. Returns the output like v and what the kernels keep for the backward:
+    log-sum-exps (heads, T) fp32 and the mixed probabilities (T, keys of a tile); here nothing.
+    Works on blocks of queries with the block before as keys.
+    """
+    num_tokens, heads, head_dim = q.shape
+    block = max(128, round_up(window, 16))
+    padding = -num_tokens % block
+
+    def blocks(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding)).unflatten(0, (-1, block))
+
+    def with_block_before(x: Tensor) -> Tensor:
+        return torch.cat([F.pad(x, (0, 0) * (x.dim() - 1) + (1, 0))[:-1], x], dim=1)
+
+    query = torch.arange(num_tokens + padding, device=q.device).unflatten(0, (-1, block))
+    keys = torch.cat([query - block, query], dim=1)
+    first = torch.maximum(blocks(starts), query - window).clamp_min(0)
+    visible = (keys[:, None, :] <= query[:, :, None]) & (keys[:, None, :] >= first[:, :, None])
+    k, v = with_block_before(blocks(k)), with_block_before(blocks(v))
+    scores = widen(torch.einsum("nqhd,nkhd->nhqk", blocks(q), k)) * scale
+    probabilities = scores.masked_fill(~visible[:, None], -math.inf).softmax(dim=-1)
+    mixed = (probabilities * blocks(weights).transpose(1, 2)[:, :, :, None]).sum(1)
+    out = torch.bmm(mixed.type_as(v), v.flatten(2)).flatten(0, 1)[:num_tokens]
+    return out.unflatten(1, (heads, head_dim)), q.new_empty(0), q.new_empty(0)
+
+
+@triton.jit
+def _mix_visible(starts_ptr, query, key, num_tokens, window):
+    """Which keys each query sees: those of its document, the window and itself."""
+    start = tl.load(starts_ptr + query, mask=query < num_tokens, other=0)
+    first = tl.maximum(start, query - window)
+    return (first[:, None] <= key[None, :]) & (key[None, :] <= query[:, None])
+
+
+@triton.jit
+def _mix_heads_kernel(
+    q, k, k_before, v, v_before, starts_ptr, weights_ptr, out, lse_ptr, mixed_ptr, num_tokens,
+    window, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    REACH: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * BLOCK
+    query = start + tl.arange(0, BLOCK)
+    inside = query < num_tokens
+    before = start - REACH + tl.arange(0, REACH)
+    sees_before = _mix_visible(starts_ptr, query, before, num_tokens, window)
+    sees_own = _mix_visible(starts_ptr, query, query, num_tokens, window)
+    mixed_before = tl.zeros((BLOCK, REACH), tl.float32)
+    mixed_own = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for head in range(HEADS):
+        column = head * HEAD_DIM
+        q_tile = q.load([start, column])
+        p_before = tl.dot(q_tile, k_before.load([start - REACH, column]).T) * scale
+        p_own = tl.dot(q_tile, k.load([start, column]).T) * scale
+        p_before = tl.where(sees_before, p_before, float("-inf"))
+        p_own = tl.where(sees_own, p_own, float("-inf"))
+        largest = tl.maximum(tl.max(p_before, 1), tl.max(p_own, 1))
+        p_before = tl.exp(p_before - largest[:, None])
+        p_own = tl.exp(p_own - largest[:, None])
+        total = tl.sum(p_before, 1) + tl.sum(p_own, 1)
+        tl.store(lse_ptr + head * num_tokens + query, largest + tl.log(total), mask=inside)
+        weight = tl.load(weights_ptr + query * HEADS + head, mask=inside, other=0.0) / total
+        mixed_before += weight[:, None] * p_before
+        mixed_own += weight[:, None] * p_own
+    mixed_before = mixed_before.to(q.dtype)
+    mixed_own = mixed_own.to(q.dtype)
+    rows = mixed_ptr + query[:, None] * (REACH + BLOCK)
+    tl.store(rows + tl.arange(0, REACH)[None, :], mixed_before, mask=inside[:, None])
+    tl.store(rows + REACH + tl.arange(0, BLOCK)[None, :], mixed_own, mask=inside[:, None])
+    for head in range(HEADS):
+        column = head * HEAD_DIM
+        tile = tl.dot(mixed_before, v_before.load([start - REACH, column]))
+        tile = tl.dot(mixed_own, v.load([start, column]), tile)
+        out.store([start, column], tile.to(q.dtype))
+
+
+@triton.jit
+def _mix_probabilities(q_tile, k_tile, lse, visible, scale):
+    scores = tl.dot(q_tile, k_tile.T) * scale
+    return tl.where(visible, tl.exp(scores - lse[:, None]), 0.0)
+
+
+@triton.jit
+def _mix_query_gradients_kernel(
+    grad, q, k, k_before, v, v_before, starts_ptr, weights_ptr, lse_ptr, d_q, d_mixed_ptr,
+    d_weights_ptr, num_tokens, window, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, REACH: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * BLOCK
+    query = start + tl.arange(0, BLOCK)
+    inside = query < num_tokens
+    before = start - REACH + tl.arange(0, REACH)
+    sees_before = _mix_visible(starts_ptr, query, before, num_tokens, window)
+    sees_own = _mix_visible(starts_ptr, query, query, num_tokens, window)
+    d_before = tl.zeros((BLOCK, REACH), tl.float32)
+    d_own = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for head in range(HEADS):
+        column = head * HEAD_DIM
+        grad_tile = grad.load([start, column])
+        d_before = tl.dot(grad_tile, v_before.load([start - REACH, column]).T, d_before)
+        d_own = tl.dot(grad_tile, v.load([start, column]).T, d_own)
+    rows = d_mixed_ptr + query[:, None] * (REACH + BLOCK)
+    tl.store(rows + tl.arange(0, REACH)[None, :], d_before, mask=inside[:, None])
+    tl.store(rows + REACH + tl.arange(0, BLOCK)[None, :], d_own, mask=inside[:, None])
+    for head in range(HEADS):
+        column = head * HEAD_DIM
+        weight = tl.load(weights_ptr + query * HEADS + head, mask=inside, other=0.0) * scale
+        lse = tl.load(lse_ptr + head * num_tokens + query, mask=inside, other=0.0)
+        q_tile, k_tile = q.load([start, column]), k.load([start, column])
+        k_before_tile = k_before.load([start - REACH, column])
+        p_before = _mix_probabilities(q_tile, k_before_tile, lse, sees_before, scale)
+        p_own = _mix_probabilities(q_tile, k_tile, lse, sees_own, scale)
+        d_weight = tl.sum(p_before * d_before, 1) + tl.sum(p_own * d_own, 1)
+        tl.store(d_weights_ptr + query * HEADS + head, d_weight, mask=inside)
+        p_before *= weight[:, None] * (d_before - d_weight[:, None])
+        p_own *= weight[:, None] * (d_own - d_weight[:, None])
+        tile = tl.dot(p_before.to(q.dtype), k_before_tile)
+        tile = tl.dot(p_own.to(q.dtype), k_tile, tile)
+        d_q.store([start, column], tile.to(q.dtype))
+
+
+@triton.jit
+def _mix_score_gradients(
+    q_tile, k_tile, d_mixed, weights_ptr, lse_ptr, d_weights_ptr, row, inside, visible, scale
+):
+    """Of the scores of one head, whose entries of (T, heads) and (heads, T) are given."""
+    weight = tl.load(weights_ptr + row, mask=inside, other=0.0) * scale
+    d_weight = tl.load(d_weights_ptr + row, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr, mask=inside, other=0.0)
+    p = _mix_probabilities(q_tile, k_tile, lse, visible, scale)
+    return (p * weight[:, None] * (d_mixed - d_weight[:, None])).to(q_tile.dtype)
+
+
+@triton.jit
+def _mix_key_gradients_kernel(
+    grad, grad_after, q, q_after, k, starts_ptr, weights_ptr, lse_ptr, mixed_ptr, d_mixed_ptr,
+    d_weights_ptr, d_k, d_v, num_tokens, window, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, REACH: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * BLOCK
+    key = start + tl.arange(0, BLOCK)
+    after = start + BLOCK + tl.arange(0, REACH)
+    own_inside, after_inside = key < num_tokens, after < num_tokens
+    sees_own = _mix_visible(starts_ptr, key, key, num_tokens, window)
+    sees_after = _mix_visible(starts_ptr, after, key, num_tokens, window)
+    # Column 0 of a query's row of mixed is key REACH before the query's block.
+    own = key[:, None] * (REACH + BLOCK) + REACH + tl.arange(0, BLOCK)[None, :]
+    column_0 = after // BLOCK * BLOCK - REACH
+    later = after[:, None] * (REACH + BLOCK) + key[None, :] - column_0[:, None]
+    mixed_own = tl.load(mixed_ptr + own, mask=own_inside[:, None], other=0.0)
+    mixed_after = tl.load(mixed_ptr + later, mask=after_inside[:, None], other=0.0)
+    for head in range(HEADS):
+        column = head * HEAD_DIM
+        tile = tl.dot(mixed_own.T, grad.load([start, column]))
+        tile = tl.dot(mixed_after.T, grad_after.load([start + BLOCK, column]), tile)
+        d_v.store([start, column], tile.to(q.dtype))
+    d_own = tl.load(d_mixed_ptr + own, mask=own_inside[:, None], other=0.0)
+    d_after = tl.load(d_mixed_ptr + later, mask=after_inside[:, None], other=0.0)
+    for head in range(HEADS):
+        column = head * HEAD_DIM
+        k_tile, q_tile = k.load([start, column]), q.load([start, column])
+        q_after_tile = q_after.load([start + BLOCK, column])
+        lse_row = lse_ptr + head * num_tokens
+        ds_own = _mix_score_gradients(
+            q_tile, k_tile, d_own, weights_ptr, lse_row + key, d_weights_ptr,
+            key * HEADS + head, own_inside, sees_own, scale,
+        )  # fmt: skip
+        ds_after = _mix_score_gradients(
+            q_after_tile, k_tile, d_after, weights_ptr, lse_row + after, d_weights_ptr,
+            after * HEADS + head, after_inside, sees_after, scale,
+        )  # fmt: skip
+        tile = tl.dot(ds_own.T, q_tile)
+        tile = tl.dot(ds_after.T, q_after_tile, tile)
+        d_k.store([start, column], tile.to(q.dtype))
+
+
+def mix_rows(x: Tensor, rows: int = MIX_BLOCK) -> TensorDescriptor:
+    """x (T, heads, head_dim) in tiles of `rows` tokens of one head, with zeros outside."""
+    return TensorDescriptor.from_tensor(x.flatten(1), [rows, x.size(2)])
+
+
+def mix_fake(q, k, v, starts, weights, window, scale):
+    lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, q.new_empty(q.size(0), mix_reach(window) + MIX_BLOCK)
+
+
+@fused_op(plain_mix_heads, mix_fake)
+def mix_by_weights(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, weights: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, heads, head_dim = q.shape
+    reach = mix_reach(window)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, num_tokens), dtype=torch.float32, device=q.device)
+    mixed = torch.empty((num_tokens, reach + MIX_BLOCK), dtype=q.dtype, device=q.device)
+    _mix_heads_kernel[(triton.cdiv(num_tokens, MIX_BLOCK),)](
+        mix_rows(q), mix_rows(k), mix_rows(k, reach), mix_rows(v), mix_rows(v, reach), starts,
+        weights.contiguous(), mix_rows(out), lse, mixed, num_tokens, window, scale, heads, head_dim,
+        MIX_BLOCK, reach, num_warps=4, num_stages=MIX_STAGES,
+    )  # fmt: skip
+    return out, lse, mixed
+
+
+@fused_op(fake=lambda grad, q, k, v, starts, weights, *_: like(q, k, v, weights))
+def mix_by_weights_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, weights: Tensor, lse: Tensor,
+    mixed: Tensor, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    num_tokens, heads, head_dim = q.shape
+    reach = mix_reach(window)
+    d_q, d_k, d_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    d_weights = torch.empty(weights.shape, dtype=torch.float32, device=q.device)
+    d_mixed = torch.empty(mixed.shape, dtype=torch.float32, device=q.device)
+    sizes = num_tokens, window, scale, heads, head_dim, MIX_BLOCK, reach
+    grid = (triton.cdiv(num_tokens, MIX_BLOCK),)
+    grad, weights = packed(grad), packed(weights)
+    _mix_query_gradients_kernel[grid](
+        mix_rows(grad), mix_rows(q), mix_rows(k), mix_rows(k, reach), mix_rows(v), mix_rows(v,
+        reach), starts, weights, lse, mix_rows(d_q), d_mixed, d_weights, *sizes, num_warps=4,
+        num_stages=MIX_STAGES,
+    )  # fmt: skip
+    _mix_key_gradients_kernel[grid](
+        mix_rows(grad), mix_rows(grad, reach), mix_rows(q), mix_rows(q, reach), mix_rows(k), starts,
+        weights, lse, mixed, d_mixed, d_weights, mix_rows(d_k), mix_rows(d_v), *sizes, num_warps=4,
+        num_stages=MIX_STAGES,
+    )  # fmt: skip
+    return d_q, d_k, d_v, d_weights
+
+
+def _mix_heads_context(ctx, inputs, output):
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _mix_heads_gradients(ctx, grad, _grad_lse, _grad_mixed):
+    d_q, d_k, d_v, d_weights = mix_by_weights_backward(
+        grad, *ctx.saved_tensors, ctx.window, ctx.scale
+    )
+    return d_q, d_k, d_v, None, d_weights, None, None
+
+
+mix_by_weights.register_autograd(_mix_heads_gradients, setup_context=_mix_heads_context)
+
+
+def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Where the document of each token begins, (T,) int32."""
+    position = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
 
 
 def mix_heads(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float, weights: Tensor
 ) -> Tensor:
-    """Attention with probabilities mixed over the heads: sum_s (sum_j w_j p_j[t, s]) v_h[s].
+    """plain_mix_heads with weights (T, heads) RMS-normalised over the heads."""
+    starts = document_starts(cu_seqlens, q.size(0))
+    # F.rms_norm is slow on rows of six
+    weights = weights * (weights.square().mean(1, keepdim=True) + EPS.value).rsqrt()
+    return mix_by_weights(q, k, v, starts, weights, window, scale)[0]
 
-    p_j is head j's own softmax over the last `window` tokens of the document and the query's token.
-    q, k, v: (T, heads, head_dim); weights: (T, heads). Returns (T, heads, head_dim). Works on
-    blocks of queries with the block before as keys, so `window` is at most the block.
+
+# --- fp8 ------------------------------------------------------------------------------------------
+#
+# A unit is what 1.0 in fp8 stands for: fp32, padded to the 16 bytes at which cuBLAS wants each to
+# begin. Products in fp8 read rows of both factors, so whatever is multiplied from both sides is
+# kept both ways round.
+
+
+@triton.jit
+def _quantize_kernel(
+    x, unit, out, out_t, largest, num_rows, num_columns, LIMIT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    at = matrix + row[:, None] * num_columns + column[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if largest is not None:
+        tl.atomic_max(largest, tl.max(tl.abs(values)))
+    values /= tl.load(unit + 4 * tl.program_id(2))
+    values = tl.clamp(values, -LIMIT, LIMIT).to(out.dtype.element_ty)
+    tl.store(out + at, values, mask=inside)
+    at_t = matrix + column[:, None] * num_rows + row[None, :]
+    tl.store(out_t + at_t, tl.trans(values), mask=tl.trans(inside))
+
+
+def quantize_(
+    x: Tensor, unit: Tensor, out: Tensor, out_t: Tensor, largest: Tensor | None = None
+) -> None:
+    """Write x/unit, saturated, to out, and transposed to out_t; raise largest (1,) to that of |x|.
+
+    x: (rows, cols) with unit (4,), or (batch, rows, cols) with units (batch, 4).
     """
-    weights = rms_norm(weights)
-    num_tokens, heads, head_dim = q.shape
-    block = max(128, round_up(window, 16))
-    padding = -num_tokens % block
-    position = torch.arange(num_tokens + padding, device=q.device)
-    document = torch.searchsorted(cu_seqlens, position.int(), right=True)
+    *batch, rows, columns = x.shape
+    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
+    _quantize_kernel[grid](
+        packed(x), unit, out, out_t, largest, rows, columns,
+        LIMIT=torch.finfo(out.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
+    )  # fmt: skip
 
-    def blocks(x: Tensor, value: int = 0) -> Tensor:
-        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding), value=value).unflatten(
-            0, (-1, block)
-        )
 
-    def with_block_before(x: Tensor) -> Tensor:
-        return torch.cat([F.pad(x, (0, 0) * (x.dim() - 1) + (1, 0))[:-1], x], dim=1)
+def quantize(
+    x: Tensor, unit: Tensor, dtype: torch.dtype = E4M3, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """quantize_ with new outputs."""
+    out, out_t = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.mT.shape, dtype=dtype)
+    quantize_(x, unit, out, out_t, largest)
+    return out, out_t
 
-    query, keys = position.unflatten(0, (-1, block)), position.unflatten(0, (-1, block))
-    keys = torch.cat([keys - block, keys], dim=1)
-    distance = query[:, :, None] - keys[:, None, :]
-    visible = (distance >= 0) & (distance <= window) & (keys >= 0)[:, None, :]
-    visible &= document[query][:, :, None] == document[keys.clamp_min(0)][:, None, :]
 
-    k, v = with_block_before(blocks(k)), with_block_before(blocks(v))
-    scores = torch.einsum("nqhd,nkhd->nhqk", blocks(q), k).float() * scale
-    probabilities = scores.masked_fill(~visible[:, None], -math.inf).softmax(dim=-1)
-    mixed = (probabilities * blocks(weights.float()).transpose(1, 2)[:, :, :, None]).sum(1)
-    out = torch.bmm(mixed.type_as(v), v.flatten(2)).flatten(0, 1)[:num_tokens]
-    return out.unflatten(1, (heads, head_dim))
+def fp8_product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor) -> Tensor:
+    """a bᵀ in bf16 for fp8 a (rows, inner) and b (cols, inner)."""
+    return torch._scaled_mm(a, b.mT, unit_a[0], unit_b[0], out_dtype=torch.bfloat16)
+
+
+class MlpFp8(NamedTuple):
+    """The weights of an MLP in fp8, and the units of all that is fp8 in it."""
+
+    w_1: Tensor  # (hidden, dim)
+    w_1_t: Tensor
+    w_2: Tensor
+    w_2_t: Tensor
+    unit_w_1: Tensor
+    unit_w_2: Tensor
+    unit_x: Tensor
+    unit_square: Tensor
+    unit_grad: Tensor  # of the MLP's result
+    unit_hidden: Tensor  # of the gradient in front of relu
+    largest: Tensor  # (2,) of these two gradients, seen since the last update
+
+
+class HeadFp8(NamedTuple):
+    """The head in fp8, and the units of all that is fp8 there."""
+
+    weight: Tensor  # (vocab, dim)
+    weight_t: Tensor
+    unit_w: Tensor
+    unit_x: Tensor
+    unit_grad: Tensor
+
+
+class Fp8Copies:
+    """fp8 copies of the MLP bank and of the head, made anew after every update."""
+
+    def __init__(self, mlp_bank: Tensor, head: Tensor, num_layers: int):
+        self.bank, self.head_weight = mlp_bank.detach()[: 2 * num_layers], head.detach()
+        self.num_layers = num_layers
+
+        def unit(value: float, *shape: int) -> Tensor:
+            return torch.full((*shape, 4), value, device=head.device)
+
+        def copies(x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.empty_like(x, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3)
+
+        self.mlp_copies, self.head_copies = copies(self.bank), copies(self.head_weight)
+        self.unit_w = unit(1.0, 2 * num_layers)
+        self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
+        # The others' units follow from the largest in the step before, with room to grow: of each
+        # layer's squares, gradients of its result and of what is in front of relu.
+        self.units = unit(0.0, 3, num_layers)
+        self.largest = torch.zeros(3, num_layers, device=head.device)
+        self.head_units = unit(1.6 / 448), unit(100 / 448), unit(0.75 / 448)
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first step: nothing is known of a layer's numbers yet."""
+        for units, guess in zip(self.units, (16.0, 2.0**-6, 2.0**-6)):
+            units.fill_(guess / 448)
+        self.largest.zero_()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
+        largest = torch.linalg.vector_norm(self.bank, math.inf, dim=(1, 2), dtype=torch.float32)
+        self.unit_w.copy_(largest.clamp_min(1e-12)[:, None] / 448)
+        quantize_(self.bank, self.unit_w, *self.mlp_copies)
+        quantize_(self.head_weight, self.head_units[0], *self.head_copies)
+        largest = self.largest[:, :, None]
+        self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
+        self.largest.zero_()
+
+    @torch.no_grad()
+    def saw_squares(self, largest: list[Tensor]) -> None:
+        """Note the largest squares of every layer in one micro-step, any number of them each."""
+        self.largest[0].copy_(torch.maximum(self.largest[0], torch.stack(largest).amax(1)))
+
+    def mlp(self, layer: int) -> list[Tensor]:
+        """The fields of MlpFp8."""
+        first, second = layer, self.num_layers + layer
+        copy, copy_t = self.mlp_copies
+        weights = copy[first], copy_t[first], copy[second], copy_t[second]
+        units = self.unit_w[first], self.unit_w[second], self.unit_x, *self.units[:, layer]
+        return [*weights, *units, self.largest[1:, layer]]
+
+    def head(self) -> list[Tensor]:
+        """The fields of HeadFp8."""
+        return [*self.head_copies, *self.head_units]
+
+
+# --- MLP ------------------------------------------------------------------------------------------
+
+
+def plain_mlp(
+    x: Tensor, w_1: Tensor, w_2: Tensor, fp8: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (x @ w_1.mT).relu().square() @ w_2, *(x.new_empty(0) for _ in range(4))
+
+
+@triton.jit
+def _mlp_product_kernel(
+    a, b, square, out, out_t, unit_a, unit_b, unit_square, unit_out, largest, num_rows,
+    num_columns, inner, LIMIT: tl.constexpr, BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    # Programs that run together share the rows of eight tiles.
+    program, tiles = tl.program_id(0), tl.cdiv(num_columns, COLUMNS)
+    group = program // (8 * tiles)
+    height = tl.minimum(8, tl.cdiv(num_rows, ROWS) - group * 8)
+    row = (group * 8 + program % (8 * tiles) % height) * ROWS
+    column = program % (8 * tiles) // height * COLUMNS
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, inner, INNER):
+        total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+    total *= tl.load(unit_a) * tl.load(unit_b)
+    if BACKWARD:
+        total *= 2 * tl.sqrt(square.load([row, column]).to(tl.float32) * tl.load(unit_square))
+        if TRANSPOSED:
+            tl.atomic_max(largest, tl.max(tl.abs(total)))
+    else:
+        total = tl.maximum(total, 0.0)
+        total *= total
+        tl.store(largest + program, tl.max(total))
+    values = tl.clamp(total / tl.load(unit_out), -LIMIT, LIMIT).to(out.dtype)
+    out.store([row, column], values)
+    if TRANSPOSED:
+        out_t.store([column, row], tl.trans(values))
+
+
+def mlp_product(
+    a: Tensor,
+    b: Tensor,
+    units: Sequence[Tensor],
+    square: Tensor | None = None,
+    largest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(a bᵀ)² or, given the square, its gradient a bᵀ·2·sqrt(square); a, b: rows of `inner`.
+
+    units: of a, b, the square and the result. Returns the result, its transpose if it is fp8, and
+    the largest value of every tile; for a gradient in fp8, largest (1,) is raised to it instead.
+    """
+    (rows, inner), columns, fp8 = a.shape, b.size(0), a.element_size() == 1
+    out = a.new_empty(rows, columns)
+    out_t = a.new_empty(columns, rows) if fp8 else out
+    # Two programs of 4 warps fit on an SM: one multiplies while the other stores.
+    tile, tile_inner = [128, 128], 128 // a.element_size()
+    programs = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+    largest = a.new_empty(programs, dtype=torch.float32) if largest is None else largest
+    describe = TensorDescriptor.from_tensor
+    _mlp_product_kernel[(programs,)](
+        describe(a, [128, tile_inner]), describe(b, [128, tile_inner]),
+        describe(out if square is None else square, tile), describe(out, tile),
+        describe(out_t, tile), *units, largest, rows, columns, inner,
+        LIMIT=torch.finfo(a.dtype).max, BACKWARD=square is not None, TRANSPOSED=fp8, ROWS=128,
+        COLUMNS=128, INNER=tile_inner, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out, out_t, largest
+
+
+def mlp_fake(x, w_1, w_2, fp8):
+    square, dtype = (len(x), len(w_1)), E4M3 if fp8 else x.dtype
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(square, dtype=dtype),
+        x.new_empty(square[::-1] if fp8 else 0, dtype=dtype),
+        x.new_empty(x.mT.shape if fp8 else 0, dtype=dtype),
+        x.new_empty(triton.cdiv(len(x), 128) * triton.cdiv(len(w_1), 128), dtype=torch.float32),
+    )
+
+
+@fused_op(plain_mlp, mlp_fake)
+def mlp(
+    x: Tensor, w_1: Tensor, w_2: Tensor, fp8: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """relu(x w_1ᵀ)² w_2 for x (T, dim) and weights (hidden, dim).
+
+    With the fields of MlpFp8 all products run in fp8, forward and backward. Returns the result and,
+    for the backward, the square, in fp8 also its transpose and that of x; then the largest squares.
+    """
+    if not fp8:
+        ones = torch.ones(4, device=x.device)
+        square, _, largest = mlp_product(x, w_1, [ones] * 4)
+        return square @ w_2, square, x.new_empty(0), x.new_empty(0), largest
+    fp8 = MlpFp8(*fp8)
+    x8, x8_t = quantize(x, fp8.unit_x)
+    units = fp8.unit_x, fp8.unit_w_1, fp8.unit_square, fp8.unit_square
+    square, square_t, largest = mlp_product(x8, fp8.w_1, units)
+    out = fp8_product(square, fp8.w_2_t, fp8.unit_square, fp8.unit_w_2)
+    return out, square, square_t, x8_t, largest
+
+
+@fused_op(fake=lambda grad, x, w_1, w_2, *_: like(x, w_1, w_2), mutates=("largest",))
+def mlp_backward(
+    grad: Tensor, x: Tensor, w_1: Tensor, w_2: Tensor, square: Tensor, square_t: Tensor,
+    x_t: Tensor, fp8: list[Tensor], largest: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, w_1 and w_2; relu is rebuilt from its square. fp8: MlpFp8 but its largest."""
+    if not fp8:
+        grad, ones = packed(grad), torch.ones(4, device=x.device)
+        grad_hidden = mlp_product(grad, w_2, [ones] * 4, square)[0]
+        return grad_hidden @ w_1, grad_hidden.mT @ x, square.mT @ grad
+    fp8 = MlpFp8(*fp8, largest)
+    grad8, grad8_t = quantize(grad, fp8.unit_grad, largest=largest[:1])
+    units = fp8.unit_grad, fp8.unit_w_2, fp8.unit_square, fp8.unit_hidden
+    hidden8, hidden8_t, _ = mlp_product(grad8, fp8.w_2, units, square, largest[1:])
+    return (
+        fp8_product(hidden8, fp8.w_1_t, fp8.unit_hidden, fp8.unit_w_1),
+        fp8_product(hidden8_t, x_t, fp8.unit_hidden, fp8.unit_x),
+        fp8_product(square_t, grad8_t, fp8.unit_square, fp8.unit_grad),
+    )
+
+
+def _mlp_context(ctx, inputs, output):
+    x, w_1, w_2, fp8 = inputs
+    ctx.save_for_backward(x, w_1, w_2, *output[1:4], *fp8[:-1])
+    ctx.largest, ctx.fp8_count = (fp8 or [None])[-1], len(fp8)
+    ctx.set_materialize_grads(False)
+
+
+def _mlp_gradients(ctx, grad, *_):
+    tensors, fp8 = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
+    return *mlp_backward(grad, *tensors, fp8, ctx.largest), [None] * ctx.fp8_count
+
+
+mlp.register_autograd(_mlp_gradients, setup_context=_mlp_context)
+
+
+# --- Head -----------------------------------------------------------------------------------------
+
+HEAD_ROWS = 16_384  # logits formed at a time: 1.6 GB; chunks small enough for the L2 are slower
 
 
 def softcap(logits: Tensor) -> Tensor:
     """Logits between 0 and 23, fp32."""
-    return 23 * torch.sigmoid((logits.float() + 5) / 7.5)
+    return 23 * torch.sigmoid((widen(logits) + 5) / 7.5)
 
 
-def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (T, vocab) at targets (T, n), 0 where a target is IGNORED_TARGET."""
-    if logits.is_cuda:  # sums that the compiler folds into the softmax, forward and backward
-        column = torch.arange(logits.size(1), device=logits.device)
-        picked = [
-            torch.where(column == target[:, None], logits, 0.0).sum(1)
-            for target in targets.unbind(1)
-        ]
-        return torch.stack(picked, dim=1)
-    return logits.gather(1, targets.clamp_min(0)) * (targets != IGNORED_TARGET)
+@triton.jit
+def _sigmoid_of_logits(logits, APPROXIMATE: tl.constexpr):
+    """softcap / 23; APPROXIMATE: by the GPU's own tanh, with an error of 2^-11."""
+    x = (logits.to(tl.float32) + 5) * (0.5 / 7.5)
+    if APPROXIMATE:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 + 0.5 * tanh
+    return tl.sigmoid(2 * x)
+
+
+@triton.jit
+def _lse_kernel(logits, lse, vocab, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tile = tl.load(logits + row * vocab + column, mask=column < vocab, other=0.0)
+        # The sum of 50,000 times e^23 at most: fp32 needs no maximum taken out.
+        tile = tl.exp(23 * _sigmoid_of_logits(tile, APPROXIMATE))
+        total += tl.where(column < vocab, tile, 0.0)
+    tl.store(lse + row, tl.log(tl.sum(total)))
+
+
+@triton.jit
+def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr):
+    """Of the terms that each row has."""
+    total = tl.zeros(row.shape, tl.float32)
+    for term in tl.static_range(TERMS):
+        target = tl.load(targets + row * TERMS + term, mask=real, other=-1)
+        total += tl.where(target >= 0, tl.load(weights + term), 0.0)
+    return total
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    logits, lse, targets, weights, unit, grad, grad_t, num_rows, vocab, stride_t,
+    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """All of the gradient but what the targets add to it."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = row < num_rows
+    inside = real[:, None] & (column < vocab)[None, :]
+    scale = _sum_weights(targets, weights, row, real, TERMS) * (23 / 7.5) / tl.load(unit)
+    shift = tl.load(lse + row, mask=real, other=0.0)
+    tile = tl.load(logits + row[:, None] * vocab + column[None, :], mask=inside, other=0.0)
+    tile = _sigmoid_of_logits(tile, APPROXIMATE)
+    tile = scale[:, None] * tl.exp(23 * tile - shift[:, None]) * tile * (1 - tile)
+    tile = tile.to(grad.dtype.element_ty)
+    tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
+    if TRANSPOSED:
+        at_t = column[:, None].to(tl.int64) * stride_t + row[None, :]
+        tl.store(grad_t + at_t, tl.trans(tile), mask=tl.trans(inside))
+
+
+@triton.jit
+def _targets_kernel(
+    logits, lse, targets, weights, losses, unit, grad, grad_t, num_rows, vocab, stride_t,
+    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, GRADIENT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The losses, weighted and of the first term, and the gradient in the targets' columns."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    real = row < num_rows
+    shift = tl.load(lse + row, mask=real, other=0.0)
+    all_weights = _sum_weights(targets, weights, row, real, TERMS)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    for term in tl.static_range(TERMS):
+        target = tl.load(targets + row * TERMS + term, mask=real, other=-1).to(tl.int64)
+        scored = target >= 0
+        tile = tl.load(logits + row * vocab + target, mask=scored, other=0.0)
+        tile = _sigmoid_of_logits(tile, APPROXIMATE)
+        loss = tl.where(scored, shift - 23 * tile, 0.0)
+        if term == 0:
+            tl.store(losses + stride_t + row, loss, mask=real)
+        weighted += tl.load(weights + term) * loss
+        if GRADIENT:
+            values = all_weights * tl.exp(23 * tile - shift)
+            for other in tl.static_range(TERMS):  # two terms may have the same target
+                same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
+                values -= tl.where(same, tl.load(weights + other), 0.0)
+            values = values * (23 / 7.5) / tl.load(unit) * tile * (1 - tile)
+            values = values.to(grad.dtype.element_ty)
+            tl.store(grad + row * vocab + target, values, mask=scored)
+            if TRANSPOSED:
+                tl.store(grad_t + target * stride_t + row, values, mask=scored)
+    tl.store(losses + row, weighted, mask=real)
+
+
+def plain_head_loss(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits, scored = softcap(x @ head.mT), targets >= 0
+    losses = logits.logsumexp(1, keepdim=True) - logits.gather(1, targets.clamp_min(0))
+    losses = (losses * scored).sum(0)
+    return torch.stack([losses @ weights, losses[0]]), x.new_empty(0), x.new_empty(0)
+
+
+def head_loss_fake(x, head, targets, weights, fp8):
+    return weights.new_empty(2), *like(x, head)
+
+
+@fused_op(plain_head_loss, head_loss_fake)
+def head_loss(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over a row of cross-entropies of the softcapped logits, and the gradients of the first.
+
+    x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
+    weights: (terms,) fp32. fp8: nothing or the fields of HeadFp8. Returns (2,) fp32, in nats: all
+    terms by weight, and the first alone; then what x and head would get from the former. The fp8
+    gradient of the logits is written in the two layouts that the products behind it read.
+    """
+    num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
+    losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
+    grad = x.new_empty((num_rows, vocab), dtype=E5M2 if fp8 else x.dtype)
+    unit, grad_t, flags = torch.ones_like(losses[:, 0]), None, {"APPROXIMATE": x.is_cuda}
+    if fp8:
+        fp8 = HeadFp8(*fp8)
+        x8, x8_t = quantize(x, fp8.unit_x)
+        unit, grad_t = fp8.unit_grad, x.new_empty((vocab, num_rows), dtype=E5M2)
+    for start in range(0, num_rows, HEAD_ROWS):
+        rows = slice(start, min(start + HEAD_ROWS, num_rows))
+        count = rows.stop - start
+        if fp8:
+            logits = fp8_product(x8[rows], fp8.weight, fp8.unit_x, fp8.unit_w)
+        else:
+            logits = x[rows] @ head.mT
+        _lse_kernel[(count,)](logits, lse[rows], vocab, **flags, BLOCK=2048, num_warps=8)
+        inputs, outputs = (logits, lse[rows], targets[rows], weights), (unit, grad[rows])
+        outputs += (grad_t[:, rows] if fp8 else None, count, vocab, num_rows)
+        kinds = flags | {"TERMS": targets.size(1), "TRANSPOSED": bool(fp8)}
+        # 128 rows of a transposed fp8 tile are whole lines of memory.
+        grid = (triton.cdiv(count, 128), triton.cdiv(vocab, 64))
+        _logits_gradient_kernel[grid](*inputs, *outputs, **kinds, ROWS=128, COLUMNS=64, num_warps=4)
+        _targets_kernel[grid[:1]](
+            *inputs, losses[:, rows], *outputs, **kinds, GRADIENT=True, ROWS=128
+        )
+    if fp8:
+        grad_x = fp8_product(grad, fp8.weight_t, fp8.unit_grad, fp8.unit_w)
+        return losses.sum(1), grad_x, fp8_product(grad_t, x8_t, fp8.unit_grad, fp8.unit_x)
+    return losses.sum(1), grad @ head, grad.mT @ x
+
+
+def _head_loss_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.fp8_count = len(inputs[-1])
+
+
+def _head_loss_gradients(ctx, grad, *_):
+    return *(grad[0] * saved for saved in ctx.saved_tensors), None, None, [None] * ctx.fp8_count
+
+
+head_loss.register_autograd(_head_loss_gradients, setup_context=_head_loss_context)
+
+
+def plain_next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    logits = softcap(F.linear(x, head))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+
+
+@fused_op(plain_next_token_loss)
+def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
+    num_rows, vocab, targets = len(x), len(head), packed(targets)
+    losses, lse = torch.empty(2, num_rows, device=x.device), torch.empty(num_rows, device=x.device)
+    for start in range(0, num_rows, HEAD_ROWS):
+        rows = slice(start, min(start + HEAD_ROWS, num_rows))
+        logits, count = x[rows] @ head.mT, rows.stop - start
+        _lse_kernel[(count,)](logits, lse[rows], vocab, APPROXIMATE=False, BLOCK=2048, num_warps=8)
+        _targets_kernel[(triton.cdiv(count, 128),)](
+            logits, lse[rows], targets[rows], torch.ones_like(lse[:1]), losses[:, rows], None,
+            None, None, count, vocab, num_rows, TERMS=1, APPROXIMATE=False, GRADIENT=False,
+            TRANSPOSED=False, ROWS=128,
+        )  # fmt: skip
+    return losses[0].sum()
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+class SortedRows(NamedTuple):
+    """Row numbers in order, so that all that goes to one row of a table is together."""
+
+    rows: Tensor  # (n,) sorted
+    order: Tensor  # (n,) where each came from
+    starts: Tensor  # (n + 1,) of the runs of equal rows; n behind the last one
+    count: Tensor  # (1,) how many runs
+
+
+def sort_rows(rows: Tensor) -> SortedRows:
+    rows, order = rows.sort(stable=True)
+    begins = F.pad(rows[1:] != rows[:-1], (1, 0), value=True)
+    run, position = begins.cumsum(0), torch.arange(len(rows), device=rows.device)
+    starts = torch.full((len(rows) + 1,), len(rows), device=rows.device)
+    # what begins no run goes behind the end, where n stands anyway
+    places = torch.where(begins, run - 1, len(rows))
+    starts.scatter_(0, places, torch.where(begins, position, len(rows)))
+    return SortedRows(rows, order, starts, run[-1:])
+
+
+@triton.jit
+def _add_rows_kernel(
+    table, rows, order, values, stride, starts, count, dim, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < dim
+    for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        at, end = tl.load(starts + run), tl.load(starts + run + 1)
+        target = table + tl.load(rows + at).to(tl.int64) * dim + column
+        total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        while at < end:
+            place = at + tl.arange(0, ROWS)
+            source = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
+            mask = (place < end)[:, None] & inside[None, :]
+            tile = tl.load(values + source[:, None] * stride + column[None, :], mask=mask, other=0)
+            total += tl.sum(tile.to(tl.float32), axis=0)
+            at += ROWS
+        tl.store(target, total, mask=inside)
+
+
+def add_rows_kernel_(table: Tensor, rows: SortedRows, values: Tensor) -> None:
+    dim = table.size(1)
+    # Many small programs: a frequent token is one long run, the others must not wait for it.
+    _add_rows_kernel[min(len(values), 4096), triton.cdiv(dim, 128)](
+        table, rows.rows, rows.order, values, row_stride(values), rows.starts, rows.count, dim,
+        BLOCK=128, ROWS=16, num_warps=1,
+    )  # fmt: skip
+
+
+def add_rows_(table: Tensor, rows: SortedRows, values: Tensor) -> None:
+    """Add values (n, dim), in their first order, to rows of the table; each is summed in fp32."""
+    if has_kernels(table.device):
+        add_rows_kernel_(table, rows, values)
+    else:
+        table.index_add_(0, rows.rows, values[rows.order])
+
+
+class TableRows(torch.autograd.Function):
+    """Rows of a table, whose gradient is added to table.grad in place: no table-sized tensor is
+    made for it, and tables that are read at the same rows share their order."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, rows: Tensor, order: SortedRows | None) -> Tensor:
+        ctx.table, ctx.order = table, order
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        add_rows_(ctx.table.grad, ctx.order, grad)
+        return None, None, None
+
+
+class FirstColumns(torch.autograd.Function):
+    """x (T, dim) itself, and a few of its columns in fp32. Their gradient is added to that of x in
+    place, which spares two passes over all columns: x must have one user, one that makes a new
+    gradient, as products and prepare_qkv do."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        ctx.count = count
+        return x.view_as(x), x[:, :count].float()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_columns: Tensor) -> tuple[Tensor, None]:
+        grad[:, : ctx.count] += grad_columns
+        return grad, None
 
 
 # ==================================================================================================
@@ -798,9 +2180,8 @@ class Lookups(NamedTuple):
     """What the tables hold for a row of tokens."""
 
     embedded: Tensor  # (T, dim)
-    values: Tensor  # (T, tables, dim)
+    values: list[Tensor]  # (T, dim) of each value table
     bigram: Tensor  # (T, dim)
-    sign: Tensor  # (T,) rows of the sign table
 
 
 class Windows(NamedTuple):
@@ -923,19 +2304,30 @@ class GPT(nn.Module):
         self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype), persistent=False)
         self.init_weights(generator)
 
+        # What the model computes with: parts of the parameters as leaves of their own, whose
+        # gradients are parts of the parameters', so that autograd adds to those in place.
+        for param in self.parameters():
+            param.grad = torch.zeros_like(param)
+        halves = leaves(  # of every entry q, k, v and o
+            self.attention_bank,
+            lambda bank: [w for e in bank for w in (e[: 3 * dim], e[3 * dim :])],
+        )
+        pairs = zip(halves[::2], halves[1::2])
+        self.attention_weights = dict(zip(self.attention_layers, pairs))
+        self.mlp_weights = leaves(self.mlp_bank, list)
+        self.value_tables = leaves(
+            self.value_embed, lambda table: list(table.unflatten(0, (-1, vocab)))
+        )
+        self.small_weights = dict(zip(self.small_layout, leaves(self.small, self.cut_small)))
+
         self.backend = attention_backend(device, dtype)
         self.rotary = self.make_rotary(device)
-        per_block = compiler(config.compile == "block")
-        self.start_stream = per_block(start_stream)
-        self.gate_mlp = per_block(gate_mlp)
-        self.before_attention = per_block(before_attention)
-        self.mix_heads = per_block(mix_heads)
-        self.after_attention = per_block(after_attention)
-        self.skip_mlp = per_block(skip_mlp)
-        self.enter_last_layer = per_block(enter_last_layer)
-        self.leave_layers = per_block(leave_layers)
+        self.fp8 = None
+        if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
+            self.fp8 = Fp8Copies(self.mlp_bank, self.head, len(config.layers))
+        self.register_buffer("one", torch.ones(1, device=device), persistent=False)
+        self.gate_mlp = compiler(config.compile == "block")(gate_mlp)
         self.run_layers = compiler(config.compile == "full")(self.run_layers)
-        self.head_loss = compiler(config.compile != "none")(head_loss)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -957,14 +2349,15 @@ class GPT(nn.Module):
             else:
                 weights.copy_(torch.as_tensor(start, device=weights.device).expand_as(weights))
 
-    def unpack_small(self) -> dict[str, Tensor]:
-        """The slices of self.small by name, in their shapes."""
+    def cut_small(self, vector: Tensor) -> list[Tensor]:
+        """The slices of a vector like self.small, in their shapes."""
         shapes = [row.shape for row in self.small_layout.values()]
-        pieces = self.small.split([math.prod(shape) for shape in shapes])
-        return {
-            name: piece.view(shape)
-            for name, piece, shape in zip(self.small_layout, pieces, shapes, strict=True)
-        }
+        pieces = vector.split([math.prod(shape) for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def unpack_small(self) -> dict[str, Tensor]:
+        """The slices of self.small by name."""
+        return dict(zip(self.small_layout, self.cut_small(self.small)))
 
     def make_rotary(self, device: torch.device) -> dict[int, tuple[Tensor, Tensor, float]]:
         """Cosines, sines and attention scale for each long window of the schedule, by YaRN."""
@@ -982,26 +2375,35 @@ class GPT(nn.Module):
 
     def look_up(self, tokens: Tensor) -> Lookups:
         """Rows of the embedding tables for tokens (T,)."""
-        embedded = F.embedding(tokens, self.head if self.tied else self.embed)
-        starts = torch.arange(self.num_value_tables, device=tokens.device)
-        rows = tokens[:, None] + starts * self.config.padded_vocab_size
+
+        def read(tables: list[Tensor], rows: Tensor) -> list[Tensor]:
+            order = sort_rows(rows) if torch.is_grad_enabled() else None
+            return [TableRows.apply(table, rows, order) for table in tables]
+
+        embed = self.head if self.tied else self.embed
+        embedded, *values = read([embed, *self.value_tables], tokens)
         hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
-        # The gradient of so large a table is kept as the rows it touches.
-        bigram = F.embedding(hashed, self.bigram, sparse=True)
-        return Lookups(embedded, F.embedding(rows, self.value_embed), bigram, sign)
+        bigram = read([self.bigram], hashed)[0] * F.embedding(sign, self.bigram_signs)
+        return Lookups(embedded, values, bigram)
 
-    def hidden(self, batch: Batch, windows: Windows) -> Tensor:
-        """The residual stream in front of the head, (T, dim)."""
-        return self.run_layers(self.look_up(batch.tokens), batch, windows)
+    def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
+        """The normed residual stream in front of the head, (T, dim)."""
+        return self.run_layers(self.look_up(batch.tokens), batch, windows, fp8)
 
-    def run_layers(self, lookups: Lookups, batch: Batch, windows: Windows) -> Tensor:
-        """From the embeddings to the residual stream in front of the head, (T, dim)."""
-        config, num_tokens, last = self.config, batch.tokens.size(0), len(self.config.layers) - 1
-        small = self.unpack_small()
-        attention_weights = dict(zip(self.attention_layers, self.attention_bank.unbind(0)))
-        mlp_weights = self.mlp_bank.unbind(0)
-        *turns, scale = self.rotary[windows.long]
-        values = lookups.values.unbind(1)
+    def run_layers(
+        self, lookups: Lookups, batch: Batch, windows: Windows, fp8: Fp8Copies | None
+    ) -> Tensor:
+        """From the embeddings to the normed stream in front of the head, (T, dim)."""
+        layers, small, one, bigram = (
+            self.config.layers,
+            self.small_weights,
+            self.one,
+            lookups.bigram,
+        )
+        last, attended = len(layers) - 1, {row.attend_from for row in layers}
+        residual, mlp_residual = small["residual"].unbind(), small["mlp_residual"].unbind()
+        project = (small["project"] * small["attention_out"]).unbind()
+        mlp_project = small["mlp_project"].unbind()
 
         def gates_of(name: str, x: Tensor) -> dict[str, Tensor]:
             weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
@@ -1009,91 +2411,111 @@ class GPT(nn.Module):
             widths = [width for width, _ in self.gate_layouts[name].values()]
             return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
 
-        x0, bigram = self.start_stream(
-            lookups.embedded,
-            small["smear"],
-            small["smear_gate"],
-            lookups.bigram,
-            self.bigram_signs,
-            lookups.sign,
-        )
+        embedded, start = FirstColumns.apply(lookups.embedded, 12)
+        smear = small["smear"] * torch.sigmoid(F.linear(start, small["smear_gate"]))
+        before = F.pad(embedded, (0, 0, 1, 0))[:-1]
+        x0 = combine([embedded, before], [one, smear], True, [], False)[1]
         gates = gates_of("early", x0)
-        x = first = x0 + (gates["bigram 0"] * bigram).type_as(x0)
-        kept = {}  # outputs of layers
+        sums = []
+        # full's compiler wants functions without effects
+        if has_kernels(x0.device) and torch.is_grad_enabled() and self.config.compile != "full":
+            sums = [torch.zeros_like(x0), torch.zeros_like(x0)]
+        x, normed = combine([x0, bigram], [one, gates["bigram 0"]], True, sums, True)
+        first, kept, kept_normed = x, {}, {}  # outputs of layers
+        squares = []
 
-        for i, row in enumerate(config.layers):
-            w_1, w_2 = mlp_weights[i], mlp_weights[len(config.layers) + i]
-            mlp_scales = small["mlp_residual"][i], small["mlp_project"][i]
-            if row.window == "none":
-                skipped = None if row.skip_from is None else kept[row.skip_from]
-                x = self.skip_mlp(
-                    x, skipped, small["skip"], gates.get(f"skip {i}"), w_1, w_2, *mlp_scales
-                )
-                kept[i] = x
-                continue
-            scales = small["residual"][i], small["project"][i]
-            value = value_gate = value_share = extra_value = None
-            if row.value_table is not None:
-                value, value_gate = values[row.value_table], small["value_gate"][row.value_table]
-            if i < last:
-                injections = [(gates[f"first {i}"], x0)]
-                if i > 0:  # layer 0 has had its share of the bigram
-                    injections.append((gates[f"bigram {i}"], bigram))
-            else:
+        for i, row in enumerate(layers):
+            scales, mlp_scales = [residual[i], project[i]], [mlp_residual[i], mlp_project[i]]
+            value_share = extra_value = None
+            if row.skip_from is not None:
+                gate = torch.sigmoid(small["skip"]) * gates[f"skip {i}"]
+                x, normed = combine([x, kept[row.skip_from]], [one, gate], True, [], False)
+            if i == last:
                 kept |= {"attend": kept[row.attend_from], "last": x}
                 own = gates_of("last", x)
-                x, extra_value = self.enter_last_layer(x, first, kept["attend"], own)
-                value_share = own["value_gate"].repeat_interleave(config.num_heads // 2, dim=1)
-                injections = [(own["first"], first), (own["bigram"], bigram)]
-                scales = own["residual"], own["project"]
-                mlp_scales = own["mlp_residual"], own["mlp_project"]
-
-            copies = 2 if row.paired else 1  # positions a token
-            q, k, v = self.before_attention(
-                x if row.attend_from is None else kept[row.attend_from],
-                attention_weights[i],
-                small["attention_in"][i],
-                *(table[: num_tokens * copies] for table in turns),
-                value,
-                value_gate,
-                value_share,
-                extra_value,
-                row.paired,
-                row.window == "long",
-                config.head_dim,
-            )
-            documents = batch.cu_seqlens * copies, batch.max_seq_len * copies
-            window = windows.long if row.window == "long" else windows.short
-            y = attention(q, k, v, *documents, window, scale, self.backend)
-            mixed = None
-            if i == last:
-                read, write = gates[f"mix_in {i}"], gates[f"mix_out {i}"]
-                mixed = (
-                    self.mix_heads(q, k, v, batch.cu_seqlens, config.mix_window, scale, read),
-                    write,
-                )
-            x = self.after_attention(
-                x,
-                y,
-                attention_weights[i],
-                small["attention_out"][i],
-                mixed,
-                (v, gates[f"xsa {i}"]) if row.xsa else None,
-                gates.get(f"head {i}"),
-                row.paired,
-                injections,
-                scales,
-                w_1,
-                w_2,
-                mlp_scales,
-            )
-            kept[i] = x
+                skips = [first, kept["attend"], x]
+                shares = [own["value_first"], own["value_attend"], own["value_last"]]
+                extra_value, _ = combine(skips, shares, False, [], False)
+                shares = [own["x_first"], own["x_attend"], 1 + own["x_last"]]
+                x, _ = combine(skips, shares, False, [], False)
+                value_share = own["value_gate"].repeat_interleave(self.config.num_heads // 2, dim=1)
+                scales = [own["residual"], own["project"] * small["attention_out"][i]]
+                mlp_scales = [own["mlp_residual"], own["mlp_project"]]
+            if row.window != "none":
+                source = normed if row.attend_from is None else kept_normed[row.attend_from]
+                value = None if row.value_table is None else lookups.values[row.value_table]
+                y = self.attend(i, source, value, value_share, extra_value, gates, batch, windows)
+                if i == last:
+                    sources, shares = [first, bigram], [own["first"], own["bigram"]]
+                elif i == 0:  # which has had its share of the bigram
+                    sources, shares = [x0], [gates["first 0"]]
+                else:
+                    sources, shares = [x0, bigram], [gates[f"first {i}"], gates[f"bigram {i}"]]
+                shared = sums[1:] if i == last else sums[: len(sources)]
+                x, normed = combine([x, y, *sources], [*scales, *shares], True, shared, False)
+            w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
+            y, *_, largest = mlp(normed, w_1, w_2, fp8.mlp(i) if fp8 else [])
+            squares.append(largest)
+            behind = layers[i + 1] if i < last else row
+            norm = behind.attend_from is None and behind.skip_from is None or i in attended
+            x, normed = combine([x, y], mlp_scales, norm, [], False)
+            kept[i], kept_normed[i] = x, normed
             if i == self.skip_from:
                 kept["skip"] = x
                 gates |= gates_of("late", x)
+        if fp8:
+            fp8.saw_squares(squares)
         own = gates_of("output", x)
-        sources = {"first": first, "value": values[0], **kept}
-        return self.leave_layers(x, [(own[name], sources[name]) for name in OUTPUT_GATES])
+        sources = {"first": first, "value": lookups.values[0], **kept}
+        sources, shares = zip(*((sources[name], own[name]) for name in OUTPUT_GATES))
+        return combine([x, *sources], [one, *shares], True, [], False)[1]
+
+    def attend(
+        self,
+        i: int,
+        normed: Tensor,
+        value: Tensor | None,
+        value_share: Tensor | None,
+        extra_value: Tensor | None,
+        gates: dict[str, Tensor],
+        batch: Batch,
+        windows: Windows,
+    ) -> Tensor:
+        """Attention of layer i to the normed stream (T, dim), with its projections; (T, dim).
+
+        value (T, dim) is added to the values times value_share (T, heads), by default times what
+        the value gates make of the first columns; extra_value (T, dim) as it is.
+        """
+        config, small, row = self.config, self.small_weights, self.config.layers[i]
+        w_qkv, w_o = self.attention_weights[i]
+        if value is not None and value_share is None:
+            normed, start = FirstColumns.apply(normed, 6)
+            value, value_start = FirstColumns.apply(value, 6)
+            features = torch.cat([start, value_start], dim=1)
+            value_share = 2 * torch.sigmoid(
+                F.linear(features, small["value_gate"][row.value_table])
+            )
+        *turns, scale = self.rotary[windows.long]
+        window = windows.long if row.window == "long" else windows.short
+        copies = 2 if row.paired else 1  # positions a token
+        turns = (table[: len(normed) * copies] for table in turns)
+        options = row.paired, row.window == "long", config.head_dim
+        qkv = F.linear(normed, w_qkv)
+        q, k, v = prepare_qkv(
+            qkv, small["attention_in"][i], *turns, value, value_share, extra_value, *options
+        )
+        documents = batch.cu_seqlens * copies, batch.max_seq_len * copies
+        y = attention(q, k, v, *documents, window, scale, self.backend)
+        if row.paired:
+            return F.linear(y.reshape(normed.shape), paired_columns(w_o, config.head_dim))
+        alpha, head_gate, read = (gates.get(f"{name} {i}") for name in ("xsa", "head", "mix_in"))
+        mixed = None
+        if read is not None:
+            mixed = mix_heads(q, k, v, batch.cu_seqlens, config.mix_window, scale, read)
+        if alpha is not None or head_gate is not None:
+            v = None if alpha is None else v
+            y = finish_attention(y, v, alpha, mixed, gates.get(f"mix_out {i}"), head_gate)
+        return F.linear(y.flatten(1) if y.dim() == 3 else y, w_o)
 
     def forward(
         self,
@@ -1102,11 +2524,30 @@ class GPT(nn.Module):
         loss_weights: Tensor | None = None,
         prefixes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss to train on and the plain next-token loss (one tensor without loss_weights),
-        both fp32 sums over the row in nats. loss_weights and prefixes: see head_loss."""
-        return self.head_loss(
-            self.hidden(batch, windows), self.head, batch.targets, loss_weights, prefixes
+        """The loss to train on and the plain next-token loss, both fp32 sums over the row in nats.
+
+        loss_weights, (4,): of the next token, of the two after it, and of the next token's prefix
+        token, prefixes[target] (IGNORED_TARGET where there is none). Without them, as validation
+        has it, the next-token loss alone, in bf16.
+        """
+        if loss_weights is None:
+            return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
+        x, targets = self.hidden(batch, windows, self.fp8), batch.targets
+        later = [F.pad(targets, (0, n), value=IGNORED_TARGET)[n:] for n in (1, 2)]
+        terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
+        losses, *_ = head_loss(
+            x, self.head, terms, loss_weights, self.fp8.head() if self.fp8 else []
         )
+        return losses[0], losses[1].detach()
+
+
+def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """Parts of a parameter as leaves of their own, whose gradients are parts of its gradient."""
+    parts = cut(param.detach())
+    for part, grad in zip(parts, cut(param.grad)):
+        part.requires_grad_()
+        part.grad = grad
+    return parts
 
 
 def bigram_hash(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -1117,15 +2558,6 @@ def bigram_hash(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return torch.where(no_previous, num_rows - 1, rows), (previous ^ tokens) % 8192
 
 
-def start_stream(
-    embedded: Tensor, smear: Tensor, smear_gate: Tensor, bigram: Tensor, signs: Tensor, sign: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Normed, smeared embedding and signed bigram embedding, (T, dim) each."""
-    share = smear * torch.sigmoid(F.linear(embedded[1:, :12].float(), smear_gate))
-    smeared = embedded[1:] + (share * embedded[:-1]).type_as(embedded)
-    return rms_norm(torch.cat([embedded[:1], smeared])), bigram * signs[sign]
-
-
 def gate_mlp(
     x: Tensor, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor, scale: Tensor | None
 ) -> Tensor:
@@ -1133,134 +2565,6 @@ def gate_mlp(
     hidden = F.gelu(F.linear(x, w_1.type_as(x), b_1.type_as(x)))
     outputs = F.linear(hidden, w_2.type_as(x)).float() + b_2
     return outputs * (GATE_SCALE if scale is None else scale)
-
-
-def before_attention(
-    x: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    value: Tensor | None,
-    value_gate: Tensor | None,
-    value_share: Tensor | None,
-    extra_value: Tensor | None,
-    paired: bool,
-    key_offset: bool,
-    head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of x (T, dim): (T, heads, head_dim), or as pair_heads makes them.
-
-    value (T, dim) is added to the values times a share a token and head: value_share (T, heads),
-    or made with the weights value_gate (heads, 12). extra_value (T, dim) is added as it is.
-    """
-    dim = x.size(1)
-    x = rms_norm(x)
-    q, k, v = (scale * F.linear(x, weights[: 3 * dim])).type_as(x).view(-1, 3, dim).unbind(1)
-    q, k, v = (heads.unflatten(1, (-1, head_dim)) for heads in (q, k, v))
-    q, k = rms_norm(q), rms_norm(k)
-    if key_offset:
-        k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :])], dim=-1)
-    if value is not None:
-        if value_share is None:
-            features = torch.cat([x[:, :6], value[:, :6]], dim=1)
-            value_share = 2 * torch.sigmoid(F.linear(features.float(), value_gate))
-        v = v + (value_share[:, :, None] * value.view_as(v)).type_as(v)
-    if extra_value is not None:
-        v = v + extra_value.view_as(v)
-    if paired:
-        q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
-    return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
-
-
-def after_attention(
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    mixed: tuple[Tensor, Tensor] | None,
-    own_value: tuple[Tensor, Tensor] | None,
-    head_gate: Tensor | None,
-    paired: bool,
-    injections: list[tuple[Tensor, Tensor]],
-    scales: tuple[Tensor, Tensor],
-    w_1: Tensor,
-    w_2: Tensor,
-    mlp_scales: tuple[Tensor, Tensor],
-) -> Tensor:
-    """The rest of a layer: the residual stream x (T, dim) behind its attention y and its MLP."""
-    dim = x.size(1)
-    if paired:
-        y = unpair_heads(y)
-    if mixed is not None:
-        correction, gate = mixed
-        y = y + (gate[:, :, None] * correction).type_as(y)
-    if own_value is not None:
-        y = remove_own_value(y, *own_value)
-    if head_gate is not None:
-        y = (head_gate[:, :, None] * y).type_as(y)
-    projected = scale * F.linear(y.flatten(1), weights[3 * dim :])
-    residual, project = scales
-    x = residual * x + project * projected + sum(gate * tensor for gate, tensor in injections)
-    return mlp(x.type_as(y), w_1, w_2, *mlp_scales)
-
-
-def mlp(x: Tensor, w_1: Tensor, w_2: Tensor, residual: Tensor, project: Tensor) -> Tensor:
-    """Add the ReLU² MLP to the residual stream."""
-    return (residual * x + project * (F.linear(rms_norm(x), w_1).relu().square() @ w_2)).type_as(x)
-
-
-def skip_mlp(
-    x: Tensor,
-    skipped: Tensor | None,
-    scale: Tensor,
-    gate: Tensor | None,
-    w_1: Tensor,
-    w_2: Tensor,
-    residual: Tensor,
-    project: Tensor,
-) -> Tensor:
-    """A layer without attention; it may take in an earlier layer's output instead."""
-    if skipped is not None:
-        x = (x + torch.sigmoid(scale) * gate * skipped).type_as(x)
-    return mlp(x, w_1, w_2, residual, project)
-
-
-def enter_last_layer(
-    x: Tensor, first: Tensor, attend: Tensor, gates: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Dynamic skips into the residual stream and the values of the last layer, (T, dim) each."""
-    value = gates["value_first"] * first + gates["value_attend"] * attend + gates["value_last"] * x
-    stream = (1 + gates["x_last"]) * x + gates["x_first"] * first + gates["x_attend"] * attend
-    return stream.type_as(x), value.type_as(x)
-
-
-def leave_layers(x: Tensor, skips: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Dynamic skips to the end: adds gate (T, 1) times tensor (T, dim) of each pair."""
-    return (x + sum(gate * tensor for gate, tensor in skips)).type_as(x)
-
-
-def head_loss(
-    x: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    loss_weights: Tensor | None = None,
-    prefixes: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropies of the softcapped logits; x (T, dim), head (vocab, dim), targets (T,).
-
-    Without loss_weights the sum of next-token losses. loss_weights, (4,): of the next token, of the
-    two after it, and of the next token's prefix token, prefixes[target] (IGNORED_TARGET where there
-    is none); returns the sums of the weighted and of the next-token losses.
-    """
-    logits = softcap(F.linear(rms_norm(x), head))
-    if loss_weights is None:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
-    later = [F.pad(targets, (0, n), value=IGNORED_TARGET)[n:] for n in (1, 2)]
-    terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
-    losses = torch.logsumexp(logits, dim=1, keepdim=True) - target_logits(logits, terms)
-    losses = (losses * (terms != IGNORED_TARGET)).sum(0)
-    return losses @ loss_weights, losses[0].detach()
 
 
 # ==================================================================================================
@@ -1305,36 +2609,292 @@ POLAR_EXPRESS = (
 # fmt: on
 
 
-def polar_express(x: Tensor) -> Tensor:
-    """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols)."""
-    tall = x.size(1) > x.size(2)
-    if tall:  # the Gram matrix on the smaller side
-        x = x.mT
-    x = x / (1.02 * x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).type_as(x)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+@triton.jit
+def _symmetric_kernel(
+    x_ptr, out_ptr, size, inner, stride_batch, stride_row, stride_inner, linear, quadratic,
+    LINEAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """out = quadratic·x xᵀ (+ linear·x if LINEAR: x is symmetric) for x (batch, size, inner).
 
-
-def normuon_direction(
-    grad: Tensor, momentum: Tensor, mean_square: Tensor, mu: float | Tensor, beta2: float
-) -> Tensor:
-    """Orthogonalised Nesterov momentum, rows evened out; changes momentum and mean_square.
-
-    grad: (batch, rows, cols); momentum: the same, fp32; mean_square: fp32, (batch, rows, 1), or
-    (batch, 1, cols) for wide matrices. Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm
-    1.
+    Grid: (blocks on and above the diagonal, batch); a block off the diagonal is stored twice. The
+    blocks of one matrix run together, so that it is read from L2 after the first time.
     """
+    # Rows r and blocks - 1 - r of the triangle have blocks + 1 places together: count along both.
+    blocks = tl.cdiv(size, BLOCK)
+    pair, place = tl.program_id(0) // (blocks + 1), tl.program_id(0) % (blocks + 1)
+    in_first = place < blocks - pair
+    row_block = tl.where(in_first, pair, blocks - 1 - pair)
+    col_block = tl.where(in_first, pair + place, place - 1)
+    rows = row_block * BLOCK + tl.arange(0, BLOCK)
+    cols = col_block * BLOCK + tl.arange(0, BLOCK)
+    along = tl.arange(0, BLOCK_INNER)
+    x_ptr += tl.program_id(1) * stride_batch
+    left = x_ptr + rows[:, None] * stride_row + along[None, :] * stride_inner
+    right = x_ptr + cols[None, :] * stride_row + along[:, None] * stride_inner
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, inner, BLOCK_INNER):
+        inside = start + along < inner
+        a = tl.load(left, mask=(rows < size)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(right, mask=(cols < size)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(a, b, total)
+        left += BLOCK_INNER * stride_inner
+        right += BLOCK_INNER * stride_inner
+    total *= quadratic
+    mask = (rows < size)[:, None] & (cols < size)[None, :]
+    if LINEAR:
+        tile = x_ptr + rows[:, None] * stride_row + cols[None, :] * stride_inner
+        total += linear * tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+    total = total.to(out_ptr.dtype.element_ty)
+    out_ptr += tl.program_id(1) * size * size
+    tl.store(out_ptr + rows[:, None] * size + cols[None, :], total, mask=mask)
+    if row_block != col_block:
+        mirrored = out_ptr + cols[:, None] * size + rows[None, :]
+        tl.store(mirrored, tl.trans(total), mask=tl.trans(mask))
+
+
+def symmetric_product(
+    x: Tensor, transpose: bool, linear: float | None = None, quadratic: float = 1.0
+) -> Tensor:
+    """quadratic·x xᵀ + linear·x of x (batch, rows, cols), contiguous; of xᵀ if transpose."""
+    assert x.is_contiguous()
+    batch, rows, cols = x.shape
+    size, inner, strides = (cols, rows, (1, cols)) if transpose else (rows, cols, (cols, 1))
+    out = torch.empty((batch, size, size), dtype=x.dtype, device=x.device)
+
+    def programs(block: int) -> int:
+        blocks = triton.cdiv(size, block)
+        return blocks * (blocks + 1) // 2
+
+    # Blocks of 128 read half as much of L2 as blocks of 64, but must busy half or so of the 132
+    # SMs: on 8 GPUs a rank's three MLP matrices make 63, its twelve pairs of heads 36.
+    block = 128 if batch * programs(128) >= 60 else 64
+    _symmetric_kernel[programs(block), batch](
+        x, out, size, inner, rows * cols, *strides, linear or 0.0, quadratic,
+        LINEAR=linear is not None, BLOCK=block, BLOCK_INNER=64,
+        num_warps=8 if block == 128 else 4, num_stages=3 if block == 128 else 4,
+    )  # fmt: skip
+    return out
+
+
+def gram(x: Tensor) -> Tensor:
+    """The smaller of XXᵀ and XᵀX of each matrix in x, (batch, rows, cols), in its dtype."""
+    tall = x.size(1) > x.size(2)
+    if has_kernels(x.device):
+        return symmetric_product(x, transpose=tall)
+    return x.mT @ x if tall else x @ x.mT
+
+
+def symmetric_polynomial(a: Tensor, linear: float, quadratic: float) -> Tensor:
+    """linear·A + quadratic·A² of symmetric matrices, (batch, size, size)."""
+    if has_kernels(a.device):
+        return symmetric_product(a, False, linear, quadratic)
+    return torch.baddbmm(a, a, a, beta=linear, alpha=quadratic)
+
+
+def polar_express(x: Tensor, norm: Tensor) -> Tensor:
+    """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols).
+
+    norm: of Frobenius, (batch, 1, 1), fp32.
+    """
+    x = x / (1.02 * norm + 1e-7).type_as(x)
+    for a, b, c in POLAR_EXPRESS:
+        product = symmetric_polynomial(gram(x), b, c)
+        left, right = (x, product) if x.size(1) > x.size(2) else (product, x)
+        x = torch.baddbmm(x, left, right, beta=a)
+    return x
+
+
+# A view of a bank (entries, height, width) as its matrices is (entries, matrices of an entry, rows,
+# width): bank[:, first:last].unflatten(1, (-1, rows)), which copies nothing. The kernels read such
+# views in place and number the matrices through; what they make is (matrices, rows, cols).
+
+
+@triton.jit
+def _bank_offset(matrix, per_entry, stride_entry, numel):
+    """Where the matrix-th of a bank's matrices, of numel weights each, begins."""
+    return (matrix // per_entry) * stride_entry + (matrix % per_entry) * numel
+
+
+@triton.jit
+def _nesterov_kernel(
+    grad_ptr, momentum_ptr, update_ptr, norm_ptr, mu_ptr, per_entry, stride_entry, numel,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (parts of a matrix, matrices). norm_ptr: the norm of every part."""
+    part, matrix = tl.program_id(0), tl.program_id(1)
+    offsets = part * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    bank = _bank_offset(matrix, per_entry, stride_entry, numel) + offsets
+    grad = tl.load(grad_ptr + bank, mask=mask, other=0.0).to(tl.float32)
+    momentum = tl.load(momentum_ptr + bank, mask=mask, other=0.0)
+    weight = 1 - tl.load(mu_ptr)
+    momentum += weight * (grad - momentum)
+    tl.store(momentum_ptr + bank, momentum, mask=mask)
+    update = (momentum + weight * (grad - momentum)).to(update_ptr.dtype.element_ty)
+    tl.store(update_ptr + matrix * numel + offsets, update, mask=mask)
+    update = update.to(tl.float32)
+    tl.store(norm_ptr + matrix * tl.num_programs(0) + part, tl.sqrt(tl.sum(update * update)))
+
+
+def nesterov_kernel_(grad: Tensor, momentum: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    entries, per_entry, rows, cols = momentum.shape
+    matrices, numel, block = entries * per_entry, rows * cols, 4096
+    assert grad.stride() == momentum.stride() == (momentum.stride(0), numel, cols, 1)
+    parts, device = triton.cdiv(numel, block), momentum.device
+    update = torch.empty((matrices, rows, cols), dtype=torch.bfloat16, device=device)
+    norms = torch.empty((matrices, parts, 1), dtype=torch.float32, device=device)
+    _nesterov_kernel[parts, matrices](
+        grad, momentum, update, norms, mu, per_entry, momentum.stride(0), numel,
+        BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return update, norms.norm(dim=1, keepdim=True)
+
+
+def nesterov_(grad: Tensor, momentum: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Momentum, updated in place, then Nesterov's look ahead and its Frobenius norms.
+
+    grad, and momentum in fp32: a bank's matrices, (entries, matrices of an entry, rows, cols). mu:
+    0-d. Gives (matrices, rows, cols), in bf16 on a GPU, and (matrices, 1, 1) in fp32.
+    """
+    if has_kernels(grad.device):
+        return nesterov_kernel_(grad, momentum, mu)
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
-    work_dtype = torch.bfloat16 if grad.device.type == "cuda" else torch.float32
-    direction = polar_express(grad.lerp(momentum, mu).to(work_dtype)).float()
+    update = grad.lerp(momentum, mu).flatten(0, 1)
+    update = update.bfloat16() if grad.is_cuda else update
+    return update, update.float().norm(dim=(1, 2), keepdim=True)
+
+
+@triton.jit
+def _sum_squares_kernel(
+    x_ptr, out_ptr, numel, kept, summed, stride_kept, stride_summed,
+    BLOCK_KEPT: tl.constexpr, BLOCK_SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Of each row, or each column, by the strides. Grid: (blocks of kept, matrices)."""
+    matrix = tl.program_id(1)
+    keep = tl.program_id(0) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    along = tl.arange(0, BLOCK_SUMMED)
+    x_ptr += matrix * numel + keep[:, None] * stride_kept + along[None, :] * stride_summed
+    squares = tl.zeros((BLOCK_KEPT, BLOCK_SUMMED), dtype=tl.float32)
+    for start in range(0, summed, BLOCK_SUMMED):
+        mask = (keep < kept)[:, None] & (start + along < summed)[None, :]
+        x = tl.load(x_ptr + start * stride_summed, mask=mask, other=0.0).to(tl.float32)
+        squares += x * x
+    tl.store(out_ptr + matrix * kept + keep, tl.sum(squares, axis=1), mask=keep < kept)
+
+
+@triton.jit
+def _normuon_scale_kernel(
+    squares_ptr, mean_square_ptr, step_scale_ptr, per_entry, kept, summed, beta2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares to what each row (or column) is multiplied by, in place. Grid: (matrices,)"""
+    matrix = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < kept
+    squares_ptr += matrix * kept + offsets
+    mean_square_ptr += matrix * kept + offsets
+    squares = tl.load(squares_ptr, mask=mask, other=0.0)
+    mean_square = tl.load(mean_square_ptr, mask=mask, other=0.0)
+    mean_square += (1 - beta2) * (squares / summed - mean_square)
+    tl.store(mean_square_ptr, mean_square, mask=mask)
+    scale = tl.rsqrt(tl.maximum(mean_square, 1e-12))
+    norm, evened_norm = tl.sqrt(tl.sum(squares)), tl.sqrt(tl.sum(squares * scale * scale))
+    restore = norm / tl.maximum(evened_norm, 1e-12) * tl.load(step_scale_ptr + matrix // per_entry)
+    tl.store(squares_ptr, scale * restore, mask=mask)
+
+
+@triton.jit
+def _normuon_apply_kernel(
+    direction_ptr, high_ptr, low_ptr, scale_ptr, lr_ptr, decay_ptr,
+    per_entry, stride_entry, num_rows, num_cols,
+    BY_ROW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """apply_update_ with the direction times its scales. Grid: (blocks across, down, matrices)."""
+    matrix = tl.program_id(2)
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    offsets = rows[:, None] * num_cols + cols[None, :]
+    numel = num_rows * num_cols
+    if BY_ROW:
+        scale = tl.load(scale_ptr + matrix * num_rows + rows, mask=rows < num_rows)[:, None]
+    else:
+        scale = tl.load(scale_ptr + matrix * num_cols + cols, mask=cols < num_cols)[None, :]
+    direction = tl.load(direction_ptr + matrix * numel + offsets, mask=mask).to(tl.float32) * scale
+    bank = _bank_offset(matrix, per_entry, stride_entry, numel) + offsets
+    high = tl.load(high_ptr + bank, mask=mask).to(tl.int32)
+    low = tl.load(low_ptr + bank, mask=mask).to(tl.int32)
+    weights = ((high << 16) | (low & 0xFFFF)).to(tl.float32, bitcast=True)
+    decay = tl.where(direction * weights > 0, tl.load(decay_ptr), 0.0)
+    weights = weights - tl.load(lr_ptr) * direction - decay * weights
+    bits = weights.to(tl.int32, bitcast=True)
+    tl.store(high_ptr + bank, (bits >> 16).to(tl.int16), mask=mask)
+    tl.store(low_ptr + bank, bits.to(tl.int16), mask=mask)
+
+
+def normuon_apply_kernel_(
+    high: Tensor, low: Tensor, direction: Tensor, mean_square: Tensor, step_scale: Tensor,
+    lr: Tensor, decay: Tensor, beta2: float,
+) -> None:  # fmt: skip
+    per_entry, (matrices, rows, cols) = high.size(1), direction.shape
+    numel, stride_entry = rows * cols, high.stride(0)
+    assert high.stride() == low.stride() == (stride_entry, numel, cols, 1)
+    assert direction.is_contiguous() and mean_square.is_contiguous()
+    by_row = mean_square.size(2) == 1
+    if by_row:
+        kept, summed, strides, blocks = rows, cols, (cols, 1), (16, 256)
+    else:
+        kept, summed, strides, blocks = cols, rows, (1, cols), (64, 64)
+    scale = torch.empty((matrices, kept), dtype=torch.float32, device=high.device)
+    _sum_squares_kernel[triton.cdiv(kept, blocks[0]), matrices](
+        direction, scale, numel, kept, summed, *strides,
+        BLOCK_KEPT=blocks[0], BLOCK_SUMMED=blocks[1], num_warps=8,
+    )  # fmt: skip
+    _normuon_scale_kernel[(matrices,)](
+        scale, mean_square, step_scale, per_entry, kept, summed, beta2,
+        BLOCK=triton.next_power_of_2(kept), num_warps=8,
+    )  # fmt: skip
+    _normuon_apply_kernel[triton.cdiv(cols, 256), triton.cdiv(rows, 16), matrices](
+        direction, high.view(torch.int16), low, scale, lr, decay,
+        per_entry, stride_entry, rows, cols,
+        BY_ROW=by_row, BLOCK_ROWS=16, BLOCK_COLS=256, num_warps=8,
+    )  # fmt: skip
+
+
+def normuon_apply_(
+    high: Tensor, low: Tensor | None, direction: Tensor, mean_square: Tensor, step_scale: Tensor,
+    lr: Tensor, decay: Tensor, beta2: float,
+) -> None:  # fmt: skip
+    """Even out the rows of the polar factors at their old norm, and move the weights by them.
+
+    high, and low int16 or None: a bank's matrices as in nesterov_. direction: (matrices, rows,
+    cols). mean_square: fp32, (matrices, rows, 1), or (matrices, 1, cols) to even out columns.
+    step_scale: fp32, (entries,), of the direction. lr, decay: 0-d. Changes high, low, mean_square.
+    """
+    if has_kernels(high.device) and low is not None:
+        normuon_apply_kernel_(high, low, direction, mean_square, step_scale, lr, decay, beta2)
+        return
+    direction = direction.float()
     norm = direction.norm(dim=(1, 2), keepdim=True)
     across = 2 if mean_square.size(2) == 1 else 1
     mean_square.lerp_(direction.square().mean(dim=across, keepdim=True), 1 - beta2)
     direction = direction * mean_square.clamp_min(1e-12).rsqrt()
-    return direction * (norm / direction.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12))
+    direction = direction * (norm / direction.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12))
+    direction = direction.view(high.shape) * step_scale[:, None, None, None]
+    apply_update_(high, low, direction, lr, decay)
+
+
+def normuon_update_(
+    high: Tensor, low: Tensor | None, grad: Tensor, momentum: Tensor, mean_square: Tensor,
+    step_scale: Tensor, mu: Tensor, beta2: float, lr: Tensor, decay: Tensor,
+) -> None:  # fmt: skip
+    """One step of NorMuon, in place, for a bank's matrices of one kind; see the ops it calls.
+
+    Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1.
+    """
+    direction = polar_express(*nesterov_(grad, momentum, mu))
+    normuon_apply_(high, low, direction, mean_square, step_scale, lr, decay, beta2)
 
 
 def join_mantissa(high: Tensor, low: Tensor | None) -> Tensor:
@@ -1355,7 +2915,7 @@ def split_mantissa_(high: Tensor, low: Tensor | None, weights: Tensor) -> None:
 
 
 def apply_update_(
-    high: Tensor, low: Tensor | None, direction: Tensor, lr: Tensor, decay: Tensor
+    high: Tensor, low: Tensor | None, direction: Tensor, lr: float | Tensor, decay: float | Tensor
 ) -> None:
     """weights -= lr·direction, and decay·weights where that has the same sign (cautious decay)."""
     weights = join_mantissa(high, low)
@@ -1363,34 +2923,66 @@ def apply_update_(
     split_mantissa_(high, low, weights - lr * direction - decay * weights * shrinks)
 
 
+@triton.jit
+def _adam_kernel(
+    high, low, grad, mean, mean_square, numbers, count, beta_1: tl.constexpr, beta_2: tl.constexpr,
+    eps: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    lr, decay = tl.load(numbers), tl.load(numbers + 1)
+    correction_1, correction_2 = tl.load(numbers + 2), tl.load(numbers + 3)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(mean + at, mask=inside, other=0.0)
+    m += (1 - beta_1) * (g - m)
+    v = tl.load(mean_square + at, mask=inside, other=0.0)
+    v += (1 - beta_2) * (g * g - v)
+    tl.store(mean + at, m, mask=inside)
+    tl.store(mean_square + at, v, mask=inside)
+    direction = (m / correction_1) / (tl.sqrt(v / correction_2) + eps)
+    upper = tl.load(high + at, mask=inside, other=0).to(tl.int32) << 16
+    lower = tl.load(low + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
+    weights = (upper | lower).to(tl.float32, bitcast=True)
+    shrinks = tl.where(direction * weights > 0, decay, 0.0)
+    weights = weights - lr * direction - shrinks * weights
+    bits = weights.to(tl.int32, bitcast=True)
+    tl.store(high + at, (bits >> 16).to(tl.int16), mask=inside)
+    tl.store(low + at, bits.to(tl.int16), mask=inside)
+
+
+def adam_kernel_(
+    high: Tensor, low: Tensor, grad: Tensor, mean: Tensor, mean_square: Tensor,
+    betas: tuple[float, float], corrections: tuple[float, float], eps: float, lr: float,
+    decay: float,
+) -> None:  # fmt: skip
+    """adam_update_ in one pass."""
+    numbers = torch.tensor([lr, decay, *corrections])
+    if high.is_cuda:
+        numbers = numbers.pin_memory().to(high.device, non_blocking=True)
+    _adam_kernel[(triton.cdiv(high.numel(), 1024),)](
+        high.view(torch.int16), low, grad, mean, mean_square, numbers, high.numel(), *betas, eps,
+        BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+
+
 def adam_update_(
-    high: Tensor,
-    low: Tensor | None,
-    grad: Tensor,
-    mean: Tensor,
-    mean_square: Tensor,
+    high: Tensor, low: Tensor | None, grad: Tensor, mean: Tensor, mean_square: Tensor,
     betas: tuple[float, float] | tuple[Tensor, Tensor],
-    corrections: tuple[Tensor, Tensor],
-    eps: float,
-    lr: Tensor,
-    decay: Tensor,
-) -> None:
+    corrections: tuple[float, float] | tuple[Tensor, Tensor], eps: float, lr: float | Tensor,
+    decay: float | Tensor,
+) -> None:  # fmt: skip
     """One step of Adam (Kingma & Ba 2015, algorithm 1), in place.
 
     betas, lr and decay are for all weights or one a weight. corrections: 1 - beta**t, both moments.
     """
+    if has_kernels(high.device) and low is not None:
+        adam_kernel_(high, low, grad, mean, mean_square, betas, corrections, eps, lr, decay)
+        return
     grad = grad.float()
     mean.lerp_(grad, 1 - betas[0])
     mean_square.lerp_(grad.square(), 1 - betas[1])
     direction = (mean / corrections[0]) / ((mean_square / corrections[1]).sqrt() + eps)
     apply_update_(high, low, direction, lr, decay)
-
-
-def sum_rows(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
-    """A table, (num_rows, dim), of values (n, dim) added up at rows (n,); others are left out."""
-    rows = torch.where((rows >= 0) & (rows < num_rows), rows, num_rows)
-    # The gradient of an embedding does just this: in a fixed order, summed in fp32.
-    return torch.ops.aten.embedding_dense_backward(values, rows, num_rows + 1, num_rows, False)[:-1]
 
 
 class ParamState:
@@ -1416,6 +3008,7 @@ class ParamState:
         self.mean_squares: list[Tensor] = []
         # NorMuon: rows of a bank entry, rows of a matrix in them
         self.blocks: list[tuple[slice, int]] = []
+        self.step_scales: list[Tensor] = []  # of each block, one an entry
         self.lr, self.weight_decay, self.betas = group.lr, group.weight_decay, group.betas
         if group.name == "small":
             rows = small_params(config).values()
@@ -1433,19 +3026,17 @@ class ParamState:
         dim, (entries, height, width) = config.model_dim, self.shard.shape
         if group.name == "attention_bank":  # q and k in pairs of heads, v and o whole
             self.blocks = [(slice(0, 2 * dim), 2 * config.head_dim), (slice(2 * dim, 4 * dim), dim)]
-            lr_scales = torch.ones(entries)
+            scales = torch.ones(entries)
         else:  # W_1 as it is, W_2 with twice the step
             self.blocks = [(slice(0, height), height)]
             index = torch.arange(entries) + self.rank * entries  # in the whole bank
-            lr_scales = torch.where(index < len(config.layers), 1.0, 2.0)
+            scales = torch.where(index < len(config.layers), 1.0, 2.0)
         for rows_of_entry, matrix_rows in self.blocks:
             count = entries * (rows_of_entry.stop - rows_of_entry.start) // matrix_rows
             shape = (count, matrix_rows, 1) if matrix_rows >= width else (count, 1, width)
             self.mean_squares.append(torch.zeros(shape, device=param.device))
-        shape_scales = torch.ones(height)
-        for rows_of_entry, matrix_rows in self.blocks:
-            shape_scales[rows_of_entry] = math.sqrt(max(1.0, matrix_rows / width))
-        self.lr_scales = (lr_scales[:, None] * shape_scales)[:, :, None].to(param.device)
+            step_scale = scales * math.sqrt(max(1.0, matrix_rows / width))
+            self.step_scales.append(step_scale.to(param.device))
 
     def tensors(self) -> list[Tensor]:
         return [
@@ -1472,8 +3063,6 @@ class Optimizer:
             for group in PARAM_GROUPS
             if params[group.name].numel() > 0
         ]
-        compile = compiler(config.compile != "none")
-        self.adam_update_, self.apply_update_ = compile(adam_update_), compile(apply_update_)
 
     @torch.no_grad()
     def split_embedding(self) -> None:
@@ -1483,10 +3072,8 @@ class Optimizer:
             for name in ("head", "embed")
         )
         embed.param.copy_(head.param)
-        if head.param.grad is not None:
-            # The head's gradient so far is also the embedding's: the update due next takes it for
-            # both.
-            embed.param.grad = head.param.grad.clone()
+        # The head's gradient so far is also the embedding's: the update due next takes it for both.
+        embed.param.grad.copy_(head.param.grad)
         for mine, heads in zip(embed.tensors(), head.tensors()):
             mine.copy_(heads)
         self.model.tied = False
@@ -1502,67 +3089,38 @@ class Optimizer:
         due = [
             state
             for state in self.states
-            if (step + 1) % state.group.every == 0 and state.param.grad is not None
+            if (step + 1) % state.group.every == 0
+            and not (self.model.tied and state.group.name == "embed")
         ]
         reductions = [self._launch_reduction(state) for state in due]
         gathers = []
         for state, finish_reduction in reversed(list(zip(due, reductions))):
             self._update(state, finish_reduction(), step, lr_scale, momentum)
-            state.param.grad = None
+            state.param.grad.zero_()
             if state.num_shards > 1:
                 gathers.append(
                     dist.all_gather_into_tensor(state.param.detach(), state.shard, async_op=True)
                 )
         for work in gathers:
             work.wait()
+        if self.model.fp8 is not None:
+            self.model.fp8.refresh()
 
     def _launch_reduction(self, state: ParamState) -> Callable[[], Tensor]:
         """Start to sum a gradient over the ranks. The function returned waits for the sum and gives
         this rank's rows of it."""
-        grad, world_size = state.param.grad, self.runtime.world_size
-        if grad.is_sparse:
-            rows, values = grad._indices()[0].int(), grad._values()
-            if world_size > 1 and not values.is_cuda:
-                # The CPU merges neighbouring rows as it adds gradients up: as many on every rank.
-                count = torch.tensor(len(rows))
-                dist.all_reduce(count, dist.ReduceOp.MAX)
-                missing = int(count) - len(rows)
-                rows, values = F.pad(rows, (0, missing)), F.pad(values, (0, 0, 0, missing))
-            # On 4 H100s the whole table took 2.6 ms, 65,536 rows a rank alone 4.6 ms: they pay when
-            # all ranks together touch less than about a quarter of it.
-            if 1 < world_size and 4 * world_size * values.nbytes < state.param.nbytes:
-                return self._launch_touched_rows(state, rows, values)
-            grad = sum_rows(rows, values, len(state.param))
-        if world_size == 1:
-            return lambda: grad
+        whole = state.param.grad
+        if self.runtime.world_size == 1:
+            return lambda: whole
         if state.num_shards == 1:
-            work = dist.all_reduce(grad, async_op=True)
+            part, work = whole, dist.all_reduce(whole, async_op=True)
         else:
-            whole, grad = grad.contiguous(), torch.empty_like(state.shard)
-            work = dist.reduce_scatter_tensor(grad, whole, async_op=True)
+            part = torch.empty_like(state.shard)
+            work = dist.reduce_scatter_tensor(part, whole, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
-            return grad
-
-        return finish
-
-    def _launch_touched_rows(
-        self, state: ParamState, rows: Tensor, values: Tensor
-    ) -> Callable[[], Tensor]:
-        """_launch_reduction where the rows that all ranks touch are less than the table."""
-        world_size, num_rows = self.runtime.world_size, len(state.shard)
-        all_rows = rows.new_empty(world_size * len(rows))
-        all_values = values.new_empty(world_size * len(rows), values.size(1))
-        works = [
-            dist.all_gather_into_tensor(all_rows, rows, async_op=True),
-            dist.all_gather_into_tensor(all_values, values, async_op=True),
-        ]
-
-        def finish() -> Tensor:
-            for work in works:
-                work.wait()
-            return sum_rows(all_rows - state.rank * num_rows, all_values, num_rows)
+            return part
 
         return finish
 
@@ -1571,36 +3129,27 @@ class Optimizer:
     ) -> None:
         config, group = self.config, state.group
         if group.rule == "adam":
-            lr = torch.as_tensor(config.adam_lr * lr_scale * state.lr)
+            lr = config.adam_lr * lr_scale * state.lr
             decay = lr * lr * config.adam_weight_decay * state.weight_decay
             updates = (step + 1) // group.every
-            corrections = tuple(torch.as_tensor(1 - beta**updates) for beta in state.betas)
-            self.adam_update_(
-                state.shard,
-                state.low,
-                grad,
-                state.mean,
-                state.mean_squares[0],
-                state.betas,
-                corrections,
-                config.adam_eps,
-                lr,
-                decay,
-            )
+            corrections = tuple(1 - beta**updates for beta in state.betas)
+            moments = state.mean, state.mean_squares[0]
+            rates = state.betas, corrections, config.adam_eps, lr, decay
+            adam_update_(state.shard, state.low, grad, *moments, *rates)
             return
         lr = config.muon_lr * group.lr * lr_scale
         decay = lr * lr * config.muon_weight_decay * group.weight_decay
-        direction = torch.empty_like(state.mean)
-        for (rows, matrix_rows), mean_square in zip(state.blocks, state.mean_squares):
-            matrices = (-1, matrix_rows, grad.size(2))
-            # a copy where a bank entry has several kinds of block
-            part = state.mean[:, rows].reshape(matrices)
-            direction[:, rows] = normuon_direction(
-                grad[:, rows].reshape(matrices), part, mean_square, momentum, config.muon_beta2
-            ).view_as(state.mean[:, rows])
-            state.mean[:, rows] = part.view_as(state.mean[:, rows])
-        direction *= state.lr_scales
-        self.apply_update_(state.shard, state.low, direction, torch.tensor(lr), torch.tensor(decay))
+        mu, lr, decay = (torch.full((), x, device=grad.device) for x in (momentum, lr, decay))
+        for (rows, matrix_rows), mean_square, step_scale in zip(
+            state.blocks, state.mean_squares, state.step_scales
+        ):
+            high, low, grads, mean = (
+                None if bank is None else bank[:, rows].unflatten(1, (-1, matrix_rows))
+                for bank in (state.shard, state.low, grad, state.mean)
+            )
+            normuon_update_(
+                high, low, grads, mean, mean_square, step_scale, mu, config.muon_beta2, lr, decay
+            )
 
 
 @contextlib.contextmanager
@@ -1614,8 +3163,11 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
     finally:
         for tensor, copy in zip(tensors, copies):
             tensor.copy_(copy)
+        for param in model.parameters():
+            param.grad.zero_()
         model.tied = tied
-        model.zero_grad(set_to_none=True)
+        if model.fp8 is not None:
+            model.fp8.reset()
 
 
 # ==================================================================================================
@@ -1794,12 +3346,12 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
     remedy = "make it again with data/prefix_tokens.py"
     try:
         table = np.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
-    if table.ndim != 1 or table.dtype != np.int32 or len(table) > len(padded):
-        raise UserError(
-            f"--prefix_file {path}: {table.dtype} {table.shape} is no such table: {remedy}"
-        )
+    if not isinstance(table, np.ndarray) or table.ndim != 1 or table.dtype != np.int32:
+        raise UserError(f"--prefix_file {path}: is no list of int32: {remedy}")
+    if not 0 < len(table) <= len(padded):
+        raise UserError(f"--prefix_file {path}: {len(table)} tokens, not {len(padded)}: {remedy}")
     if table.min() < IGNORED_TARGET or table.max() >= len(table):
         raise UserError(f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
     padded[: len(table)] = table
@@ -2040,47 +3592,146 @@ class Progress:
         self.bar.update()
 
 
+class MicroStep:
+    """Forward and backward pass of one row, added to the gradients; on a GPU a CUDA graph.
+
+    A replay costs the host one launch in place of a thousand. Every kind of row (length, windows,
+    tied or not) has its graph and its own buffers for inputs; their memory is shared.
+    """
+
+    def __init__(self, model: GPT, prefixes: Tensor, config: Config, runtime: Runtime):
+        self.model, self.prefixes, self.config = model, prefixes, config
+        self.uses_graphs = config.cuda_graphs and runtime.device.type == "cuda"
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def compute(self, batch: Batch, windows: Windows, loss_weights: Tensor) -> Tensor:
+        loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes)
+        # summed over tokens, averaged over ranks and micro-steps
+        (loss / self.config.rows_per_step).backward()
+        return next_token_loss
+
+    def __call__(self, batch: Batch, windows: Windows, loss_weights: Tensor) -> Tensor:
+        """The sum of next-token losses, fp32, valid until the next call."""
+        if not self.uses_graphs:
+            return self.compute(to_device(batch, loss_weights.device), windows, loss_weights)
+        kind = len(batch.tokens), batch.max_seq_len, windows, self.model.tied
+        if kind not in self.graphs:
+            raise RuntimeError(f"no graph was captured for rows of {kind}")
+        graph, inputs, loss = self.graphs[kind]
+        for mine, given in zip(inputs, (*batch[:3], loss_weights)):
+            mine.copy_(given, non_blocking=True)
+        graph.replay()
+        return loss
+
+    def capture(self, batch: Batch, windows: Windows, loss_weights: Tensor) -> None:
+        """Make the graph for rows like this one; changes the gradients."""
+        batch = to_device(batch, loss_weights.device)
+        inputs = [tensor.clone() for tensor in (*batch[:3], loss_weights)]
+        mine = Batch(*inputs[:3], batch.max_seq_len)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # compiles kernels, makes workspaces
+            self.compute(mine, windows, inputs[3])
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph keeps memory of its own
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as NCCL's, may do what a capture forbids
+        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **how):
+            loss = self.compute(mine, windows, inputs[3])
+        kind = len(batch.tokens), batch.max_seq_len, windows, self.model.tied
+        self.graphs[kind] = graph, inputs, loss
+
+
+def compile_kernels(
+    model: GPT,
+    optimizer: Optimizer,
+    micro_step: MicroStep,
+    batch: Batch,
+    windows: Windows,
+    loss_weights: Tensor,
+    runtime: Runtime,
+) -> None:
+    """Run every kernel once on a short row; changes weights and gradients.
+
+    Each rank begins at another place of the round and finds in the cache on disk what the others
+    have compiled by then.
+    """
+    config, count = model.config, len(batch.tokens)
+    batch = to_device(batch, runtime.device)
+
+    def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=runtime.device, dtype=dtype, requires_grad=True)
+
+    x = noise(count, config.model_dim, dtype=model.head.dtype)
+    layouts = model.gate_layouts.values()
+    gates = {name: noise(count, size) for row in layouts for name, (size, _) in row.items()}
+
+    def run_attention(i: int) -> None:
+        row, extra = config.layers[i], (None, None)
+        if i == len(config.layers) - 1:
+            extra = noise(count, config.num_heads), x
+        value = None if row.value_table is None else x
+        model.attend(i, x, value, *extra, gates, batch, windows).sum().backward()
+
+    def run_update(state: ParamState) -> None:
+        optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
+
+    round_trip = [functools.partial(run_attention, i) for i in model.attention_layers]
+    round_trip.append(lambda: micro_step.compute(batch, windows, loss_weights))
+    round_trip += [functools.partial(run_update, state) for state in optimizer.states]
+    start = runtime.rank * len(round_trip) // runtime.world_size
+    for run in round_trip[start:] + round_trip[:start]:
+        run()
+
+
 def prepare(
     model: GPT,
     optimizer: Optimizer,
+    micro_step: MicroStep,
     schedule: Schedule,
     loss_weights: Tensor,
-    prefixes: Tensor,
     runtime: Runtime,
 ) -> None:
-    """Compile and warm up on every shape with random tokens, then put everything back."""
+    """Compile, capture and warm up on every shape with random tokens, then put everything back."""
     config, begin = model.config, time.perf_counter()
-    steps = {  # the last step of every combination of shape and tied head
-        (schedule.row_tokens(step), schedule[step].tied): step for step in range(schedule.end_step)
-    }
+    kinds = {}  # the last step of every kind of row
+    for step in range(schedule.end_step):
+        plan = schedule[step]
+        kinds[plan.stage.tokens_per_step, plan.stage.max_seq_len, plan.windows, plan.tied] = step
     random = np.random.default_rng(runtime.rank)
 
     def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
         tokens = random.integers(0, START_TOKEN, num_tokens + 1).astype(np.uint16)
         starts = np.arange(0, num_tokens, max_seq_len)
-        return to_device(
-            make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False), runtime.device
-        )
+        return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
 
     def report(what: str) -> None:
         runtime.synchronize()
         runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
 
     with nothing_changes(model, optimizer):
-        for (num_tokens, tied), last in steps.items():
-            plan = schedule[last]
-            if model.tied and not tied:
+        if micro_step.uses_graphs:
+            plan = schedule[0]
+            row = random_batch(256, 256), plan.windows, loss_weights[0]
+            compile_kernels(model, optimizer, micro_step, *row, runtime)
+            report("kernels")
+        for last in kinds.values():
+            plan, num_tokens = schedule[last], schedule.row_tokens(last)
+            if model.tied and not plan.tied:
                 optimizer.split_embedding()
+            row = random_batch(num_tokens, plan.stage.max_seq_len), plan.windows, loss_weights[last]
+            if micro_step.uses_graphs:
+                micro_step.capture(*row)
             for step in range(2):  # an even and an odd one, so that every update runs
-                batch = random_batch(num_tokens, plan.stage.max_seq_len)
-                loss, _ = model(batch, plan.windows, loss_weights[last], prefixes)
-                (loss / num_tokens).backward()
+                micro_step(*row)
                 optimizer.step(step, plan.lr_scale, plan.momentum)
-            head = "tied" if tied else "untied"
-            report(f"training rows of {num_tokens:,} tokens, embedding and head {head}")
+            head = "tied" if plan.tied else "untied"
+            report(f"rows of {num_tokens:,} tokens, windows {plan.windows}, head {head}")
         with torch.no_grad():
             batch = random_batch(config.val_row_tokens, config.val_row_tokens)
-            model(batch, plan.windows)
+            model(to_device(batch, runtime.device), plan.windows)
         report(f"validation rows of {config.val_row_tokens:,} tokens")
 
 
@@ -2123,12 +3774,14 @@ def train(config: Config, runtime: Runtime) -> None:
     model = GPT(config, runtime)
     optimizer = Optimizer(model, config, runtime)
     millions = sum(param.numel() for param in model.parameters()) / 1e6
-    log.line(
-        f"{millions:.1f} M parameters, {len(config.layers)} layers, attention by {model.backend}"
-    )
+    kernels = "Triton kernels" if has_kernels(runtime.device) else "plain PyTorch"
+    dtype = f"MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
+    log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
+    log.line(f"{kernels}, {dtype}, attention by {model.backend}")
     loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
     prefixes = read_prefixes(config, runtime.device)
-    prepare(model, optimizer, schedule, loss_weights, prefixes, runtime)
+    micro_step = MicroStep(model, prefixes, config, runtime)
+    prepare(model, optimizer, micro_step, schedule, loss_weights, runtime)
     preparation = time.perf_counter() - begin
 
     grad_accum_steps = config.rows_per_step // runtime.world_size
@@ -2148,11 +3801,8 @@ def train(config: Config, runtime: Runtime) -> None:
             optimizer.split_embedding()
         train_loss = torch.zeros((), device=runtime.device)
         for _ in range(grad_accum_steps):
-            batch = to_device(next(rows), runtime.device)
-            loss, next_token_loss = model(batch, plan.windows, loss_weights[step], prefixes)
-            # summed over tokens, averaged over ranks and micro-steps
-            (loss / config.rows_per_step).backward()
-            train_loss += next_token_loss / (batch.tokens.numel() * grad_accum_steps)
+            next_token_loss = micro_step(next(rows), plan.windows, loss_weights[step])
+            train_loss += next_token_loss / (schedule.row_tokens(step) * grad_accum_steps)
         optimizer.step(step, plan.lr_scale, plan.momentum)
         progress.launched(step, train_loss)
 
@@ -2338,7 +3988,7 @@ def continue_text(config: Config, runtime: Runtime) -> None:
         row = torch.tensor(tokens[-context:], dtype=torch.int32, device=runtime.device)
         ends = torch.tensor([0, len(row)], dtype=torch.int32, device=runtime.device)
         x = model.hidden(Batch(row, row.long(), ends, len(row)), windows)
-        logits = softcap(F.linear(rms_norm(x[-1]), model.head))[: trained.vocab_size]
+        logits = softcap(F.linear(x[-1], model.head))[: trained.vocab_size]
         if config.temperature > 0:
             probabilities = (logits / config.temperature).softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))

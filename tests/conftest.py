@@ -1,5 +1,6 @@
 """What the tests share: a small config, shards and rows of random documents, one CPU process."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Before anything imports Triton: without a GPU its kernels run in its interpreter.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from train_gpt import (
     GPT,

@@ -1,4 +1,4 @@
-"""Room 6: the loader against a walk over the documents in plain Python."""
+"""Room 7: the loader against a walk over the documents in plain Python."""
 
 import threading
 import time

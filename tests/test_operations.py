@@ -1,4 +1,4 @@
-"""Room 3: attention, rotary and the softcap against their definitions in float64."""
+"""Room 4: attention, rotary and the softcap against their definitions in float64."""
 
 import math
 
@@ -94,7 +94,9 @@ def test_plain_attention_in_bfloat16_keeps_its_dtype_and_sums_in_float32():
 
 def test_rms_norm():
     x = torch.randn(5, 7, 12, dtype=torch.float64, generator=torch.manual_seed(0))
-    torch.testing.assert_close(rms_norm(x), x / x.square().mean(dim=-1, keepdim=True).sqrt())
+    eps = 2.0**-23  # fp32's, whatever the dtype
+    expected = x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    torch.testing.assert_close(rms_norm(x), expected)
 
 
 # Rotary ------------------------------------------------------------------------------------------

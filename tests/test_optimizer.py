@@ -1,4 +1,4 @@
-"""Room 5: every rule against a float64 transcription, and sharding against one process."""
+"""Room 6: every rule against a float64 transcription, and sharding against one process."""
 
 import math
 import multiprocessing
@@ -24,7 +24,7 @@ from train_gpt import (
     adam_update_,
     apply_update_,
     join_mantissa,
-    normuon_direction,
+    normuon_update_,
     nothing_changes,
     polar_express,
     read_prefixes,
@@ -58,10 +58,15 @@ def reference_polar(x: Tensor) -> Tensor:
     return u * s[:, None, :] @ v
 
 
+def polar(x: Tensor) -> Tensor:
+    """polar_express with the norm that it asks for."""
+    return polar_express(x, x.float().norm(dim=(1, 2), keepdim=True))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_polar_express_maps_singular_values_by_its_polynomials(shape):
     x = gaussian(shape, 1).double()
-    torch.testing.assert_close(polar_express(x), reference_polar(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(polar(x), reference_polar(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,7 +77,7 @@ def test_polar_express_is_nearly_the_polar_factor(shape, dtype, slack):
     u, _, v = torch.linalg.svd(gaussian(shape, 2).double(), full_matrices=False)
     spread = torch.logspace(0, -2.3, u.size(-1), dtype=torch.float64)
     x = 50 * u * spread @ v
-    y = polar_express(x.to(dtype)).double()
+    y = polar(x.to(dtype)).double()
     assert y.shape == x.shape
     singular_values = torch.linalg.svdvals(y)
     assert singular_values.min() > 0.858 - slack
@@ -84,9 +89,9 @@ def test_polar_express_is_nearly_the_polar_factor(shape, dtype, slack):
 
 def test_polar_express_leaves_zero_matrices_zero():
     x = torch.cat([torch.zeros(1, 8, 6), gaussian((1, 8, 6), 3)])
-    y = polar_express(x)
+    y = polar(x)
     assert torch.count_nonzero(y[0]) == 0
-    torch.testing.assert_close(y[1:], polar_express(x[1:]))
+    torch.testing.assert_close(y[1:], polar(x[1:]))
 
 
 # NorMuon -----------------------------------------------------------------------------------------
@@ -112,21 +117,31 @@ class ReferenceNorMuon:
         return evened * (polar.norm() / evened.norm())
 
 
+@pytest.mark.parametrize("per_entry", [False, True], ids=["entries", "matrices of an entry"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_normuon_direction_over_steps(shape):
+def test_normuon_update_over_steps(shape, per_entry):
+    """Direction and state by a learning rate of one on weights of zero, then a step that decays."""
     batch, rows, cols = shape
+    bank = (1, batch, rows, cols) if per_entry else (batch, 1, rows, cols)
+    step_scale = torch.linspace(1, 2, bank[0])
     references = [ReferenceNorMuon(rows, cols) for _ in range(batch)]
-    momentum = torch.zeros(shape)
+    momentum, weights = torch.zeros(bank), torch.zeros(bank)
     mean_square = torch.zeros((batch, rows, 1) if rows >= cols else (batch, 1, cols))
     for step, mu in enumerate((0.85, 0.9, 0.95, 0.9)):
         # rows and columns of unlike size, so that evening them out does something
         grad = gaussian(shape, 10 + step) * torch.linspace(0.2, 3, rows)[:, None]
         grad = grad * torch.linspace(2, 0.3, cols)
-        direction = normuon_direction(grad, momentum, mean_square, mu, beta2=0.9)
+        numbers = torch.tensor(mu), 0.9, torch.tensor(1.0), torch.tensor(0.125)
+        start = gaussian(bank, 20) if step == 3 else torch.zeros(bank)
+        weights.copy_(start)
+        state = momentum, mean_square, step_scale
+        normuon_update_(weights, None, grad.view(bank), *state, *numbers)
         expected = torch.stack([r.direction(g, mu, 0.9) for r, g in zip(references, grad)])
-        torch.testing.assert_close(direction.double(), expected, rtol=0, atol=2e-4)
+        expected = expected.view(bank) * step_scale[:, None, None, None].double()
+        expected = start - expected - 0.125 * start * (expected * start > 0)
+        torch.testing.assert_close(weights.double(), expected, rtol=0, atol=4e-4)
         kept = torch.stack([reference.momentum for reference in references])
-        torch.testing.assert_close(momentum.double(), kept, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(momentum.double(), kept.view(bank), rtol=1e-5, atol=1e-6)
         squares = torch.stack([reference.mean_square for reference in references])
         torch.testing.assert_close(mean_square.flatten(1).double(), squares, rtol=2e-3, atol=1e-6)
 
@@ -253,15 +268,13 @@ def test_adam_changes_on_odd_steps_with_summed_gradients(runtime):
         for index, (name, param) in enumerate(params.items()):
             grad = gaussian(param.shape, 100 * step + index, 0.01)
             sums[name] = sums.get(name, 0) + grad.double()
-            param.grad = grad if param.grad is None else param.grad + grad  # as backward() does
-        for bank in (model.mlp_bank, model.attention_bank):
-            bank.grad = torch.zeros_like(bank)
+            param.grad += grad  # as backward() does
         optimizer.step(step, lr_scale, 0.9)
         if step % 2 == 0:
             assert all(torch.equal(param, before[name]) for name, param in params.items())
-            assert all(param.grad is not None for param in params.values())
+            assert all(param.grad.norm() > 0 for param in params.values())
             continue
-        assert all(param.grad is None for param in params.values())
+        assert all(torch.count_nonzero(param.grad) == 0 for param in params.values())
         grads, sums, values = pieces(sums), {}, pieces(params)
         for name, (betas, multiplier, weight_decay) in ADAM.items():
             lr = config.adam_lr * multiplier * lr_scale
@@ -303,7 +316,7 @@ def test_normuon_step_block_by_block(runtime, name):
     expected = bank.detach().double().clone()
     used = used_entries(name, config)
     for step, (lr_scale, mu) in enumerate([(1.0, 0.85), (1.5, 0.9), (0.5, 0.95)]):
-        bank.grad = torch.zeros_like(bank)
+        assert torch.count_nonzero(bank.grad) == 0  # the step before has left it so
         bank.grad[:used] = gaussian(bank[:used].shape, 30 + step)
         lr = config.muon_lr * lr_scale
         for reference, (entry, first, rows, factor) in zip(references, blocks):
@@ -324,6 +337,32 @@ def test_all_weights_belong_to_a_group_and_the_tables_agree(runtime, monkeypatch
     monkeypatch.setattr(train_gpt, "PARAM_GROUPS", PARAM_GROUPS[1:])
     with pytest.raises(AssertionError, match="disagree"):
         Optimizer(model, config, runtime)
+
+
+def test_gradients_stay_where_they_are(runtime):
+    """The parts of a parameter that the model computes with write into the parameter's gradient,
+    whatever has happened to it."""
+    config = tiny_config()
+    model = trained_like(config, runtime)
+    optimizer = Optimizer(model, config, runtime)
+    places = {name: param.grad.data_ptr() for name, param in model.named_parameters()}
+    batch, gradients = random_batch(1, [30, 34]), []
+    for step in (0, 1, 2):
+        gradients.append({name: param.grad.clone() for name, param in model.named_parameters()})
+        with nothing_changes(model, optimizer):
+            model(batch, Windows(8, 24)).backward()
+            optimizer.step(step, 1.0, 0.9)
+        model(batch, Windows(8, 24)).backward()
+    assert {name: param.grad.data_ptr() for name, param in model.named_parameters()} == places
+    for name, once in gradients[1].items():
+        # nothing_changes leaves them zero, so they do not add up
+        torch.testing.assert_close(gradients[2][name], once, rtol=0, atol=0)
+        assert torch.equal(dict(model.named_parameters())[name].grad, once)
+        assert once.norm() > 0
+    model(batch, Windows(8, 24)).backward()
+    for name, param in model.named_parameters():
+        twice = 2 * gradients[1][name]
+        assert (param.grad - twice).norm() < 1e-5 * twice.norm(), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -356,7 +395,7 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
         assert all(changed), "the steps must touch everything, or this test shows nothing"
         raise KeyError("an error on the way out")
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before))
-    assert all(param.grad is None for param in model.parameters())
+    assert all(torch.count_nonzero(param.grad) == 0 for param in model.parameters())
     assert model.tied
 
 
@@ -401,13 +440,8 @@ def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
                 continue
             for row in range(4)[rank::world_size]:
                 generator = torch.Generator().manual_seed(1000 * step + 10 * index + row)
-                shape = (20, param.size(1)) if name == "bigram" else param.shape
-                grad = torch.randint(-8, 9, shape, generator=generator).to(param.dtype)
-                if name == "bigram":  # a sparse gradient of rows, some of them more than once
-                    rows = torch.randint(0, 40, (20,), generator=generator)
-                    where = rows[None] * 12
-                    grad = torch.sparse_coo_tensor(where, grad, param.shape, check_invariants=False)
-                param.grad = grad if param.grad is None else param.grad + grad
+                grad = torch.randint(-8, 9, param.shape, generator=generator)
+                param.grad += grad.to(param.dtype)
         optimizer.step(step, 1.0, 0.9)
     results = {name: param.detach().clone() for name, param in model.named_parameters()}
     for state in optimizer.states:

@@ -1,4 +1,4 @@
-"""Room 7: stages, learning rate, momentum and loss weights against the formulas."""
+"""Room 8: stages, learning rate, momentum and loss weights against the formulas."""
 
 import pytest
 from conftest import tiny_config

@@ -1,4 +1,4 @@
-"""Room 8 end to end: the script as a user starts it, on small streams and on the sample."""
+"""Room 9 end to end: the script as a user starts it, on small streams and on the sample."""
 
 import json
 import math
@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cpu_runtime, write_shard
+from conftest import ROOT, cpu_runtime, random_batch, tiny_config, trained_like, write_shard
 
 from train_gpt import (
     GPT,
     START_TOKEN,
     Batch,
     Config,
+    MicroStep,
     Optimizer,
     Schedule,
     Windows,
     byte_token_ids,
     config_from_text,
-    rms_norm,
     training_rows,
 )
 
@@ -244,7 +244,7 @@ def validation_loss(folder: Path, window_short: int, window_long: int) -> float:
         batch = Batch(inputs.int(), targets, torch.tensor(sorted(starts), dtype=torch.int32), 64)
         with torch.no_grad():
             hidden = model.hidden(batch, Windows(window_short, window_long))
-        logits = rms_norm(hidden.double()) @ model.head.double().T
+        logits = hidden.double() @ model.head.double().T
         losses = -(23 * torch.sigmoid((logits + 5) / 7.5)).log_softmax(dim=1)
         total += losses[torch.arange(len(targets)), targets].sum().item()
     return total / 1000
@@ -338,7 +338,7 @@ def likeliest_next_letters(checkpoint: Path, text: str) -> str:
     windows = Windows(config.extension[0].window_short, config.final_window_long)
     with torch.no_grad():
         hidden = model.hidden(Batch(tokens.int(), tokens, ends, len(tokens)), windows)
-    best = (rms_norm(hidden) @ model.head.T).argmax(dim=1).tolist()
+    best = (hidden @ model.head.T).argmax(dim=1).tolist()
     return "".join("\n" if token == START_TOKEN else chr(ids.index(token)) for token in best)
 
 
@@ -354,6 +354,24 @@ def test_two_ranks_validate_like_one_process(trained, data):
     _, record = log_of(data)
     assert record["environment"]["world_size"] == 2
     assert len(record["steps"]) == 26
+
+
+def test_micro_step_adds_its_share_of_the_gradient(runtime):
+    """That of the loss in nats a row, over the rows of a step; on a CPU without any graph."""
+    config = tiny_config(rows_per_step=4)
+    model, batch, windows = trained_like(config, runtime), random_batch(1, [20, 44]), Windows(8, 24)
+    prefixes, weights = torch.arange(config.padded_vocab_size) - 1, torch.tensor([1, 0.5, 0.25, 0])
+    loss, plain = model(batch, windows, weights, prefixes)
+    loss.backward()
+    expected = {name: param.grad.clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.grad.zero_()
+    micro_step = MicroStep(model, prefixes, config, runtime)
+    assert not micro_step.uses_graphs
+    for rows in (1, 2, 3):
+        assert micro_step(batch, windows, weights).item() == plain.item()
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
 
 
 # Failures ----------------------------------------------------------------------------------------

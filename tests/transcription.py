@@ -103,7 +103,7 @@ def bigram_rows(tokens: list[int], num_rows: int) -> tuple[list[int], list[int]]
 
 
 def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tensor:
-    """The residual stream in front of the head, (T, dim) float64."""
+    """The normed residual stream in front of the head, (T, dim) float64."""
     config, small, document = model.config, small_slices(model), documents_of(batch)
     dim, head_dim, num_heads = config.model_dim, config.head_dim, config.num_heads
     half, last, num_tokens = head_dim // 2, len(config.layers) - 1, len(batch.tokens)
@@ -217,13 +217,13 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
 
     own = gate_outputs(model, "output", x)
     x = x + own["first"] * c0 + own["attend"] * c_attend + own["last"] * entering
-    return x + own["value"] * values[0] + own["skip"] * c_skip
+    return rms(x + own["value"] * values[0] + own["skip"] * c_skip)
 
 
 def target_losses(model: GPT, hidden: Tensor, targets: list[int]) -> list[float]:
-    """Cross-entropy in nats of a target at every position, from the softcapped logits; 0 for the
-    target -1."""
-    logits = 23 / (1 + torch.exp(-(rms(hidden.double()) @ model.head.double().T + 5) / 7.5))
+    """Cross-entropy in nats of a target at every position, from the softcapped logits of the normed
+    stream; 0 for the target -1."""
+    logits = 23 / (1 + torch.exp(-(hidden.double() @ model.head.double().T + 5) / 7.5))
     lse = logits.exp().sum(dim=1).log()
     return [
         0.0 if target < 0 else (lse[t] - logits[t, target]).item()

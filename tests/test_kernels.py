@@ -1,0 +1,752 @@
+"""Every kernel against its definition in float64: without a GPU small shapes in fp32, by Triton's
+interpreter; on a GPU the shapes of a run, in bf16 and fp8."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_batch, tiny_config, trained_like
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import train_gpt
+from train_gpt import (
+    E4M3,
+    E5M2,
+    IGNORED_TARGET,
+    TWINS,
+    FirstColumns,
+    Fp8Copies,
+    MlpFp8,
+    TableRows,
+    Windows,
+    add_rows_,
+    document_starts,
+    join_mantissa,
+    mlp_product,
+    quantize,
+    quantize_,
+    rms_norm,
+    rotary_frequencies,
+    rotary_tables,
+    sort_rows,
+    split_mantissa_,
+)
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if GPU else (torch.float32, 1e-5)
+interpreted = pytest.mark.skipif(GPU, reason="small fp32 tiles are the interpreter's")
+gpu = pytest.mark.gpu
+
+
+def cases(small: Iterable[tuple], real: Iterable[tuple]) -> list:
+    """Parameters for the interpreter, and for a GPU."""
+    small = [pytest.param(*case, marks=interpreted) for case in small]
+    return small + [pytest.param(*case, marks=gpu) for case in real]
+
+
+def with_kernels(name: str) -> Callable:
+    """The op with its kernels on this device: on a CPU, where the op is its twin, another one with
+    the same launcher and the same gradients."""
+    op = getattr(train_gpt, name)
+    if GPU:
+        return op
+    twin = torch.library.custom_op(f"kernels::{name}", op.launcher, mutates_args=())
+    twin.register_fake(op._abstract_fn)
+    if op._backward_fn is not None:
+        twin.register_autograd(op._backward_fn, setup_context=op._setup_context_fn)
+    return twin
+
+
+DIFFERENTIABLE = "combine", "prepare_qkv", "finish_attention", "mix_by_weights", "mlp"
+OPS = {name: with_kernels(name) for name in (*DIFFERENTIABLE, "head_loss", "next_token_loss")}
+BACKWARD_OPS = {f"{name}_backward": with_kernels(f"{name}_backward") for name in DIFFERENTIABLE}
+
+
+@pytest.fixture(autouse=True)
+def kernels_and_poison(monkeypatch):
+    """Kernels run on any device, and memory that they shall fill holds NaN, in fp8 too."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
+    for name, op in (OPS | BACKWARD_OPS).items():
+        monkeypatch.setattr(train_gpt, name, op)
+
+    def poisoned(make: Callable) -> Callable:
+        def function(*args: object, **kwargs: object) -> Tensor:
+            memory = make(*args, **kwargs)
+            if memory.is_floating_point() and memory.element_size() == 1:
+                memory.view(torch.uint8).fill_(0x7F)
+            return memory.fill_(math.nan) if memory.is_floating_point() else memory
+
+        return function
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def random(*shape: int, dtype: torch.dtype = DTYPE, std: float = 1.0) -> Tensor:
+    return (std * torch.randn(shape, device=DEVICE)).to(dtype)
+
+
+def single(*shape: int) -> Tensor:
+    return random(*shape, dtype=torch.float32)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    assert value.shape == reference.shape
+    assert torch.isfinite(value).all()
+    value, reference = value.double(), reference.double()
+    return ((value - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if x.is_floating_point() else x
+
+
+def outcome(
+    function: Callable, inputs: list, grads: list[Tensor], fixed: Iterable[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs that have a gradient in `grads`, and those of all inputs but `fixed`."""
+    inputs = [x if i in fixed else tree_map_only(Tensor, leaf, x) for i, x in enumerate(inputs)]
+    outputs = function(*inputs)
+    outputs = [*outputs][: len(grads)] if isinstance(outputs, tuple) else [outputs]
+    leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    return outputs, list(torch.autograd.grad(outputs, leaves, grads))
+
+
+def agree(
+    name: str, inputs: list, count: int = 1, fixed: Iterable[int] = (), tolerance: float = TOLERANCE
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Compare the first `count` outputs of an op and all gradients with those of its twin in
+    float64. Returns the gradients that went in, and those that came out of both; an input of one
+    element has a gradient that may cancel, which is left to the caller."""
+    doubles = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
+    outputs = TWINS[name](*doubles)
+    outputs = outputs[:count] if isinstance(outputs, tuple) else [outputs]
+    grads = [random(*x.shape) for x in outputs]
+    exact = outcome(TWINS[name], doubles, [grad.double() for grad in grads], fixed)
+    found = outcome(OPS[name], inputs, grads, fixed)
+    for value, reference in zip(tree_leaves(found), tree_leaves(exact), strict=True):
+        if value.numel() > 1:
+            assert relative_error(value, reference) < tolerance
+    return grads, found[1], exact[1]
+
+
+# Around the layers -------------------------------------------------------------------------------
+
+
+def combine_inputs(tokens: int, dim: int, terms: int, norm: bool) -> list:
+    """Every other source is a slice, every other coefficient one a token, a column of several."""
+    sources = [random(tokens, 2, dim)[:, 0] if i % 2 else random(tokens, dim) for i in range(terms)]
+    gates = [single(tokens, 3)[:, 1:2] for _ in range(terms)]
+    scalars = [2 + single(1) for _ in range(terms)]
+    coefficients = [(gates if i % 2 else scalars)[i] for i in range(terms)]
+    return [sources, coefficients, norm, [], False]
+
+
+COMBINE = [(5, 64, 1, True), (7, 48, 4, True), (3, 32, 6, False), (2, 768, 2, True)]
+COMBINE += [(4, 32, 3, True), (1, 40, 5, True)]
+REAL_COMBINE = [(16384, 768, 2, True), (49152, 768, 6, True), (16391, 768, 3, False)]
+
+
+@pytest.mark.parametrize(("tokens", "dim", "terms", "norm"), cases(COMBINE, REAL_COMBINE))
+def test_combine(tokens, dim, terms, norm):
+    inputs = combine_inputs(tokens, dim, terms, norm)
+    _, found, exact = agree("combine", inputs, count=2)
+    for value, reference in zip(found, exact, strict=True):
+        if value.numel() == 1:  # of a coefficient for all tokens
+            size = math.sqrt(tokens * dim)
+            assert abs(value.item() - reference.item()) < 1e-5 * size + 1e-5 * abs(reference.item())
+
+
+@pytest.mark.parametrize(("tokens", "dim"), cases([(5, 48)], [(16384, 768)]))
+def test_sums_that_share_sources_add_up_their_gradients(tokens, dim):
+    """Of two shared sources, one a slice, one is not in every sum."""
+
+    def function(combine: Callable, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        sums = [torch.zeros_like(x), torch.zeros_like(x)]
+        stream, _ = combine([x, y], [a, b], True, sums, True)
+        _, normed = combine([stream, x, y], [b, a, a], True, sums, False)
+        stream, _ = combine([normed, y], [a, b], False, sums[1:], False)
+        return combine([stream, x], [a, b], True, sums[:1], False)[1]
+
+    inputs = [random(tokens, dim), random(tokens, 2, dim)[:, 1]]
+    inputs += [2 + single(1), single(tokens, 1)]
+    doubles, grad = [x.double() for x in inputs], random(tokens, dim)
+    exact = outcome(partial(function, TWINS["combine"]), doubles, [grad.double()], ())
+    found = outcome(partial(function, OPS["combine"]), inputs, [grad], ())
+    for value, reference in zip(tree_leaves(found), tree_leaves(exact), strict=True):
+        assert value.numel() == 1 or relative_error(value, reference) < 2 * TOLERANCE
+
+
+def prepare_inputs(case: tuple) -> list:
+    """With the strides of the model: value and its share are slices."""
+    tokens, heads, head_dim, present = case
+    dim, positions = heads * head_dim, tokens * (2 if "paired" in present else 1)
+    cos, sin = rotary_tables(rotary_frequencies(head_dim), positions + 3, DEVICE)
+    value, share = random(tokens, 3, dim).unbind(1)[1], single(tokens, heads + 5)[:, 3 : 3 + heads]
+    values = (value, share) if "value" in present else (None, None)
+    extra = random(tokens, dim) if "extra" in present else None
+    inputs = [random(tokens, 3 * dim), torch.tensor(0.7, device=DEVICE)]
+    inputs += [cos[:positions], sin[:positions], *values, extra]
+    return [*inputs, "paired" in present, "offset" in present, head_dim]
+
+
+# tokens, heads, head_dim, what is there
+PREPARE = [(37, 4, 16, ""), (33, 4, 16, "value paired"), (21, 6, 32, "value")]
+PREPARE += [(32, 6, 16, "value extra offset"), (1, 2, 8, "value extra offset")]
+PREPARE += [(17, 4, 16, "extra paired offset")]  # nothing in the layer plan, but well defined
+REAL_PREPARE = [(16384, 6, 128, "paired"), (32768, 6, 128, "value paired")]
+REAL_PREPARE += [(49152, 6, 128, "value"), (16391, 6, 128, "value extra offset")]
+
+
+@pytest.mark.parametrize("case", cases(zip(PREPARE), zip(REAL_PREPARE)))
+def test_prepare_qkv(case):
+    inputs = prepare_inputs(case)
+    grads, found, exact = agree("prepare_qkv", inputs, count=3, fixed=(2, 3))
+    # The gradient of the scale leaves out what q and k add: EPS / (0.7² · mean square, near 1) of
+    # terms of this size.
+    size = sum(grad.double().norm() for grad in grads) * inputs[0].double().norm()
+    assert found[1].shape == ()
+    assert abs(found[1].item() - exact[1].item()) < 1e-6 * size
+
+
+FINISH = [(37, 4, 16, "xsa"), (19, 6, 32, "xsa gate"), (17, 6, 16, "mix gate"), (32, 4, 16, "gate")]
+FINISH += [(1, 2, 16, "xsa mix gate"), (35, 4, 8, "xsa mix gate")]
+REAL_FINISH = [(16384, 6, 128, "xsa"), (49152, 6, 128, "xsa gate"), (16391, 6, 128, "mix gate")]
+
+
+def finish_inputs(case: tuple) -> list:
+    tokens, heads, head_dim, present = case
+    gates = single(tokens, 3 * heads + 4)[:, 1:].split(heads, dim=1)
+    y, v, correction = (random(tokens, heads, head_dim) for _ in range(3))
+    xsa = (v, gates[0]) if "xsa" in present else (None, None)
+    mix = (correction, gates[1]) if "mix" in present else (None, None)
+    return [y, *xsa, *mix, gates[2] if "gate" in present else None]
+
+
+@pytest.mark.parametrize("case", cases(zip(FINISH), zip(REAL_FINISH)))
+def test_finish_attention(case):
+    agree("finish_attention", finish_inputs(case))
+
+
+@interpreted
+def test_xsa_of_a_value_of_zero():
+    y, v, alpha, *others = finish_inputs((8, 2, 16, "xsa"))
+    v[3, 1] = 0
+    out, grads = outcome(OPS["finish_attention"], [y, v, alpha, *others], [torch.ones(8, 32)], ())
+    assert torch.equal(out[0].view_as(y)[3, 1], y[3, 1])
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert torch.count_nonzero(grads[1][3, 1]) == grads[2][3, 1] == 0
+
+
+# Head mixing -------------------------------------------------------------------------------------
+
+
+def mixing_inputs(case: tuple) -> list:
+    tokens, heads, head_dim, window, starts, strided = case
+    q, k, v = random(tokens, 3, heads, head_dim).unbind(1)
+    cu_seqlens = torch.tensor([*starts, tokens, tokens], dtype=torch.int32, device=DEVICE)
+    first = document_starts(cu_seqlens, tokens)
+    q, k, v = (x if strided else x.contiguous() for x in (q, k, v))
+    return [q, k, v, first, single(tokens, heads), window, 0.3]
+
+
+# One token; below, at and above a block; ragged; windows that need one, two and four blocks before;
+# documents shorter than a block, ending on a block's edge, longer than the window and of one token.
+MIXING = [
+    # tokens, heads, head_dim, window, starts of documents, slices of one tensor
+    (1, 1, 16, 5, (0,), False),
+    (63, 2, 16, 16, (0, 5, 6), True),
+    (64, 3, 16, 64, (0, 30), False),
+    (65, 1, 16, 112, (0, 64), False),
+    (200, 4, 16, 48, (0, 128, 131), False),
+    (333, 2, 16, 112, (0, 1, 17, 192, 200), True),
+    (300, 2, 8, 130, (0, 250), False),
+]
+REAL_MIXING = [
+    (tokens, 6, 128, 112, tuple(range(0, tokens, 487)), False) for tokens in (16384, 49152, 16347)
+]
+
+
+@pytest.mark.parametrize("case", cases(zip(MIXING), zip(REAL_MIXING)))
+def test_mixing(case):
+    inputs, tokens, starts = mixing_inputs(case), case[0], case[4]
+    expected = [max(start for start in starts if start <= t) for t in range(min(tokens, 400))]
+    assert inputs[3][:400].tolist() == expected
+    agree("mix_by_weights", inputs)
+
+
+@interpreted
+def test_mixing_of_large_scores():
+    """Hundreds, as a softmax without its maximum would not survive; a weight of zero."""
+    q, k, v, first, weights, window, _ = mixing_inputs((150, 2, 16, 112, (0, 70), False))
+    weights[:, 1] = 0
+    agree("mix_by_weights", [40 * q, k, v, first, weights, window, 1.0], tolerance=1e-3)
+
+
+# MLP and head ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "dim"),
+    cases([(128, 128, 64), (140, 200, 96), (3, 40, 32)], [(16384, 3072, 768), (49104, 3072, 768)]),
+)
+def test_mlp(tokens, hidden, dim):
+    w_1, w_2 = random(hidden, dim, std=0.1), random(hidden, dim, std=0.1)
+    inputs = [random(tokens, dim), w_1, w_2, []]
+    agree("mlp", inputs)
+    *_, largest = OPS["mlp"](*inputs)
+    expected = (inputs[0].double() @ w_1.double().T).relu().square().max()
+    assert largest.max().item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def head_inputs(tokens: int, vocab: int, dim: int, std: float) -> list:
+    """Of four terms; some targets come twice in a row or not at all."""
+    targets = torch.randint(0, vocab, (tokens, 4), device=DEVICE)
+    targets[::3, 2] = targets[::5, 1] = targets[5] = IGNORED_TARGET
+    targets[3, 1] = targets[3, 0]
+    targets[4, 3] = targets[4, 2] = targets[4, 0]
+    weights = torch.tensor([1, 0.5, 0.25, 0.125], device=DEVICE)
+    x = rms_norm(single(tokens, dim)).to(DTYPE)
+    return [x, random(vocab, dim, std=std), targets, weights]
+
+
+def exact_head_loss(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both losses, and the gradients of x and head, in float64."""
+    x, head = x.double().requires_grad_(), head.double().requires_grad_()
+    logits = 23 * torch.sigmoid((x @ head.T + 5) / 7.5)
+    losses = -(logits.log_softmax(1).gather(1, targets.clamp_min(0)) * (targets >= 0)).sum(0)
+    total = losses @ weights.double()
+    return torch.stack([total, losses[0]]).detach(), *torch.autograd.grad(total, (x, head))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "dim", "std", "head_rows"),
+    cases(
+        [(70, 300, 32, 0.5, 64), (20, 2100, 16, 1.0, 8), (7, 50, 8, 1.0, 16384)],
+        [(5000, 50304, 768, 0.03, 2048), (8192, 50304, 768, 0.03, 16384)],
+    ),
+)
+def test_head_loss(monkeypatch, tokens, vocab, dim, std, head_rows):
+    """In chunks of rows, the last of them ragged."""
+    monkeypatch.setattr(train_gpt, "HEAD_ROWS", head_rows)
+    inputs = head_inputs(tokens, vocab, dim, std)
+    exact = exact_head_loss(*inputs)
+    leaves = [x.requires_grad_() for x in inputs[:2]]
+    losses, *_ = OPS["head_loss"](*inputs, [])
+    gradients = torch.autograd.grad(3 * losses[0], leaves)
+    assert relative_error(losses, exact[0]) < (1e-3 if GPU else 1e-6)
+    for value, reference in zip(gradients, exact[1:], strict=True):
+        assert relative_error(value / 3, reference) < TOLERANCE
+    x, head = (x.detach() for x in leaves)
+    plain = OPS["next_token_loss"](x, head, inputs[2][:, 0].contiguous())
+    assert plain.item() == pytest.approx(exact[0][1].item(), rel=1e-3 if GPU else 1e-6)
+
+
+@interpreted
+def test_compiler_knows_the_ops():
+    """Schemas, shapes of fake tensors and the registered gradients are those of the launchers."""
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    x, head, *others = head_inputs(8, 30, 16, 1.0)
+    for name, inputs in (
+        ("combine", combine_inputs(5, 32, 3, True)),
+        ("prepare_qkv", prepare_inputs(PREPARE[3])),
+        ("finish_attention", finish_inputs(FINISH[1])),
+        ("mix_by_weights", mixing_inputs(MIXING[1])),
+        ("mlp", [random(8, 16), random(20, 16), random(20, 16), []]),
+        ("head_loss", [x, head, *others, []]),
+        ("next_token_loss", [x, head, others[0][:, 0].contiguous()]),
+    ):
+        torch.library.opcheck(OPS[name], inputs, test_utils=checks)
+        if name in ("combine", "prepare_qkv", "finish_attention", "mlp"):
+            leaves = tree_map_only(Tensor, leaf, inputs)
+            torch.library.opcheck(OPS[name], leaves, test_utils="test_aot_dispatch_static")
+
+
+@interpreted
+def test_model_of_kernels_is_the_model_of_twins(runtime, monkeypatch):
+    """Losses and gradients of one row, and the tables' rows added by kernel."""
+    config, batch, results = tiny_config(vocab_size=300), random_batch(1, [7, 1, 10]), []
+    batch = batch._replace(tokens=batch.tokens % 300, targets=batch.targets % 300)
+    prefixes = torch.arange(config.padded_vocab_size) - 1
+    for _ in range(2):
+        model = trained_like(config, runtime)
+        loss, plain = model(batch, Windows(8, 24), torch.tensor([1, 0.5, 0.25, 0.25]), prefixes)
+        loss.backward()
+        results.append({"loss": loss, "plain": plain})
+        results[-1] |= {name: param.grad for name, param in model.named_parameters()}
+        monkeypatch.undo()  # the second time as it is on a CPU
+    for name, reference in results[1].items():
+        assert relative_error(results[0][name], reference) < 1e-4, name
+
+
+# fp8 ---------------------------------------------------------------------------------------------
+
+
+def quantized(x: Tensor, unit: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
+    """What an fp8 tensor of x stands for, fp32."""
+    limit, unit = torch.finfo(dtype).max, unit[..., :1, None] if x.dim() == 3 else unit[0]
+    return (x.float() / unit).clamp(-limit, limit).to(dtype).float() * unit
+
+
+def unit_of(value: float) -> Tensor:
+    return torch.full((4,), value, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    cases(zip([(64, 128), (70, 150), (3, 33, 140), (1, 1)]), zip([(16384, 768), (22, 3072, 768)])),
+)
+@pytest.mark.parametrize("dtype", [E4M3, E5M2] if GPU else [torch.float32])
+def test_quantize(shape, dtype):
+    """Both ways round, saturated, every matrix with its own unit; in the interpreter to fp32, as
+    its casts to fp8 are not torch's."""
+    x, units = random(*shape, std=100.0), torch.rand((*shape[:-2], 4), device=DEVICE) + 0.5
+    x.view(-1)[0], largest = 3e4, torch.zeros(1, device=DEVICE)
+    out, out_t = quantize(x, units, dtype, largest)
+    unit = units[..., :1, None] if len(shape) == 3 else units[0]
+    values = x.float() / unit
+    if dtype != torch.float32:
+        values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).float()
+    assert relative_error(out.float(), values) < (1e-3 if GPU else 1e-6)  # ties may differ
+    assert torch.equal(out.mT.float(), out_t.float()) and out_t.is_contiguous()
+    assert largest.item() == x.abs().max()
+    quantize_(x / 2, units, out, out_t, largest)
+    assert largest.item() == x.abs().max()  # it is raised only
+
+
+@interpreted
+def test_units_follow_the_largest_numbers(monkeypatch):
+    """Of weights now, of squares and gradients in the step before; guesses before the first one."""
+    monkeypatch.setattr(train_gpt, "quantize_", lambda x, unit, *_: calls.append((x, unit)))
+    bank, head, calls = random(8, 16, 8), random(32, 8), []
+    fp8 = Fp8Copies(bank, head, 3)
+    assert [x.shape for x, _ in calls] == [(6, 16, 8), (32, 8)]
+    (x, unit_w), (y, unit_head) = calls
+    assert x.data_ptr() == bank.data_ptr() and y.data_ptr() == head.data_ptr()
+    torch.testing.assert_close(unit_w[:, 0], bank[:6].abs().amax((1, 2)) / 448)
+    assert unit_head is fp8.head()[2]
+    start = fp8.units.clone()
+    assert (start > 0).all()
+    fp8.saw_squares([torch.tensor([i + 1.0, 0.0]) for i in range(3)])
+    fp8.saw_squares([torch.tensor([2.0, 0.5])] * 3)
+    own = MlpFp8(*fp8.mlp(1))
+    assert own.w_1.data_ptr() == fp8.mlp_copies[0][1].data_ptr()
+    assert own.w_2_t.data_ptr() == fp8.mlp_copies[1][4].data_ptr()
+    assert own.w_1.shape == (16, 8) and own.w_2_t.shape == (8, 16)
+    assert torch.equal(own.unit_w_1, unit_w[1]) and torch.equal(own.unit_w_2, unit_w[4])
+    own.largest.copy_(torch.tensor([0.25, 0.125]))
+    bank *= 2
+    fp8.refresh()
+    torch.testing.assert_close(unit_w[:, 0], bank[:6].abs().amax((1, 2)) / 448)
+    factor = 1.8 / 448
+    torch.testing.assert_close(fp8.units[0, :, 0], factor * torch.tensor([2.0, 2.0, 3.0]))
+    torch.testing.assert_close(fp8.units[1:, 1, 0], factor * torch.tensor([0.25, 0.125]))
+    assert torch.equal(fp8.units[1:, 0], start[1:, 0])  # no gradient was seen
+    units = fp8.units.clone()
+    fp8.refresh()
+    assert torch.equal(fp8.units, units)  # nothing since
+    fp8.reset()
+    assert torch.equal(fp8.units, start)
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [16384, 49152, 16336])
+def test_mlp_in_fp8(tokens):
+    """Every product against that of its exact factors and that of its fp8 factors."""
+    x, grad = rms_norm(random(tokens, 768)), random(tokens, 768, std=1e-3)
+    w_1, w_2 = random(3072, 768, std=0.02), random(3072, 768, std=0.02)
+    units = [unit_of(w.abs().max().item() / 448) for w in (w_1, w_2)] + [unit_of(28 / 448)]
+    units += [unit_of(value / 448) for value in (20.0, 1e-2, 2e-2)]
+    largest = torch.zeros(2, device=DEVICE)
+    weights = [*quantize(w_1, units[0]), *quantize(w_2, units[1])]
+    fp8 = MlpFp8(*weights, *units, largest)
+    x8, w_18, w_28, grad8 = (
+        quantized(*pair)
+        for pair in zip((x, w_1, w_2, grad), (units[2], units[0], units[1], units[4]))
+    )
+    leaves = [z.requires_grad_() for z in (x, w_1, w_2)]
+    out, square, square_t, x_t, squares = OPS["mlp"](*leaves, [*fp8])
+    found = torch.autograd.grad(out, leaves, grad)
+    x, w_1, w_2 = (z.detach().float() for z in leaves)
+
+    own = square.float() * units[3][0]  # what the op multiplied with, in place of ours
+    assert torch.equal(square.mT.float(), square_t.float())
+    assert relative_error(x_t.mT.float() * units[2][0], x8) < 1e-3
+    hidden = (x8 @ w_18.T).relu()
+    assert squares.max().item() == pytest.approx(hidden.square().max().item(), rel=1e-2)
+    assert relative_error(own, quantized(hidden.square(), units[3])) < 2e-2  # some round otherwise
+    assert relative_error(own.sqrt(), (x @ w_1.T).relu()) < 6e-2
+    assert relative_error(out, own @ w_28) < 1e-2
+    assert relative_error(out, own @ w_2) < 6e-2
+
+    kinds = units[4], units[1], units[3], units[5]
+    inputs = quantize(grad, units[4])[0], fp8.w_2, kinds, square, largest[1:]
+    hidden8, hidden8_t, _ = mlp_product(*inputs)
+    assert torch.equal(hidden8.mT.float(), hidden8_t.float())
+    d_hidden = grad8 @ w_28.T * 2 * own.sqrt()
+    own_hidden = hidden8.float() * units[5][0]
+    assert largest[0] == grad.abs().max()
+    assert largest[1].item() == pytest.approx(d_hidden.abs().max().item(), rel=1e-2)
+    assert relative_error(own_hidden, quantized(d_hidden, units[5])) < 2e-2
+    assert relative_error(own_hidden, grad.float() @ w_2.T * 2 * own.sqrt()) < 6e-2
+    exact = own_hidden @ w_1, own_hidden.T @ x, own.T @ grad.float()
+    rounded = own_hidden @ w_18, own_hidden.T @ x8, own.T @ grad8
+    for value, one, other in zip(found, exact, rounded, strict=True):
+        assert relative_error(value, one) < 6e-2
+        assert relative_error(value, other) < 1e-2
+
+
+@gpu
+@pytest.mark.parametrize(("tokens", "head_rows"), [(5008, 2048), (8192, 16384)])
+def test_head_loss_in_fp8(monkeypatch, tokens, head_rows):
+    monkeypatch.setattr(train_gpt, "HEAD_ROWS", head_rows)
+    x, head, targets, weights = head_inputs(tokens, 50304, 768, 0.05)
+    unit_w, unit_x, unit_grad = (unit_of(value / 448) for value in (1.6, 100.0, 0.75))
+    copies = quantize(head, unit_w)
+    leaves = x.requires_grad_(), head.requires_grad_()
+    fp8 = [*copies, unit_w, unit_x, unit_grad]
+    losses, *_ = OPS["head_loss"](*leaves, targets, weights, fp8)
+    found = torch.autograd.grad(losses[0], leaves)
+    exact = exact_head_loss(*(z.detach() for z in (*leaves, targets, weights)))
+    assert relative_error(losses, exact[0]) < 1e-2
+    for value, reference in zip(found, exact[1:], strict=True):
+        assert relative_error(value, reference) < 7e-2  # two products, one of them with e5m2
+
+    x8, head8 = quantized(x.detach(), unit_x), quantized(head.detach(), unit_w)
+    logits = (x8 @ head8.T).bfloat16().float().requires_grad_()
+    capped = 23 * torch.sigmoid((logits + 5) / 7.5)
+    terms = zip(weights, targets.unbind(1))
+    loss = sum(w * F.cross_entropy(capped, t, ignore_index=-1, reduction="sum") for w, t in terms)
+    grad8 = quantized(torch.autograd.grad(loss, logits)[0], unit_grad, E5M2)
+    assert relative_error(losses[0], loss.detach()) < 1e-3
+    for value, reference in zip(found, (grad8 @ head8, grad8.T @ x8), strict=True):
+        assert relative_error(value, reference) < 2e-2  # some round otherwise
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "dim"),
+    cases(
+        [(50, 7, 32), (64, 64, 40), (1, 3, 16), (40, 1, 200), (5, 90, 130)],
+        [(16384, 50304, 768), (49152, 200, 768), (16391, 377280, 768)],
+    ),
+)
+def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
+    """By the kernel and without it, of slices too; runs of equal rows are found."""
+    index = torch.randint(0, rows, (count,), device=DEVICE, dtype=torch.int32)
+    index[count // 2 :] = index[0]
+    values, table = random(count, 2, dim)[:, 1], random(rows, dim)
+    order = sort_rows(index)
+    kinds, numbers = index.unique(return_counts=True)
+    num_runs = order.count.item()
+    assert num_runs == len(kinds)
+    assert torch.equal(order.rows, index[order.order])
+    assert torch.equal(order.starts[: num_runs + 1].diff(), numbers)
+    assert (order.starts[num_runs:] == count).all()
+    expected = table.double().index_add(0, index, values.double())
+    for kernel in (True, False):
+        mine = table.clone()
+        monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
+        add_rows_(mine, order, values)
+        if kernel or not GPU:
+            assert relative_error(mine, expected) < TOLERANCE
+        untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+        untouched[index] = False
+        assert torch.equal(mine[untouched], table[untouched])
+
+
+def test_rows_of_a_table_and_first_columns_have_the_gradients_of_their_definitions():
+    """The table's is added to what its gradient holds."""
+    table, index = single(20, 16), torch.tensor([3, 7, 3, 19], device=DEVICE)
+    table.requires_grad_()
+    table.grad = torch.full_like(table, 2.0)
+    place, weights = table.grad.data_ptr(), single(4, 16)
+    read = TableRows.apply(table, index, sort_rows(index))
+    assert torch.equal(read, table.detach()[index])
+    x, columns = FirstColumns.apply(read, 5)
+    assert torch.equal(x, read) and torch.equal(columns, read[:, :5])
+    ((x * weights).sum() + (columns.square() * weights[:, :5]).sum()).backward()
+    other = table.detach().double().requires_grad_()
+    rows = other[index]
+    ((rows * weights).sum() + (rows[:, :5].square() * weights[:, :5]).sum()).backward()
+    assert relative_error(table.grad - 2, other.grad) < 1e-6
+    assert table.grad.data_ptr() == place
+    half = random(4, 16, dtype=torch.bfloat16)
+    assert FirstColumns.apply(half, 3)[1].dtype == torch.float32
+
+
+# Optimizer ---------------------------------------------------------------------------------------
+
+# Wide, tall, square; less than a block, ragged, 2 to 4 blocks of 64; the last two make 60 programs
+# and more, so blocks of 128, of which they have one and three for a matrix.
+PRODUCTS = [(2, 10, 24), (2, 24, 10), (1, 64, 64), (3, 65, 130), (1, 150, 170), (1, 200, 200)]
+PRODUCTS += [(60, 24, 10), (20, 131, 130)]
+# All matrices of one kind on one rank of 1 and of 8: pairs of q and k heads, v and o, an MLP bank.
+REAL_PRODUCTS = [(96, 256, 768), (32, 768, 768), (24, 3072, 768), (12, 256, 768), (4, 768, 768)]
+REAL_PRODUCTS += [(3, 3072, 768), (70, 8, 200)]
+
+
+@pytest.mark.parametrize("shape", cases(zip(PRODUCTS), zip(REAL_PRODUCTS)))
+def test_symmetric_products(shape):
+    """The Gram matrix, and a polynomial of it; mirrored to the bit outside the diagonal's blocks,
+    where the interpreter's numpy may add up in another order."""
+    x = random(*shape)
+    a = train_gpt.gram(x)
+    exact = x.double().mT @ x.double() if shape[1] > shape[2] else x.double() @ x.double().mT
+    assert relative_error(a, exact) < (5e-3 if GPU else 1e-6)
+    a = a / a.float().norm(dim=(1, 2), keepdim=True).to(DTYPE)
+    value = train_gpt.symmetric_polynomial(a, -22.4833, 15.8788)
+    exact = -22.4833 * a.double() + 15.8788 * a.double() @ a.double()
+    assert relative_error(value, exact) < (5e-3 if GPU else 1e-6)
+    block = torch.arange(len(a[0]), device=DEVICE) // 128
+    elsewhere = block[:, None] != block if not GPU else torch.ones_like(a[0], dtype=torch.bool)
+    for z in (train_gpt.gram(x), value):
+        assert torch.equal(z[:, elsewhere], z.mT[:, elsewhere])
+
+
+def polar(x: Tensor) -> Tensor:
+    return train_gpt.polar_express(x, x.float().norm(dim=(1, 2), keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "shape", cases(zip([(2, 24, 10), (1, 16, 16), (1, 70, 130)]), zip(REAL_PRODUCTS[2:6]))
+)
+def test_polar_express_by_kernels(monkeypatch, shape):
+    """As near to the float64 result as plain products are."""
+    x = random(*shape)
+    value = polar(x)
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: False)
+    exact, plain = polar(x.double()), polar(x)
+    assert relative_error(value, exact) < max(1e-5, 1.2 * relative_error(plain, exact))
+
+
+# (entries, height of an entry, width), rows of the block, rows of a matrix: q and k of an attention
+# bank in pairs of heads, its v and o, an MLP bank, and ragged ones of more than one program each
+BLOCKS = [
+    ((2, 128, 32), slice(0, 64), 16),
+    ((3, 128, 32), slice(64, 128), 32),
+    ((2, 96, 24), slice(0, 96), 96),
+    ((2, 210, 310), slice(10, 110), 50),
+    ((1, 190, 70), slice(1, 187), 93),
+]
+REAL_BLOCKS = [((16, 3072, 768), slice(0, 1536), 256), ((2, 3072, 768), slice(1536, 3072), 768)]
+REAL_BLOCKS += [((24, 3072, 768), slice(0, 3072), 3072), ((3, 3072, 768), slice(0, 3072), 3072)]
+
+
+class Bank:
+    """Weights, gradient and state of a bank, and one block of it as matrices."""
+
+    def __init__(self, shape: tuple[int, int, int], rows: slice, matrix_rows: int):
+        self.shape, self.rows, self.matrix_rows = shape, rows, matrix_rows
+        self.high = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
+        self.low = torch.zeros(shape, dtype=torch.int16, device=DEVICE)
+        split_mantissa_(self.high, self.low, single(*shape))
+        self.grad = random(*shape) * torch.linspace(0.2, 3, shape[2], device=DEVICE).to(DTYPE)
+        self.momentum = single(*shape)
+        count = shape[0] * (rows.stop - rows.start) // matrix_rows
+        kept = (matrix_rows, 1) if matrix_rows >= shape[2] else (1, shape[2])
+        self.mean_square = torch.rand(count, *kept, device=DEVICE) / shape[2]
+        self.step_scale = torch.linspace(1, 2, shape[0], device=DEVICE)
+        self.start = {name: getattr(self, name).clone() for name in ("high", "low", "momentum")}
+
+    def block(self, name: str) -> Tensor:
+        """(entries, matrices of an entry, rows, cols), a view."""
+        return getattr(self, name)[:, self.rows].unflatten(1, (-1, self.matrix_rows))
+
+    def weights(self) -> Tensor:
+        return join_mantissa(self.block("high"), self.block("low"))
+
+    def assert_rest_is_untouched(self) -> None:
+        rest = torch.ones(self.shape[1], dtype=torch.bool)
+        rest[self.rows] = False
+        for name, start in self.start.items():
+            assert torch.equal(getattr(self, name)[:, rest], start[:, rest])
+
+
+def scalars(*values: float) -> list[Tensor]:
+    return [torch.tensor(value, device=DEVICE) for value in values]
+
+
+@pytest.mark.parametrize("block", cases(zip(BLOCKS), zip(REAL_BLOCKS)))
+def test_nesterov(block):
+    bank, mu = Bank(*block), 0.85
+    grad, momentum = bank.block("grad").double(), bank.block("momentum").double()
+    momentum = mu * momentum + (1 - mu) * grad
+    expected = (mu * momentum + (1 - mu) * grad).flatten(0, 1)
+    update, norm = train_gpt.nesterov_(bank.block("grad"), bank.block("momentum"), *scalars(mu))
+    assert update.dtype == torch.bfloat16 and update.is_contiguous()
+    assert relative_error(bank.block("momentum"), momentum) < 1e-6
+    # the interpreter cuts bf16 off, and some round the other way
+    assert relative_error(update, expected) < (4e-3 if GPU else 8e-3)
+    assert relative_error(norm, update.double().norm(dim=(1, 2), keepdim=True)) < 1e-6
+    bank.assert_rest_is_untouched()
+
+
+@pytest.mark.parametrize("block", cases(zip(BLOCKS), zip(REAL_BLOCKS)))
+def test_normuon_apply(block):
+    """Evened out at the old norm, scaled, with cautious decay, in fp32 by way of the low bits."""
+    bank, lr, decay, beta2 = Bank(*block), 0.25, 0.125, 0.9
+    direction = random(*bank.block("high").flatten(0, 1).shape, dtype=torch.float32)
+    direction *= torch.linspace(0.5, 2, direction.size(1), device=DEVICE)[:, None]
+    direction[-1] = 0  # as padding has
+    direction = direction.to(DTYPE)
+    axis, d = 2 if bank.mean_square.size(2) == 1 else 1, direction.double()
+    squares = d.square().mean(dim=axis, keepdim=True)
+    mean_square = beta2 * bank.mean_square.double() + (1 - beta2) * squares
+    step = d / mean_square.clamp_min(1e-12).sqrt()
+    norms = [x.norm(dim=(1, 2), keepdim=True) for x in (d, step)]
+    step *= norms[0] / norms[1].clamp_min(1e-12)
+    weights = bank.weights().double()
+    step = step.view(weights.shape) * bank.step_scale.double()[:, None, None, None]
+    expected = weights - lr * step - decay * weights * (step * weights > 0)
+    views = bank.block("high"), bank.block("low"), direction, bank.mean_square, bank.step_scale
+    train_gpt.normuon_apply_(*views, *scalars(lr, decay), beta2)
+    torch.testing.assert_close(bank.mean_square.double(), mean_square, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(bank.weights().double(), expected, rtol=1e-5, atol=1e-5)
+    bank.assert_rest_is_untouched()
+
+
+@interpreted
+def test_update_of_nothing_keeps_any_bit_pattern():
+    bank = Bank(*BLOCKS[3])
+    bits = torch.randint(-(2**31), 2**31, bank.shape).int()
+    bits &= ~(1 << 30)  # below 2, so finite
+    split_mantissa_(bank.high, bank.low, bits.view(torch.float32))
+    direction = random(*bank.block("high").flatten(0, 1).shape)
+    views = bank.block("high"), bank.block("low"), direction, bank.mean_square, bank.step_scale
+    train_gpt.normuon_apply_(*views, *scalars(0.0, 0.0), 0.9)
+    kept = join_mantissa(bank.high, bank.low).view(torch.int32)
+    # a negative zero may lose its sign
+    assert torch.equal(kept[bits != -(2**31)], bits[bits != -(2**31)])
+
+
+@pytest.mark.parametrize(
+    "shape", cases(zip([(2500,), (50, 7), (1,)]), zip([(50304, 768), (201216, 768), (6288, 768)]))
+)
+def test_adam(monkeypatch, shape):
+    """The kernel's weights, low bits included, and moments are those of the plain update."""
+    results = []
+    for kernel in (True, False):
+        monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
+        torch.manual_seed(1)
+        high = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
+        low = torch.zeros(shape, dtype=torch.int16, device=DEVICE)
+        split_mantissa_(high, low, single(*shape))
+        before = join_mantissa(high, low)
+        mean, mean_square = single(*shape), torch.rand(shape, device=DEVICE)
+        for step in (1, 3):
+            rates = (0.9, 0.99), (1 - 0.9**step, 1 - 0.99**step), 1e-10, 0.02, 0.1
+            train_gpt.adam_update_(high, low, random(*shape), mean, mean_square, *rates)
+        results.append((join_mantissa(high, low) - before, mean, mean_square))
+    for value, reference, error in zip(*results, (1e-3 if GPU else 1e-5, 1e-6, 1e-6), strict=True):
+        assert relative_error(value, reference) < error  # some turn their sign and decay or not
