@@ -1,0 +1,399 @@
+"""Judges a script by what its own validation computes, on the CPU: `./run.sh check SCRIPT`.
+
+The script's validate() is given small files of tokens, and its GPT, with random weights in all
+parameters, the rows that validate() makes of them. The loss of one position is that of a row whose
+other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
+validation files. One line a check; exit code 1 when one fails or the script cannot be judged.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = "PRESETS Config Runtime Log GPT Clock validate config_from_text IGNORED_TARGET START_TOKEN"
+ROW = 16  # tokens of a validation row
+TOLERANCE = 1e-5  # nats: what rounding may change in a loss of about ten
+# How large the judged model is; its layer plan is the speedrun's.
+SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8, "bigram_rows": 512}
+SIZES |= {"dtype": "float32", "compile": "none", "min_mean_doc_len": 1}
+WINDOWS = 3, 7  # short, long
+DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
+
+
+class Unjudgeable(Exception):
+    """The script lacks what a check needs, or fails in it."""
+
+
+class Failed(Exception):
+    """A check went wrong. The message says what was seen."""
+
+
+def load_script(path: Path) -> ModuleType:
+    """The script as a module; Unjudgeable if it has not all of NAMES."""
+    spec = importlib.util.spec_from_file_location("judged_script", path)
+    if spec is None or not path.is_file():
+        raise Unjudgeable(f"{path}: no such Python script")
+    script = sys.modules["judged_script"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(script)
+    except Exception as error:  # noqa: BLE001 (whatever the script does)
+        raise Unjudgeable(f"{path}: {type(error).__name__} on import: {error}") from None
+    missing = [name for name in NAMES.split() if not hasattr(script, name)]
+    if missing:
+        raise Unjudgeable(f"{path}: cannot be judged, it has no {', '.join(missing)}")
+    return script
+
+
+def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: int = 1):
+    """One process of world_size that communicates with no other and logs nothing."""
+
+    class Alone(script.Runtime):
+        def all_reduce(self, tensor: Tensor) -> Tensor:
+            return tensor
+
+    return Alone(rank, world_size, torch.device(device), script.Log(None))
+
+
+def load_checkpoint(script: ModuleType, path: str, device: str):
+    """The model that --checkpoint saved, its config, and whether its tokens are bytes."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    config = script.config_from_text(saved["config"] | {"compile": "none"})
+    model = script.GPT(config, start_runtime(script, device))
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            rows = min(len(param), len(saved["weights"][name]))  # banks are padded to the ranks
+            param[:rows] = saved["weights"][name][:rows]
+    if hasattr(model, "tied"):
+        model.tied = False  # a checkpoint has both matrices
+    return model, config, saved["byte_tokens"]
+
+
+def as_windows(script: ModuleType, short: int, long: int) -> tuple:
+    """What the script's validate() takes behind num_targets, and its model behind the row."""
+    if "window_short" in inspect.signature(script.validate).parameters:
+        return short, long
+    return (script.Windows(short, long),)
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> Path:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    return path
+
+
+class Probe:
+    """Stands in for the model in validate() and keeps the rows that it is called with."""
+
+    def __init__(self, model: torch.nn.Module, silent: bool = False):
+        self.model, self.silent, self.rows = model, silent, []
+
+    def __call__(self, row, *windows) -> Tensor:
+        self.rows.append(row)
+        return torch.zeros(()) if self.silent else self.model(row, *windows)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+
+class Judge:
+    """A script's model with random weights, and its validation on files made here."""
+
+    def __init__(self, script: ModuleType, folder: Path, **changes: object):
+        self.script, self.file = script, folder / "judged_val.bin"
+        tiny, plan = script.PRESETS["tiny"], {"layers": script.PRESETS["speedrun"].layers}
+        known = {field.name for field in dataclasses.fields(script.Config)}
+        fields = {**SIZES, **plan, "val_row_tokens": ROW, "final_window_long": WINDOWS[1]}
+        fields |= {"mix_window": WINDOWS[0], "val_file": str(self.file), **changes}
+        self.config = dataclasses.replace(
+            tiny, **{name: value for name, value in fields.items() if name in known}
+        )
+        self.windows = as_windows(script, *WINDOWS)
+        self.model = script.GPT(self.config, start_runtime(script, "cpu"))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            # A fresh model has zero gates and projections, behind which a leak would not show.
+            for param in self.model.parameters():
+                noise = torch.randn(param.shape, generator=generator)
+                if param.dim() > 1:
+                    param.copy_(noise / math.sqrt(param.size(-1)))
+                else:
+                    param.add_(0.2 * noise)
+        if hasattr(self.model, "tied"):
+            self.model.tied = False
+
+    def validate(
+        self, tokens: np.ndarray, num_targets: int, rank: int = 0, world_size: int = 1, **options
+    ) -> tuple[float, list]:
+        """validate() on a file of these tokens: its result, and the rows that it scored."""
+        write_shard(self.file, tokens)
+        probe, runtime = (
+            Probe(self.model, **options),
+            start_runtime(self.script, "cpu", rank, world_size),
+        )
+        loss = self.script.validate(probe, self.config, runtime, num_targets, *self.windows)
+        return float(loss), probe.rows
+
+    @torch.no_grad()
+    def score(self, row, targets: dict[int, int]) -> float:
+        """The loss of the row with these targets by position, all others ignored."""
+        chosen = torch.full_like(row.targets, self.script.IGNORED_TARGET)
+        for position, target in targets.items():
+            chosen[position] = target
+        return float(self.model(row._replace(targets=chosen), *self.windows))
+
+    def single_losses(self, rows: list, num_targets: int) -> list[float]:
+        places = [(rows[t // ROW], t % ROW) for t in range(num_targets)]
+        return [self.score(row, {t: int(row.targets[t])}) for row, t in places]
+
+
+def random_tokens(script: ModuleType, seed: int, count: int) -> np.ndarray:
+    tokens = np.random.default_rng(seed).integers(0, script.START_TOKEN, count)
+    tokens[[start for start in DOCUMENTS if start < count]] = script.START_TOKEN
+    return tokens
+
+
+# ==================================================================================================
+# The checks: each returns what was seen, or raises Failed
+# ==================================================================================================
+
+
+def require(condition: bool, seen: str) -> str:
+    if not condition:
+        raise Failed(seen)
+    return seen
+
+
+def check_coverage(script: ModuleType, folder: Path) -> str:
+    """validate() scores each of the first targets of the file once, on any number of ranks."""
+    judge, num_targets = Judge(script, folder), 5 * ROW + 13
+    tokens = np.arange(num_targets + 50)  # so that a target tells its position
+    tokens[[30, 31, 64, 100]] = script.START_TOKEN
+    expected = Counter(zip(tokens[:num_targets].tolist(), tokens[1 : num_targets + 1].tolist()))
+    for world_size in (1, 2, 4, 8):
+        seen = Counter()
+        for rank in range(world_size):
+            for row in judge.validate(tokens, num_targets, rank, world_size, silent=True)[1]:
+                kept = row.targets != script.IGNORED_TARGET
+                seen.update(zip(row.tokens[kept].tolist(), row.targets[kept].tolist()))
+        if seen != expected:
+            missing, surplus = (expected - seen).total(), (seen - expected).total()
+            raise Failed(f"{world_size} ranks: {missing} targets missing, {surplus} too many")
+    return f"{num_targets} targets, each scored once by 1, 2, 4 and 8 ranks"
+
+
+def check_mean(script: ModuleType, folder: Path) -> str:
+    """What validate() returns is the mean of the losses of the single targets."""
+    judge, num_targets = Judge(script, folder), ROW + 13
+    loss, rows = judge.validate(random_tokens(script, 1, num_targets + 1), num_targets)
+    mean = sum(judge.single_losses(rows, num_targets)) / num_targets
+    seen = f"validate() gives {loss:.6f}, the mean of the single losses is {mean:.6f}"
+    return require(abs(loss - mean) < TOLERANCE, seen)
+
+
+def check_causality(script: ModuleType, folder: Path) -> str:
+    """Another token later in the file changes no earlier loss; some later one it does."""
+    judge, num_targets = Judge(script, folder), 2 * ROW
+    tokens = random_tokens(script, 2, num_targets + 1)
+    rows = judge.validate(tokens, num_targets)[1]
+    before = judge.single_losses(rows, num_targets)
+    worst, count = 0.0, 0
+    # within documents, at their starts (the token becomes another), and a start where none was
+    for k, token in (3, 7), (5, 7), (8, script.START_TOKEN), (11, 7), (15, 7), (20, 7), (24, 7):
+        changed = tokens.copy()
+        changed[k] = token
+        changed_rows = judge.validate(changed, num_targets)[1]
+        for t in sorted({*range(max(0, k - 5), k), 0, k // 2}):
+            row, target = changed_rows[t // ROW], int(rows[t // ROW].targets[t % ROW])
+            moved = abs(judge.score(row, {t % ROW: target}) - before[t])
+            worst, count = max(worst, moved), count + 1
+            seen = f"token {k} moved the loss of the prediction behind token {t} by {moved:.2g}"
+            require(moved <= TOLERANCE, seen)
+        own = judge.score(changed_rows[k // ROW], {k % ROW: int(tokens[k + 1])})
+        require(own != before[k], f"token {k} has no influence on the prediction behind it")
+    return f"{count} earlier losses moved by at most {worst:.1g}"
+
+
+def check_targets(script: ModuleType, folder: Path) -> str:
+    """A target matters for its own loss alone: losses of any targets add up."""
+    judge, rng = Judge(script, folder), np.random.default_rng(3)
+    row = judge.validate(random_tokens(script, 3, ROW + 1), ROW)[1][0]
+    targets = dict(enumerate(rng.integers(0, script.START_TOKEN, ROW).tolist()))
+    single = {t: judge.score(row, {t: target}) for t, target in targets.items()}
+    whole, total = judge.score(row, targets), math.fsum(single.values())
+    worst = abs(whole - total) / ROW
+    for t in range(0, ROW - 1, 4):
+        pair = judge.score(row, {t: targets[t], t + 1: targets[t + 1]})
+        worst = max(worst, abs(pair - single[t] - single[t + 1]))
+    seen = f"losses of random targets add up within {worst:.1g} a target"
+    return require(worst <= 2 * TOLERANCE, seen)
+
+
+def check_normalisation(script: ModuleType, folder: Path) -> str:
+    """Probabilities sum to 1: with a vocabulary of 128 all of them, of the whole one a sample."""
+    tiny = script.PRESETS["tiny"]
+    judge, position = Judge(script, folder, vocab_size=128, layers=tiny.layers), 11
+    row = judge.validate(np.random.default_rng(4).integers(0, 128, ROW + 1), ROW)[1][0]
+    total = sum(math.exp(-judge.score(row, {position: token})) for token in range(128))
+    require(abs(total - 1) < 1e-4, f"the probabilities of 128 tokens sum to {total:.6g}")
+    judge = Judge(script, folder, layers=tiny.layers)
+    row = judge.validate(random_tokens(script, 4, ROW + 1), ROW)[1][0]
+    sample = np.random.default_rng(5).choice(tiny.vocab_size, 80, replace=False).tolist()
+    shares = [tiny.vocab_size * math.exp(-judge.score(row, {position: token})) for token in sample]
+    mean, error = float(np.mean(shares)), float(np.std(shares)) / math.sqrt(len(shares))
+    seen = f"sum {total:.6f}; of the whole vocabulary, from a sample, {mean:.2f} ± {error:.2f}"
+    return require(abs(mean - 1) < 5 * error, seen)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def start_training(script: ModuleType, folder: Path) -> list[multiprocessing.Process]:
+    """Two runs of the script, with the validation files a.bin and b.bin."""
+    rng = np.random.default_rng(6)
+    for name in ("train", "a", "b"):
+        tokens = rng.integers(0, 256, 2000)
+        tokens[rng.integers(0, 2000, 50)] = tokens[0] = script.START_TOKEN
+        write_shard(folder / f"{name}.bin", tokens)
+    fork = multiprocessing.get_context("fork")  # spares them the imports
+    runs = [fork.Process(target=train_watched, args=(script, folder / name)) for name in "ab"]
+    for run in runs:
+        run.start()
+    return runs
+
+
+def check_training(script: ModuleType, folder: Path, runs: list[multiprocessing.Process]) -> str:
+    """Runs with different validation files train alike, read them for scoring only, and log the
+    loss that their weights have."""
+    for name, run in zip("ab", runs):
+        run.join()
+        output = (folder / f"{name}.out").read_text(encoding="utf-8")
+        require(run.exitcode == 0, f"a few steps of training ended with:\n{output[-2000:]}")
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in "ab"]
+    saved = [torch.load(folder / f"{name}.pt", weights_only=True)["weights"] for name in "ab"]
+    same = results[0]["train_losses"] == results[1]["train_losses"]
+    require(same, "another validation file makes other training losses")
+    same = all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
+    require(same, "another validation file makes other weights")
+    times = Counter(results[0]["opened"])
+    peeks = times["while the clock ran"]
+    require(not peeks, f"the validation file was opened {peeks} times while the clock ran")
+    model, config, _ = load_checkpoint(script, str(folder / "a.pt"), "cpu")
+    windows = as_windows(script, config.extension[0].window_short, config.final_window_long)
+    runtime = start_runtime(script, "cpu")
+    loss = script.validate(model, config, runtime, config.val_tokens, *windows)
+    logged = results[0]["val_losses"][-1]
+    require(abs(loss - logged) < 1e-4, f"logged loss {logged:.5f}, the weights have {loss:.5f}")
+    opened = ", ".join(f"{count} × {when}" for when, count in times.items())
+    return f"equal to the bit with two files; opened {opened}"
+
+
+def train_watched(script: ModuleType, run: Path) -> None:
+    """Train a few steps; <run>.json gets the losses, and when the validation file was opened."""
+    with open(f"{run}.out", "w") as out:
+        os.dup2(out.fileno(), sys.stdout.fileno())
+        os.dup2(out.fileno(), sys.stderr.fileno())
+    os.chdir(ROOT)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)  # sums in one order
+    when, opened, val_file = ["before the clock"], [], f"{run}.bin"
+
+    def noting(method: Callable, state: str) -> Callable:
+        def wrapped(self) -> None:
+            when.append(state)
+            method(self)
+
+        return wrapped
+
+    script.draw_curve = lambda log: "not drawn"  # which takes as long as the steps
+    script.Clock.start = noting(script.Clock.start, "while the clock ran")
+    script.Clock.stop = noting(script.Clock.stop, "while it stood")
+
+    def hook(event: str, arguments: tuple) -> None:
+        is_path = event == "open" and isinstance(arguments[0], str | bytes | os.PathLike)
+        if is_path and os.path.abspath(os.fsdecode(arguments[0])) == os.path.abspath(val_file):
+            opened.append(when[-1])
+
+    sys.addaudithook(hook)
+    known = {field.name for field in dataclasses.fields(script.Config)}
+    tiny = script.PRESETS["tiny"]
+    short = {
+        name: [dataclasses.replace(stage, tokens_per_step=128) for stage in table]
+        for name, table in (("stages", tiny.stages), ("extension", tiny.extension))
+    }
+    options = {name: script.format_value(tuple(table)) for name, table in short.items()}
+    options |= {**SIZES, "num_steps": 3, "extension_steps": 1, "val_every": 2, "val_tokens": 300}
+    options |= {"val_row_tokens": 64, "train_files": run.parent / "train.bin"}
+    options |= {"val_file": val_file, "checkpoint": f"{run}.pt", "log_dir": f"{run}_logs"}
+    arguments = [f"--{name}={value}" for name, value in options.items() if name in known]
+    script.main(["--preset=tiny", *arguments])
+    (log,) = Path(f"{run}_logs").glob("*.json")
+    data = json.loads(log.read_text())
+    result = {"train_losses": [row["train_loss"] for row in data["steps"]], "opened": opened}
+    result["val_losses"] = [row["val_loss"] for row in data["validations"]]
+    Path(f"{run}.json").write_text(json.dumps(result))
+
+
+# ==================================================================================================
+# Command line
+# ==================================================================================================
+
+CHECKS: dict[str, Callable[[ModuleType, Path], str]] = {
+    "coverage": check_coverage,
+    "mean": check_mean,
+    "causality": check_causality,
+    "targets": check_targets,
+    "normalisation": check_normalisation,
+}
+
+
+def judge(path: Path, names: list[str]) -> dict[str, tuple[bool, str]]:
+    """Whether each of these checks went well, and what was seen, printed as it comes."""
+    script, results = load_script(path), {}
+    with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
+        folder = Path(name)
+        runs = start_training(script, folder) if "training" in names else []
+        for name in names:
+            try:
+                check = CHECKS.get(name) or functools.partial(check_training, runs=runs)
+                results[name] = True, check(script, folder)
+            except Failed as failure:
+                results[name] = False, str(failure)
+            except Exception as error:  # noqa: BLE001 (whatever the script does)
+                results[name] = False, f"cannot be judged: {type(error).__name__}: {error}"
+            good, seen = results[name]
+            print(f"{'ok' if good else 'FAILED':8}{name:15}{seen}", flush=True)
+    return results
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="./run.sh check", description=__doc__.split("\n")[0])
+    parser.add_argument("script", type=Path, metavar="SCRIPT", help="script, or folder of a record")
+    path = parser.parse_args(arguments).script
+    try:
+        results = judge(path / "train_gpt.py" if path.is_dir() else path, [*CHECKS, "training"])
+    except Unjudgeable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if all(good for good, _ in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

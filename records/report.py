@@ -1,0 +1,863 @@
+"""Makes, reproduces and compares records, and draws their history. `./run.sh` dispatches to it.
+
+    ./run.sh record NAME [--runs N] [-- OPTION ...]   train N times, write records/<date>_<NAME>/;
+                                                      where it exists, add N runs (0: only rewrite)
+    ./run.sh record NAME --logs FILE ...              the same with logs that there are already
+    ./run.sh reproduce FOLDER [--runs N]              run a record's script, beside its figures
+    ./run.sh compare A B [--runs N] [-- OPTION ...]   run two scripts or records in turn
+    ./run.sh compare A B --logs                       compare the logs that there are of them
+    ./run.sh history                                  write records/README.md and history.png
+
+Losses are in nats per token, times in seconds of training unless a name says otherwise. Deviations
+are those of a sample (n - 1).
+"""
+
+import argparse
+import contextlib
+import difflib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+RECORDS = Path(__file__).resolve().parent
+ROOT = RECORDS.parent
+LOGS = ROOT / "logs"
+TARGET = 3.28  # validation loss
+ALPHA = 0.01  # a claim's p is below this
+CLAIM_GPUS, CLAIM_TARGETS = 8, 10_485_760
+PUBLIC_SECONDS = 73.8  # the public record on 8 x H100
+DIFF_LINES = 100  # shown at most
+SEPARATOR = "=" * 100 + "\n"  # between the script and the log proper
+OWN_FIELDS = ("seed", "log_dir")  # what the runs of one record may differ in
+OUTPUT_FIELDS = ("checkpoint", "sample")  # and what repeating a run leaves out besides
+AUTHOR = "<!-- the author's words: kept when this file is written again -->"
+AUTHOR_END = "<!-- the end of the author's words -->"
+PLACEHOLDER = "What changed against the previous record, and why."
+
+
+class ReportError(Exception):
+    """Something the user can mend. The message names the file or option and the remedy."""
+
+
+def shown(path: Path) -> str:
+    """Relative to the repository where it lies inside."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+# ==================================================================================================
+# 1. Runs: what train_gpt.py leaves behind
+# ==================================================================================================
+
+
+class Run:
+    """One run: <run id>.json, and from <run id>.txt the script's source and the log behind it."""
+
+    def __init__(self, path: Path, source: str, text: str, data: dict):
+        self.path, self.source, self.run_id = path, source, str(data["run_id"])  # path: the .json
+        self.environment, self.config = environment, config = data["environment"], data["config"]
+        self.started = datetime.strptime(environment["date"], "%Y-%m-%d %H:%M:%S %z")
+        self.seed = int(config["seed"])
+        self.steps: list[dict] = data["steps"]  # step, train_loss, train_time_s, step_ms
+        self.validations: list[dict] = data["validations"]  # step, val_loss, train_time_s
+        names = "val_loss", "steps", "train_time_s"
+        self.loss, self.num_steps, self.time = (data["summary"][name] for name in names)
+        scheduled = int(config["num_steps"]) + int(config["extension_steps"])
+        self.finished = self.num_steps == scheduled
+        self.steps_text = f"{self.num_steps}" + ("" if self.finished else f" of {scheduled}")
+
+        world_size, devices = environment["world_size"], environment["devices"]
+        self.machine = f"{world_size} × {devices.removeprefix('NVIDIA ')}"
+        self.gpus = 0 if environment["cuda"] is None else world_size
+        backend = re.search(r"attention by (\S+)", text)
+        self.versions = f"torch {environment['torch']}, Python {environment['python']}"
+        self.versions += f", attention by {backend[1]}" if backend else ""
+
+        # fineweb, proxy, sample, …: what the names of the shards begin with, if they agree
+        files = [Path(config[name]).name for name in ("train_files", "val_file")]
+        names = [re.split(r"_(?:train|val)_", file)[:-1] for file in files]
+        self.data_name = names[0][0] if names[0] and names[0] == names[1] else "other"
+        # targets scored, which are fewer than val_tokens where the shard has no more
+        targets = re.search(r"^val loss .* on ([\d,]+) targets$", text, re.MULTILINE)
+        self.num_targets = int(targets[1].replace(",", "") if targets else config["val_tokens"])
+
+        shares = [float(row.split(":")[0]) for row in config["stages"].split(",")]
+        ends = [round(edge * int(config["num_steps"])) for edge in itertools.accumulate(shares)]
+        names = [f"stage {i + 1}" for i in range(len(ends))] + ["extension"]
+        self.stage_begins = [0, *ends]
+        self.stage_ms: dict[str, float] = {}  # mean milliseconds a step of the stages it reached
+        for name, begin, end in zip(names, self.stage_begins, [*ends, scheduled], strict=True):
+            times = [row["step_ms"] for row in self.steps if begin < row["step"] <= end]
+            if times:
+                self.stage_ms[name] = statistics.fmean(times)
+
+    def agrees_with(self, text: str) -> bool:
+        """Whether the log has the .json's tables, validations and result."""
+        tables, _ = json.JSONDecoder().raw_decode(text)
+        form = "step {step} val_loss {val_loss:.4f} train_time {train_time_s:.3f} s"
+        lines = [form.format(**row) for row in self.validations]
+        last = {"step": self.num_steps, "val_loss": self.loss, "train_time_s": self.time}
+        return (
+            tables == {"environment": self.environment, "config": self.config}
+            and re.findall(r"^step \d+ val_loss .*$", text, re.MULTILINE) == lines
+            and self.validations[-1] == last
+        )
+
+
+def read_run(path: Path) -> Run:
+    """From any of a run's files. ReportError unless both are there, whole, and of one run."""
+    text_path, json_path = path.with_suffix(".txt"), path.with_suffix(".json")
+    source, separator, text = read_text(text_path).partition(SEPARATOR)
+    if not separator:
+        raise ReportError(
+            f"{shown(text_path)}: no line of 100 '=' behind a script: not a log of train_gpt.py"
+        )
+    try:
+        run = Run(json_path, source, text, json.loads(read_text(json_path)))
+        agrees = run.agrees_with(text)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"{shown(json_path)}: not the log of a whole run ({type(error).__name__}: {error}): "
+            "leave it out"
+        ) from None
+    if not agrees:
+        raise ReportError(
+            f"{shown(json_path)}: does not say what {text_path.name} says of config, validations "
+            "or result: copy both again as the run left them"
+        )
+    return run
+
+
+def check_runs(script: Path, runs: list[Run]) -> None:
+    """Raise ReportError unless all runs are of this script and of one config."""
+    source = read_text(script)
+    for run in runs:
+        if run.source != source:
+            path = run.path.with_suffix(".txt")
+            lines = short_diff(source, run.source, shown(script), shown(path), limit=30)
+            raise ReportError(
+                f"{shown(path)} was not made by {shown(script)}, it begins with another script: "
+                "leave it out, or put back the script that ran\n" + "\n".join(lines)
+            )
+        changes = config_changes(runs[0], run)
+        if changes:
+            raise ReportError(
+                f"{shown(runs[0].path)} and {shown(run.path)} have different options: "
+                "make a record of each\n" + "\n".join(changes)
+            )
+
+
+def config_changes(a: Run, b: Run) -> list[str]:
+    """A line for every option that differs."""
+    values = {name: [run.config.get(name) for run in (a, b)] for name in a.config | b.config}
+    return [
+        f"  {name}: {first!r} and {second!r}"
+        for name, (first, second) in values.items()
+        if name not in OWN_FIELDS and first != second
+    ]
+
+
+# ==================================================================================================
+# 2. Records: a script and its runs
+# ==================================================================================================
+
+
+class Record:
+    """A folder with a script, its logs and, once it is written, a README."""
+
+    def __init__(self, folder: Path):
+        """With all checks of its logs."""
+        self.folder, self.script = folder, folder / "train_gpt.py"
+        self.runs = sorted(map(read_run, folder.glob("*.json")), key=lambda run: run.started)
+        if not self.runs:
+            raise ReportError(f"{shown(folder)}: no record, it has no log (<run id>.json and .txt)")
+        check_runs(self.script, self.runs)
+        self.first = self.runs[0]
+        readme = folder / "README.md"
+        self.readme = read_text(readme) if readme.exists() else ""
+
+    @property
+    def title(self) -> str:
+        heading = re.search(r"^# (.+)$", self.readme, re.MULTILINE)
+        return heading[1] if heading else self.folder.name[11:].replace("_", " ")
+
+    @property
+    def words(self) -> str:
+        """The author's section of the README."""
+        parts = re.split(f"{re.escape(AUTHOR)}|{re.escape(AUTHOR_END)}", self.readme)
+        if self.readme and len(parts) != 3:
+            raise ReportError(
+                f"{shown(self.folder / 'README.md')}: was not written by this tool, and would be "
+                f"lost: put what is to stay between the lines {AUTHOR!r} and {AUTHOR_END!r}"
+            )
+        return parts[1].strip() if self.readme else PLACEHOLDER
+
+    @property
+    def what_changed(self) -> str:
+        """The first sentence of the author's section, or else the title."""
+        words = " ".join(self.words.split()) if AUTHOR in self.readme else PLACEHOLDER
+        sentence = re.match(r".+?[.!?](?=\s|$)", words)
+        return self.title if words in (PLACEHOLDER, "") else sentence[0] if sentence else words
+
+    @property
+    def memory(self) -> str:
+        """What the model keeps of what it read, a class that records state."""
+        row = re.search(r"^\| memory \| (.+) \|$", self.readme, re.MULTILINE)
+        return row[1] if row else "not stated"
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """Why this is no claim; empty for one."""
+        run, reasons = self.first, []
+        if run.data_name != "fineweb":
+            reasons.append(f"{run.data_name} data, not FineWeb")
+        elif run.num_targets != CLAIM_TARGETS:
+            reasons.append(f"scored on {run.num_targets:,} targets, not {CLAIM_TARGETS:,}")
+        if len({run.machine for run in self.runs}) > 1:
+            reasons.append("runs of different machines")
+        if run.gpus < CLAIM_GPUS:
+            reasons.append(f"{run.gpus or 'no'} GPU{'s' * (run.gpus > 1)}, not {CLAIM_GPUS}")
+        if not run.finished:
+            reasons.append("schedule not finished")
+        if len(self.runs) < 2:
+            reasons.append("one run")
+        p = p_at_most([run.loss for run in self.runs])
+        if not reasons and (p is None or p >= ALPHA):
+            reasons.append(f"p not below {ALPHA}")
+        return reasons
+
+
+def all_records() -> list[Record]:
+    """By the time of their first run."""
+    folders = [path.parent for path in RECORDS.glob("*_*/train_gpt.py")]
+    return sorted(map(Record, folders), key=lambda record: record.first.started)
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def spread(values: Iterable[float], digits: int) -> str:
+    """Mean and, of several, standard deviation."""
+    values = list(values)
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def p_at_most(losses: list[float]) -> float | None:
+    """One-sided t-test: probability of losses this low if their mean were above the target. None
+    for fewer than two losses, or all the same: they allow no test."""
+    from scipy import stats
+
+    if len(set(losses)) < 2:
+        return None
+    return float(stats.ttest_1samp(losses, TARGET, alternative="less").pvalue)
+
+
+def p_different(a: list[float], b: list[float]) -> float | None:
+    """Welch's two-sided t-test: probability of means this far apart if they were the same. None
+    where one has fewer than two losses, or all are the same: they allow no test."""
+    from scipy import stats
+
+    if min(len(a), len(b)) < 2 or len({*a, *b}) < 2:
+        return None
+    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def format_p(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+
+
+def target_test(losses: list[float]) -> str:
+    p = p_at_most(losses)
+    what = f"one-sided t-test that the mean is at most {TARGET}"
+    if p is None:
+        return f"{what}: {'one run allows' if len(losses) < 2 else 'equal losses allow'} no test"
+    return f"{what}: p = {format_p(p)}, {'' if p < ALPHA else 'not '}under {ALPHA}"
+
+
+def stage_spread(runs: list[Run]) -> dict[str, list[float]]:
+    """Milliseconds a step of every run, by stage."""
+    tables = [run.stage_ms for run in runs]
+    return {name: [table[name] for table in tables if name in table] for name in tables[0]}
+
+
+def joined(values: Iterable[object]) -> str:
+    """The distinct ones, in order."""
+    return " and ".join(dict.fromkeys(map(str, values)))
+
+
+# ==================================================================================================
+# 3. Differences between scripts
+# ==================================================================================================
+
+
+def owners(source: str) -> list[str]:
+    """For every line, whose it is: a function, Class.method, class, table, or the top level."""
+    names, name = [], "top level"
+    for line in source.splitlines():
+        found = re.match(r"(?:def|class) (\w+)|(\w+)(?:: \S+)? = |(    )def (\w+)|(\S)", line)
+        if found and found[3]:
+            name = f"{name.split('.')[0]}.{found[4]}"
+        elif found and (found[1] or found[2]):
+            name = found[1] or found[2]
+        elif found and found[5] not in ")]}":
+            name = "top level"
+        names.append(name)
+    return names
+
+
+def describe_changes(old: str, new: str) -> list[str]:
+    """Lines added and removed in all, then what is new, gone and changed, a line each."""
+    before, after = owners(old), owners(new)
+    added, removed = Counter(), Counter()
+    matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines())
+    for kind, old_begin, old_end, new_begin, new_end in matcher.get_opcodes():
+        if kind != "equal":
+            removed.update(before[old_begin:old_end])
+            added.update(after[new_begin:new_end])
+    parts: dict[str, list[str]] = {"new": [], "gone": [], "changed": []}
+    for name in dict.fromkeys([*after, *before]):
+        if added[name] or removed[name]:
+            kind = "new" if name not in before else "gone" if name not in after else "changed"
+            counts = " ".join(f"{s}{n[name]}" for s, n in (("+", added), ("−", removed)) if n[name])
+            parts[kind].append(f"{name if name == 'top level' else f'`{name}`'} {counts}")
+    if not any(parts.values()):
+        return ["The scripts are the same."]
+    lines = [f"{added.total()} lines added, {removed.total()} removed."]
+    return lines + [f"{kind}: {', '.join(names)}" for kind, names in parts.items() if names]
+
+
+def short_diff(old: str, new: str, old_name: str, new_name: str, limit: int) -> list[str]:
+    """A unified diff cut after `limit` lines."""
+    texts = old.splitlines(), new.splitlines()
+    lines = list(difflib.unified_diff(*texts, old_name, new_name, n=1, lineterm=""))
+    more = len(lines) - limit
+    rest = f"… {more} more lines: diff {old_name} {new_name}"
+    return lines[:limit] + ([rest] if more > 0 else [])
+
+
+# ==================================================================================================
+# 4. Running scripts
+# ==================================================================================================
+
+
+def take_seed(options: list[str], default: int | None) -> tuple[list[str], int | None]:
+    """The options without --seed, and its value."""
+    parser = argparse.ArgumentParser(prog="options after --", allow_abbrev=False, add_help=False)
+    parser.add_argument("--seed", type=int, default=default)
+    known, rest = parser.parse_known_args(options)
+    if rest and not rest[0].startswith("--"):
+        raise ReportError(f"options after -- are those of train_gpt.py: {rest[0]!r} is none")
+    return rest, known.seed
+
+
+def default_seed(script: Path) -> int:
+    found = re.search(r"^    seed: int = (\d+)", read_text(script), re.MULTILINE)
+    return int(found[1]) if found else 1
+
+
+def options_of(run: Run, script: Path) -> list[str]:
+    """The options, less the seed, that make the script train with the config of this run: a preset
+    and what differs from it, or everything where the script has no presets to tell."""
+    code = "import json, train_gpt as t; tables = t.PRESETS.items(); "
+    code += "print(json.dumps({name: t.config_as_text(config) for name, config in tables}))"
+    command = [sys.executable, "-B", "-c", code]
+    result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, check=False)
+    presets = json.loads(result.stdout) if result.returncode == 0 else {"": {}}
+    candidates = []
+    for preset, defaults in presets.items():
+        options = ["--preset", preset] if preset else []
+        for name, value in run.config.items():
+            if name not in OWN_FIELDS + OUTPUT_FIELDS and value != defaults.get(name):
+                options += [f"--{name}", value]
+        candidates.append(options)
+    return min(candidates, key=len)
+
+
+@contextlib.contextmanager
+def clean_copy(script: Path) -> Iterator[Path]:
+    """A temporary folder with this script, the launcher, and the repository's data."""
+    with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
+        folder = Path(name)
+        shutil.copyfile(script, folder / "train_gpt.py")
+        shutil.copy(ROOT / "run.sh", folder / "run.sh")
+        (folder / "data").symlink_to(ROOT / "data")
+        yield folder
+
+
+def launch(folder: Path, options: list[str], seed: int) -> Run:
+    """Train like a user in that clean copy; the logs go to logs/."""
+    command = ["./run.sh", *options, "--seed", str(seed), "--log_dir", "logs"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    before = set(folder.glob("logs/*.json"))
+    sys.stdout.flush()
+    code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    new = set(folder.glob("logs/*.json")) - before
+    if code == 130:
+        raise KeyboardInterrupt
+    if code != 0 or len(new) != 1:
+        raise ReportError(f"the run ended with exit code {code}: {shlex.join(command)}")
+    return read_run(copy_logs(new.pop(), LOGS))
+
+
+def copy_logs(path: Path, folder: Path) -> Path:
+    """Copy a run's files where they are not there yet; returns the .json's new path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in (".txt", ".json", ".png"):
+        source = path.with_suffix(suffix)
+        if source.exists() and source.resolve().parent != folder.resolve():
+            shutil.copyfile(source, folder / source.name)
+    return folder / path.with_suffix(".json").name
+
+
+# ==================================================================================================
+# 5. Pictures
+# ==================================================================================================
+
+
+def new_figure(width: float, height: float):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def label_point(axes, point: tuple, text: str) -> None:
+    offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+    axes.annotate(text, point, fontsize=8, **offset)
+
+
+def draw_losses(record: Record, path: Path) -> None:
+    """Training loss of all runs in the background, validation loss of each in colour."""
+    figure, axes = new_figure(8, 5)
+    losses = []
+    for i, run in enumerate(record.runs):
+        columns = [[row[name] for row in run.steps] for name in ("step", "train_loss")]
+        label = None if i else "training"
+        axes.plot(*columns, color="0.7", linewidth=0.8, zorder=1, label=label)
+        losses += columns[1]
+        columns = [[row[name] for row in run.validations] for name in ("step", "val_loss")]
+        label = f"validation, seed {run.seed}: {run.loss:.4f}" if i < 10 else None
+        axes.plot(*columns, "o-", color=f"C{i % 10}", markersize=4, linewidth=1, label=label)
+        losses += columns[1]
+    for rows in zip(*(run.validations for run in record.runs)):
+        values = [row["val_loss"] for row in rows]
+        label_point(axes, (rows[0]["step"], max(values)), f"{statistics.fmean(values):.3f}")
+    losses.sort()
+    bottom, top = losses[0], losses[int(0.97 * (len(losses) - 1))]  # leaves out the first fall
+    if record.first.data_name == "fineweb":
+        axes.axhline(TARGET, color="black", linestyle="--", linewidth=1, label=f"target {TARGET}")
+        bottom = min(bottom, TARGET)
+    margin = 0.05 * (top - bottom) + 0.02
+    axes.set_ylim(bottom - margin, top + margin)
+    for begin in record.first.stage_begins[1:]:
+        if begin < record.first.num_steps:
+            axes.axvline(begin, color="0.8", linewidth=1, zorder=0)
+    axes.set_title(f"{record.title}: {record.first.machine}, {record.first.data_name} data")
+    axes.set_xlabel("step (vertical lines: a new stage)")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def history_series(records: list[Record]) -> dict[str, list[tuple[int, Record]]]:
+    """What may be joined by a line: the claims of a machine, or runs of one machine, data and
+    number of steps. Members come with their number in the table."""
+    series: dict[str, list[tuple[int, Record]]] = {}
+    for number, record in enumerate(records, 1):
+        run, kind = record.first, "claims"
+        if record.shortfalls:
+            kind = f"{run.data_name} data, {run.steps_text} steps (no claim)"
+        series.setdefault(f"{run.machine}, {kind}", []).append((number, record))
+    return series
+
+
+def draw_history(records: list[Record], path: Path) -> None:
+    """Time against date: claims filled and joined by machine, the others hollow, a series each."""
+    from matplotlib import dates
+
+    series = history_series(records)
+    figure, axes = new_figure(9, 5 + 0.25 * len(series))
+    for i, (name, members) in enumerate(series.items()):
+        days = [record.first.started for _, record in members]
+        times = [[run.time for run in record.runs] for _, record in members]
+        means = [statistics.fmean(values) for values in times]
+        deviations = [statistics.stdev(v) if len(v) > 1 else 0 for v in times]
+        style = {"linestyle": "-", "marker": "o"}
+        if members[0][1].shortfalls:
+            style = {"linestyle": ":", "marker": "s", "markerfacecolor": "white"}
+        axes.errorbar(days, means, deviations, color=f"C{i % 10}", capsize=3, label=name, **style)
+        for (number, record), day, mean in zip(members, days, means):
+            run = record.first
+            unfinished = "" if run.finished else "\nunfinished"
+            label_point(axes, (day, mean), f"{number}\n{mean:.1f} s{unfinished}")
+    label = f"public record on 8 × H100: {PUBLIC_SECONDS} s"
+    axes.axhline(PUBLIC_SECONDS, color="black", linestyle="--", linewidth=1, label=label)
+    starts = [record.first.started for record in records]
+    room = max((starts[-1] - starts[0]) / 10, timedelta(days=1))
+    axes.set_xlim(starts[0] - room, starts[-1] + room)
+    means = [statistics.fmean(run.time for run in record.runs) for record in records]
+    if max(*means, PUBLIC_SECONDS) > 10 * min(*means, PUBLIC_SECONDS):
+        axes.set_yscale("log")
+    axes.margins(y=0.2)
+    locator = dates.AutoDateLocator(minticks=3, maxticks=8)
+    locator.intervald[dates.HOURLY] = [24]  # days are fine enough
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%Y-%m-%d"))
+    axes.set_title("Training time of the records (numbers: rows of the table)")
+    axes.set_ylabel("training time (s)")
+    figure.legend(loc="outside lower left", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+# ==================================================================================================
+# 6. Pages
+# ==================================================================================================
+
+
+def markdown_table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def write_page(folder: Path, memory: str | None) -> Record:
+    """Write loss.png and README.md of a record, keeping title, author's words and memory class."""
+    record = Record(folder)
+    words, runs, run = record.words, record.runs, record.first
+    draw_losses(record, folder / "loss.png")
+    losses = [run.loss for run in runs]
+    seeds = ", ".join(str(run.seed) for run in runs)
+    command = shlex.join(["./run.sh", *options_of(run, record.script)])
+    marks = f" ({'; '.join(record.shortfalls)}: no claim)" if record.shortfalls else ""
+    several = " (mean ± standard deviation)" if len(runs) > 1 else ""
+    ended = "" if run.finished else f", ended after {run.num_steps}"
+    stages = stage_spread(runs).items()
+    data = (
+        f"{run.data_name}: `{run.config['train_files']}`; validation on {run.num_targets:,} targets"
+    )
+    figures = {
+        "machine": joined(run.machine for run in runs),
+        "versions": joined(run.versions for run in runs),
+        "data": data,
+        "memory": memory or record.memory,
+        "schedule": f"{run.config['num_steps']} + {run.config['extension_steps']} steps{ended}",
+        "runs": f"{len(runs)}, seed{'s' * (len(runs) > 1)} {seeds}{marks}",
+        "time": f"{spread((run.time for run in runs), 2)} s{several}",
+        "validation loss": f"{spread(losses, 4)}{several}",
+        "test": target_test(losses),
+        "ms a step": ", ".join(f"{name} {spread(ms, 1)}" for name, ms in stages),
+    }
+    rows = [
+        [str(r.seed), f"{r.loss:.4f}", f"{r.time:.2f} s", f"[log]({r.run_id}.txt)"] for r in runs
+    ]
+    difference = "There is none."
+    earlier = [other for other in all_records() if other.first.started < run.started]
+    if earlier:
+        old = earlier[-1]
+        summary, *parts = describe_changes(read_text(old.script), read_text(record.script))
+        lines = [f"[{old.title}](../{old.folder.name}): {summary}"] + [f"- {x}" for x in parts]
+        lines += ["", f"`diff {shown(old.script)} {shown(record.script)}` shows them."]
+        difference = "\n".join(lines)
+    page = f"""# {record.title}
+
+{AUTHOR}
+{words}
+{AUTHOR_END}
+
+{markdown_table(["", ""], figures.items())}
+
+{markdown_table(["seed", "validation loss", "time", "log"], rows)}
+
+![loss of all runs](loss.png)
+
+## Against the previous record
+
+{difference}
+
+## Command
+
+For every seed ({seeds}), with `train_gpt.py` of this folder:
+
+```bash
+{command} --seed SEED
+```
+
+`./run.sh reproduce {shown(folder)}` runs it again beside these figures.
+"""
+    (folder / "README.md").write_text(page, encoding="utf-8")
+    return Record(folder)
+
+
+def history_page(records: list[Record]) -> str:
+    rows = []
+    for number, record in enumerate(records, 1):
+        run, name = record.first, record.folder.name
+        names = ["log"] if len(record.runs) == 1 else map(str, itertools.count(1))
+        links = [f"[{text}]({name}/{r.run_id}.txt)" for text, r in zip(names, record.runs)]
+        p = p_at_most([run.loss for run in record.runs])
+        reasons = "; ".join(record.shortfalls)
+        rows.append(
+            [
+                f"[{number}]({name})",
+                f"{run.started:%Y-%m-%d}",
+                f"{spread((run.time for run in record.runs), 2)} s",
+                spread((run.loss for run in record.runs), 4),
+                run.steps_text,
+                joined(run.machine for run in record.runs),
+                run.data_name,
+                record.memory,
+                record.what_changed.replace("|", "\\|"),
+                " ".join(links),
+                f"no: {reasons}" if reasons else f"p = {format_p(p)}",
+            ]
+        )
+    header = "number,date,time,loss,steps,machine,data,memory,what changed,log,claim"
+    return f"""# Records
+
+Written by `./run.sh history` from the records' logs. A claim is a mean loss of at most {TARGET}
+(p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more. Times compare on one
+machine, data and number of steps only.
+
+{markdown_table(header.split(","), rows)}
+
+![training time of the records by date](history.png)
+"""
+
+
+# ==================================================================================================
+# 7. Commands
+# ==================================================================================================
+
+
+def record_command(args: argparse.Namespace, options: list[str]) -> None:
+    if not re.fullmatch(r"[\w.-]+", args.name):
+        raise ReportError(f"record: the name {args.name!r} makes no folder: use letters, digits, _")
+    script = ROOT / "train_gpt.py"
+    folder = next(RECORDS.glob(f"[0-9]*-??-??_{args.name}"), None)
+    runs, seed = [], default_seed(script)
+    if folder:
+        old = Record(folder)
+        _ = old.words  # or an error, before anything is run
+        changes = describe_changes(read_text(old.script), read_text(script))
+        if args.runs and not args.logs and len(changes) > 1:
+            raise ReportError(
+                f"{shown(folder)} has another script than train_gpt.py: choose another name, or "
+                "put its script back\n" + "\n".join(changes)
+            )
+        script, runs, seed = old.script, old.runs, max(run.seed for run in old.runs) + 1
+        if args.runs and not args.logs and not options:
+            options = options_of(old.first, script)
+    options, seed = take_seed(options, seed)
+    new = [read_run(path) for path in args.logs or []]
+    if not args.logs and args.runs:
+        with clean_copy(script) as copy:
+            (new,) = run_in_turn({"": (copy, options)}, range(seed, seed + args.runs))
+    runs = list({run.run_id: run for run in [*runs, *new]}.values())
+    if not runs:
+        raise ReportError("record: a new record needs runs: --runs N, or --logs FILE ...")
+    check_runs(script, runs)
+    started = min(run.started for run in runs)
+    folder = folder or RECORDS / f"{started:%Y-%m-%d}_{args.name}"
+    for run in new:
+        copy_logs(run.path, folder)
+    if not (folder / "train_gpt.py").exists():
+        (folder / "train_gpt.py").write_text(runs[0].source, encoding="utf-8")
+    record = write_page(folder, args.memory)
+    print(f"\n{shown(folder)}: {len(runs)} run{'s' * (len(runs) > 1)}, {runs[0].machine}")
+    print(f"time {spread((run.time for run in runs), 2)} s")
+    print(f"validation loss {spread((run.loss for run in runs), 4)}")
+    print(target_test([run.loss for run in runs]))
+    if record.words == PLACEHOLDER:
+        print(f"now say what changed in {shown(folder / 'README.md')}, then ./run.sh history")
+
+
+def print_columns(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def print_beside(heads: tuple[str, str], a: list[Run], b: list[Run]) -> None:
+    """Machine, time, loss and ms a step by stage in two columns, with the ratio second / first."""
+    machines = [joined(run.machine for run in runs) for runs in (a, b)]
+    rows = [["", *heads, "ratio"], ["machine", *machines, ""]]
+    figures = {
+        ("time (s)", 3): [[run.time for run in runs] for runs in (a, b)],
+        ("validation loss", 4): [[run.loss for run in runs] for runs in (a, b)],
+    }
+    stages = stage_spread(a), stage_spread(b)
+    for name in stages[0] | stages[1]:
+        figures[f"ms a step, {name}", 2] = [table.get(name, []) for table in stages]
+    for (name, digits), (first, second) in figures.items():
+        both = first and second
+        ratio = f"{statistics.fmean(second) / statistics.fmean(first):.4f}" if both else ""
+        cells = [spread(values, digits) if values else "none" for values in (first, second)]
+        rows.append([name, *cells, ratio])
+    print_columns(rows)
+    if machines[0] != machines[1]:
+        print("These are times of different machines.")
+
+
+def run_in_turn(jobs: dict[str, tuple[Path, list[str]]], seeds: Iterable[int]) -> list[list[Run]]:
+    """Jobs (name: folder of a clean copy, options) one after the other with every seed; the runs of
+    each. The logs are kept in logs/."""
+    results: dict[str, list[Run]] = {name: [] for name in jobs}
+    seeds = list(seeds)
+    if not seeds:
+        raise ReportError("--runs must be at least 1")
+    for i, seed in enumerate(seeds, 1):
+        for name, (folder, options) in jobs.items():
+            print(f"run {i}{name}, seed {seed}")
+            results[name].append(launch(folder, options, seed))
+    return list(results.values())
+
+
+def reproduce_command(args: argparse.Namespace, options: list[str]) -> None:
+    record = Record(args.folder)
+    options, seed = take_seed(options, None)
+    seeds = [run.seed for run in record.runs] if seed is None else [seed]
+    seeds = itertools.chain(seeds, itertools.count(max(seeds) + 1))
+    options = options_of(record.first, record.script) + options
+    with clean_copy(record.script) as copy:
+        (here,) = run_in_turn({"": (copy, options)}, itertools.islice(seeds, max(args.runs, 0)))
+    print(f"\n{shown(args.folder)}")
+    print_beside((f"recorded ({len(record.runs)})", f"here ({len(here)})"), record.runs, here)
+
+
+def logs_of(path: Path) -> list[Run]:
+    """Of a record its runs, of a script those in logs/ that it made."""
+    if path.is_dir():
+        return Record(path).runs
+    source = read_text(path) + SEPARATOR
+    made = [log for log in LOGS.glob("*.txt") if read_text(log).startswith(source)]
+    runs = [read_run(log) for log in made if log.with_suffix(".json").exists()]
+    if not runs:
+        raise ReportError(f"{shown(path)}: logs/ has no log of it: compare without --logs runs it")
+    check_runs(path, runs)
+    return runs
+
+
+def compare_command(args: argparse.Namespace, options: list[str]) -> None:
+    paths = args.a, args.b
+    scripts = [path / "train_gpt.py" if path.is_dir() else path for path in paths]
+    texts, names = [read_text(script) for script in scripts], list(map(shown, scripts))
+    if args.logs:
+        results = [sorted(logs_of(path), key=lambda run: run.seed) for path in paths]
+    else:
+        # A record runs with its own command, and a bare script with that of the other's record.
+        records = {i: Record(path) for i, path in enumerate(paths) if path.is_dir()}
+        model = next(iter(records.values())).first if records else None
+        options, seed = take_seed(options, model.seed if model else default_seed(scripts[0]))
+        known = {i: options_of(r.first, r.script) for i, r in records.items() if not options}
+        own = [known.get(i, known.get(1 - i, options)) for i in range(2)]
+        with clean_copy(scripts[0]) as first, clean_copy(scripts[1]) as second:
+            jobs = {"A": (first, own[0]), "B": (second, own[1])}
+            results = run_in_turn(jobs, range(seed, seed + args.runs))
+    print(f"\nA  {shown(args.a)}\nB  {shown(args.b)}\n")
+    print_beside((f"A ({len(results[0])})", f"B ({len(results[1])})"), *results)
+    rows = [["pair", "seed A", "seed B", "time A", "time B", "B / A", "loss A", "loss B"]]
+    ratios = []
+    for i, (a, b) in enumerate(zip(*results), 1):
+        ratios.append(b.time / a.time)
+        times = f"{a.time:.3f} s", f"{b.time:.3f} s", f"{ratios[-1]:.4f}"
+        rows.append([str(i), str(a.seed), str(b.seed), *times, f"{a.loss:.4f}", f"{b.loss:.4f}"])
+    print()
+    print_columns(rows)
+    print(f"\ntime B / A, pair by pair: {spread(ratios, 4)}")
+    losses = [[run.loss for run in runs] for runs in results]
+    difference = statistics.fmean(losses[1]) - statistics.fmean(losses[0])
+    p = p_different(*losses)
+    test = "too few runs, or equal losses: no test"
+    if p is not None:
+        test = f"p = {format_p(p)}: {'a' if p < ALPHA else 'no'} difference at {ALPHA}"
+    print(f"loss B - A: {difference:+.4f}; Welch's two-sided t-test: {test}")
+    changes = config_changes(results[0][0], results[1][0])
+    if changes:
+        print("\noptions that differ, in A and in B:\n" + "\n".join(changes))
+    print("\nFrom A to B: " + "\n".join(describe_changes(*texts)).replace("`", ""))
+    print("\n".join(short_diff(*texts, *names, limit=DIFF_LINES)))
+
+
+def history_command(args: argparse.Namespace, options: list[str]) -> None:
+    records = all_records()
+    if not records:
+        raise ReportError(f"{shown(RECORDS)}: has no record: make one with ./run.sh record NAME")
+    draw_history(records, RECORDS / "history.png")
+    (RECORDS / "README.md").write_text(history_page(records), encoding="utf-8")
+    print(f"{shown(RECORDS / 'README.md')} and history.png: {len(records)} records")
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(function=function)
+        return added
+
+    record = command("record", record_command, "train, and write or extend the record's folder")
+    record.add_argument("name", metavar="NAME", help="of the folder, after the date")
+    record.add_argument("--runs", type=int, default=1, help="with seeds in a row [1]")
+    logs = "take these runs (.txt or .json) instead of training"
+    record.add_argument("--logs", nargs="+", type=Path, metavar="FILE", help=logs)
+    memory = "none beyond embeddings, hashed n-gram rows, or exact match; kept when written again"
+    record.add_argument("--memory", help=memory)
+    reproduce = command("reproduce", reproduce_command, "run a record's script again")
+    reproduce.add_argument("folder", type=Path, metavar="FOLDER", help="of the record")
+    compare = command("compare", compare_command, "run two scripts or records in turn")
+    for name in ("a", "b"):
+        compare.add_argument(name, type=Path, metavar=name.upper(), help="a script or a record")
+    for subparser in (reproduce, compare):
+        subparser.add_argument("--runs", type=int, default=1, help="of each script [1]")
+    compare.add_argument("--logs", action="store_true", help="compare logs that there are")
+    command("history", history_command, "write records/README.md and records/history.png")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 1 with a message, 2 for what cannot be parsed, or 130 when interrupted."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parse_args(arguments[:split])
+    try:
+        args.function(args, arguments[split + 1 :])
+    except (ReportError, OSError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

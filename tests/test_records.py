@@ -1,0 +1,502 @@
+"""records/report.py in a small copy of the repository: one real run of a few steps that is recorded
+and reproduced, and logs made up where the figures must be known."""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_train import environment, write_data
+
+spec = importlib.util.spec_from_file_location("report", ROOT / "records" / "report.py")
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+
+STEPS, EXTENSION = 4, 2
+TRAINING = {
+    "preset": "tiny",
+    "train_files": "data/sample_train_*.bin",
+    "val_file": "data/sample_val_0.bin",
+    "prefix_file": "data/prefixes.npy",
+    "val_tokens": 200,
+    "val_row_tokens": 64,
+    "val_every": 2,
+    "model_dim": 16,
+    "head_dim": 8,
+    "mlp_dim": 32,
+    "gate_dim": 8,
+    "bigram_rows": 256,
+    "num_steps": STEPS,
+    "stages": "1/2:128:48:8:16:1:.5:0:.25:0:.25:.1,1/2:128:64:16:32:1.2:.2:.1:0:0:.1:0",
+    "extension_steps": EXTENSION,
+    "extension": "1:128:64:16:2:1:0:0:0:0:0:0",
+    "seed": 5,
+}
+WORDS = "Two seeds of nothing new. With | bars,\n\n- a list\n- and `code`."
+SCRIPT = '''"""Train."""
+
+import math
+
+TABLE = (1, 2)
+
+
+def kept(x):
+    return x
+
+
+class Model:
+    width = 3
+
+    def forward(self, x):
+        return x + 1
+'''
+CHANGED = SCRIPT.replace("x + 1", "x + 2").replace("def kept(x):\n    return x\n", "").replace(
+    "(1, 2)", "(1, 3)"
+) + "\n\ndef added(y):\n    return y\n"  # fmt: skip
+
+
+class Repository:
+    """A folder like the repository with the tool in it, called as a user does or in this process,
+    which is faster."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.records = folder, folder / "records"
+
+    def start(self, *arguments: object) -> str:
+        result = subprocess.run(
+            ["./run.sh", *map(str, arguments)],
+            cwd=self.folder,
+            env=environment() | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A repository with an older record and one of a real run, made by the command."""
+    folder = tmp_path_factory.mktemp("recorded") / "repository"
+    (folder / "records").mkdir(parents=True)
+    (folder / "data").mkdir()
+    for name in ("train_gpt.py", "run.sh", "records/report.py"):
+        shutil.copy(ROOT / name, folder / name)
+    write_data(folder / "data")
+    for i in range(2):
+        (folder / "data" / f"train_{i}.bin").rename(folder / "data" / f"sample_train_{i}.bin")
+    (folder / "data" / "val.bin").rename(folder / "data" / "sample_val_0.bin")
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    older = source.replace("def rms_norm", "def old_norm", 1)
+    assert older != source
+    made_up_record(folder / "records" / "2026-01-01_older", [3.3], source=older)
+    repository = Repository(folder)
+    options = [f"--{name}={value}" for name, value in TRAINING.items()]
+    out = repository.start("record", "real", "--memory", "none", "--", *options)
+    assert "1 run, 1 × CPU" in out
+    return repository
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The tool in a repository without records or data. Its script is SCRIPT, the logs of two runs
+    of it are in new/. Returns what was printed; errors if it is to fail with this exit code."""
+    for name, path in (("ROOT", "."), ("RECORDS", "records"), ("LOGS", "logs")):
+        monkeypatch.setattr(report, name, tmp_path / path)
+    monkeypatch.setattr(report, "options_of", lambda run, script: ["--of", script.parent.name])
+    monkeypatch.chdir(tmp_path)
+    Path("records").mkdir()
+    Path("train_gpt.py").write_text(SCRIPT, encoding="utf-8")
+    Path("run.sh").write_text("exit 1\n")
+    for number, loss in ((1, 3.2781), (2, 3.2779)):
+        made_up_run(Path("new"), number, loss)
+
+    def run(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        found = report.main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        assert found == code, out + err
+        return err if code else out
+
+    return run
+
+
+def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object) -> Path:
+    """The three files of a run on 8 GPUs and FineWeb of 6 + 2 steps; changes name a field of the
+    environment or the config, `time` (s), or `source`. Returns the .json."""
+    environment = {
+        "date": f"2026-01-{number:02d} 12:00:00 +0000",
+        "python": "3.12.3",
+        "torch": "2.11.0",
+        "cuda": "13.0",
+        "devices": "NVIDIA H100 80GB HBM3",
+        "world_size": 8,
+    }
+    config = {
+        "train_files": "data/fineweb10B/fineweb_train_*.bin",
+        "val_file": "data/fineweb10B/fineweb_val_000000.bin",
+        "val_tokens": "10485760",
+        "num_steps": "6",
+        "stages": "0.5:128:1.0, 0.5:256:1.0",
+        "extension_steps": "2",
+        "seed": str(number),
+        "log_dir": "logs",
+    }
+    environment |= {name: changes[name] for name in environment if name in changes}
+    config |= {name: changes[name] for name in config if name in changes}
+    time, source = float(changes.get("time", 80)), str(changes.get("source", SCRIPT))
+    times = [time * (i + 1) / 8 for i in range(8)]
+    steps = [
+        # the first stage takes half the time of the second, the extension the mean of both
+        {"step": i + 1, "train_loss": 9.0 - i, "train_time_s": times[i], "step_ms": 1000 * speed}
+        for i, speed in enumerate([number] * 3 + [2 * number] * 3 + [1.5 * number] * 2)
+    ]
+    validations = [
+        {"step": 4, "val_loss": loss + 1, "train_time_s": times[3]},
+        {"step": 8, "val_loss": loss, "train_time_s": times[7]},
+    ]
+    tables = {"environment": environment, "config": config}
+    run_id = f"{environment['date'][:10]}_{number:06d}"
+    summary = {"val_loss": loss, "steps": 8, "train_time_s": time}
+    record = {"run_id": run_id, "steps": steps, "validations": validations, **tables}
+    lines = [source + "=" * 100, json.dumps(tables, indent=1), "attention by flash-attn-4"]
+    for row in validations:
+        lines.append(
+            f"step {row['step']} val_loss {row['val_loss']:.4f} "
+            f"train_time {row['train_time_s']:.3f} s"
+        )
+    lines.append(f"val loss {loss:.4f} after 8 steps, on {int(config['val_tokens']):,} targets")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{run_id}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path = folder / f"{run_id}.json"
+    path.write_text(json.dumps(record | {"summary": summary}), encoding="utf-8")
+    return path
+
+
+def made_up_record(
+    folder: Path, losses: list[float], first: int = 1, source: str = SCRIPT, **changes: object
+) -> Path:
+    for i, loss in enumerate(losses):
+        made_up_run(folder, first + i, loss, source=source, **changes)
+    (folder / "train_gpt.py").write_text(source, encoding="utf-8")
+    return folder
+
+
+def cells(page: str) -> dict[str, str]:
+    """The first table of a record's README."""
+    return dict(re.findall(r"^\| ([a-z ]+) \| (.*) \|$", page, re.MULTILINE))
+
+
+# Tests of significance ----------------------------------------------------------------------------
+
+
+def student_tail(t: float, dof: float) -> float:
+    """Probability of a value above t >= 0, from the density of Student's t."""
+    scale = math.gamma((dof + 1) / 2) / (math.sqrt(dof * math.pi) * math.gamma(dof / 2))
+    x = np.linspace(0, t, 200_001)
+    density = scale * (1 + x**2 / dof) ** (-(dof + 1) / 2)
+    return 0.5 - float(np.trapezoid(density, x))
+
+
+@pytest.mark.parametrize(
+    "losses", [[3.2791, 3.2784], [3.279, 3.2771, 3.2785], [3.27, 3.28, 3.26, 3.275, 3.281]]
+)
+def test_p_that_the_mean_is_at_most_the_target(losses):
+    n = len(losses)
+    t = (3.28 - statistics.mean(losses)) / (statistics.stdev(losses) / math.sqrt(n))
+    assert report.p_at_most(losses) == pytest.approx(student_tail(t, n - 1), abs=1e-8)
+    assert report.p_at_most([2 * 3.28 - loss for loss in losses]) > 0.5
+
+
+def test_p_of_two_means_is_welchs():
+    a, b = [3.279, 3.2771, 3.2785, 3.281], [3.2751, 3.2766, 3.2693]
+    parts = [statistics.variance(values) / len(values) for values in (a, b)]
+    t = abs(statistics.mean(a) - statistics.mean(b)) / math.sqrt(sum(parts))
+    dof = sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 2)
+    assert report.p_different(a, b) == pytest.approx(2 * student_tail(t, dof), abs=1e-8)
+
+
+def test_no_test_without_several_different_losses():
+    assert report.p_at_most([3.2]) is None
+    assert report.p_at_most([3.2, 3.2]) is None
+    assert report.p_different([3.2], [3.3, 3.4]) is None
+    assert "one run allows no test" in report.target_test([3.2])
+    assert "equal losses allow no test" in report.target_test([3.2, 3.2])
+
+
+# A real record ------------------------------------------------------------------------------------
+
+
+def test_record_of_a_real_run(recorded):
+    (folder,) = recorded.records.glob("*_real")
+    script = (recorded.folder / "train_gpt.py").read_bytes()
+    assert (folder / "train_gpt.py").read_bytes() == script
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    log = json.loads(next(folder.glob("*.json")).read_text())
+    assert folder.name == f"{log['environment']['date'][:10]}_real"
+    files = {f"{log['run_id']}{suffix}" for suffix in (".txt", ".json", ".png")}
+    assert {path.name for path in folder.iterdir()} - files == {
+        "train_gpt.py",
+        "README.md",
+        "loss.png",
+    }
+    page, summary = (folder / "README.md").read_text(encoding="utf-8"), log["summary"]
+    table = cells(page)
+    assert table["validation loss"] == f"{summary['val_loss']:.4f}"
+    assert table["time"] == f"{summary['train_time_s']:.2f} s"
+    assert table["test"].endswith("one run allows no test")
+    assert table["runs"] == "1, seed 5 (sample data, not FineWeb; no GPU, not 8; one run: no claim)"
+    assert table["data"].endswith("validation on 200 targets")
+    assert table["memory"] == "none"
+    assert "attention by plain" in table["versions"]
+    means = [
+        statistics.mean(row["step_ms"] for row in log["steps"][begin:end])
+        for begin, end in ((0, 2), (2, 4), (4, 6))
+    ]
+    names = "stage 1", "stage 2", "extension"
+    expected = ", ".join(f"{name} {mean:.1f}" for name, mean in zip(names, means, strict=True))
+    assert table["ms a step"] == expected
+    (command,) = re.findall(r"^\./run\.sh .*$", page, re.MULTILINE)
+    assert command.startswith("./run.sh --preset tiny --train_files 'data/sample_train_*.bin' ")
+    assert f" --num_steps {STEPS} " in command
+    assert command.endswith(" --seed SEED")
+    assert "log_dir" not in command
+    assert "[older](../2026-01-01_older): 1 lines added, 1 removed." in page
+    assert "- new: `rms_norm` +" in page
+    assert "- gone: `old_norm` −" in page
+
+
+def test_reproduce_runs_the_records_own_script(recorded, tmp_path):
+    repository = Repository(Path(shutil.copytree(recorded.folder, tmp_path / "repository")))
+    (folder,) = repository.records.glob("*_real")
+    (repository.folder / "train_gpt.py").write_text("raise SystemExit('not this one')")
+    launcher = repository.folder / "run.sh"  # does without asking for the number of GPUs
+    launch = "[ $1 = reproduce ] && script=records/report.py || script=train_gpt.py\n"
+    launcher.write_text(f'#!/bin/bash\n{launch}exec "$PYTHON" $script "$@"\n')
+    shutil.rmtree(repository.folder / "logs")
+    out = repository.start("reproduce", folder)
+    (path,) = (repository.folder / "logs").glob("*.json")
+    old, new = (json.loads(p.read_text()) for p in (next(folder.glob("*.json")), path))
+    assert new["summary"]["val_loss"] == pytest.approx(old["summary"]["val_loss"], abs=2e-3)
+    found = re.search(r"^time \(s\) +(\S+) +(\S+) +(\S+)$", out, re.MULTILINE)
+    times = [log["summary"]["train_time_s"] for log in (old, new)]
+    expected = [*times, times[1] / times[0]]
+    assert list(map(float, found.groups())) == pytest.approx(expected, abs=6e-4)
+    assert "recorded (1)" in out
+    assert f"log logs/{path.stem}.txt" in out
+
+
+# Records from made-up logs ------------------------------------------------------------------------
+
+
+def test_record_from_logs_and_more_logs(call):
+    out = call("record", "claim", "--logs", *Path("new").glob("*.txt"))
+    folder = Path("records/2026-01-01_claim")
+    table = cells((folder / "README.md").read_text(encoding="utf-8"))
+    assert table["runs"] == "2, seeds 1, 2 (p not below 0.01: no claim)"
+    assert table["machine"] == "8 × H100 80GB HBM3"
+    assert table["memory"] == "not stated"
+    assert table["time"] == "80.00 ± 0.00 s (mean ± standard deviation)"
+    stages = "stage 1 1500.0 ± 707.1, stage 2 3000.0 ± 1414.2, extension 2250.0 ± 1060.7"
+    assert table["ms a step"] == stages
+    assert "validation loss 3.2780 ± 0.0001" in out
+    Path("train_gpt.py").write_text("# the next idea\n")
+    third = made_up_run(Path("new"), 3, 3.2780)
+    call("record", "claim", "--logs", third)
+    table = cells((folder / "README.md").read_text(encoding="utf-8"))
+    assert table["runs"] == "3, seeds 1, 2, 3"
+    assert table["test"].endswith("p = 0.00042, under 0.01")
+    error = call("record", "claim", "--runs", 1, code=1)
+    assert "claim has another script than train_gpt.py" in error
+    assert "gone: `TABLE` −" in error
+
+
+def test_rewriting_keeps_title_words_and_memory(call):
+    call("record", "claim", "--memory", "hashed", "--logs", *Path("new").glob("*.txt"))
+    path = Path("records/2026-01-01_claim/README.md")
+    page = path.read_text(encoding="utf-8")
+    edited = page.replace(report.PLACEHOLDER, WORDS).replace("# claim", "# A claim")
+    path.write_text(edited.replace("| time |", "| nonsense |"), encoding="utf-8")
+    call("record", "claim", "--runs", 0)
+    assert path.read_text(encoding="utf-8") == edited
+    path.write_text(edited.replace(report.AUTHOR, ""), encoding="utf-8")
+    assert "README.md: was not written by this tool" in call("record", "claim", code=1)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "old", "new", "message"),
+    [
+        (
+            ".txt",
+            "x + 1",
+            "x + 9",
+            r"02\.txt was not made by train_gpt\.py[^\n]*\n---(.*\n)*\+ .*9",
+        ),
+        (".json", '"val_loss": 3.2779', '"val_loss": 3.2', r"02\.json: does not say what"),
+        (".txt", "val_loss 3.2779", "val_loss 3.2", r"02\.json: does not say what"),
+        (".json", '"summary": {"val_loss": 3.2', '"summary": {"val_loss": 3.1', "does not say"),
+        (".txt", '"num_steps": "6"', '"num_steps": "7"', r"02\.json: does not say what"),
+        (".json", '"summary"', '"sum"', r"02\.json: not the log of a whole run \(KeyError: 'summ"),
+        (".json", '{"run_id"', '"run_id"', r"02\.json: not the log of a whole run \(JSONDec"),
+        (".txt", "=" * 100, "=" * 99, r"02\.txt: no line of 100 '='"),
+    ],
+)
+def test_doctored_log_is_refused(call, suffix, old, new, message):
+    path = Path(f"new/2026-01-02_000002{suffix}")
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    error = call("record", "claim", "--logs", *Path("new").glob("*.txt"), code=1)
+    assert re.search(r"^error: .*" + message, error, re.MULTILINE), error
+    assert not list(Path("records").iterdir())
+
+
+def test_logs_of_different_options_are_refused(call):
+    other = made_up_run(Path("new"), 3, val_tokens="99")
+    error = call("record", "claim", "--logs", "new/2026-01-01_000001.txt", other, code=1)
+    assert "have different options" in error
+    assert "val_tokens: '10485760' and '99'" in error
+    assert not list(Path("records").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["record", "a/b"], "the name 'a/b' makes no folder"),
+        (["record", "a", "--runs", "0"], "a new record needs runs"),
+        (["record", "a", "--logs", "gone.txt"], r"No such file or directory: 'gone\.txt'"),
+        (["record", "a", "--", "test"], "'test' is none"),
+        (["reproduce", "records/gone"], "records/gone: no record, it has no log"),
+        (["compare", "train_gpt.py", "gone.py"], r"No such file or directory: 'gone\.py'"),
+        (["compare", "train_gpt.py", "train_gpt.py", "--logs"], "logs/ has no log of it"),
+        (["compare", "train_gpt.py", "train_gpt.py", "--runs", "0"], "--runs must be at least 1"),
+        (["history"], "has no record"),
+    ],
+)
+def test_one_message_names_what_to_mend(call, arguments, message):
+    error = call(*arguments, code=1)
+    assert re.fullmatch(rf"\nerror: .*{message}[^\n]*\n", error), error
+
+
+LAUNCHER = """#!/usr/bin/env bash
+grep -q 'x + 2' train_gpt.py && side=b || side=a
+seed=$(sed 's/.*--seed //; s/ .*//' <<< "$*")
+echo "$@" >> ROOT/called
+mkdir -p logs
+cp ROOT/made/$side/*_00000$seed.* logs
+"""
+
+
+def test_compare_runs_in_turn_with_the_options_and_seeds(call, tmp_path):
+    losses = [3.279, 3.2771, 3.2785], [3.2751, 3.2766, 3.2693]
+    for side, source, values in zip("ab", (SCRIPT, CHANGED), losses, strict=True):
+        for seed, loss in enumerate(values, 7):
+            time = seed * (10 if side == "a" else 9)
+            made_up_run(Path("made") / side, seed, loss, source=source, time=time)
+        Path(f"{side}.py").write_text(source, encoding="utf-8")
+    Path("run.sh").write_text(LAUNCHER.replace("ROOT", str(tmp_path)))
+    Path("run.sh").chmod(0o755)
+    out = call("compare", "a.py", "b.py", "--runs", 3, "--", "--num_steps", "6", "--seed", "7")
+    order = re.findall(r"^run (\d)(\w), seed (\d)$", out, re.MULTILINE)
+    assert ["".join(run) for run in order] == ["1A7", "1B7", "2A8", "2B8", "3A9", "3B9"]
+    called = Path("called").read_text().splitlines()
+    assert called == [f"--num_steps 6 --seed {seed} --log_dir logs" for seed in (7, 7, 8, 8, 9, 9)]
+    for pair, (seed, a, b) in enumerate(zip((7, 8, 9), *losses, strict=True), 1):
+        times = f"{10 * seed}.000 s +{9 * seed}.000 s +0.9000"
+        assert re.search(rf"^{pair} +{seed} +{seed} +{times} +{a:.4f} +{b:.4f}$", out, re.MULTILINE)
+    assert "time B / A, pair by pair: 0.9000 ± 0.0000" in out
+    assert f"p = {report.p_different(*losses):.2g}: no difference at 0.01" in out
+    # a record is run with its own command and seed, the script beside it with the same
+    made_up_record(Path("records/2026-01-07_a"), losses[0][:1], 7)
+    Path("called").unlink()
+    call("compare", "records/2026-01-07_a", "b.py")
+    called = Path("called").read_text().splitlines()
+    assert called == ["--of 2026-01-07_a --seed 7 --log_dir logs"] * 2
+
+
+def test_compare_existing_logs(call):
+    losses = [3.279, 3.2771, 3.2785], [3.2751, 3.2766, 3.2693]
+    a = made_up_record(Path("records/2026-01-01_a"), losses[0], time=80)
+    for i, loss in enumerate(losses[1]):  # of a bare script: those in logs/ that it made
+        made_up_run(Path("logs"), 11 + i, loss, source=CHANGED, time=60, num_steps="5")
+    made_up_run(Path("logs"), 20, source=SCRIPT)
+    Path("b.py").write_text(CHANGED, encoding="utf-8")
+    out = call("compare", a, "b.py", "--logs")
+    assert len(re.findall(r"^\d .* 80\.000 s  60\.000 s  0\.7500 ", out, re.MULTILINE)) == 3
+    difference = statistics.mean(losses[1]) - statistics.mean(losses[0])
+    p = re.search(
+        rf"^loss B - A: {difference:+.4f}; Welch's .*: p = (\S+): no diff", out, re.MULTILINE
+    )
+    assert float(p[1]) == pytest.approx(report.p_different(*losses), rel=0.05)
+    assert "  num_steps: '6' and '5'\n" in out
+    assert re.search(r"^new: added \+\d\ngone: kept −\d$", out, re.MULTILINE)
+    assert re.search(r"^changed: TABLE \+1 −1, Model.forward \+\d −1$", out, re.MULTILINE)
+    assert "-        return x + 1\n+        return x + 2\n" in out
+
+
+# History ------------------------------------------------------------------------------------------
+
+
+def test_history_lists_marks_and_draws_all_records(call):
+    records, claim = Path("records"), [3.2781, 3.2779, 3.278]
+    made_up_record(records / "2026-01-01_first", claim, 1, time=90)
+    made_up_record(records / "2026-01-05_second", claim, 5, time=80)
+    made_up_record(records / "2026-01-09_high", [3.29, 3.281], 9)
+    made_up_record(records / "2026-01-12_four", [3.3], 12, world_size=4)
+    proxy = {"train_files": "data/proxy/proxy_train_*.bin", "val_file": "proxy_val_0.bin"}
+    made_up_record(records / "2026-01-13_proxy", [3.3], 13, **proxy)
+    edu = {"train_files": "data/finewebedu10B/finewebedu_train_*.bin"}
+    made_up_record(records / "2026-01-14_edu", [3.3], 14, **edu)
+    made_up_record(records / "2026-01-15_long", [3.3], 15, num_steps="1000")
+    by_hand = "# By hand\n\nWords.\n\n| | |\n|---|---|\n| memory | hashed |\n"
+    (records / "2026-01-01_first" / "README.md").write_text(by_hand)
+    written = f"# x\n\n{report.AUTHOR}\nFaster |\nshorter. Much.\n{report.AUTHOR_END}\n"
+    (records / "2026-01-05_second" / "README.md").write_text(written)
+    call("history")
+    assert (records / "2026-01-01_first" / "README.md").read_text() == by_hand
+    assert (records / "history.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    page = (records / "README.md").read_text(encoding="utf-8")
+    names = sorted(path.name for path in records.glob("2*"))
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if "| 2026-01" in line]
+    links = [f"[{number + 1}]({name})" for number, name in enumerate(names)]
+    assert [row[0] for row in rows] == links
+    assert rows[0][1:4] == ["2026-01-01", "90.00 ± 0.00 s", "3.2780 ± 0.0001"]
+    assert rows[0][4:9] == ["8", "8 × H100 80GB HBM3", "fineweb", "hashed", "By hand"]
+    assert rows[0][9].startswith("[1](2026-01-01_first/2026-01-01_000001.txt) [2](")
+    assert rows[1][8] == "Faster \\| shorter."
+    assert [row[6] for row in rows] == ["fineweb"] * 4 + ["proxy", "other", "fineweb"]
+    assert rows[6][4] == "8 of 1002"
+    assert [row[10] for row in rows] == [
+        "p = 0.00042",
+        "p = 0.00042",
+        "no: p not below 0.01",
+        "no: 4 GPUs, not 8; one run",
+        "no: proxy data, not FineWeb; one run",
+        "no: other data, not FineWeb; one run",
+        "no: schedule not finished; one run",
+    ]
+    series = report.history_series(report.all_records())
+    assert sorted([number for number, _ in members] for members in series.values()) == [
+        [1, 2],
+        *([n] for n in range(3, 8)),
+    ]
+
+
+def test_history_of_the_repository(call):
+    """The records that are there, those written by hand too."""
+    folders = [path.parent for path in (ROOT / "records").glob("*/train_gpt.py")]
+    for folder in folders:
+        shutil.copytree(folder, Path("records") / folder.name)
+    assert f"{len(folders)} records" in call("history")
+    page = Path("records/README.md").read_text(encoding="utf-8")
+    assert all(f"]({folder.name}) |" in page for folder in folders)
