@@ -1,0 +1,507 @@
+"""Every operation of train_gpt.py beside what this GPU can do: `./run.sh bench [--tokens LIST]`.
+
+A time is the median of some runs on random data, each behind a read of more than the L2 holds.
+Operations replay from a CUDA graph; their plain twins run eagerly and, with --compiled, under
+torch.compile. Rates count what must be computed or moved, each input and output once. The share
+is of a ceiling measured in the same run: the library's product of the same shape and dtype, for
+attention the large bf16 product, else a copy. The head's backward is part of its forward.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from trace import GROUPS, IDLE, profile, random_batch, table  # the one beside this file
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_gpt
+from train_gpt import E4M3, TWINS, Config, Log, Runtime, Schedule, Stage
+
+CONFIG = Config()
+DIM, HEADS, HEAD_DIM, HIDDEN = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim, CONFIG.mlp_dim
+VOCAB, BF16, FP32, INT16 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float32, torch.int16
+STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONFIG.stages}
+# NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
+BLOCKS = {"q, k": (16, 6, 2 * HEAD_DIM), "v, o": (16, 2, DIM), "mlp": (24, 1, HIDDEN)}
+COMPILE_SECONDS = 20  # longer, and a twin is not timed compiled
+
+
+@dataclass
+class Need:
+    """What an operation cannot do without."""
+
+    bytes: float = 0
+    flops: float = 0  # 0: those of the products
+    products: Sequence[tuple[int, int, int, int]] = ()  # batch, rows, columns, inner
+    dtype: torch.dtype = BF16  # of their factors
+
+    def __post_init__(self):
+        self.library_flops = sum(2 * math.prod(product) for product in self.products)
+        self.flops = self.flops or self.library_flops
+
+
+class Case:
+    """An operation on some inputs. Those that require gradients get one in the backward.
+
+    name: of the function in train_gpt, a comma, and what else tells the case from others. call:
+    how the function, or its twin, takes the inputs. captured: unless it makes tensors on the host.
+    needs: a Need, or bytes, for each direction: forward, backward, or both at once.
+    """
+
+    def __init__(self, name: str, inputs: list[Tensor], call=None, captured=True, **needs):
+        function = name.split(",")[0]
+        self.op = getattr(train_gpt, function)
+        self.twin = TWINS.get(function, self.op)  # None: it has none
+        self.name, self.inputs, self.captured = name, inputs, captured
+        self.call = call or (lambda op, *inputs: op(*inputs))
+        self.needs = {key: n if isinstance(n, Need) else Need(n) for key, n in needs.items()}
+
+    def prepare(self, op: Callable, direction: str) -> Callable[[], object]:
+        """What is to be timed; for a backward the forward runs here."""
+        wanted = [x for x in self.inputs if x.requires_grad]
+        forward = functools.partial(self.call, op, *self.inputs)
+        if direction == "forward":
+            return torch.no_grad()(forward)
+        if direction == "both":
+            return lambda: torch.autograd.grad(forward(), wanted)
+        outputs = forward()
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        grads = [1e-3 * torch.randn_like(output) for output in outputs]  # as fp8 expects them
+        how = {"retain_graph": True, "allow_unused": True}
+        return lambda: torch.autograd.grad(outputs, wanted, grads, **how)
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Operations of optimizer and tables take their plain branch."""
+    kept, train_gpt.has_kernels = train_gpt.has_kernels, lambda device: False
+    try:
+        yield
+    finally:
+        train_gpt.has_kernels = kept
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def figures(need: Need, ms: float, floor_ms: float) -> list[str]:
+    """Time, rate, and share of the ceiling."""
+    amount, unit = (need.flops, "TFLOP/s") if need.flops else (1000 * need.bytes, "GB/s")
+    return [f"{ms:.3f}", f"{amount / ms / 1e9:.0f} {unit}", f"{floor_ms / ms:.0%}"]
+
+
+class Bench:
+    """Measures cases, prints and keeps the lines, and goes on behind what fails."""
+
+    def __init__(self, device: torch.device, compiled: bool = False, log: Path | None = None):
+        self.device, self.compiled, self.log, self.failures = device, compiled, log, 0
+        self.copy_rate, self.bf16_rate = math.nan, math.nan  # bytes and operations a second
+        self.more_than_l2 = torch.zeros(2**26, device=device)  # 256 MiB
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    @contextlib.contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (whatever it is, the rest goes on)
+            self.failures += 1
+            frames = traceback.extract_tb(error.__traceback__)[-3:]
+            places = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+            self.line(f"{what}: {type(error).__name__} in {places}: {str(error)[:500]}")
+
+    def random(self, *shape: int, dtype=BF16, std: float = 1.0, grad: bool = False) -> Tensor:
+        drawn = dtype if dtype.is_floating_point else FP32
+        values = torch.randn(shape, dtype=drawn, device=self.device).mul_(std)
+        return values.to(dtype).requires_grad_(grad)
+
+    def median_ms(self, run: Callable[[], object], budget_ms: float = 20) -> float:
+        def times(count: int) -> list[float]:
+            events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(count)]
+            for begin, end in events:
+                self.more_than_l2.sum()
+                begin.record()
+                run()
+                end.record()
+            torch.cuda.synchronize()
+            return [begin.elapsed_time(end) for begin, end in events]
+
+        count = budget_ms / max(min(times(2)), 0.01)
+        return float(np.median(times(max(3, min(50, int(count))))))
+
+    def captured_ms(self, prepare: Callable[[], Callable[[], object]]) -> float:
+        """Of what prepare gives, replayed from a graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a backward runs on the stream of its forward
+            run = prepare()
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+        return self.median_ms(graph.replay)
+
+    @functools.cache  # noqa: B019 (as long as the bench)
+    def library_ms(self, batch: int, rows: int, columns: int, inner: int, dtype) -> float:
+        a, b = self.random(batch, rows, inner), self.random(batch, columns, inner)
+        if batch == 1:
+            a, b = a[0], b[0]
+        if dtype == E4M3:
+            a, b, unit = a.to(E4M3), b.to(E4M3), torch.ones(4, device=self.device)
+            return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b, unit, unit))
+        return self.captured_ms(lambda: lambda: a @ b.mT)
+
+    def measure_ceilings(self) -> None:
+        with self.attempt("copy"):
+            a = self.random(2**28, dtype=FP32)
+            b = torch.empty_like(a)
+            self.copy_rate = 2000 * a.nbytes / self.captured_ms(lambda: lambda: b.copy_(a))
+            self.line(f"copy of 1 GiB, read and written: {self.copy_rate / 1e12:.2f} TB/s")
+        for name, dtype in ("fp8", E4M3), ("bf16", BF16):
+            with self.attempt(name):
+                self.bf16_rate = 2000 * 8192**3 / self.library_ms(1, 8192, 8192, 8192, dtype)
+                self.line(f"{name} product of 8192^3: {self.bf16_rate / 1e12:.0f} TFLOP/s")
+
+    def twin_ms(self, case: Case, direction: str, compiled: bool) -> str:
+        """'-' where there is none, it is too large for the memory, or compiles too long."""
+        twin = case.twin
+        if twin is None or (compiled and not self.compiled):
+            return "-"
+        try:
+            with without_kernels():
+                if compiled:
+                    torch._dynamo.reset()  # it stops compiling after a few shapes
+                    torch._functorch.config.donated_buffer = False  # backwards run repeatedly
+                    twin = torch.compile(twin, dynamic=False)
+                    with time_limit(COMPILE_SECONDS):
+                        case.prepare(twin, direction)()
+                return f"{self.median_ms(case.prepare(twin, direction)):.3f}"
+        except Exception as error:
+            if compiled or isinstance(error, torch.OutOfMemoryError):
+                return "-"
+            raise
+
+    def row(self, case: Case, direction: str) -> list[str]:
+        """A line of the table. Twins come last: some change their inputs."""
+        need, prepare = case.needs[direction], functools.partial(case.prepare, case.op, direction)
+        ms = self.captured_ms(prepare) if case.captured else self.median_ms(prepare())
+        floor_ms = 1000 * max(need.bytes / self.copy_rate, need.flops / self.bf16_rate)
+        if need.products:
+            library_ms = sum(self.library_ms(*product, need.dtype) for product in need.products)
+            floor_ms = library_ms * need.flops / need.library_flops
+        twins = ["failed", "failed"]
+        for i in range(2):
+            with self.attempt(f"twin of {case.name} {direction}"):
+                twins[i] = self.twin_ms(case, direction, compiled=i == 1)
+        return [case.name, direction, *figures(need, ms, floor_ms), *twins]
+
+    def section(self, title: str, makers: list[Callable[[], Iterator[Case]]]) -> None:
+        rows = [["", "direction", "ms", "rate", "share", "twin ms", "compiled ms"]]
+        for maker in makers:
+            with self.attempt(getattr(maker, "__name__", title)):
+                for case in maker():
+                    for direction in case.needs:
+                        with self.attempt(f"{case.name} {direction}"):
+                            rows.append(self.row(case, direction))
+                    torch.cuda.empty_cache()
+        self.line(f"\n{title}\n{table(rows)}")
+
+
+# Operations on a row of tokens --------------------------------------------------------------------
+
+
+class Row:
+    """A random row of a stage and the operations on it."""
+
+    def __init__(self, bench: Bench, stage: Stage, num_tokens: int):
+        self.device, self.random, self.stage, self.T = bench.device, bench.random, stage, num_tokens
+        random = np.random.default_rng(num_tokens)
+        batch = random_batch(random, num_tokens, stage.max_seq_len, CONFIG, False)
+        self.batch = train_gpt.to_device(batch, bench.device)
+        self.stream = 2 * num_tokens * DIM  # bytes in bf16
+        self.gates = 4 * num_tokens * HEADS  # bytes of one gate a head
+
+    def makers(self) -> list[Callable[[], Iterator[Case]]]:
+        around = self.combine, self.prepare_qkv, self.attention, self.finish_attention
+        return [*around, self.mix_heads, self.mlp, self.head, self.quantize, self.tables]
+
+    def wide(self, columns: int = DIM, dtype: torch.dtype = BF16) -> Tensor:
+        return self.random(self.T, columns, dtype=dtype, grad=True)
+
+    def combine(self) -> Iterator[Case]:
+        inputs = [self.wide() for _ in range(4)]
+        inputs += [self.random(dtype=FP32, grad=True) for _ in range(2)]
+        inputs += [self.wide(1, FP32) for _ in range(2)]
+        sums = [torch.zeros_like(x) for x in inputs[2:4]]  # two sources are shared, as in a layer
+
+        def call(op, *x):
+            return op(list(x[:4]), list(x[4:]), True, sums, False)
+
+        moved = {"forward": 6 * self.stream, "backward": 12 * self.stream}
+        yield Case("combine, 4 terms", inputs, call, **moved)
+
+    def prepare_qkv(self) -> Iterator[Case]:
+        frequencies = train_gpt.rotary_frequencies(HEAD_DIM)
+        angles = train_gpt.rotary_tables(frequencies, 2 * self.T, self.device)
+        inputs = [self.wide(3 * DIM), torch.ones((), device=self.device, requires_grad=True)]
+        value = [self.wide(), self.wide(HEADS, FP32)]
+        for kind, more in ("plain", []), ("paired + value", value), ("key offset", []):
+            positions, extra = (2 * self.T, self.stream + self.gates) if more else (self.T, 0)
+
+            def call(op, *x, kind=kind, positions=positions):
+                tables, options = (x[:positions] for x in angles), (bool(x[2:]), "key" in kind)
+                return op(*x[:2], *tables, *(x[2:] or (None, None)), None, *options, HEAD_DIM)
+
+            moved = {"forward": 6 * self.stream + 2 * HEAD_DIM * positions + extra}
+            moved["backward"] = 9 * self.stream + 2 * HEAD_DIM * positions + 2 * extra
+            yield Case(f"prepare_qkv, {kind}", inputs + more, call, **moved)
+
+    def heads(self, window: int, copies: int = 1) -> tuple[list[Tensor], dict[str, Need]]:
+        """Queries, keys and values, and what attention to them needs."""
+        shape = self.T * copies, HEADS // copies, HEAD_DIM
+        inputs = [F.rms_norm(self.random(*shape), (HEAD_DIM,)).requires_grad_() for _ in range(3)]
+        ends = torch.cat([self.batch.cu_seqlens.cpu().long(), torch.tensor([self.T])])
+        position = torch.cat([torch.arange(n) for n in (copies * ends.diff()).tolist()])
+        pairs = int(position.clamp_max(window).sum()) + copies * self.T  # of a head
+        flops = 4 * pairs * DIM // copies
+        needs = {"forward": Need(4 * self.stream, flops)}
+        return inputs, needs | {"backward": Need(8 * self.stream, 2.5 * flops)}
+
+    def attention(self) -> Iterator[Case]:
+        short, long = self.stage.window_short, self.stage.window_long
+        for kind, window, copies in ("short", short, 1), ("long", long, 1), ("paired", short, 2):
+            documents = self.batch.cu_seqlens * copies, self.batch.max_seq_len * copies
+            inputs, needs = self.heads(window, copies)
+            numbers = *documents, window, CONFIG.attention_scale
+
+            def call(backend, *x, numbers=numbers):
+                return train_gpt.attention(*x, *numbers, backend)
+
+            case = Case(f"attention, {kind} {window}", inputs, call, **needs)
+            case.op, case.twin = train_gpt.attention_backend(self.device, BF16), "plain"
+            yield case
+
+    def finish_attention(self) -> Iterator[Case]:
+        inputs = [self.random(self.T, HEADS, HEAD_DIM, grad=True) for _ in range(2)]
+        inputs += [self.wide(HEADS, FP32) for _ in range(2)]
+        for count, kind in (1, "XSA"), (2, "XSA + gate"):
+            moved = {"forward": 3 * self.stream + count * self.gates}
+            moved["backward"] = 5 * self.stream + 2 * count * self.gates
+
+            def call(op, y, v, alpha, gate=None):
+                return op(y, v, alpha, None, None, gate)
+
+            yield Case(f"finish_attention, {kind}", inputs[: 2 + count], call, **moved)
+
+    def mix_heads(self) -> Iterator[Case]:
+        starts = train_gpt.document_starts(self.batch.cu_seqlens, self.T)
+        window, scale = CONFIG.mix_window, CONFIG.attention_scale
+        inputs, needs = self.heads(window)
+
+        def call(op, *x):
+            return op(*x[:3], starts, x[3], window, scale)[0]
+
+        yield Case("mix_by_weights", [*inputs, self.wide(HEADS, FP32)], call, **needs)
+
+    def mlp(self) -> Iterator[Case]:
+        bank = self.random(2, HIDDEN, DIM, std=0.02)
+        inputs = [self.wide(), *(w.requires_grad_() for w in bank.unbind())]
+        forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
+        backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
+        for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
+            fp8 = train_gpt.Fp8Copies(bank, bank[0], 1).mlp(0) if kind == "fp8" else []
+            needs = {"forward": Need(products=forward, dtype=dtype)}
+            needs["backward"] = Need(products=backward, dtype=dtype)
+            yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8)[0], **needs)
+
+    def head(self) -> Iterator[Case]:
+        targets, weights = self.batch.targets, torch.tensor([1.0, 0.5, 0.25, 0.25])
+        later = [F.pad(targets, (0, n), value=train_gpt.IGNORED_TARGET)[n:] for n in (1, 2)]
+        terms = torch.stack([targets, *later, targets], dim=1), weights.to(self.device)
+        inputs = [self.wide(), self.random(VOCAB, DIM, std=0.02, grad=True)]
+        products = [(1, self.T, VOCAB, DIM), (1, self.T, DIM, VOCAB), (1, VOCAB, DIM, self.T)]
+        needs = {"forward": Need(products=products[:1])}
+        yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
+        for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
+            bank = self.random(2, 128, DIM)
+            fp8 = train_gpt.Fp8Copies(bank, inputs[1], 1).head() if kind == "fp8" else []
+
+            def call(op, *x, fp8=fp8):
+                return op(*x, *terms, fp8)[0][0]
+
+            need = Need(products=products, dtype=dtype)
+            yield Case(f"head_loss, {kind}", inputs, call, both=need)
+
+    def quantize(self) -> Iterator[Case]:
+        def plain_quantize(x: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            out = (x.float() / unit[0]).clamp(-448, 448).to(dtype)
+            return out, out.mT.contiguous()
+
+        inputs = [self.wide(), torch.full((4,), 28 / 448, device=self.device)]
+        case = Case("quantize", inputs, lambda op, *x: op(*x, E4M3), forward=2 * self.stream)
+        case.twin = plain_quantize
+        yield case
+
+    def tables(self) -> Iterator[Case]:
+        case = Case("sort_rows", [self.batch.tokens], forward=28 * self.T)
+        case.twin = None  # it is plain itself
+        yield case
+        rows = train_gpt.sort_rows(self.batch.tokens)
+        inputs = [self.random(VOCAB, DIM), self.random(self.T, DIM)]
+        moved = self.stream + 4 * DIM * int(rows.count)
+        yield Case("add_rows_", inputs, lambda op, a, b: op(a, rows, b), forward=moved)
+
+
+# Operations of the optimizer ----------------------------------------------------------------------
+
+
+def normuon(bench: Bench) -> Iterator[Case]:
+    def number(value: float) -> Tensor:
+        return torch.tensor(value, device=bench.device)
+
+    for name, (entries, per_entry, height) in BLOCKS.items():
+        bank, count, size = (entries, per_entry, height, DIM), entries * per_entry, min(height, DIM)
+        x, square = bench.random(count, height, DIM), bench.random(count, size, size)
+        square = (square + square.mT).contiguous()
+        needs = []
+        for inner in max(height, DIM), size:
+            flops, products = count * size * (size + 1) * inner, [(count, size, size, inner)]
+            needs.append(Need(flops=flops, products=products))
+        yield Case(f"gram, {name}", [x], forward=needs[0])
+        call, title = lambda op, x: op(x, -2.8, 0.5), f"symmetric_polynomial, {name}"
+        yield Case(title, [square], call, forward=needs[1])
+        grad = bench.random(*bank)
+        inputs = [grad, bench.random(*bank, dtype=FP32), number(0.95)]
+        yield Case(f"nesterov_, {name}", inputs, forward=12 * grad.numel())
+        shape = (count, height, 1) if height >= DIM else (count, 1, DIM)
+        inputs = [grad, bench.random(*bank, dtype=INT16, std=1e4), x]
+        inputs += [bench.random(*shape, dtype=FP32).abs(), torch.ones(entries, device=bench.device)]
+        inputs += [number(1e-3), number(1e-6)]
+        call, moved = lambda op, *x: op(*x, CONFIG.muon_beta2), 10 * grad.numel()
+        yield Case(f"normuon_apply_, {name}", inputs, call, forward=moved)
+
+
+def adam(bench: Bench) -> Iterator[Case]:
+    numbers = (0.5, 0.95), (0.9, 0.9), CONFIG.adam_eps, 1e-4, 1e-8
+    for name, rows in ("head", VOCAB), ("bigram", CONFIG.bigram_rows):
+        dtypes = BF16, INT16, BF16, FP32, FP32
+        inputs = [bench.random(rows, DIM, dtype=dtype, std=100) for dtype in dtypes]
+        inputs[-1].abs_()
+        call, moved = lambda op, *x: op(*x, *numbers), 26 * rows * DIM
+        yield Case(f"adam_update_, {name}", inputs, call, captured=False, forward=moved)
+
+
+# Micro-steps --------------------------------------------------------------------------------------
+
+
+def micro_steps(bench: Bench, chosen: list[int]) -> None:
+    """A row's forward and backward pass at each stage, as training replays it, and the optimizer's
+    step behind it."""
+    runtime, schedule = Runtime(0, 1, bench.device, Log(None)), Schedule(CONFIG)
+    model = train_gpt.GPT(CONFIG, runtime)
+    optimizer = train_gpt.Optimizer(model, CONFIG, runtime)
+    prefixes = train_gpt.read_prefixes(CONFIG, bench.device)
+    micro_step = train_gpt.MicroStep(model, prefixes, CONFIG, runtime)
+    all_weights, random = schedule.loss_weights(), np.random.default_rng(0)
+    groups = [group for group in GROUPS if group not in ("communication", "optimizer")]
+    lines = [["tokens", "micro-step", *groups, IDLE, "optimizer, even", "odd"]]
+    for first in (0, *schedule.stage_ends[:-1]):
+        plan, num_tokens = schedule[first], schedule.row_tokens(first)
+        if model.tied and not plan.tied:
+            optimizer.split_embedding()
+        if num_tokens not in chosen:
+            continue
+        with bench.attempt(f"micro-step of {num_tokens:,} tokens"):
+            sizes, updates = (num_tokens, plan.stage.max_seq_len), []
+            rows = [random_batch(random, *sizes, CONFIG, False) for _ in range(4)]
+            rows = itertools.cycle([train_gpt.to_device(row, bench.device) for row in rows])
+            rest = plan.windows, torch.tensor(all_weights[first], device=bench.device)
+            micro_step.capture(next(rows), *rest)
+
+            def run(rows=rows, rest=rest) -> None:
+                micro_step(next(rows), *rest)
+
+            ms = bench.median_ms(run, 300)
+            with tempfile.TemporaryDirectory() as folder:
+                times = profile(run, 4, bench.device, Path(folder, "trace.json.gz"))
+            for step in range(8):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                run()  # behind which the host gets ahead, as in training
+                begin.record()
+                optimizer.step(step, plan.lr_scale, plan.momentum)
+                end.record()
+                torch.cuda.synchronize()
+                updates.append(begin.elapsed_time(end))
+            parts = [times[name][0] for name in (*groups, IDLE)]
+            parts = [ms, *parts, np.median(updates[2::2]), np.median(updates[3::2])]
+            lines.append([f"{num_tokens:,}", *(f"{part:.2f}" for part in parts)])
+    bench.line(f"\nmicro-steps and optimizer, ms\n{table(lines)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__.split("\n")[0])
+    sizes = ",".join(map(str, STAGES))
+    parser.add_argument("--tokens", default=sizes, metavar="LIST", help=f"rows [{sizes}]")
+    text = "time the plain twins under torch.compile too"
+    parser.add_argument("--compiled", action="store_true", help=text)
+    parser.add_argument("--log", type=Path, metavar="FILE", help="write the lines here too")
+    args = parser.parse_args(arguments)
+    for size in args.tokens.split(","):
+        if size not in sizes.split(","):
+            parser.error(f"--tokens: {size!r} is no row of a stage; those are {sizes}")
+    if not torch.cuda.is_available() or not train_gpt.has_kernels(torch.device("cuda", 0)):
+        print("error: bench needs a GPU of the Hopper generation or later", file=sys.stderr)
+        return 1
+    try:
+        if args.log is not None:
+            args.log.write_text("")
+    except OSError as error:
+        parser.error(f"--log {args.log}: cannot be written: {error}")
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # from flash-attn-4
+    bench = Bench(torch.device("cuda", 0), args.compiled, args.log)
+    bench.line(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    bench.measure_ceilings()
+    chosen = [int(size) for size in args.tokens.split(",")]
+    for size in chosen:
+        stage = STAGES[size]
+        title = f"{size:,} tokens, windows {stage.window_short} and {stage.window_long}"
+        with bench.attempt(title):
+            bench.section(title, Row(bench, stage, size).makers())
+    bench.section("optimizer", [lambda: normuon(bench), lambda: adam(bench)])
+    with bench.attempt("micro-steps"):
+        micro_steps(bench, chosen)
+    if bench.failures:
+        bench.line(f"\n{bench.failures} measurements failed")
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

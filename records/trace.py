@@ -1,0 +1,273 @@
+"""Where the time of a step goes: `./run.sh profile [--steps N] [--out DIR] [--option value ...]`.
+
+At every stage of the schedule the trainer's own step (its model, optimizer, graphs and rows) runs a
+few times under torch.profiler, on every rank. Rank 0's trace, which Perfetto and Chrome show, goes
+to DIR; a table a stage goes to the screen and to the log in DIR. Further options are those of
+train_gpt.py. Runs under torchrun too; without a GPU it profiles the operators on the CPU.
+"""
+
+import argparse
+import dataclasses
+import functools
+import glob
+import gzip
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt
+from train_gpt import START_TOKEN, Batch, Config, Runtime
+
+# Group: what the names of its kernels, or of operators on the CPU, hold. The first that fits takes
+# it. The library's products for head and optimizer look like all others and count as products.
+GROUPS = {
+    "communication": r"nccl|c10d::|gloo",
+    "optimizer": r"_nesterov|_normuon|_sum_squares|_adam_|_symmetric_",
+    "attention": r"flash|fmha|softmax|mix_",
+    "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp|head_loss",
+    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
+    "tables": r"sort|cub::|gather|scatter|index|embedding|add_?rows|tablerows|cumsum",
+    "element-wise": r"elementwise|reduce|combine|prepare_qkv|finish_attention|quantize|Rowwise"
+    r"|CatArray|triton_|aten::|autograd::",
+    "other": r"",
+}
+TOTAL, OVERLAP, IDLE = "step", "less what overlaps", "idle"
+BETWEEN, EXPOSED = "idle between steps", "communication exposed"
+
+Interval = tuple[float, float]  # start and end in ms
+Times = dict[str, tuple[float, float]]  # name: ms, and kernels or operators
+
+
+class Event(NamedTuple):
+    """A kernel or copy on the GPU or, without one, an operator."""
+
+    name: str
+    start: float
+    end: float
+    launched: float  # when the host asked for it; -inf where that is not known
+
+
+def group_of(name: str) -> str:
+    return next(g for g, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE))
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """What any of them covers, as separate intervals in order."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        elif end > start:
+            merged.append((start, end))
+    return merged
+
+
+def covered(intervals: Iterable[Interval]) -> float:
+    """How long at least one of them lasts."""
+    return sum(end - start for start, end in union(intervals))
+
+
+def read_trace(path: str | Path) -> tuple[list[Event], list[Interval]]:
+    """What ran, of a gzipped Chrome trace, and when the host was in each of its steps."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        records = [record for record in json.load(file)["traceEvents"] if record.get("ph") == "X"]
+    launches, steps, kernels, operators = {}, [], [], []
+    for record in sorted(records, key=lambda record: record["ts"]):
+        kind, correlation = record.get("cat"), record.get("args", {}).get("correlation")
+        start, end = record["ts"] / 1000, (record["ts"] + record["dur"]) / 1000
+        if kind in ("cuda_runtime", "cuda_driver"):
+            launches[correlation] = start
+        elif kind == "user_annotation" and re.match(r"step \d+$", record["name"]):
+            steps.append((start, end))
+        elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            kernels.append((record["name"], start, end, correlation))
+        elif kind == "cpu_op" and (not operators or start >= operators[-1].end):  # outermost
+            operators.append(Event(record["name"], start, end, start))
+    found = [Event(*kernel, launches.get(id, -np.inf)) for *kernel, id in kernels]
+    return found or operators, steps
+
+
+def break_down(events: list[Event], steps: list[Interval]) -> Times:
+    """Times a step by group, and those of the rows behind the groups.
+
+    steps: when the host was in them. What counts goes from the first event of the second step to
+    the first event of the last: steps in full swing, each with the gap behind it.
+    """
+    own = [[event for event in events if begin <= event.launched < end] for begin, end in steps]
+    if len(own) < 3 or not all(own):
+        raise RuntimeError(f"the profile shows {sum(map(bool, own))} steps with events, not 3")
+    starts = [min(event.start for event in step) for step in own]
+    ends = [max(event.end for event in step) for step in own]
+    begin, end, count = starts[1], starts[-1], len(steps) - 2
+    groups: dict[str, list[Interval]] = {group: [] for group in GROUPS}
+    for event in events:
+        if event.end > begin and event.start < end:
+            span = max(event.start, begin), min(event.end, end)
+            groups[group_of(event.name)].append(span)
+    spans = list(itertools.chain.from_iterable(groups.values()))
+    sums = {TOTAL: (end - begin, len(spans))}
+    sums |= {name: (sum(b - a for a, b in own), len(own)) for name, own in groups.items()}
+    busy, computing = covered(spans), set(groups) - {"communication"}
+    gaps = sum(max(0.0, start - last) for last, start in zip(ends[1:-1], starts[2:]))
+    sums[OVERLAP] = busy - sum(b - a for a, b in spans), 0
+    sums |= {IDLE: (end - begin - busy, 0), BETWEEN: (gaps, 0)}
+    sums[EXPOSED] = busy - covered(span for name in computing for span in groups[name]), 0
+    return {name: (ms / count, events / count) for name, (ms, events) in sums.items()}
+
+
+def profile(
+    step: Callable[[], object], count: int, device: torch.device, path: str | Path
+) -> Times:
+    """break_down of `count` calls of step, and one before and behind; the trace goes to path, a
+    .json.gz."""
+    kinds, cuda = [torch.profiler.ProfilerActivity.CPU], device.type == "cuda"
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for i in range(count + 2):
+            with torch.profiler.record_function(f"step {i}"):
+                step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    profiler.export_chrome_trace(str(path))
+    return break_down(*read_trace(path))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest entry, the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def stage_table(times: Times, bare_ms: float, runtime: Runtime) -> str:
+    """Of rank 0's times and, with more than one rank, the least and the most of all ranks."""
+    times = {"step, not profiled": (bare_ms, 0)} | times
+    ranks = torch.zeros(runtime.world_size, len(times), dtype=torch.float64)
+    ranks[runtime.rank] = torch.tensor([ms for ms, _ in times.values()])
+    ranks = runtime.all_reduce(ranks.to(runtime.device)).cpu()
+    least, most = ranks.amin(0).tolist(), ranks.amax(0).tolist()
+    columns = 6 if runtime.world_size > 1 else 4
+    lines = [["", "ms", "share", "count", "least ms", "most ms"]]
+    for (name, (ms, count)), low, high in zip(times.items(), least, most):
+        share = f"{ms / times[TOTAL][0]:.1%}"
+        events = f"{count:.0f}" if count else ""
+        lines.append([name, f"{ms:.3f}", share, events, f"{low:.3f}", f"{high:.3f}"])
+    return table([line[:columns] for line in lines])
+
+
+def random_batch(
+    random: np.random.Generator, num_tokens: int, max_seq_len: int, config: Config, pin: bool
+) -> Batch:
+    """Random documents of a few hundred tokens; a token is as rare as its id is high."""
+    tokens = (START_TOKEN ** random.random(num_tokens + 1)).astype(np.uint16) - 1
+    longest = min(max_seq_len, 1024)
+    lengths = random.integers(longest // 4, longest + 1, 4 * num_tokens // longest + 4)
+    starts = np.concatenate([[0], lengths.cumsum()])
+    tokens[starts[starts <= num_tokens]] = START_TOKEN
+    return train_gpt.make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, pin)
+
+
+def rows_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> Iterator:
+    """Rows of the training files or, where there are none, random ones."""
+    pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
+    if glob.glob(config.train_files):
+        return train_gpt.training_rows(config, runtime.rank, runtime.world_size, shapes, pin)
+    runtime.log.line(f"no file matches --train_files {config.train_files}: the rows are random")
+    return (random_batch(random, *shape, config, pin) for shape in shapes)
+
+
+def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
+    """Build what train() builds and profile `count` steps at the beginning of every stage."""
+    log, schedule = runtime.log, train_gpt.Schedule(config)
+    model = train_gpt.GPT(config, runtime)
+    optimizer = train_gpt.Optimizer(model, config, runtime)
+    loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
+    prefixes = train_gpt.read_prefixes(config, runtime.device)
+    micro_step = train_gpt.MicroStep(model, prefixes, config, runtime)
+    train_gpt.prepare(model, optimizer, micro_step, schedule, loss_weights, runtime)
+
+    begins = [step for step in sorted({0, *schedule.stage_ends}) if step < schedule.end_step]
+    grad_accum_steps, warm_up = config.rows_per_step // runtime.world_size, 2
+    shapes = (
+        (schedule.row_tokens(begin), schedule.stage(begin).max_seq_len)
+        for begin in begins
+        for _ in range((warm_up + count + count + 2) * grad_accum_steps)
+    )
+    rows, steps = train_gpt.Prefetcher(rows_like(config, runtime, shapes)), itertools.count()
+
+    def run(begin: int) -> None:
+        plan, train_loss = schedule[begin], torch.zeros((), device=runtime.device)
+        for _ in range(grad_accum_steps):
+            loss = micro_step(next(rows), plan.windows, loss_weights[begin])
+            train_loss += loss / (schedule.row_tokens(begin) * grad_accum_steps)
+        optimizer.step(next(steps), plan.lr_scale, plan.momentum)
+
+    for number, begin in enumerate(begins, 1):
+        plan = schedule[begin]
+        if model.tied and not plan.tied:
+            optimizer.split_embedding()
+        for _ in range(warm_up):
+            run(begin)
+        runtime.synchronize()
+        started = time.perf_counter()
+        for _ in range(count):
+            run(begin)
+        runtime.synchronize()
+        bare_ms = 1000 * (time.perf_counter() - started) / count
+        path = Path(config.log_dir, f"{log.data['run_id']}_stage{number}.json.gz")
+        times = profile(functools.partial(run, begin), count, runtime.device, path)
+        if not runtime.is_main:
+            path.unlink()
+        rows_are = f"{grad_accum_steps} x {schedule.row_tokens(begin):,} tokens"
+        head = f"{plan.windows}, head {'tied' if plan.tied else 'untied'}"
+        log.line(f"\nstage {number} of {len(begins)}: {rows_are} a process, {head}; {path}")
+        log.line(stage_table(times, bare_ms, runtime))
+    rows.stop()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh profile",
+        description=__doc__.split("\n")[0],
+        epilog="All other options are those of train_gpt.py.",
+        allow_abbrev=False,
+    )
+    text = "steps profiled at every stage [4]; even, as every other one updates the embeddings too"
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help=text)
+    parser.add_argument("--out", metavar="DIR", help="folder of traces and log [logs]")
+    args, others = parser.parse_known_args(arguments)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} must be positive")
+    config = train_gpt.parse_args(others)
+    config = dataclasses.replace(config, log_dir=args.out or config.log_dir, repeat_data=True)
+    store = None
+    try:
+        store = train_gpt.connect()
+        profile_stages(config, train_gpt.start_runtime(config, store), args.steps)
+        if store is not None:
+            dist.destroy_process_group()
+        return 0
+    except train_gpt.UserError as error:
+        message = f"error: {error}"
+    except Exception:  # noqa: BLE001 (reported with its traceback)
+        message = traceback.format_exc()
+    if train_gpt.speaks_for_error(store):
+        print("\n" + message, file=sys.stderr, flush=True)
+    os._exit(1)  # at once: other ranks may be waiting for this one in a collective
+
+
+if __name__ == "__main__":
+    sys.exit(main())

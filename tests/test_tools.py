@@ -1,0 +1,283 @@
+"""records/trace.py and records/bench.py: what they make of made-up events and times, what they say
+to wrong arguments, and the profile of a few steps on the CPU."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_config, write_shard
+from test_train import OPTIONS, environment
+
+from train_gpt import START_TOKEN
+
+sys.path.insert(0, str(ROOT / "records"))
+import trace
+
+import bench
+
+KERNELS = {
+    "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
+    "_normuon_apply_kernel": "optimizer",
+    "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90": "attention",
+    "_mix_key_gradients_kernel": "attention",
+    "_logits_gradient_kernel": "head",
+    "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "products",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "products",
+    "_mlp_product_kernel": "products",
+    "void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<>": "tables",
+    "_add_rows_kernel": "tables",
+    "_combine_backward_kernel": "element-wise",
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": "element-wise",
+    "Memset (Device)": "other",
+    # operators on the CPU
+    "aten::mm": "products",
+    "autograd::engine::evaluate_function: MmBackward0": "products",
+    "speedrun::head_loss": "head",
+    "aten::mul": "element-wise",
+}
+
+
+@pytest.mark.parametrize(("name", "group"), KERNELS.items())
+def test_kernels_are_grouped_by_name(name, group):
+    assert trace.group_of(name) == group
+
+
+def test_a_union_counts_what_overlaps_once():
+    assert trace.union([]) == []
+    intervals = [(4, 5), (0, 2), (1, 3), (3, 3.5), (6, 6), (4.2, 4.8)]
+    assert trace.union(intervals) == [(0, 3.5), (4, 5)]
+    assert trace.covered(intervals) == 4.5
+
+
+def made_up_step(launched: float, start: float) -> list[trace.Event]:
+    """4 ms of a product, 1 of nothing, a copy; nccl from within the product until after the copy's
+    beginning: 1.5 ms of it alone."""
+    times = {"nvjet_sm90": (0, 4), "nccl": (3.5, 7), "_combine_kernel": (5.5, 8)}
+    return [trace.Event(name, start + a, start + b, launched) for name, (a, b) in times.items()]
+
+
+def test_a_step_is_broken_down_with_the_gap_behind_it():
+    """Of four steps the first and the last are lead-in and end. The host runs far ahead."""
+    hosts = [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]
+    begins = [5.0, 20.0, 30.0, 41.0]  # behind steps of 8 ms: gaps of 2 and 3 ms from 20 on
+    events = [e for (a, _), begin in zip(hosts, begins) for e in made_up_step(a, begin)]
+    events.append(trace.Event("Memset (Device)", 28.5, 29.0, float("-inf")))  # launch not known
+    rows = trace.break_down(events, hosts)
+    expected = {"step": 10.5, "products": 4, "communication": 3.5, "element-wise": 2.5}
+    expected |= {"other": 0.25, "attention": 0, "less what overlaps": -2, "idle": 2.25}
+    expected |= {"idle between steps": 2.5, "communication exposed": 1.5}
+    for name, ms in expected.items():
+        assert rows[name][0] == pytest.approx(ms), name
+    assert rows["products"][1] == 1 and rows["other"][1] == 0.5
+    parts = sum(rows[name][0] for name in [*trace.GROUPS, "less what overlaps", "idle"])
+    assert parts == pytest.approx(rows["step"][0])
+
+
+def test_a_profile_without_events_is_refused():
+    with pytest.raises(RuntimeError, match="2 steps with events"):
+        trace.break_down(made_up_step(0, 0) + made_up_step(1, 9), [(0, 1), (1, 2), (2, 3)])
+
+
+def write_trace(path: Path, *records: dict) -> Path:
+    records = [{"ph": "X", "args": {}} | record for record in records]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *records]}, file)
+    return path
+
+
+def test_a_trace_gives_kernels_with_their_launches_or_outermost_operators(tmp_path):
+    """Times are microseconds there and milliseconds here."""
+    host = [
+        {"cat": "user_annotation", "name": "step 0", "ts": 0, "dur": 500},
+        {"cat": "user_annotation", "name": "something else", "ts": 0, "dur": 500},
+        {"cat": "cpu_op", "name": "aten::linear", "ts": 100, "dur": 50},
+        {"cat": "cpu_op", "name": "aten::addmm", "ts": 110, "dur": 30},
+        {"cat": "cpu_op", "name": "aten::mul", "ts": 150, "dur": 10},
+    ]
+    names = {"name": "cudaGraphLaunch", "args": {"correlation": 7}}
+    gpu = [
+        {"cat": "kernel", "name": "k", "ts": 2000, "dur": 500, "args": {"correlation": 7}},
+        {"cat": "gpu_memset", "name": "m", "ts": 3000, "dur": 100, "args": {"correlation": 8}},
+        {"cat": "cuda_runtime", "ts": 120, "dur": 5, **names},
+    ]
+    events, steps = trace.read_trace(write_trace(tmp_path / "cpu.json.gz", *host))
+    assert steps == [(0, 0.5)]
+    assert [(e.name, e.start, e.end) for e in events] == [
+        ("aten::linear", 0.1, 0.15),
+        ("aten::mul", 0.15, 0.16),
+    ]
+    events, _ = trace.read_trace(write_trace(tmp_path / "gpu.json.gz", *host, *gpu))
+    assert events == [("k", 2.0, 2.5, 0.12), ("m", 3.0, 3.1, float("-inf"))]
+
+
+@pytest.mark.parametrize("max_seq_len", [48, 896, 4096])
+def test_random_rows_are_whole_documents(max_seq_len):
+    random, config = np.random.default_rng(0), tiny_config()
+    batch = trace.random_batch(random, 4096, max_seq_len, config, False)
+    lengths = batch.cu_seqlens.diff()
+    assert batch.cu_seqlens[-1] == len(batch.tokens) == 4096 and lengths.max() <= max_seq_len
+    starts = batch.cu_seqlens[:-1][lengths > 0].long()
+    assert (batch.tokens[starts] == START_TOKEN).all()
+    assert 0 <= batch.tokens.min() and batch.tokens.max() <= START_TOKEN
+    assert torch.equal(batch.tokens[1:].long(), batch.targets[:-1])
+
+
+# Command lines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        (trace, ["--steps", "0"], "--steps 0 must be positive"),
+        (trace, ["--step", "2"], "unrecognized arguments"),
+        (trace, ["--num_steps", "many"], "'many' cannot be read"),
+        (bench, ["--tokens", "16384,5"], "'5' is no row of a stage; those are 16384,32768,49152"),
+        (bench, ["--steps", "2"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_arguments(tool, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_needs_a_gpu(capsys):
+    assert bench.main([]) == 1
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def profile_run(folder: Path, **changes: object) -> subprocess.CompletedProcess:
+    """One step at each of two stages."""
+    options = OPTIONS | {"stop_step": 13, "prefix_file": ROOT / "data/gpt2_prefix_tokens.npy"}
+    options |= {"train_files": folder / "train.bin", "rows_per_step": 1, "bigram_rows": 256}
+    options |= {"model_dim": 16, "head_dim": 8}
+    options |= {
+        "stages": "1/2:64:48:8:16:1:.5:0:.25:0:.25:.1,1/2:64:64:16:32:1:0:0:0:0:0:0"
+    } | changes
+    command = [sys.executable, ROOT / "records" / "trace.py", "--steps", "1", "--out", folder]
+    command += [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = list(map(str, command))
+    how = {"capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run(command, check=False, cwd=folder, env=environment(), **how)
+
+
+def test_profile_on_the_cpu(tmp_path):
+    """Real rows; a table and a trace for each stage, and the tables in the log too."""
+    tokens = np.random.default_rng(0).integers(0, 1000, 3000)
+    tokens[::30] = START_TOKEN
+    write_shard(tmp_path / "train.bin", tokens)
+    result = profile_run(tmp_path)
+    assert result.returncode == 0, result.stderr
+    tables = result.stdout.split("\nstage ")[1:]
+    assert [text.split(";")[0] for text in tables] == [
+        "1 of 2: 1 x 64 tokens a process, Windows(short=8, long=16), head tied",
+        "2 of 2: 1 x 64 tokens a process, Windows(short=16, long=32), head tied",
+    ]
+    for number, text in enumerate(tables, 1):
+        lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:])
+        rows = {line[:22].strip(): line[22:].split() for line in lines}
+        ms = {name: float(cells[0]) for name, cells in rows.items()}
+        assert list(ms)[1:] == [*(["step", *trace.GROUPS]), *list(ms)[-4:]]
+        assert ms["products"] > 0 and ms["head"] > 0 and ms["communication"] == 0
+        parts = sum(ms[name] for name in [*trace.GROUPS, "less what overlaps", "idle"])
+        assert parts == pytest.approx(ms["step"], abs=0.01)
+        (path,) = tmp_path.glob(f"*_stage{number}.json.gz")
+        assert trace.read_trace(path)[0]
+    (log,) = tmp_path.glob("*.txt")
+    assert tables[0].splitlines()[-1] in log.read_text()
+
+
+def test_profile_says_what_is_wrong(tmp_path):
+    result = profile_run(tmp_path, rows_per_step=3)
+    assert result.returncode == 1
+    assert "error: " in result.stderr and "Traceback" not in result.stderr
+
+
+# Bench --------------------------------------------------------------------------------------------
+
+
+def test_columns_are_as_wide_as_their_widest_entry():
+    rows = [["", "ms", "share"], ["combine", "0.123", "95%"], ["mlp", "11.0", "-"]]
+    assert trace.table(rows) == (
+        "            ms  share\ncombine  0.123    95%\nmlp       11.0      -"
+    )
+
+
+def test_figures_count_operations_where_there_are_any():
+    products = [(1, 1000, 1000, 500), (2, 10, 10, 10)]
+    need = bench.Need(products=products)
+    assert need.flops == need.library_flops == 1e9 + 4000
+    half = bench.Need(bytes=1, flops=5e8, products=products)  # a symmetric product
+    assert bench.figures(half, ms=0.002, floor_ms=0.001) == ["0.002", "250 TFLOP/s", "50%"]
+    moved = bench.Need(3e9)
+    assert bench.figures(moved, ms=1.5, floor_ms=1.0) == ["1.500", "2000 GB/s", "67%"]
+
+
+@pytest.fixture
+def cpu_bench(monkeypatch, tmp_path) -> bench.Bench:
+    """Takes everything to last as long, and computes it once."""
+
+    def median_ms(self, run, budget_ms=0):
+        run()
+        return 2.0
+
+    monkeypatch.setattr(bench.Bench, "median_ms", median_ms)
+    monkeypatch.setattr(
+        bench.Bench, "captured_ms", lambda self, prepare: median_ms(self, prepare())
+    )
+    made = bench.Bench(torch.device("cpu"), log=tmp_path / "log.txt")
+    made.copy_rate, made.bf16_rate = 1e9, 1e12
+    return made
+
+
+def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
+    """On short rows; products, quantizing and the head are too slow here."""
+    stage, names = bench.STAGES[16384], "combine prepare_qkv attention finish_attention mix_heads"
+    row = bench.Row(cpu_bench, stage, 64)
+    makers = [getattr(row, name) for name in f"{names} tables".split()]
+    monkeypatch.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 800)})
+    monkeypatch.setattr(bench, "VOCAB", 64)
+    monkeypatch.setattr(bench, "CONFIG", tiny_config())
+    makers = [*makers[:-1], lambda: bench.normuon(cpu_bench), lambda: bench.adam(cpu_bench)]
+    cpu_bench.section("64 tokens", makers)
+    printed = capsys.readouterr().out
+    assert cpu_bench.failures == 0, printed
+    assert printed == cpu_bench.log.read_text()
+    lines = printed.splitlines()[3:]
+    assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
+    assert len(lines) == 2 * (1 + 3 + 3 + 2 + 1) + 2 * 4 + 2
+    assert all(line.split()[-2:] == ["2.000", "-"] for line in lines)
+
+
+def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
+    def broken():
+        raise ValueError("no input")
+        yield
+
+    def partly():
+        x = torch.ones(4)
+        yield bench.Case("rms_norm, short", [x], lambda op, x: op(x, 1, 2), forward=8)
+        case = bench.Case("rms_norm", [x], forward=8e6)
+        case.twin = lambda x: x.no_such_method()
+        yield case
+
+    cpu_bench.section("title", [broken, partly])
+    printed = capsys.readouterr().out
+    assert cpu_bench.failures == 3
+    assert "broken: ValueError in" in printed and "no input" in printed
+    assert "rms_norm, short forward: TypeError" in printed
+    last = printed.splitlines()[-1].split()
+    assert last == ["rms_norm", "forward", "2.000", "4", "GB/s", "400%", "failed", "-"]
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu(tmp_path):
+    assert bench.main(["--tokens", "16384", "--log", str(tmp_path / "log.txt")]) == 0
+    assert "micro-steps and optimizer" in (tmp_path / "log.txt").read_text()
