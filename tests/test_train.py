@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -354,6 +355,35 @@ def test_two_ranks_validate_like_one_process(trained, data):
     _, record = log_of(data)
     assert record["environment"]["world_size"] == 2
     assert len(record["steps"]) == 26
+
+
+def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
+    """Through run.sh, as a user of several machines starts it; here both are this one."""
+    changes = {"rows_per_step": 4, "stop_step": 8, "val_every": 4}
+    alone = write_data(tmp_path_factory.mktemp("alone"))
+    result = run(alone, **changes)
+    assert result.returncode == 0, result.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = {"NNODES": "2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    nodes |= {**environment(), "PYTHON": sys.executable}
+    options = command(data, 1, **changes)[2:]
+    processes = [
+        subprocess.Popen(
+            [str(ROOT / "run.sh"), *options],
+            env=nodes | {"NODE_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert [out.count("val loss") for out, _ in results] == [1, 0]
+    assert log_of(data)[1]["environment"]["world_size"] == 4
+    assert validation_losses(data) == pytest.approx(validation_losses(alone), abs=1e-3)
 
 
 def test_micro_step_adds_its_share_of_the_gradient(runtime):
