@@ -68,7 +68,7 @@ launch() {  # a script, on the GPUs there are, with the data it needs
 
 case ${1:-} in
   help | -h) echo "$usage" ;;
-  test) set_up; shift; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests "$@" ;;
+  test) set_up; shift; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile tests "$@" ;;
   record | reproduce | compare | history) set_up; exec "$python" records/report.py "$@" ;;
   check) set_up; shift; exec "$python" records/check.py "$@" ;;
   eval) set_up; shift; exec "$python" records/hellaswag.py "$@" ;;

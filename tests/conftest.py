@@ -37,7 +37,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name != "test_train.py")  # the longest file first
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
