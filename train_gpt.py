@@ -1559,9 +1559,9 @@ def mix_by_weights_backward(
     grid = (triton.cdiv(num_tokens, MIX_BLOCK),)
     grad, weights = packed(grad), packed(weights)
     _mix_query_gradients_kernel[grid](
-        mix_rows(grad), mix_rows(q), mix_rows(k), mix_rows(k, reach), mix_rows(v), mix_rows(v,
-        reach), starts, weights, lse, mix_rows(d_q), d_mixed, d_weights, *sizes, num_warps=4,
-        num_stages=MIX_STAGES,
+        mix_rows(grad), mix_rows(q), mix_rows(k), mix_rows(k, reach), mix_rows(v),
+        mix_rows(v, reach), starts, weights, lse, mix_rows(d_q), d_mixed, d_weights, *sizes,
+        num_warps=4, num_stages=MIX_STAGES,
     )  # fmt: skip
     _mix_key_gradients_kernel[grid](
         mix_rows(grad), mix_rows(grad, reach), mix_rows(q), mix_rows(q, reach), mix_rows(k), starts,
@@ -2394,12 +2394,8 @@ class GPT(nn.Module):
         self, lookups: Lookups, batch: Batch, windows: Windows, fp8: Fp8Copies | None
     ) -> Tensor:
         """From the embeddings to the normed stream in front of the head, (T, dim)."""
-        layers, small, one, bigram = (
-            self.config.layers,
-            self.small_weights,
-            self.one,
-            lookups.bigram,
-        )
+        layers, small, one = self.config.layers, self.small_weights, self.one
+        bigram = lookups.bigram
         last, attended = len(layers) - 1, {row.attend_from for row in layers}
         residual, mlp_residual = small["residual"].unbind(), small["mlp_residual"].unbind()
         project = (small["project"] * small["attention_out"]).unbind()
@@ -2704,6 +2700,19 @@ def polar_express(x: Tensor, norm: Tensor) -> Tensor:
     return x
 
 
+@triton.jit
+def _apply_update(high_ptr, low_ptr, at, mask, direction, lr, decay):
+    """apply_update_ to the weights at these places."""
+    high = tl.load(high_ptr + at, mask=mask, other=0).to(tl.int32) << 16
+    low = tl.load(low_ptr + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
+    weights = (high | low).to(tl.float32, bitcast=True)
+    shrinks = tl.where(direction * weights > 0, decay, 0.0)
+    weights = weights - lr * direction - shrinks * weights
+    bits = weights.to(tl.int32, bitcast=True)
+    tl.store(high_ptr + at, (bits >> 16).to(tl.int16), mask=mask)
+    tl.store(low_ptr + at, bits.to(tl.int16), mask=mask)
+
+
 # A view of a bank (entries, height, width) as its matrices is (entries, matrices of an entry, rows,
 # width): bank[:, first:last].unflatten(1, (-1, rows)), which copies nothing. The kernels read such
 # views in place and number the matrices through; what they make is (matrices, rows, cols).
@@ -2823,14 +2832,8 @@ def _normuon_apply_kernel(
         scale = tl.load(scale_ptr + matrix * num_cols + cols, mask=cols < num_cols)[None, :]
     direction = tl.load(direction_ptr + matrix * numel + offsets, mask=mask).to(tl.float32) * scale
     bank = _bank_offset(matrix, per_entry, stride_entry, numel) + offsets
-    high = tl.load(high_ptr + bank, mask=mask).to(tl.int32)
-    low = tl.load(low_ptr + bank, mask=mask).to(tl.int32)
-    weights = ((high << 16) | (low & 0xFFFF)).to(tl.float32, bitcast=True)
-    decay = tl.where(direction * weights > 0, tl.load(decay_ptr), 0.0)
-    weights = weights - tl.load(lr_ptr) * direction - decay * weights
-    bits = weights.to(tl.int32, bitcast=True)
-    tl.store(high_ptr + bank, (bits >> 16).to(tl.int16), mask=mask)
-    tl.store(low_ptr + bank, bits.to(tl.int16), mask=mask)
+    lr, decay = tl.load(lr_ptr), tl.load(decay_ptr)
+    _apply_update(high_ptr, low_ptr, bank, mask, direction, lr, decay)
 
 
 def normuon_apply_kernel_(
@@ -2940,14 +2943,7 @@ def _adam_kernel(
     tl.store(mean + at, m, mask=inside)
     tl.store(mean_square + at, v, mask=inside)
     direction = (m / correction_1) / (tl.sqrt(v / correction_2) + eps)
-    upper = tl.load(high + at, mask=inside, other=0).to(tl.int32) << 16
-    lower = tl.load(low + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
-    weights = (upper | lower).to(tl.float32, bitcast=True)
-    shrinks = tl.where(direction * weights > 0, decay, 0.0)
-    weights = weights - lr * direction - shrinks * weights
-    bits = weights.to(tl.int32, bitcast=True)
-    tl.store(high + at, (bits >> 16).to(tl.int16), mask=inside)
-    tl.store(low + at, bits.to(tl.int16), mask=inside)
+    _apply_update(high, low, at, inside, direction, lr, decay)
 
 
 def adam_kernel_(
@@ -3606,6 +3602,10 @@ class MicroStep:
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
+    def kind(self, batch: Batch, windows: Windows) -> tuple:
+        """What a graph is captured for."""
+        return len(batch.tokens), batch.max_seq_len, windows, self.model.tied
+
     def compute(self, batch: Batch, windows: Windows, loss_weights: Tensor) -> Tensor:
         loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes)
         # summed over tokens, averaged over ranks and micro-steps
@@ -3616,7 +3616,7 @@ class MicroStep:
         """The sum of next-token losses, fp32, valid until the next call."""
         if not self.uses_graphs:
             return self.compute(to_device(batch, loss_weights.device), windows, loss_weights)
-        kind = len(batch.tokens), batch.max_seq_len, windows, self.model.tied
+        kind = self.kind(batch, windows)
         if kind not in self.graphs:
             raise RuntimeError(f"no graph was captured for rows of {kind}")
         graph, inputs, loss = self.graphs[kind]
@@ -3640,8 +3640,7 @@ class MicroStep:
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **how):
             loss = self.compute(mine, windows, inputs[3])
-        kind = len(batch.tokens), batch.max_seq_len, windows, self.model.tied
-        self.graphs[kind] = graph, inputs, loss
+        self.graphs[self.kind(batch, windows)] = graph, inputs, loss
 
 
 def compile_kernels(
