@@ -77,6 +77,7 @@ class Stage:
     third_end: float
     prefix_start: float  # loss weight of the next token's prefix token
     prefix_end: float
+    columns: int  # of the vocabulary that a row's training loss is computed on; 0: all
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class Layer:
 
 # fmt: off
 SPEEDRUN_STAGES = (
-    #     share     tokens  seq_len  short   long    lr  second     third      prefix
-    Stage(1 / 3,     131_072,      896,   128,   384, 1.00,  0.5, 0.5,  0.25, 0.0, 0.25, 0.25),
-    Stage(1 / 3,     262_144,     2048,   384,   896, 1.52,  0.5, 0.0,  0.0,  0.0, 0.25, 0.0),
-    Stage(1 / 3,     393_216,     2048,   640,  1408, 1.73,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
+    #     share   tokens  seq_len  short  long    lr    second     third      prefix      columns
+    Stage(1 / 3,  131_072,    896,   128,  384, 1.00, 0.5, 0.5,  0.25, 0.0, 0.25, 0.25, 0),
+    Stage(1 / 3,  262_144,   2048,   384,  896, 1.52, 0.5, 0.0,  0.0,  0.0, 0.25, 0.0,  0),
+    Stage(1 / 3,  393_216,   2048,   640, 1408, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
-    Stage(1.0,       393_216,     2048,   768,  1664, 1.73,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
+    Stage(1.0,    393_216,   2048,   768, 1664, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_LAYERS = (
     #     window   paired  value  xsa    head_gate  skip_from  attend_from
@@ -117,11 +118,11 @@ SPEEDRUN_LAYERS = (
     Layer("long",  False,  4,     False, True,      None,      7),     # 10, with the dynamic skips
 )
 TINY_STAGES = (
-    Stage(1 / 2,       1_024,      256,    64,   128, 1.00,  0.2, 0.0,  0.1,  0.0, 0.0,  0.0),
-    Stage(1 / 2,       1_024,      512,   128,   256, 1.00,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
+    Stage(1 / 2,    1_024,    256,    64,  128, 1.00, 0.2, 0.0,  0.1,  0.0, 0.0,  0.0,  0),
+    Stage(1 / 2,    1_024,    512,   128,  256, 1.00, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 TINY_EXTENSION = (
-    Stage(1.0,         1_024,      512,   128,   512, 1.00,  0.0, 0.0,  0.0,  0.0, 0.0,  0.0),
+    Stage(1.0,      1_024,    512,   128,  512, 1.00, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 TINY_LAYERS = (
     #     window   paired  value  xsa    head_gate  skip_from  attend_from
@@ -179,6 +180,8 @@ class Config:
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the gate MLPs
     bigram_rows: int = 377_280  # rows of the hashed bigram table
+    match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
+    match_slots: int = 2**26  # of the table of each length, 8 bytes each, a power of two
     mix_window: int = 112  # how many earlier tokens the head mixing of the last layer sees
     attention_scale: float = 0.1  # factor on q.k before the softmax, grows with the long window
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
@@ -238,6 +241,7 @@ class Config:
 
 PRESETS = {
     "speedrun": Config(),
+    "matching": Config(match_orders=(3, 4, 5, 6, 8, 12, 16, 24)),
     "tiny": Config(
         train_files="data/sample/sample_train_*.bin",
         val_file="data/sample/sample_val_*.bin",
@@ -316,6 +320,11 @@ def check_config(config: Config, world_size: int) -> None:
                 min(dataclasses.astuple(stage)[:6]) > 0,
                 f"{option}: share, tokens, max_seq_len, windows and lr must be positive: {stage}",
             )
+            require(
+                stage.columns % 16 == 0 and 0 <= stage.columns <= config.padded_vocab_size,
+                f"{option}: {stage.columns} columns: make them 0, for all, or a multiple of 16 up "
+                f"to {config.padded_vocab_size}",
+            )
     require(len(config.extension) == 1, f"--extension takes one row, found {len(config.extension)}")
     require(
         config.model_dim % config.head_dim == 0 and config.head_dim % 8 == 0,
@@ -328,6 +337,13 @@ def check_config(config: Config, world_size: int) -> None:
         "heads in pairs, so make it an even number",
     )
     check_layers(config.layers, require)
+    orders = config.match_orders
+    require(
+        orders == tuple(sorted(set(orders))) and all(0 < order < 32 for order in orders),
+        f"--match_orders {format_value(orders)}: give lengths from 1 to 31 in ascending order",
+    )
+    slots = config.match_slots
+    require(slots > 0 and slots & (slots - 1) == 0, f"--match_slots {slots} is no power of two")
     require(config.bigram_rows > 1, "--bigram_rows 1 leaves no row to hash into: take more")
     windows = [stage.window_long for stage in (*config.stages, *config.extension)]
     windows = [window for window, _ in itertools.groupby([*windows, config.final_window_long])]
@@ -544,6 +560,7 @@ def describe_environment(runtime: Runtime) -> dict:
 # ==================================================================================================
 
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # of every RMS norm, what F.rms_norm takes
+MIX_1, MIX_2 = tl.constexpr(-7046029254386353131), tl.constexpr(-4658895280553007687)  # a hash's
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LIBRARY = torch.library.Library("speedrun", "FRAGMENT")
 TWINS: dict[str, Callable] = {}  # plain PyTorch of every fused op, by name
@@ -1738,9 +1755,13 @@ class Fp8Copies:
         units = self.unit_w[first], self.unit_w[second], self.unit_x, *self.units[:, layer]
         return [*weights, *units, self.largest[1:, layer]]
 
-    def head(self) -> list[Tensor]:
-        """The fields of HeadFp8."""
-        return [*self.head_copies, *self.head_units]
+    def head(self, tokens: Tensor | None = None) -> list[Tensor]:
+        """The fields of HeadFp8, of these rows of the head or of all."""
+        copy, copy_t = self.head_copies
+        if tokens is not None:
+            rows = copy.view(torch.uint8)[tokens]
+            copy, copy_t = rows.view(E4M3), rows.mT.contiguous().view(E4M3)
+        return [copy, copy_t, *self.head_units]
 
 
 # --- MLP ------------------------------------------------------------------------------------------
@@ -1903,14 +1924,17 @@ def _sigmoid_of_logits(logits, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _lse_kernel(logits, lse, vocab, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr):
+def _lse_kernel(logits, offsets, lse, vocab, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         tile = tl.load(logits + row * vocab + column, mask=column < vocab, other=0.0)
         # The sum of 50,000 times e^23 at most: fp32 needs no maximum taken out.
-        tile = tl.exp(23 * _sigmoid_of_logits(tile, APPROXIMATE))
+        tile = 23 * _sigmoid_of_logits(tile, APPROXIMATE)
+        if offsets is not None:
+            tile += tl.load(offsets + column, mask=column < vocab, other=0.0)
+        tile = tl.exp(tile)
         total += tl.where(column < vocab, tile, 0.0)
     tl.store(lse + row, tl.log(tl.sum(total)))
 
@@ -1927,7 +1951,7 @@ def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr):
 
 @triton.jit
 def _logits_gradient_kernel(
-    logits, lse, targets, weights, unit, grad, grad_t, num_rows, vocab, stride_t,
+    logits, offsets, lse, targets, weights, unit, grad, grad_t, num_rows, vocab, stride_t,
     TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -1940,7 +1964,10 @@ def _logits_gradient_kernel(
     shift = tl.load(lse + row, mask=real, other=0.0)
     tile = tl.load(logits + row[:, None] * vocab + column[None, :], mask=inside, other=0.0)
     tile = _sigmoid_of_logits(tile, APPROXIMATE)
-    tile = scale[:, None] * tl.exp(23 * tile - shift[:, None]) * tile * (1 - tile)
+    likely = 23 * tile - shift[:, None]
+    if offsets is not None:
+        likely += tl.load(offsets + column, mask=column < vocab, other=0.0)[None, :]
+    tile = scale[:, None] * tl.exp(likely) * tile * (1 - tile)
     tile = tile.to(grad.dtype.element_ty)
     tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
     if TRANSPOSED:
@@ -1950,7 +1977,7 @@ def _logits_gradient_kernel(
 
 @triton.jit
 def _targets_kernel(
-    logits, lse, targets, weights, losses, unit, grad, grad_t, num_rows, vocab, stride_t,
+    logits, offsets, lse, targets, weights, losses, unit, grad, grad_t, num_rows, vocab, stride_t,
     TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, GRADIENT: tl.constexpr,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -1970,7 +1997,10 @@ def _targets_kernel(
             tl.store(losses + stride_t + row, loss, mask=real)
         weighted += tl.load(weights + term) * loss
         if GRADIENT:
-            values = all_weights * tl.exp(23 * tile - shift)
+            likely = 23 * tile - shift
+            if offsets is not None:
+                likely += tl.load(offsets + target, mask=scored, other=0.0)
+            values = all_weights * tl.exp(likely)
             for other in tl.static_range(TERMS):  # two terms may have the same target
                 same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
                 values -= tl.where(same, tl.load(weights + other), 0.0)
@@ -1983,28 +2013,32 @@ def _targets_kernel(
 
 
 def plain_head_loss(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor],
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logits, scored = softcap(x @ head.mT), targets >= 0
-    losses = logits.logsumexp(1, keepdim=True) - logits.gather(1, targets.clamp_min(0))
+    lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
+    losses = lse - logits.gather(1, targets.clamp_min(0))
     losses = (losses * scored).sum(0)
     return torch.stack([losses @ weights, losses[0]]), x.new_empty(0), x.new_empty(0)
 
 
-def head_loss_fake(x, head, targets, weights, fp8):
+def head_loss_fake(x, head, targets, weights, fp8, offsets):
     return weights.new_empty(2), *like(x, head)
 
 
 @fused_op(plain_head_loss, head_loss_fake)
 def head_loss(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor],
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Sums over a row of cross-entropies of the softcapped logits, and the gradients of the first.
 
     x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
-    weights: (terms,) fp32. fp8: nothing or the fields of HeadFp8. Returns (2,) fp32, in nats: all
-    terms by weight, and the first alone; then what x and head would get from the former. The fp8
-    gradient of the logits is written in the two layouts that the products behind it read.
+    weights: (terms,) fp32. fp8: nothing or the fields of HeadFp8. offsets: (vocab,) fp32, added to
+    the logits in the softmax's denominator alone. Returns (2,) fp32, in nats: all terms by weight,
+    and the first alone; then what x and head would get from the former. The fp8 gradient of the
+    logits is written in the two layouts that the products behind it read.
     """
     num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
     losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
@@ -2021,15 +2055,17 @@ def head_loss(
             logits = fp8_product(x8[rows], fp8.weight, fp8.unit_x, fp8.unit_w)
         else:
             logits = x[rows] @ head.mT
-        _lse_kernel[(count,)](logits, lse[rows], vocab, **flags, BLOCK=2048, num_warps=8)
-        inputs, outputs = (logits, lse[rows], targets[rows], weights), (unit, grad[rows])
+        _lse_kernel[(count,)](logits, offsets, lse[rows], vocab, **flags, BLOCK=2048, num_warps=8)
+        inputs, outputs = (lse[rows], targets[rows], weights), (unit, grad[rows])
         outputs += (grad_t[:, rows] if fp8 else None, count, vocab, num_rows)
         kinds = flags | {"TERMS": targets.size(1), "TRANSPOSED": bool(fp8)}
         # 128 rows of a transposed fp8 tile are whole lines of memory.
         grid = (triton.cdiv(count, 128), triton.cdiv(vocab, 64))
-        _logits_gradient_kernel[grid](*inputs, *outputs, **kinds, ROWS=128, COLUMNS=64, num_warps=4)
+        _logits_gradient_kernel[grid](
+            logits, offsets, *inputs, *outputs, **kinds, ROWS=128, COLUMNS=64, num_warps=4
+        )
         _targets_kernel[grid[:1]](
-            *inputs, losses[:, rows], *outputs, **kinds, GRADIENT=True, ROWS=128
+            logits, offsets, *inputs, losses[:, rows], *outputs, **kinds, GRADIENT=True, ROWS=128
         )
     if fp8:
         grad_x = fp8_product(grad, fp8.weight_t, fp8.unit_grad, fp8.unit_w)
@@ -2039,14 +2075,49 @@ def head_loss(
 
 def _head_loss_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.fp8_count = len(inputs[-1])
+    ctx.fp8_count = len(inputs[4])
 
 
 def _head_loss_gradients(ctx, grad, *_):
-    return *(grad[0] * saved for saved in ctx.saved_tensors), None, None, [None] * ctx.fp8_count
+    d_x, d_head = (grad[0] * saved for saved in ctx.saved_tensors)
+    return d_x, d_head, None, None, [None] * ctx.fp8_count, None
 
 
 head_loss.register_autograd(_head_loss_gradients, setup_context=_head_loss_context)
+
+
+class Columns(NamedTuple):
+    """The part of the vocabulary that the loss of one row is computed on."""
+
+    tokens: Tensor  # (columns,) int64, ascending
+    offsets: Tensor  # (columns,) fp32, as head_loss takes them
+    targets: Tensor  # like the row's targets, as places among the columns
+
+
+def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
+    """Every token that is a target, and others, drawn evenly, that make up `count` columns.
+
+    A drawn column stands for (vocab - distinct targets) / (count - distinct targets) tokens; with
+    the log of that as its offset the softmax's denominator is estimated without bias. Rows with
+    `count` or more distinct targets give NaN. The draw is a hash of the row: the same on whichever
+    rank. Source: Jean et al. 2015, arXiv 1412.2007, section 3.
+    """
+    token = torch.arange(vocab, device=targets.device)
+    flat = targets.flatten() % (vocab + 1)  # IGNORED_TARGET goes behind the end
+    is_target = torch.zeros(vocab + 1, device=targets.device).scatter_(0, flat, 1.0)[:vocab]
+    seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum()
+    drawn = (token + seed) * MIX_1.value
+    drawn = (drawn ^ (drawn >> 31)) * MIX_2.value
+    drawn = ((drawn ^ (drawn >> 27)) & 0xFFFFFF).float() / 2**24
+    tokens = (is_target + drawn).topk(count, sorted=False).indices.sort().values
+    place = torch.full_like(F.pad(token, (0, 1)), IGNORED_TARGET)
+    place[tokens] = token[:count]
+    num_targets = is_target.sum()
+    offset = torch.log((vocab - num_targets) / (count - num_targets))
+    offsets = torch.where(is_target[tokens] > 0, 0.0, offset)
+    if count < vocab:
+        offsets = torch.where(num_targets < count, offsets, math.nan)
+    return Columns(tokens, offsets, place[targets])
 
 
 def plain_next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -2062,9 +2133,11 @@ def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     for start in range(0, num_rows, HEAD_ROWS):
         rows = slice(start, min(start + HEAD_ROWS, num_rows))
         logits, count = x[rows] @ head.mT, rows.stop - start
-        _lse_kernel[(count,)](logits, lse[rows], vocab, APPROXIMATE=False, BLOCK=2048, num_warps=8)
+        _lse_kernel[(count,)](
+            logits, None, lse[rows], vocab, APPROXIMATE=False, BLOCK=2048, num_warps=8
+        )
         _targets_kernel[(triton.cdiv(count, 128),)](
-            logits, lse[rows], targets[rows], torch.ones_like(lse[:1]), losses[:, rows], None,
+            logits, None, lse[rows], targets[rows], torch.ones_like(lse[:1]), losses[:, rows], None,
             None, None, count, vocab, num_rows, TERMS=1, APPROXIMATE=False, GRADIENT=False,
             TRANSPOSED=False, ROWS=128,
         )  # fmt: skip
@@ -2162,6 +2235,125 @@ class FirstColumns(torch.autograd.Function):
         return grad, None
 
 
+# --- Exact match ----------------------------------------------------------------------------------
+#
+# What was read, as hash tables, one an order: the slot of the last n tokens of a document holds the
+# token that followed them when they were last seen, as position << 32 | check << 16 | token, so
+# that the largest entry is the latest. Empty slots are -1.
+
+
+def match_keys(
+    tokens: Tensor, starts: Tensor, orders: Sequence[int], slots: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each order, (T,): the slot, the check bits, and whether the document is that long yet."""
+    position, key = torch.arange(len(tokens), device=tokens.device), torch.zeros_like(tokens).long()
+    done = 0
+    for order in orders:
+        for back in range(done, order):
+            token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
+            key = (key ^ (token + 1)) * MIX_1.value
+            key = key ^ (key >> 29)
+        done, mixed = order, key * MIX_2.value
+        long_enough = position - starts >= order - 1
+        yield (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF, long_enough
+
+
+def plain_find_matches(
+    tokens: Tensor, starts: Tensor, tables: Tensor, orders: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    found, which = tokens.clone(), torch.zeros_like(tokens)
+    keys = match_keys(tokens, starts, orders, tables.size(1))
+    for i, (slot, check, long_enough) in enumerate(keys):
+        entry = tables[i, slot]
+        hit = long_enough & (entry >= 0) & ((entry >> 16 & 0xFFFF) == check)
+        found = torch.where(hit, (entry & 0xFFFF).int(), found)
+        which = torch.where(hit, i + 1, which)
+    return found, which
+
+
+@triton.jit
+def _match_kernel(
+    tokens, starts, targets, tables, found, which, base, num_tokens, slots, ORDERS: tl.constexpr,
+    LONGEST: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ORDERS: bit n is set for order n."""
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < num_tokens
+    length = position - tl.load(starts + position, mask=inside, other=0) + 1
+    key, number = tl.zeros((BLOCK,), tl.int64), 0
+    if WRITE:
+        following = tl.load(targets + position, mask=inside, other=0)
+    else:
+        token = tl.load(tokens + position, mask=inside, other=0)
+        order = tl.zeros((BLOCK,), tl.int32)
+    for n in tl.static_range(1, LONGEST + 1):
+        place = position - (n - 1)
+        earlier = tl.load(tokens + place, mask=inside & (place >= 0), other=0).to(tl.int64)
+        key = (key ^ (earlier + 1)) * MIX_1
+        key = key ^ (key >> 29)
+        if (ORDERS >> n) & 1:
+            mixed = key * MIX_2
+            slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF
+            mask = inside & (length >= n)
+            if WRITE:
+                entry = (base + position).to(tl.int64) << 32 | check << 16 | following
+                tl.atomic_max(tables + slot, entry, mask=mask)
+            else:
+                entry = tl.load(tables + slot, mask=mask, other=-1)
+                hit = (entry >= 0) & (((entry >> 16) & 0xFFFF) == check)
+                token = tl.where(hit, (entry & 0xFFFF).to(tl.int32), token)
+                order = tl.where(hit, number + 1, order)
+            tables += slots
+            number += 1
+    if not WRITE:
+        tl.store(found + position, token, mask=inside)
+        tl.store(which + position, order, mask=inside)
+
+
+def launch_match_kernel(
+    tokens: Tensor, starts: Tensor, targets: Tensor | None, tables: Tensor, found: Tensor | None,
+    which: Tensor | None, base: int, orders: Sequence[int],
+) -> None:  # fmt: skip
+    slots, bits = tables.size(1), sum(1 << order for order in orders)
+    _match_kernel[(triton.cdiv(len(tokens), 128),)](
+        tokens, starts, targets, tables, found, which, base, len(tokens), slots,
+        ORDERS=bits, LONGEST=max(orders), WRITE=targets is not None, BLOCK=128, num_warps=4,
+    )  # fmt: skip
+
+
+@fused_op(
+    fake=lambda tokens, starts, tables, orders: like(tokens, tokens),
+    twin=plain_find_matches,
+)
+def find_matches(
+    tokens: Tensor, starts: Tensor, tables: Tensor, orders: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The token that followed the longest context seen before, and 1 + the number of its order.
+
+    tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int64, slots
+    a power of two. orders: ascending. Returns (T,) int32 each; the token itself and 0 without one.
+    """
+    found, which = torch.empty_like(tokens), torch.empty_like(tokens)
+    launch_match_kernel(tokens, starts, None, tables, found, which, 0, orders)
+    return found, which
+
+
+def note_matches_(
+    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: Sequence[int],
+    base: int,
+) -> None:  # fmt: skip
+    """Write down what followed each context of a row, read from position `base` of the stream on.
+    The latest stays, in whichever order rows and threads write."""
+    if has_kernels(tables.device):
+        launch_match_kernel(tokens, starts, targets, tables, None, None, base, orders)
+        return
+    position = base + torch.arange(len(tokens), device=tokens.device)
+    keys = match_keys(tokens, starts, orders, tables.size(1))
+    for table, (slot, check, long_enough) in zip(tables, keys):
+        entry = position << 32 | check << 16 | targets
+        table.scatter_reduce_(0, slot[long_enough], entry[long_enough], "amax")
+
+
 # ==================================================================================================
 # 5. Model
 # ==================================================================================================
@@ -2181,7 +2373,7 @@ class Lookups(NamedTuple):
 
     embedded: Tensor  # (T, dim)
     values: list[Tensor]  # (T, dim) of each value table
-    bigram: Tensor  # (T, dim)
+    bigram: Tensor  # (T, dim), with the matches
 
 
 class Windows(NamedTuple):
@@ -2247,6 +2439,9 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "value_gate":    SmallParam(gates,       0.0,  slow,        1.0,  1.0),
     }
     # fmt: on
+    if config.match_orders:  # of no match, and of each order
+        starts = [0.0] + [1.0] * len(config.match_orders)
+        table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
     for name, layout in gate_layouts(config).items():
         learned_scale = name in ("early", "late")
         lr = 0.1 if learned_scale else 0.25
@@ -2295,7 +2490,13 @@ class GPT(nn.Module):
         self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2
         self.head = zeros(vocab, dim)
         self.embed = zeros(vocab, dim)
-        self.value_embed = zeros(self.num_value_tables * vocab, dim)  # one table behind the other
+        # one table behind the other, the last for the tokens that matches foretell
+        num_tables = self.num_value_tables + bool(config.match_orders)
+        self.value_embed = zeros(num_tables * vocab, dim)
+        self.matches = None
+        if config.match_orders:
+            shape = len(config.match_orders), config.match_slots
+            self.matches = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.bigram = zeros(config.bigram_rows, dim)
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
@@ -2373,22 +2574,31 @@ class GPT(nn.Module):
             tables[new] = (*rotary_tables(frequencies, positions, device), scale)
         return tables
 
-    def look_up(self, tokens: Tensor) -> Lookups:
-        """Rows of the embedding tables for tokens (T,)."""
+    def look_up(self, batch: Batch) -> Lookups:
+        """Rows of the embedding tables."""
+        tokens, orders = batch.tokens, self.config.match_orders
 
         def read(tables: list[Tensor], rows: Tensor) -> list[Tensor]:
             order = sort_rows(rows) if torch.is_grad_enabled() else None
             return [TableRows.apply(table, rows, order) for table in tables]
 
         embed = self.head if self.tied else self.embed
-        embedded, *values = read([embed, *self.value_tables], tokens)
+        tables = self.value_tables[: self.num_value_tables]
+        embedded, *values = read([embed, *tables], tokens)
         hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
         bigram = read([self.bigram], hashed)[0] * F.embedding(sign, self.bigram_signs)
+        if orders:
+            starts = document_starts(batch.cu_seqlens, len(tokens))
+            found, order = find_matches(tokens, starts, self.matches, orders)
+            which = order[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
+            gain = (which.float() @ self.small_weights["match"])[:, None]
+            match = read([self.value_tables[-1]], found)[0]
+            bigram = combine([bigram, match], [self.one, gain], False, [], False)[0]
         return Lookups(embedded, values, bigram)
 
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
         """The normed residual stream in front of the head, (T, dim)."""
-        return self.run_layers(self.look_up(batch.tokens), batch, windows, fp8)
+        return self.run_layers(self.look_up(batch), batch, windows, fp8)
 
     def run_layers(
         self, lookups: Lookups, batch: Batch, windows: Windows, fp8: Fp8Copies | None
@@ -2519,21 +2729,26 @@ class GPT(nn.Module):
         windows: Windows,
         loss_weights: Tensor | None = None,
         prefixes: Tensor | None = None,
+        columns: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The loss to train on and the plain next-token loss, both fp32 sums over the row in nats.
 
         loss_weights, (4,): of the next token, of the two after it, and of the next token's prefix
-        token, prefixes[target] (IGNORED_TARGET where there is none). Without them, as validation
-        has it, the next-token loss alone, in bf16.
+        token, prefixes[target] (IGNORED_TARGET where there is none). columns: how many of the
+        vocabulary estimate the softmax, 0 for all. Without weights, as validation has it, the
+        next-token loss alone, in bf16.
         """
         if loss_weights is None:
             return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
         x, targets = self.hidden(batch, windows, self.fp8), batch.targets
         later = [F.pad(targets, (0, n), value=IGNORED_TARGET)[n:] for n in (1, 2)]
         terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
-        losses, *_ = head_loss(
-            x, self.head, terms, loss_weights, self.fp8.head() if self.fp8 else []
-        )
+        head, tokens, offsets = self.head, None, None
+        if columns:
+            tokens, offsets, terms = draw_columns(terms, len(head), columns)
+            head = TableRows.apply(head, tokens, sort_rows(tokens))
+        fp8 = self.fp8.head(tokens) if self.fp8 else []
+        losses, *_ = head_loss(x, head, terms, loss_weights, fp8, offsets)
         return losses[0], losses[1].detach()
 
 
@@ -3150,7 +3365,8 @@ class Optimizer:
 
 @contextlib.contextmanager
 def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
-    """Put every weight and optimizer state back, bit for bit, and drop the gradients at the end."""
+    """At the end put every weight and optimizer state back, bit for bit, drop the gradients and
+    forget what was read."""
     tied = model.tied
     tensors = [param.detach() for param in model.parameters()] + optimizer.tensors()
     copies = [tensor.clone() for tensor in tensors]
@@ -3162,6 +3378,8 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
         for param in model.parameters():
             param.grad.zero_()
         model.tied = tied
+        if model.matches is not None:
+            model.matches.fill_(-1)
         if model.fp8 is not None:
             model.fp8.reset()
 
@@ -3325,7 +3543,8 @@ def training_rows(
 ) -> Iterator[Batch]:
     """This rank's rows, one of every world_size. shapes: (T, max_seq_len) of each micro-step."""
     files = find_files("--train_files", config.train_files)
-    stream = TokenStream(files, config.vocab_size, config.repeat_data)
+    # what is read twice could be foretold
+    stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for num_tokens, max_seq_len in shapes:
         for owner in range(world_size):
             documents = stream.next_row(num_tokens, max_seq_len)
@@ -3362,6 +3581,12 @@ def check_data(config: Config, tokens_needed: int) -> int:
             f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
             f"{tokens_needed}: add shards (data/cached_fineweb.py), lower --num_steps, or pass "
             "--repeat_data true"
+        )
+    if config.match_orders and not tokens_needed < min(total, 2**31):
+        raise UserError(
+            f"--match_orders: the schedule reads {tokens_needed} tokens, more than the {total} of "
+            "--train_files or than 2^31: matches would foretell what is repeated; add shards or "
+            "lower --num_steps"
         )
     path = find_files("--val_file", config.val_file)[0]
     available = read_shard_header(path) - 1
@@ -3578,7 +3803,8 @@ class Progress:
         if not math.isfinite(value):
             raise UserError(
                 f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
-                "lower --muon_lr or --adam_lr, or check the data of --train_files"
+                "lower --muon_lr or --adam_lr, check the data of --train_files, or raise the "
+                "columns of --stages if rows have more different targets than that"
             )
         step_ms, self.last_time = 1000 * (now - self.last_time), now
         self.runtime.log.step(step + 1, value, now, step_ms)
@@ -3602,21 +3828,26 @@ class MicroStep:
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def kind(self, batch: Batch, windows: Windows) -> tuple:
+    def kind(self, batch: Batch, windows: Windows, columns: int) -> tuple:
         """What a graph is captured for."""
-        return len(batch.tokens), batch.max_seq_len, windows, self.model.tied
+        return len(batch.tokens), batch.max_seq_len, windows, columns, self.model.tied
 
-    def compute(self, batch: Batch, windows: Windows, loss_weights: Tensor) -> Tensor:
-        loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes)
+    def compute(
+        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
+    ) -> Tensor:
+        loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes, columns)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
         return next_token_loss
 
-    def __call__(self, batch: Batch, windows: Windows, loss_weights: Tensor) -> Tensor:
+    def __call__(
+        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
+    ) -> Tensor:
         """The sum of next-token losses, fp32, valid until the next call."""
         if not self.uses_graphs:
-            return self.compute(to_device(batch, loss_weights.device), windows, loss_weights)
-        kind = self.kind(batch, windows)
+            batch = to_device(batch, loss_weights.device)
+            return self.compute(batch, windows, loss_weights, columns)
+        kind = self.kind(batch, windows, columns)
         if kind not in self.graphs:
             raise RuntimeError(f"no graph was captured for rows of {kind}")
         graph, inputs, loss = self.graphs[kind]
@@ -3625,22 +3856,24 @@ class MicroStep:
         graph.replay()
         return loss
 
-    def capture(self, batch: Batch, windows: Windows, loss_weights: Tensor) -> None:
+    def capture(
+        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
+    ) -> None:
         """Make the graph for rows like this one; changes the gradients."""
         batch = to_device(batch, loss_weights.device)
         inputs = [tensor.clone() for tensor in (*batch[:3], loss_weights)]
         mine = Batch(*inputs[:3], batch.max_seq_len)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # compiles kernels, makes workspaces
-            self.compute(mine, windows, inputs[3])
+            self.compute(mine, windows, inputs[3], columns)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **how):
-            loss = self.compute(mine, windows, inputs[3])
-        self.graphs[self.kind(batch, windows)] = graph, inputs, loss
+            loss = self.compute(mine, windows, inputs[3], columns)
+        self.graphs[self.kind(batch, windows, columns)] = graph, inputs, loss
 
 
 def compile_kernels(
@@ -3650,6 +3883,7 @@ def compile_kernels(
     batch: Batch,
     windows: Windows,
     loss_weights: Tensor,
+    columns: int,
     runtime: Runtime,
 ) -> None:
     """Run every kernel once on a short row; changes weights and gradients.
@@ -3667,7 +3901,10 @@ def compile_kernels(
     layouts = model.gate_layouts.values()
     gates = {name: noise(count, size) for row in layouts for name, (size, _) in row.items()}
 
-    def run_attention(i: int) -> None:
+    # flash-attn-4 has a kernel of its own for more than 256 documents, as long rows have room for
+    many = batch._replace(cu_seqlens=F.pad(batch.cu_seqlens, (0, 256), value=count))
+
+    def run_attention(i: int, batch: Batch) -> None:
         row, extra = config.layers[i], (None, None)
         if i == len(config.layers) - 1:
             extra = noise(count, config.num_heads), x
@@ -3677,8 +3914,9 @@ def compile_kernels(
     def run_update(state: ParamState) -> None:
         optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
 
-    round_trip = [functools.partial(run_attention, i) for i in model.attention_layers]
-    round_trip.append(lambda: micro_step.compute(batch, windows, loss_weights))
+    attentions = itertools.product(model.attention_layers, (batch, many))
+    round_trip = [functools.partial(run_attention, *attention) for attention in attentions]
+    round_trip.append(lambda: micro_step.compute(batch, windows, loss_weights, columns))
     round_trip += [functools.partial(run_update, state) for state in optimizer.states]
     start = runtime.rank * len(round_trip) // runtime.world_size
     for run in round_trip[start:] + round_trip[:start]:
@@ -3698,7 +3936,10 @@ def prepare(
     kinds = {}  # the last step of every kind of row
     for step in range(schedule.end_step):
         plan = schedule[step]
-        kinds[plan.stage.tokens_per_step, plan.stage.max_seq_len, plan.windows, plan.tied] = step
+        stage = plan.stage
+        kinds[stage.tokens_per_step, stage.max_seq_len, stage.columns, *plan.windows, plan.tied] = (
+            step
+        )
     random = np.random.default_rng(runtime.rank)
 
     def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
@@ -3713,18 +3954,21 @@ def prepare(
     with nothing_changes(model, optimizer):
         if micro_step.uses_graphs:
             plan = schedule[0]
-            row = random_batch(256, 256), plan.windows, loss_weights[0]
+            row = random_batch(256, 256), plan.windows, loss_weights[0], plan.stage.columns
             compile_kernels(model, optimizer, micro_step, *row, runtime)
             report("kernels")
         for last in kinds.values():
             plan, num_tokens = schedule[last], schedule.row_tokens(last)
             if model.tied and not plan.tied:
                 optimizer.split_embedding()
-            row = random_batch(num_tokens, plan.stage.max_seq_len), plan.windows, loss_weights[last]
+            batch = random_batch(num_tokens, plan.stage.max_seq_len)
+            row = batch, plan.windows, loss_weights[last], plan.stage.columns
             if micro_step.uses_graphs:
                 micro_step.capture(*row)
             for step in range(2):  # an even and an odd one, so that every update runs
                 micro_step(*row)
+                if model.matches is not None:
+                    note_rows(model, [batch], 0, runtime)
                 optimizer.step(step, plan.lr_scale, plan.momentum)
             head = "tied" if plan.tied else "untied"
             report(f"rows of {num_tokens:,} tokens, windows {plan.windows}, head {head}")
@@ -3732,6 +3976,26 @@ def prepare(
             batch = random_batch(config.val_row_tokens, config.val_row_tokens)
             model(to_device(batch, runtime.device), plan.windows)
         report(f"validation rows of {config.val_row_tokens:,} tokens")
+
+
+@torch.no_grad()
+def note_rows(model: GPT, rows: list[Batch], position: int, runtime: Runtime) -> int:
+    """Enter the rows that all ranks read in a step, from `position` of the stream on, in what the
+    model can match. Later steps see them, this one did not. Gives the position behind them."""
+    for row in rows:
+        row = to_device(row, runtime.device)
+        starts = document_starts(row.cu_seqlens, len(row.tokens))
+        own = torch.stack([row.tokens, starts, row.targets.int()])
+        everyone = own[None]
+        if runtime.world_size > 1:
+            everyone = own.new_empty(runtime.world_size, *own.shape)
+            dist.all_gather_into_tensor(everyone.flatten(0, 1), own)
+        for tokens, starts, targets in everyone:
+            note_matches_(
+                model.matches, tokens, starts, targets, model.config.match_orders, position
+            )
+            position += len(tokens)
+    return position
 
 
 @torch.no_grad()
@@ -3793,16 +4057,22 @@ def train(config: Config, runtime: Runtime) -> None:
     rows = Prefetcher(training_rows(config, runtime.rank, runtime.world_size, shapes, pin))
     clock = Clock(runtime)
     progress = Progress(runtime, clock, schedule.end_step)
+    position = 0  # in the stream, of the rows of all ranks
     clock.start()
     for step in range(schedule.end_step):
         plan = schedule[step]
         if model.tied and not plan.tied:
             optimizer.split_embedding()
-        train_loss = torch.zeros((), device=runtime.device)
+        train_loss, read = torch.zeros((), device=runtime.device), []
         for _ in range(grad_accum_steps):
-            next_token_loss = micro_step(next(rows), plan.windows, loss_weights[step])
+            read.append(next(rows))
+            next_token_loss = micro_step(
+                read[-1], plan.windows, loss_weights[step], plan.stage.columns
+            )
             train_loss += next_token_loss / (schedule.row_tokens(step) * grad_accum_steps)
         optimizer.step(step, plan.lr_scale, plan.momentum)
+        if model.matches is not None:
+            position = note_rows(model, read, position, runtime)
         progress.launched(step, train_loss)
 
         done = step + 1
@@ -3923,6 +4193,8 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     weights = {name: param.detach().cpu() for name, param in model.named_parameters()}
     if model.tied:
         weights["embed"] = weights["head"]
+    if model.matches is not None:
+        weights["matches"] = model.matches.cpu()
     temporary = f"{config.checkpoint}.part"
     try:
         torch.save(
@@ -3965,6 +4237,8 @@ def continue_text(config: Config, runtime: Runtime) -> None:
     for name, param in model.named_parameters():
         rows = min(len(param), len(weights[name]))  # banks are padded to the number of ranks
         param[:rows] = weights[name][:rows]
+    if model.matches is not None:
+        model.matches.copy_(weights["matches"])
     model.tied = False
 
     ids = byte_token_ids()
@@ -4023,6 +4297,8 @@ def parse_value(kind: object, text: str) -> object:
                 )
             table.append(rows_of(*map(parse_value, hints.values(), fields)))
         return tuple(table)
+    if kind == tuple[int, ...]:
+        return tuple(int(number) for number in text.split(":") if number != "none")
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{text!r} is neither true nor false")
@@ -4034,6 +4310,8 @@ def parse_value(kind: object, text: str) -> object:
 
 def format_value(value: object) -> str:
     """The inverse of parse_value."""
+    if isinstance(value, tuple) and all(isinstance(number, int) for number in value):
+        return ":".join(map(str, value)) or "none"
     if isinstance(value, tuple):
         return ", ".join(":".join(map(format_value, dataclasses.astuple(row))) for row in value)
     if value is None or isinstance(value, bool):
@@ -4072,7 +4350,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     parser = Parser(
         description=__doc__.split("\n")[0],
         epilog="Tables are rows of colon-separated fields with commas between the rows: a stage is "
-        "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25, a layer "
+        "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer "
         "short:true:none:false:false:none:none",
         allow_abbrev=False,
     )

@@ -80,6 +80,8 @@ def load_checkpoint(script: ModuleType, path: str, device: str):
         for name, param in model.named_parameters():
             rows = min(len(param), len(saved["weights"][name]))  # banks are padded to the ranks
             param[:rows] = saved["weights"][name][:rows]
+    if getattr(model, "matches", None) is not None:
+        model.matches.copy_(saved["weights"]["matches"])
     if hasattr(model, "tied"):
         model.tied = False  # a checkpoint has both matrices
     return model, config, saved["byte_tokens"]

@@ -39,7 +39,7 @@ GROUPS = {
     "attention": r"flash|fmha|softmax|mix_",
     "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp|head_loss",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
-    "tables": r"sort|cub::|gather|scatter|index|embedding|add_?rows|tablerows|cumsum",
+    "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|add_?rows|tablerows|cumsum",
     "element-wise": r"elementwise|reduce|combine|prepare_qkv|finish_attention|quantize|Rowwise"
     r"|CatArray|triton_|aten::|autograd::",
     "other": r"",
@@ -211,7 +211,7 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     def run(begin: int) -> None:
         plan, train_loss = schedule[begin], torch.zeros((), device=runtime.device)
         for _ in range(grad_accum_steps):
-            loss = micro_step(next(rows), plan.windows, loss_weights[begin])
+            loss = micro_step(next(rows), plan.windows, loss_weights[begin], plan.stage.columns)
             train_loss += loss / (schedule.row_tokens(begin) * grad_accum_steps)
         optimizer.step(next(steps), plan.lr_scale, plan.momentum)
 

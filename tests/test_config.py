@@ -39,7 +39,9 @@ def other_value(name: str) -> object:
     if kind == tuple[Layer, ...]:
         return (LAST, dataclasses.replace(LAST, window="none", skip_from=None, xsa=True))
     if kind == tuple[Stage, ...]:
-        return (Stage(1 / 3, 64, *range(3, 13)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 6)))
+        return (Stage(1 / 3, 64, *range(3, 14)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 6), 0))
+    if kind == tuple[int, ...]:
+        return (2, 3, 7)
     return {int: 12_345, float: 0.1 + 0.2, str: "some where/*, a:b = 50%.bin"}[kind]
 
 
@@ -73,12 +75,15 @@ def test_default_preset_follows_the_device(monkeypatch):
 
 
 def test_tables_parse():
-    arguments = ["--stages", "1/3:96:10:8:9:0.5:1:2:3:4:5:6, 2/3:192:20:16:18:1e-1:1/2:0:0:0:0:0"]
+    arguments = [
+        "--stages",
+        "1/3:96:10:8:9:0.5:1:2:3:4:5:6:7, 2/3:192:20:16:18:1e-1:1/2:0:0:0:0:0:0",
+    ]
     arguments += ["--layers", "short:true:none:false:TRUE:none:2,long:False:0:true:false:11:none"]
     config = parse_args(arguments)
     assert config.stages == (
-        Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
-        Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0),
+        Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7),
+        Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0),
     )
     assert config.layers == (
         Layer("short", True, None, False, True, None, 2),
@@ -95,7 +100,7 @@ def test_field_names_are_those_of_the_tables():
     sizes = ["share", "tokens_per_step", "max_seq_len", "window_short", "window_long", "lr"]
     weights = ["second_start", "second_end", "third_start", "third_end"]
     names = [field.name for field in dataclasses.fields(Stage)]
-    assert names == [*sizes, *weights, "prefix_start", "prefix_end"]
+    assert names == [*sizes, *weights, "prefix_start", "prefix_end", "columns"]
     flags = ["paired", "value_table", "xsa", "head_gate"]
     names = [field.name for field in dataclasses.fields(Layer)]
     assert names == ["window", *flags, "skip_from", "attend_from"]
@@ -151,9 +156,9 @@ def test_help_shows_every_fields_comment(capsys):
         ("--layers short:false:0:false:false:none", "--layers"),
         ("--layers short:false:0:false:false:none:none:none", "--layers"),
         ("--stages 1:2:3:4:5:6", "--stages"),
-        ("--stages 1:2:3:4:5:6:7:8:9:10:11:x", "--stages"),
-        ("--stages 1:2.5:3:4:5:6:7:8:9:10:11:12", "--stages"),
-        ("--extension 1:16:16:16:16:1:0:0:0:0:0:0,", "--extension"),
+        ("--stages 1:2:3:4:5:6:7:8:9:10:11:12:x", "--stages"),
+        ("--stages 1:2.5:3:4:5:6:7:8:9:10:11:12:0", "--stages"),
+        ("--extension 1:16:16:16:16:1:0:0:0:0:0:0:0,", "--extension"),
     ],
 )
 def test_what_cannot_be_read_ends_with_code_2_and_the_options_name(arguments, named, capsys):

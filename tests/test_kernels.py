@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import random_batch, tiny_config, trained_like
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -63,7 +62,8 @@ def with_kernels(name: str) -> Callable:
 
 
 DIFFERENTIABLE = "combine", "prepare_qkv", "finish_attention", "mix_by_weights", "mlp"
-OPS = {name: with_kernels(name) for name in (*DIFFERENTIABLE, "head_loss", "next_token_loss")}
+OTHERS = "head_loss", "next_token_loss", "find_matches"
+OPS = {name: with_kernels(name) for name in (*DIFFERENTIABLE, *OTHERS)}
 BACKWARD_OPS = {f"{name}_backward": with_kernels(f"{name}_backward") for name in DIFFERENTIABLE}
 
 
@@ -316,15 +316,29 @@ def head_inputs(tokens: int, vocab: int, dim: int, std: float) -> list:
     return [x, random(vocab, dim, std=std), targets, weights]
 
 
+def random_offsets(vocab: int) -> Tensor:
+    """Of either sign, every third zero."""
+    offsets = single(vocab)
+    offsets[::3] = 0
+    return offsets
+
+
 def exact_head_loss(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses, and the gradients of x and head, in float64."""
     x, head = x.double().requires_grad_(), head.double().requires_grad_()
     logits = 23 * torch.sigmoid((x @ head.T + 5) / 7.5)
-    losses = -(logits.log_softmax(1).gather(1, targets.clamp_min(0)) * (targets >= 0)).sum(0)
+    denominator = (logits.exp() * (1 if offsets is None else offsets.double().exp())).sum(1)
+    losses = denominator.log()[:, None] - logits.gather(1, targets.clamp_min(0))
+    losses = (losses * (targets >= 0)).sum(0)
     total = losses @ weights.double()
     return torch.stack([total, losses[0]]).detach(), *torch.autograd.grad(total, (x, head))
+
+
+with_and_without_offsets = pytest.mark.parametrize(
+    "with_offsets", [False, True], ids=["plain", "offsets"]
+)
 
 
 @pytest.mark.parametrize(
@@ -334,20 +348,23 @@ def exact_head_loss(
         [(5000, 50304, 768, 0.03, 2048), (8192, 50304, 768, 0.03, 16384)],
     ),
 )
-def test_head_loss(monkeypatch, tokens, vocab, dim, std, head_rows):
+@with_and_without_offsets
+def test_head_loss(monkeypatch, tokens, vocab, dim, std, head_rows, with_offsets):
     """In chunks of rows, the last of them ragged."""
     monkeypatch.setattr(train_gpt, "HEAD_ROWS", head_rows)
     inputs = head_inputs(tokens, vocab, dim, std)
-    exact = exact_head_loss(*inputs)
+    offsets = random_offsets(vocab) if with_offsets else None
+    exact = exact_head_loss(*inputs, offsets)
     leaves = [x.requires_grad_() for x in inputs[:2]]
-    losses, *_ = OPS["head_loss"](*inputs, [])
+    losses, *_ = OPS["head_loss"](*inputs, [], offsets)
     gradients = torch.autograd.grad(3 * losses[0], leaves)
     assert relative_error(losses, exact[0]) < (1e-3 if GPU else 1e-6)
     for value, reference in zip(gradients, exact[1:], strict=True):
         assert relative_error(value / 3, reference) < TOLERANCE
-    x, head = (x.detach() for x in leaves)
-    plain = OPS["next_token_loss"](x, head, inputs[2][:, 0].contiguous())
-    assert plain.item() == pytest.approx(exact[0][1].item(), rel=1e-3 if GPU else 1e-6)
+    if not with_offsets:
+        x, head = (x.detach() for x in leaves)
+        plain = OPS["next_token_loss"](x, head, inputs[2][:, 0].contiguous())
+        assert plain.item() == pytest.approx(exact[0][1].item(), rel=1e-3 if GPU else 1e-6)
 
 
 @interpreted
@@ -361,8 +378,9 @@ def test_compiler_knows_the_ops():
         ("finish_attention", finish_inputs(FINISH[1])),
         ("mix_by_weights", mixing_inputs(MIXING[1])),
         ("mlp", [random(8, 16), random(20, 16), random(20, 16), []]),
-        ("head_loss", [x, head, *others, []]),
+        ("head_loss", [x, head, *others, [], torch.randn(30)]),
         ("next_token_loss", [x, head, others[0][:, 0].contiguous()]),
+        ("find_matches", match_inputs(40, 16, (1, 3))),
     ):
         torch.library.opcheck(OPS[name], inputs, test_utils=checks)
         if name in ("combine", "prepare_qkv", "finish_attention", "mlp"):
@@ -506,16 +524,18 @@ def test_mlp_in_fp8(tokens):
 
 @gpu
 @pytest.mark.parametrize(("tokens", "head_rows"), [(5008, 2048), (8192, 16384)])
-def test_head_loss_in_fp8(monkeypatch, tokens, head_rows):
+@with_and_without_offsets
+def test_head_loss_in_fp8(monkeypatch, tokens, head_rows, with_offsets):
     monkeypatch.setattr(train_gpt, "HEAD_ROWS", head_rows)
     x, head, targets, weights = head_inputs(tokens, 50304, 768, 0.05)
     unit_w, unit_x, unit_grad = (unit_of(value / 448) for value in (1.6, 100.0, 0.75))
     copies = quantize(head, unit_w)
     leaves = x.requires_grad_(), head.requires_grad_()
     fp8 = [*copies, unit_w, unit_x, unit_grad]
-    losses, *_ = OPS["head_loss"](*leaves, targets, weights, fp8)
+    offsets = random_offsets(50304) if with_offsets else None
+    losses, *_ = OPS["head_loss"](*leaves, targets, weights, fp8, offsets)
     found = torch.autograd.grad(losses[0], leaves)
-    exact = exact_head_loss(*(z.detach() for z in (*leaves, targets, weights)))
+    exact = exact_head_loss(*(z.detach() for z in (*leaves, targets, weights)), offsets)
     assert relative_error(losses, exact[0]) < 1e-2
     for value, reference in zip(found, exact[1:], strict=True):
         assert relative_error(value, reference) < 7e-2  # two products, one of them with e5m2
@@ -523,8 +543,9 @@ def test_head_loss_in_fp8(monkeypatch, tokens, head_rows):
     x8, head8 = quantized(x.detach(), unit_x), quantized(head.detach(), unit_w)
     logits = (x8 @ head8.T).bfloat16().float().requires_grad_()
     capped = 23 * torch.sigmoid((logits + 5) / 7.5)
-    terms = zip(weights, targets.unbind(1))
-    loss = sum(w * F.cross_entropy(capped, t, ignore_index=-1, reduction="sum") for w, t in terms)
+    lse = (capped if offsets is None else capped + offsets).logsumexp(1, keepdim=True)
+    terms = (lse - capped.gather(1, targets.clamp_min(0))) * (targets >= 0)
+    loss = terms.sum(0) @ weights
     grad8 = quantized(torch.autograd.grad(loss, logits)[0], unit_grad, E5M2)
     assert relative_error(losses[0], loss.detach()) < 1e-3
     for value, reference in zip(found, (grad8 @ head8, grad8.T @ x8), strict=True):
@@ -583,6 +604,75 @@ def test_rows_of_a_table_and_first_columns_have_the_gradients_of_their_definitio
     assert table.grad.data_ptr() == place
     half = random(4, 16, dtype=torch.bfloat16)
     assert FirstColumns.apply(half, 3)[1].dtype == torch.float32
+
+
+# Exact match -------------------------------------------------------------------------------------
+
+# Rows of one token, below, at and above a block, ragged; slots that many contexts share.
+MATCHES = [
+    # tokens of each row, slots, orders
+    ((1,), 8, (1,)),
+    ((127, 129), 16, (1,)),
+    ((300, 1, 128), 64, (1, 2, 5)),
+    ((333, 200), 32, (2, 3, 4, 31)),
+    ((64, 70), 1, (3,)),
+]
+REAL_MATCHES = [((16384,) * 4, 2**20, (3, 4, 5, 6, 8, 12, 16, 24)), ((16347, 49152), 16, (1,))]
+
+
+def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
+    """Tokens, document starts and targets, of 20 ids and the start token; the first documents are
+    of one token each."""
+    lengths, left = [1], tokens - 1
+    while left > 0:
+        lengths.append(min(left, [1, 1, 90, 35, 7][len(lengths) % 5]))
+        left -= lengths[-1]
+    batch = random_batch(seed, lengths, num_ids=20)
+    starts = document_starts(batch.cu_seqlens, tokens)
+    return [x.to(DEVICE) for x in (batch.tokens, starts, batch.targets)]
+
+
+def match_inputs(tokens: int, slots: int, orders: tuple[int, ...]) -> list:
+    row, tables = match_row(tokens), torch.full((len(orders), slots), -1, device=DEVICE)
+    train_gpt.note_matches_(tables, *row, orders, 0)
+    return [*row[:2], tables, orders]
+
+
+@pytest.mark.parametrize(("lengths", "slots", "orders"), cases(MATCHES, REAL_MATCHES))
+def test_matches(monkeypatch, lengths, slots, orders):
+    """Tables, whose positions end with the largest there is, and what is found in them, as by the
+    twins to the bit; in whichever order rows are written."""
+    rows, tables = [match_row(tokens, seed) for seed, tokens in enumerate(lengths)], {}
+    bases = [2**31 - sum(lengths[i:]) for i in range(len(lengths))]
+    for kernel in (False, True):
+        monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
+        tables[kernel] = torch.full((len(orders), slots), -1, device=DEVICE)
+        for base, row in list(zip(bases, rows))[:: -1 if kernel else 1]:
+            train_gpt.note_matches_(tables[kernel], *row, orders, base)
+    assert torch.equal(tables[True], tables[False])
+    matched = set()
+    for row in (*rows, match_row(lengths[-1] + 3, len(rows))):
+        found, which = OPS["find_matches"](*row[:2], tables[True], orders)
+        expected = TWINS["find_matches"](*row[:2], tables[False], orders)
+        assert torch.equal(found, expected[0]) and torch.equal(which, expected[1])
+        assert found.dtype == which.dtype == torch.int32
+        matched |= set(which.tolist())
+    if lengths[0] > 1:
+        assert matched >= {0, 1, len(orders) - (orders[-1] == 31)}
+
+
+@interpreted
+def test_matching_kernel_writes_where_it_is_asked_to():
+    """With targets in the tables, with outputs in these."""
+    row, orders, tables = match_row(150), (1, 4), torch.full((2, 32), -1)
+    found, which = torch.full((2, 150), -7, dtype=torch.int32)
+    train_gpt.launch_match_kernel(*row[:2], None, tables, found, which, 0, orders)
+    assert (tables == -1).all()
+    assert torch.equal(found, row[0]) and not which.any()
+    train_gpt.launch_match_kernel(*row, tables, None, None, 5, orders)
+    position = (tables >> 32)[tables >= 0]
+    assert position.min() >= 5 and position.max() == 154
+    assert torch.equal((tables & 0xFFFF)[tables >= 0], row[2][position - 5])
 
 
 # Optimizer ---------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from train_gpt import (
     apply_rotary,
     bigram_hash,
     combine,
+    draw_columns,
     finish_attention,
     gate_layouts,
     gate_mlp,
@@ -160,7 +161,7 @@ def test_bigram_embedding_has_the_signs_of_its_pair(runtime):
     config = tiny_config()
     model = trained_like(config, runtime)
     batch = random_batch(1, [64])
-    e = model.look_up(batch.tokens).bigram
+    e = model.look_up(batch).bigram
     rows, signs = bigram_rows(batch.tokens.tolist(), config.bigram_rows)
     for t in range(64):
         assert torch.equal(e[t], model.bigram[rows[t]] * model.bigram_signs[signs[t]])
@@ -596,7 +597,7 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     out = {name: stream.double() for name, (_, (stream, _)) in calls.items()}
     layer = {name: args[0][1].double() for name, (args, _) in calls.items()}  # what it came to
     small, x0 = small_slices(model), calls["smear"][1][1].double()
-    e = model.look_up(batch.tokens).bigram.double()
+    e = model.look_up(batch).bigram.double()
     value = model.value_embed[batch.tokens.long()].double()
     gates = gate_outputs(model, "early", x0) | gate_outputs(model, "late", out["mlp 1"])
     own = gate_outputs(model, "last", out["mlp 3"])
@@ -725,7 +726,7 @@ def test_gradient_of_the_loss_is_that_of_its_definition():
     targets[5, 1] = targets[4, 2] = targets[1, 3] = IGNORED_TARGET
     targets[2, 3] = targets[2, 0]  # the same one twice
     weights = torch.tensor([1, 0.5, 0.25, 0.125])
-    losses, *_ = head_loss(x, head, targets, weights, [])
+    losses, *_ = head_loss(x, head, targets, weights, [], None)
     value = torch.autograd.grad(losses[0], (x, head))
     x64, head64 = (z.detach().double().requires_grad_() for z in (x, head))
     logits = 23 * torch.sigmoid((x64 @ head64.T + 5) / 7.5)
@@ -740,6 +741,137 @@ def test_gradient_of_the_loss_is_that_of_its_definition():
     assert losses[0].item() == pytest.approx(sum(terms).item(), rel=1e-5)
     for single, double in zip(value, torch.autograd.grad(sum(terms), (x64, head64))):
         assert (single - double).norm() < 1e-5 * double.norm()
+
+
+# Sampled softmax ---------------------------------------------------------------------------------
+
+
+def random_targets(seed: int, tokens: int, vocab: int) -> Tensor:
+    """Of four terms; some come twice or not at all."""
+    targets = torch.randint(0, vocab, (tokens, 4), generator=torch.manual_seed(seed))
+    targets[::3, 2] = targets[1::4, 3] = IGNORED_TARGET
+    targets[2, 1] = targets[3, 0] = targets[2, 0]
+    return targets
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(300, 112), (50_304, 12_288), (50_304, 96)])
+def test_columns_are_the_targets_and_as_many_others(vocab, count):
+    targets = random_targets(1, 20, vocab)
+    columns = draw_columns(targets, vocab, count)
+    tokens, kinds = columns.tokens.tolist(), set(targets.flatten().tolist()) - {IGNORED_TARGET}
+    assert tokens == sorted(set(tokens)) and len(tokens) == count
+    assert 0 <= tokens[0] and tokens[-1] < vocab
+    assert kinds < set(tokens)
+    others = math.log((vocab - len(kinds)) / (count - len(kinds)))
+    expected = [0.0 if token in kinds else others for token in tokens]
+    assert columns.offsets.dtype == torch.float32
+    assert columns.offsets.tolist() == pytest.approx(expected, rel=1e-5)
+    assert columns.targets.shape == targets.shape
+    ignored = targets == IGNORED_TARGET
+    assert ignored.any() and (columns.targets[ignored] == IGNORED_TARGET).all()
+    assert torch.equal(columns.tokens[columns.targets[~ignored]], targets[~ignored])
+
+
+def test_columns_are_drawn_by_the_row():
+    """The same ones for the same row, for others even the others of equal targets are others."""
+    targets = random_targets(1, 20, 5000)
+    first, again = (draw_columns(targets, 5000, 1024) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, again))
+    kinds = targets.unique()
+    for other in (targets.flip(0), random_targets(2, 20, 5000)):
+        tokens = draw_columns(other, 5000, 1024).tokens
+        common = set(first.tokens.tolist()) & set(tokens.tolist())
+        expected = 1024 * 1024 / 5000  # of two independent draws
+        assert abs(len(common) - expected) < len(kinds) + 4 * math.sqrt(expected)
+
+
+def test_columns_estimate_the_denominator_without_bias():
+    """Each row has its own targets, and draws its own columns. Logits go up with the ids, so that
+    uneven draws would show."""
+    vocab, count = 400, 112
+    logits = gaussian(vocab) + torch.linspace(0, 2, vocab)
+    exact, estimates = logits.exp().sum().item(), []
+    for row in range(400):
+        columns = draw_columns(random_targets(row, 20, vocab), vocab, count)
+        estimates.append((logits[columns.tokens] + columns.offsets).exp().sum().item())
+    error = np.std(estimates) / math.sqrt(len(estimates))
+    assert 0 < error < 0.01 * exact
+    assert abs(np.mean(estimates) - exact) < 2 * error
+
+
+@pytest.mark.parametrize("vocab", [48, 320])
+def test_all_columns_are_the_whole_vocabulary(vocab):
+    """Bit for bit, also where every token is a target."""
+    targets = random_targets(1, 100, vocab)
+    columns = draw_columns(targets, vocab, vocab)
+    assert (len(targets.unique()) == vocab + 1) == (vocab == 48)
+    assert columns.tokens.tolist() == list(range(vocab))
+    assert columns.offsets.tolist() == [0.0] * vocab
+    assert torch.equal(columns.targets, targets)
+
+
+@pytest.mark.parametrize(("kinds", "finite"), [(15, True), (16, False), (17, False), (40, False)])
+def test_too_few_columns_give_nan(kinds, finite):
+    targets = torch.arange(4 * 40).view(40, 4) % kinds
+    columns = draw_columns(targets, 300, 16)
+    x, head = gaussian(40, 16).float(), gaussian(300, 16, seed=1).float()
+    weights = torch.tensor([1, 0.5, 0.25, 0.125])
+    losses, *_ = head_loss(x, head[columns.tokens], columns.targets, weights, [], columns.offsets)
+    assert torch.isfinite(losses).all() if finite else torch.isnan(losses).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_forward_on_columns_and_its_gradients(runtime, tied):
+    """Those of the loss written down in float64 behind the model's hidden states; what the
+    gradients hold already stays."""
+    config, batch, count = tiny_config(), random_batch(2, [40, 24]), 256
+    weights, prefixes = [1.0, 0.5, 0.25, 0.125], read_prefixes(config, CPU)
+    models = [trained_like(config, runtime) for _ in range(2)]
+    for model in models:
+        model.tied = tied
+        for param in model.parameters():
+            param.grad.fill_(2.0)
+    model, other = models
+    place = model.head.grad.data_ptr()
+    loss, next_token = model(batch, WINDOWS, torch.tensor(weights), prefixes, count)
+    loss.backward()
+
+    targets, terms = batch.targets.tolist(), []
+    for t, target in enumerate(targets):
+        later = [targets[t + n] if t + n < 64 else -1 for n in (1, 2)]
+        terms.append([target, *later, prefixes[target].item()])
+    columns = draw_columns(torch.tensor(terms), 50_304, count)
+    head = other.head.detach().double().requires_grad_()
+    hidden = other.hidden(batch, WINDOWS).double()
+    logits = 23 * torch.sigmoid((hidden @ head.T + 5) / 7.5)
+    estimate = (logits[:, columns.tokens].exp() * columns.offsets.double().exp()).sum(1).log()
+    losses = [0.0] * 4
+    for t, row in enumerate(terms):
+        for i, target in enumerate(row):
+            losses[i] += estimate[t] - logits[t, target] if target >= 0 else 0.0
+    total = sum(weight * term for weight, term in zip(weights, losses))
+    total.backward()
+    other.head.grad += head.grad
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert next_token.item() == pytest.approx(losses[0].item(), rel=1e-5)
+    assert not next_token.requires_grad
+    assert model.head.grad.data_ptr() == place
+    for (name, param), reference in zip(model.named_parameters(), other.parameters()):
+        value, expected = param.grad - 2.0, reference.grad - 2.0
+        assert (value - expected).norm() < 1e-4 * expected.norm() or name == "embed" and tied
+    touched = (model.head.grad != 2.0).any(1).nonzero().flatten().tolist()
+    read = set(batch.tokens.tolist()) if tied else set()
+    assert set(touched) == set(columns.tokens.tolist()) | read
+    assert (model.embed.grad == 2.0).all() == tied
+
+
+def test_forward_on_all_columns_is_forward_without(runtime):
+    config, batch = tiny_config(), random_batch(2, [40, 24])
+    model, prefixes = trained_like(config, runtime), read_prefixes(config, CPU)
+    weights = torch.tensor([1, 0.5, 0.25, 0.25])
+    losses = [model(batch, WINDOWS, weights, prefixes, count) for count in (0, 50_304)]
+    for value, expected in zip(*losses):
+        assert torch.equal(value, expected)
 
 
 # Prefix tokens -----------------------------------------------------------------------------------
@@ -944,10 +1076,11 @@ def test_split_between_two_steps_of_an_update_loses_no_gradient(runtime):
 
 def test_tied_model_looks_up_the_head(runtime):
     model = trained_like(tiny_config(), runtime)
-    tokens = random_batch(1, [64]).tokens
-    assert torch.equal(model.look_up(tokens).embedded, model.embed[tokens.long()])
+    batch = random_batch(1, [64])
+    tokens = batch.tokens
+    assert torch.equal(model.look_up(batch).embedded, model.embed[tokens.long()])
     model.tied = True
-    assert torch.equal(model.look_up(tokens).embedded, model.head[tokens.long()])
+    assert torch.equal(model.look_up(batch).embedded, model.head[tokens.long()])
 
 
 # Gradients of the tables -------------------------------------------------------------------------
@@ -958,7 +1091,7 @@ def test_gradients_of_tables_are_added_row_by_row(runtime):
     config = tiny_config()
     model = trained_like(config, runtime)
     batch = random_batch(1, [30, 34], num_ids=20)  # pairs that occur more than once
-    lookups, grad = model.look_up(batch.tokens), gaussian(64, 32).float()
+    lookups, grad = model.look_up(batch), gaussian(64, 32).float()
     for table in (model.bigram, model.value_embed, model.embed):
         table.grad.fill_(2.0)
     for read, factor in ((lookups.bigram, 1), (lookups.values[1], 3), (lookups.embedded, 5)):

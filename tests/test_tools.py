@@ -159,7 +159,7 @@ def profile_run(folder: Path, **changes: object) -> subprocess.CompletedProcess:
     options |= {"train_files": folder / "train.bin", "rows_per_step": 1, "bigram_rows": 256}
     options |= {"model_dim": 16, "head_dim": 8}
     options |= {
-        "stages": "1/2:64:48:8:16:1:.5:0:.25:0:.25:.1,1/2:64:64:16:32:1:0:0:0:0:0:0"
+        "stages": "1/2:64:48:8:16:1:.5:0:.25:0:.25:.1:0,1/2:64:64:16:32:1:0:0:0:0:0:0:0"
     } | changes
     command = [sys.executable, ROOT / "records" / "trace.py", "--steps", "1", "--out", folder]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]

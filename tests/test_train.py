@@ -45,9 +45,9 @@ OPTIONS = {
     "bigram_rows": 4096,
     "mix_window": 12,
     "num_steps": 24,
-    "stages": "1/2:128:48:8:16:1:.5:0:.25:0:.25:.1,1/2:256:64:16:32:1.2:.2:.1:0:0:.1:0",
+    "stages": "1/2:128:48:8:16:1:.5:0:.25:0:.25:.1:0,1/2:256:64:16:32:1.2:.2:.1:0:0:.1:0:0",
     "extension_steps": 2,
-    "extension": "1:256:64:16:2:1:0:0:0:0:0:0",  # a window unlike that of the final validation
+    "extension": "1:256:64:16:2:1:0:0:0:0:0:0:0",  # a window unlike that of the final validation
     "final_window_long": 64,
     "rows_per_step": 2,
     "tied_share": 0.7,  # the head is the embedding until step 17, an odd one
@@ -176,7 +176,7 @@ def test_log_has_the_script_the_config_and_a_line_for_every_step(trained):
     script = SCRIPT.read_text(encoding="utf-8")
     assert text.startswith(script)
     rest = text[len(script) :]
-    assert '"extension": "1.0:256:64:16:2:1.0:0.0:0.0:0.0:0.0:0.0:0.0"' in rest
+    assert '"extension": "1.0:256:64:16:2:1.0:0.0:0.0:0.0:0.0:0.0:0.0:0"' in rest
     number = r"(\d+\.\d+)"
     step_line = rf"^step (\d+) train_loss {number} train_time {number} s step {number} ms$"
     lines = re.findall(step_line, rest, re.MULTILINE)
@@ -406,6 +406,8 @@ def test_micro_step_adds_its_share_of_the_gradient(runtime):
 
 # Failures ----------------------------------------------------------------------------------------
 
+FEW_COLUMNS = "1:128:48:8:16:1:.5:0:.25:0:.25:.1:16"  # for 16 letters and the start token
+
 
 def truncate(folder: Path) -> None:
     path = folder / "train_1.bin"
@@ -445,6 +447,7 @@ def remove_shards(folder: Path) -> None:
         (spoil_val_token, {}, r"val\.bin: token 60000 at position 900"),
         (None, {"num_steps": 400}, r"--train_files .*8000 tokens, but .* reads at least 77312"),
         (None, {"adam_lr": "1e30"}, r"loss is nan.*--muon_lr or --adam_lr"),
+        (None, {"stages": FEW_COLUMNS}, r"loss is nan at step 1 .*raise the columns of --stages"),
         (None, {"rows_per_step": 5}, r"--stages: 128 tokens a step do not make 5 rows"),
         (None, {"checkpoint": "none.pt", "sample": "a"}, r"--checkpoint none\.pt: cannot be read"),
         (None, {"checkpoint": "val.bin", "sample": "a"}, r"--checkpoint val\.bin: not a check"),
