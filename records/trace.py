@@ -4,6 +4,8 @@ At every stage of the schedule the trainer's own step (its model, optimizer, gra
 few times under torch.profiler, on every rank. Rank 0's trace, which Perfetto and Chrome show, goes
 to DIR; a table a stage goes to the screen and to the log in DIR. Further options are those of
 train_gpt.py. Runs under torchrun too; without a GPU it profiles the operators on the CPU.
+`python records/trace.py --volumes [--option value ...]` runs nothing: it computes what the ranks
+send and update in a step.
 """
 
 import argparse
@@ -25,11 +27,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt
-from train_gpt import START_TOKEN, Batch, Config, Runtime
+from train_gpt import PARAM_GROUPS, START_TOKEN, Batch, Config, Log, ParamGroup, Runtime
 
 # Group: what the names of its kernels, or of operators on the CPU, hold. The first that fits takes
 # it. The library's products for head and optimizer look like all others and count as products.
@@ -168,6 +171,67 @@ def stage_table(times: Times, bare_ms: float, runtime: Runtime) -> str:
     return table([line[:columns] for line in lines])
 
 
+def due(model: train_gpt.GPT, step: int, tied: bool) -> list[tuple[ParamGroup, torch.Tensor]]:
+    """What Optimizer.step updates: with the gradient summed over the ranks."""
+    return [
+        (group, getattr(model, group.name))
+        for group in PARAM_GROUPS
+        if (step + 1) % group.every == 0 and not (tied and group.name == "embed")
+    ]
+
+
+def sent_bytes(model: train_gpt.GPT, world_size: int, step: int, tied: bool) -> int:
+    """What a rank sends in a step, and receives, when its collectives go round a ring.
+
+    Of n bytes on W ranks it sends n (W - 1)/W to reduce-scatter the gradient of a sharded parameter
+    and as much to all-gather its new rows, or twice that to all-reduce another one's gradient.
+    """
+    total = sum(param.nbytes for _, param in due(model, step, tied))
+    return 2 * total * (world_size - 1) // world_size
+
+
+def share(group: ParamGroup, amount: int, world_size: int) -> int:
+    """What one rank updates of `amount` rows or weights."""
+    return amount // world_size if group.sharded else amount
+
+
+def communication_line(model: train_gpt.GPT, world_size: int, exposed_ms: float) -> str:
+    even, odd = (sent_bytes(model, world_size, step, model.tied) / 1e9 for step in (0, 1))
+    sent = f"{even:.3f} GB a rank on even steps, {odd:.3f} GB on odd ones"
+    return f"communication: {sent}, sent and received; {exposed_ms:.3f} ms a step exposed"
+
+
+def volumes(config: Config) -> str:
+    """What a rank updates and sends in a step, for every number of ranks that divides the rows.
+
+    Rows are those of a table, matrices of a bank, or the single numbers of `small`.
+    """
+    train_gpt.check_config(config, 1)
+    models = {}
+    for world_size in range(1, config.rows_per_step + 1):
+        if config.rows_per_step % world_size == 0:
+            with FakeTensorMode():  # shapes without memory
+                runtime = Runtime(0, world_size, torch.device("cpu"), Log(None))
+                models[world_size] = train_gpt.GPT(config, runtime)  # pads its banks for them
+    lines = [["ranks", "every", "MB", *map(str, models)]]
+    for group in PARAM_GROUPS:
+        params = {n: getattr(model, group.name) for n, model in models.items()}
+        rows = (f"{share(group, param.size(0), n):,}" for n, param in params.items())
+        megabytes = f"{params[1].nbytes / 1e6:,.1f}"
+        lines.append([f"rows of {group.name}", str(group.every), megabytes, *rows])
+    kinds = {"even step": (0, True), "odd step, tied": (1, True), "odd step, untied": (1, False)}
+    for kind, step in kinds.items():
+        updated = (
+            sum(share(group, param.numel(), n) for group, param in due(model, *step))
+            for n, model in models.items()
+        )
+        lines.append([f"M weights updated, {kind}", "", "", *(f"{n / 1e6:.1f}" for n in updated)])
+    for kind, step in kinds.items():
+        sent = (sent_bytes(model, n, *step) / 1e9 for n, model in models.items())
+        lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])
+    return table(lines)
+
+
 def random_batch(
     random: np.random.Generator, num_tokens: int, max_seq_len: int, config: Config, pin: bool
 ) -> Batch:
@@ -235,6 +299,8 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         head = f"{plan.windows}, head {'tied' if plan.tied else 'untied'}"
         log.line(f"\nstage {number} of {len(begins)}: {rows_are} a process, {head}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
+        if runtime.world_size > 1:
+            log.line(communication_line(model, runtime.world_size, times[EXPOSED][0]))
     rows.stop()
 
 
@@ -248,6 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     text = "steps profiled at every stage [4]; even, as every other one updates the embeddings too"
     parser.add_argument("--steps", type=int, default=4, metavar="N", help=text)
     parser.add_argument("--out", metavar="DIR", help="folder of traces and log [logs]")
+    text = "compute what a rank updates and sends in a step, by their number; runs nothing"
+    parser.add_argument("--volumes", action="store_true", help=text)
     args, others = parser.parse_known_args(arguments)
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be positive")
@@ -255,6 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
     config = dataclasses.replace(config, log_dir=args.out or config.log_dir, repeat_data=True)
     store = None
     try:
+        if args.volumes:
+            print(volumes(config))
+            return 0
         store = train_gpt.connect()
         profile_stages(config, train_gpt.start_runtime(config, store), args.steps)
         if store is not None:

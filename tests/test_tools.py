@@ -3,6 +3,7 @@ to wrong arguments, and the profile of a few steps on the CPU."""
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config, write_shard
+import torch.distributed as dist
+from conftest import ROOT, cpu_runtime, tiny_config, write_shard
 from test_train import OPTIONS, environment
 
-from train_gpt import START_TOKEN
+from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer
 
 sys.path.insert(0, str(ROOT / "records"))
 import trace
@@ -127,6 +129,88 @@ def test_random_rows_are_whole_documents(max_seq_len):
     assert torch.equal(batch.tokens[1:].long(), batch.targets[:-1])
 
 
+# Communication ------------------------------------------------------------------------------------
+
+
+class CountingRing:
+    """In place of torch's collectives: counts what a ring of ranks sends for each of them, chunk by
+    chunk, and moves nothing."""
+
+    def __init__(self, world_size: int, monkeypatch: pytest.MonkeyPatch):
+        self.world_size, self.sent = world_size, 0
+        for name in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce"):
+            monkeypatch.setattr(dist, name, getattr(self, name))
+
+    def pass_on(self, chunk_bytes: float) -> "CountingRing":
+        """Every rank hands a chunk to the next one until each has been everywhere."""
+        self.sent += (self.world_size - 1) * chunk_bytes
+        return self
+
+    def reduce_scatter_tensor(self, output, input, async_op):
+        assert input.nbytes == self.world_size * output.nbytes
+        return self.pass_on(output.nbytes)
+
+    def all_gather_into_tensor(self, output, input, async_op):
+        assert output.nbytes == self.world_size * input.nbytes
+        return self.pass_on(input.nbytes)
+
+    def all_reduce(self, tensor, async_op):
+        """As a reduce-scatter and an all-gather."""
+        return self.pass_on(tensor.nbytes / self.world_size).pass_on(
+            tensor.nbytes / self.world_size
+        )
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_what_a_step_sends_is_computed(world_size, monkeypatch):
+    """As much as the optimizer's own collectives do, on even and odd steps, tied and untied."""
+    ring = CountingRing(world_size, monkeypatch)
+    config, runtime = tiny_config(dtype="bfloat16"), cpu_runtime(world_size - 1, world_size)
+    model = GPT(config, runtime)
+    optimizer, sent = Optimizer(model, config, runtime), []
+    for step in range(4):
+        if step == 2:
+            optimizer.split_embedding()
+        ring.sent = 0
+        optimizer.step(step, 1.0, 0.9)
+        assert trace.sent_bytes(model, world_size, step, model.tied) == pytest.approx(ring.sent)
+        sent.append(ring.sent)
+    assert 0 < sent[0] == sent[2] < sent[1] < sent[3]
+
+
+def test_nothing_is_sent_by_one_rank(runtime):
+    model = GPT(tiny_config(), runtime)
+    assert [trace.sent_bytes(model, 1, step, tied=False) for step in range(2)] == [0, 0]
+
+
+def test_volumes_by_hand(runtime, capsys):
+    """Of a small model in numbers of 4 bytes, with 5 layers, 4 of them with attention."""
+    changes = {"rows_per_step": 4, "bigram_rows": 1000, "model_dim": 32, "mlp_dim": 64}
+    model = GPT(tiny_config(**changes, head_dim=16, gate_dim=16, layers=TINY_LAYERS), runtime)
+    changes = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    assert trace.main(["--volumes", "--preset", "tiny", *changes]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    rows = {first: [cell.strip() for cell in others if cell] for first, *others in lines}
+    assert rows["ranks"] == ["every", "MB", "1", "2", "4"]
+    assert rows["rows of head"] == ["2", "6.4", "50,304", "25,152", "12,576"]
+    assert rows["rows of mlp_bank"] == ["1", "0.1", "16", "8", "4"]  # a multiple of 8
+    assert rows["rows of bigram"] == ["2", "0.1", "1,000", "500", "250"]
+    assert rows["rows of small"][2:] == [f"{model.small.numel():,}"] * 3
+    banks = 16 * 64 * 32 + 8 * (4 * 32) * 32
+    untied = sum(param.numel() for param in model.parameters())
+    sizes = {"even step": banks, "odd step, tied": untied - 50_304 * 32, "odd step, untied": untied}
+    for kind, size in sizes.items():
+        there_and_back = (0, 2 / 2, 2 * 3 / 4)  # what n bytes make on 1, 2 and 4 ranks
+        sent = [f"{4 * size * part / 1e9:.3f}" for part in there_and_back]
+        assert rows[f"GB sent, {kind}"] == sent
+        here = model.small.numel() if size > banks else 0  # not shared out
+        updated = [f"{((size - here) / n + here) / 1e6:.1f}" for n in (1, 2, 4)]
+        assert rows[f"M weights updated, {kind}"] == updated
+
+
 # Command lines ------------------------------------------------------------------------------------
 
 
@@ -153,7 +237,7 @@ def test_bench_needs_a_gpu(capsys):
     assert "needs a GPU" in capsys.readouterr().err
 
 
-def profile_run(folder: Path, **changes: object) -> subprocess.CompletedProcess:
+def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.CompletedProcess:
     """One step at each of two stages."""
     options = OPTIONS | {"stop_step": 13, "prefix_file": ROOT / "data/gpt2_prefix_tokens.npy"}
     options |= {"train_files": folder / "train.bin", "rows_per_step": 1, "bigram_rows": 256}
@@ -161,7 +245,9 @@ def profile_run(folder: Path, **changes: object) -> subprocess.CompletedProcess:
     options |= {
         "stages": "1/2:64:48:8:16:1:.5:0:.25:0:.25:.1:0,1/2:64:64:16:32:1:0:0:0:0:0:0:0"
     } | changes
-    command = [sys.executable, ROOT / "records" / "trace.py", "--steps", "1", "--out", folder]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else [])]
+    command += [ROOT / "records" / "trace.py", "--steps", "1", "--out", folder]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
     command = list(map(str, command))
     how = {"capture_output": True, "text": True, "timeout": 120}
@@ -192,6 +278,23 @@ def test_profile_on_the_cpu(tmp_path):
         assert trace.read_trace(path)[0]
     (log,) = tmp_path.glob("*.txt")
     assert tables[0].splitlines()[-1] in log.read_text()
+
+
+def test_profile_of_two_ranks_says_what_they_send(tmp_path):
+    """Beside how long they wait for it. One stage; the rows are random."""
+    result = profile_run(tmp_path, ranks=2, rows_per_step=2, stop_step=1, mlp_dim=4096)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    numbers = r"([\d.]+) GB a rank on even steps, ([\d.]+) GB on odd ones, sent and received; "
+    (found,) = re.findall(rf"^communication: {numbers}([\d.]+) ms a step exposed$", lines[-1])
+    even, odd, exposed = map(float, found)
+    banks = 16 * 4096 * 16 + 8 * 64 * 16  # 2 n (W - 1)/W of n numbers of 4 bytes are n
+    assert even == round(banks * 4e-9, 3)
+    assert odd > even + 50_304 * 16 * 4e-9
+    (row,) = (line.split() for line in lines if line.startswith("communication exposed"))
+    assert float(row[2]) == exposed
+    (row,) = (line.split() for line in lines if line.startswith("communication  "))
+    assert float(row[1]) > 0
 
 
 def test_profile_says_what_is_wrong(tmp_path):

@@ -108,7 +108,7 @@ def data(tmp_path: Path) -> Path:
     return write_data(tmp_path)
 
 
-def command(folder: Path, ranks: int, **changes: object) -> list[str]:
+def command(folder: Path, ranks: int, script: Path = SCRIPT, **changes: object) -> list[str]:
     options = {
         **OPTIONS,
         "train_files": folder / "train_*.bin",
@@ -119,7 +119,7 @@ def command(folder: Path, ranks: int, **changes: object) -> list[str]:
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, *(launcher if ranks > 1 else []), str(SCRIPT), *arguments]
+    return [sys.executable, *(launcher if ranks > 1 else []), str(script), *arguments]
 
 
 def environment() -> dict[str, str]:
