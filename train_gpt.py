@@ -1732,12 +1732,13 @@ class Fp8Copies:
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the weights as they are now."""
+    def refresh(self, head: bool = True) -> None:
+        """Copy the weights as they are now, the head only if it has changed."""
         largest = torch.linalg.vector_norm(self.bank, math.inf, dim=(1, 2), dtype=torch.float32)
         self.unit_w.copy_(largest.clamp_min(1e-12)[:, None] / 448)
         quantize_(self.bank, self.unit_w, *self.mlp_copies)
-        quantize_(self.head_weight, self.head_units[0], *self.head_copies)
+        if head:
+            quantize_(self.head_weight, self.head_units[0], *self.head_copies)
         largest = self.largest[:, :, None]
         self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
         self.largest.zero_()
@@ -2795,6 +2796,10 @@ class ParamGroup:
     weight_decay: float = 1.0  # multiplier
     betas: tuple[float, float] = (0.9, 0.99)  # Adam only
 
+    def is_due(self, step: int, tied: bool) -> bool:
+        """Whether this step ends with an update of it; tied: embedding and head are one matrix."""
+        return (step + 1) % self.every == 0 and not (tied and self.name == "embed")
+
 
 # fmt: off
 # In the order in which their gradients start to travel; the updates finish in the reverse order.
@@ -3297,12 +3302,7 @@ class Optimizer:
     def step(self, step: int, lr_scale: float, momentum: float) -> None:
         """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2
         keep theirs on even steps and are updated on odd ones."""
-        due = [
-            state
-            for state in self.states
-            if (step + 1) % state.group.every == 0
-            and not (self.model.tied and state.group.name == "embed")
-        ]
+        due = [state for state in self.states if state.group.is_due(step, self.model.tied)]
         reductions = [self._launch_reduction(state) for state in due]
         gathers = []
         for state, finish_reduction in reversed(list(zip(due, reductions))):
@@ -3315,7 +3315,7 @@ class Optimizer:
         for work in gathers:
             work.wait()
         if self.model.fp8 is not None:
-            self.model.fp8.refresh()
+            self.model.fp8.refresh(any(state.group.name == "head" for state in due))
 
     def _launch_reduction(self, state: ParamState) -> Callable[[], Tensor]:
         """Start to sum a gradient over the ranks. The function returned waits for the sum and gives

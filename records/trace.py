@@ -173,11 +173,8 @@ def stage_table(times: Times, bare_ms: float, runtime: Runtime) -> str:
 
 def due(model: train_gpt.GPT, step: int, tied: bool) -> list[tuple[ParamGroup, torch.Tensor]]:
     """What Optimizer.step updates: with the gradient summed over the ranks."""
-    return [
-        (group, getattr(model, group.name))
-        for group in PARAM_GROUPS
-        if (step + 1) % group.every == 0 and not (tied and group.name == "embed")
-    ]
+    groups = [group for group in PARAM_GROUPS if group.is_due(step, tied)]
+    return [(group, getattr(model, group.name)) for group in groups]
 
 
 def sent_bytes(model: train_gpt.GPT, world_size: int, step: int, tied: bool) -> int:
