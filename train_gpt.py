@@ -2228,7 +2228,8 @@ class FirstColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.count = count
-        return x.view_as(x), x[:, :count].float()
+        # a copy in fp32 too: a view would have no gradient where torch 2.11 compiles this
+        return x.view_as(x), x[:, :count].to(torch.float32, copy=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor, grad_columns: Tensor) -> tuple[Tensor, None]:
@@ -2458,9 +2459,14 @@ def small_params(config: Config) -> dict[str, SmallParam]:
 
 def compiler(enabled: bool) -> Callable[[Callable], Callable]:
     """torch.compile with fixed shapes, or what leaves a function as it is."""
-    if enabled:
-        return functools.partial(torch.compile, fullgraph=True, dynamic=False)
-    return lambda function: function
+    if not enabled:
+        return lambda function: function
+    from torch._inductor.exc import OperatorIssue
+
+    # Up to torch 2.12 inductor spells out all that led to the arguments of an op when it first
+    # meets it, for a log that is off: ten times as much a layer, without end at the last one.
+    OperatorIssue.operator_str = staticmethod(lambda target, *_: str(target))
+    return functools.partial(torch.compile, fullgraph=True, dynamic=False)
 
 
 class GPT(nn.Module):
