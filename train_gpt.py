@@ -2324,10 +2324,7 @@ def launch_match_kernel(
     )  # fmt: skip
 
 
-@fused_op(
-    fake=lambda tokens, starts, tables, orders: like(tokens, tokens),
-    twin=plain_find_matches,
-)
+@fused_op(plain_find_matches, lambda tokens, *_: like(tokens, tokens))
 def find_matches(
     tokens: Tensor, starts: Tensor, tables: Tensor, orders: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -2481,8 +2478,6 @@ class GPT(nn.Module):
         dim, device, dtype = config.model_dim, runtime.device, getattr(torch, config.dtype)
         vocab = config.padded_vocab_size
         self.attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
-        self.skip_from = config.skip_from
-        self.num_value_tables = config.num_value_tables
         self.small_layout = small_params(config)
         self.gate_layouts = gate_layouts(config)
         self.tied = True  # the head is also the embedding; Optimizer.split_embedding ends it
@@ -2499,7 +2494,7 @@ class GPT(nn.Module):
         self.head = zeros(vocab, dim)
         self.embed = zeros(vocab, dim)
         # one table behind the other, the last for the tokens that matches foretell
-        num_tables = self.num_value_tables + bool(config.match_orders)
+        num_tables = config.num_value_tables + bool(config.match_orders)
         self.value_embed = zeros(num_tables * vocab, dim)
         self.matches = None
         if config.match_orders:
@@ -2591,7 +2586,7 @@ class GPT(nn.Module):
             return [TableRows.apply(table, rows, order) for table in tables]
 
         embed = self.head if self.tied else self.embed
-        tables = self.value_tables[: self.num_value_tables]
+        tables = self.value_tables[: self.config.num_value_tables]
         embedded, *values = read([embed, *tables], tokens)
         hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
         bigram = read([self.bigram], hashed)[0] * F.embedding(sign, self.bigram_signs)
@@ -2674,7 +2669,7 @@ class GPT(nn.Module):
             norm = behind.attend_from is None and behind.skip_from is None or i in attended
             x, normed = combine([x, y], mlp_scales, norm, [], False)
             kept[i], kept_normed[i] = x, normed
-            if i == self.skip_from:
+            if i == self.config.skip_from:
                 kept["skip"] = x
                 gates |= gates_of("late", x)
         if fp8:
@@ -2754,7 +2749,9 @@ class GPT(nn.Module):
         head, tokens, offsets = self.head, None, None
         if columns:
             tokens, offsets, terms = draw_columns(terms, len(head), columns)
-            head = TableRows.apply(head, tokens, sort_rows(tokens))
+            place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
+            order = SortedRows(tokens, place[:-1], place, place[-1:])
+            head = TableRows.apply(head, tokens, order)
         fp8 = self.fp8.head(tokens) if self.fp8 else []
         losses, *_ = head_loss(x, head, terms, loss_weights, fp8, offsets)
         return losses[0], losses[1].detach()
@@ -4005,6 +4002,32 @@ def note_rows(model: GPT, rows: list[Batch], position: int, runtime: Runtime) ->
     return position
 
 
+def run_step(
+    step: int, plan: StepPlan, loss_weights: Tensor, rows: Iterator[Batch], position: int,
+    micro_step: MicroStep, optimizer: Optimizer, runtime: Runtime,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Train on this rank's next rows; gives the mean of their next-token losses, 0-d, and the next
+    step's position.
+
+    loss_weights: (4,), as GPT.forward takes them. position: of the step's first row in the stream;
+    it moves only where matches are noted.
+    """
+    model, read = micro_step.model, []
+    if model.tied and not plan.tied:
+        optimizer.split_embedding()
+    grad_accum_steps = model.config.rows_per_step // runtime.world_size
+    train_loss = torch.zeros((), device=runtime.device)
+    for _ in range(grad_accum_steps):
+        row = next(rows)
+        loss = micro_step(row, plan.windows, loss_weights, plan.stage.columns)
+        train_loss += loss / (len(row.tokens) * grad_accum_steps)
+        read.append(row)
+    optimizer.step(step, plan.lr_scale, plan.momentum)
+    if model.matches is not None:
+        position = note_rows(model, read, position, runtime)
+    return train_loss, position
+
+
 @torch.no_grad()
 def validate(
     model: GPT, config: Config, runtime: Runtime, num_targets: int, windows: Windows
@@ -4068,18 +4091,8 @@ def train(config: Config, runtime: Runtime) -> None:
     clock.start()
     for step in range(schedule.end_step):
         plan = schedule[step]
-        if model.tied and not plan.tied:
-            optimizer.split_embedding()
-        train_loss, read = torch.zeros((), device=runtime.device), []
-        for _ in range(grad_accum_steps):
-            read.append(next(rows))
-            next_token_loss = micro_step(
-                read[-1], plan.windows, loss_weights[step], plan.stage.columns
-            )
-            train_loss += next_token_loss / (schedule.row_tokens(step) * grad_accum_steps)
-        optimizer.step(step, plan.lr_scale, plan.momentum)
-        if model.matches is not None:
-            position = note_rows(model, read, position, runtime)
+        now = step, plan, loss_weights[step], rows, position
+        train_loss, position = run_step(*now, micro_step, optimizer, runtime)
         progress.launched(step, train_loss)
 
         done = step + 1

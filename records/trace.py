@@ -270,16 +270,11 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     rows, steps = train_gpt.Prefetcher(rows_like(config, runtime, shapes)), itertools.count()
 
     def run(begin: int) -> None:
-        plan, train_loss = schedule[begin], torch.zeros((), device=runtime.device)
-        for _ in range(grad_accum_steps):
-            loss = micro_step(next(rows), plan.windows, loss_weights[begin], plan.stage.columns)
-            train_loss += loss / (schedule.row_tokens(begin) * grad_accum_steps)
-        optimizer.step(next(steps), plan.lr_scale, plan.momentum)
+        now = next(steps), schedule[begin], loss_weights[begin], rows, 0
+        train_gpt.run_step(*now, micro_step, optimizer, runtime)
 
     for number, begin in enumerate(begins, 1):
         plan = schedule[begin]
-        if model.tied and not plan.tied:
-            optimizer.split_embedding()
         for _ in range(warm_up):
             run(begin)
         runtime.synchronize()
