@@ -765,12 +765,13 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
     if args.logs:
         results = [sorted(logs_of(path), key=lambda run: run.seed) for path in paths]
     else:
-        # A record runs with its own command, and a bare script with that of the other's record.
+        # A record runs with its own command, a bare script with that of the other's record, and
+        # both with the options given here.
         records = {i: Record(path) for i, path in enumerate(paths) if path.is_dir()}
         model = next(iter(records.values())).first if records else None
         options, seed = take_seed(options, model.seed if model else default_seed(scripts[0]))
-        known = {i: options_of(r.first, r.script) for i, r in records.items() if not options}
-        own = [known.get(i, known.get(1 - i, options)) for i in range(2)]
+        known = {i: options_of(r.first, r.script) for i, r in records.items()}
+        own = [known.get(i, known.get(1 - i, [])) + options for i in range(2)]
         with clean_copy(scripts[0]) as first, clean_copy(scripts[1]) as second:
             jobs = {"A": (first, own[0]), "B": (second, own[1])}
             results = run_in_turn(jobs, range(seed, seed + args.runs))

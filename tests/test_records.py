@@ -422,6 +422,10 @@ def test_compare_runs_in_turn_with_the_options_and_seeds(call, tmp_path):
     call("compare", "records/2026-01-07_a", "b.py")
     called = Path("called").read_text().splitlines()
     assert called == ["--of 2026-01-07_a --seed 7 --log_dir logs"] * 2
+    Path("called").unlink()
+    call("compare", "b.py", "records/2026-01-07_a", "--", "--num_steps", "6")
+    called = Path("called").read_text().splitlines()
+    assert called == ["--of 2026-01-07_a --num_steps 6 --seed 7 --log_dir logs"] * 2
 
 
 def test_compare_existing_logs(call):
