@@ -3457,7 +3457,7 @@ class TokenStream:
     def __init__(self, files: list[str], vocab_size: int, repeat: bool):
         self.files, self.vocab_size, self.repeat = files, vocab_size, repeat
         self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard")
-        self.next_file = 0
+        self.next_file = self.rows_read = 0
         self.pending: Future | None = self._load_next()
         self.tokens = np.empty(0, dtype=np.uint16)
         self.starts = np.empty(0, dtype=np.int64)  # where the unread documents begin in tokens
@@ -3506,14 +3506,16 @@ class TokenStream:
                 break
             if self.pending is None:
                 raise UserError(
-                    "--train_files: the training data ran out before the schedule did: add shards "
-                    "(data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
+                    f"--train_files: the training data ran out after {self.rows_read} rows, before "
+                    "the schedule did (what max_seq_len cuts off a document is not read): add "
+                    "shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
                 )
             self._append_shard()
         count = int(np.searchsorted(filled, num_tokens, side="right")) + 1
         lengths = lengths[:count].copy()
         lengths[-1] -= filled[count - 1] - (num_tokens + 1)
         self.starts = self.starts[count:]
+        self.rows_read += 1
         return [self.tokens[begin : begin + length] for begin, length in zip(begins, lengths)]
 
 
@@ -3577,9 +3579,12 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
     return torch.from_numpy(padded).to(device)
 
 
-def check_data(config: Config, tokens_needed: int) -> int:
-    """Look at every header first; returns the number of targets that validation scores."""
-    total = sum(read_shard_header(path) for path in find_files("--train_files", config.train_files))
+def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
+    """See that the data lasts before anything is prepared; gives the number of targets that
+    validation scores. shapes: (T, max_seq_len) of every row of all ranks."""
+    files = find_files("--train_files", config.train_files)
+    total = sum(read_shard_header(path) for path in files)
+    tokens_needed = sum(num_tokens for num_tokens, _ in shapes)
     if total <= tokens_needed and not config.repeat_data:
         raise UserError(
             f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
@@ -3592,6 +3597,10 @@ def check_data(config: Config, tokens_needed: int) -> int:
             "--train_files or than 2^31: matches would foretell what is repeated; add shards or "
             "lower --num_steps"
         )
+    if total < 2 * tokens_needed and (not config.repeat_data or config.match_orders):
+        stream = TokenStream(files, config.vocab_size, repeat=False)
+        for shape in shapes:  # two seconds for the whole schedule
+            stream.next_row(*shape)
     path = find_files("--val_file", config.val_file)[0]
     available = read_shard_header(path) - 1
     if available < 1:
@@ -3961,10 +3970,12 @@ def prepare(
             row = random_batch(256, 256), plan.windows, loss_weights[0], plan.stage.columns
             compile_kernels(model, optimizer, micro_step, *row, runtime)
             report("kernels")
-        for last in kinds.values():
+        for last in sorted(kinds.values(), key=schedule.row_tokens, reverse=True):
+            # the longest rows first: the graphs of shorter ones find room in their memory
             plan, num_tokens = schedule[last], schedule.row_tokens(last)
             if model.tied and not plan.tied:
                 optimizer.split_embedding()
+            model.tied = plan.tied
             batch = random_batch(num_tokens, plan.stage.max_seq_len)
             row = batch, plan.windows, loss_weights[last], plan.stage.columns
             if micro_step.uses_graphs:
@@ -4044,7 +4055,11 @@ def validate(
 
 def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
-    num_targets = check_data(config, schedule.tokens_needed())
+    steps = [
+        (schedule.row_tokens(step), schedule.stage(step).max_seq_len)
+        for step in range(schedule.end_step)
+    ]
+    num_targets = check_data(config, [row for row in steps for _ in range(config.rows_per_step)])
     folder = Path(config.checkpoint).parent
     if config.checkpoint and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(
@@ -4078,11 +4093,7 @@ def train(config: Config, runtime: Runtime) -> None:
     preparation = time.perf_counter() - begin
 
     grad_accum_steps = config.rows_per_step // runtime.world_size
-    shapes = (
-        (schedule.row_tokens(step), schedule.stage(step).max_seq_len)
-        for step in range(schedule.end_step)
-        for _ in range(grad_accum_steps)
-    )
+    shapes = (row for row in steps for _ in range(grad_accum_steps))
     pin = runtime.device.type == "cuda"
     rows = Prefetcher(training_rows(config, runtime.rank, runtime.world_size, shapes, pin))
     clock = Clock(runtime)

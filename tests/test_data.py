@@ -179,13 +179,20 @@ def test_check_data_counts_before_training(tmp_path):
     pattern = write_shards(tmp_path, tokens, [333])
     val_file = write_shard(tmp_path / "val.bin", tokens[:101])
     config = tiny_config(train_files=pattern, val_file=str(val_file))
-    assert check_data(config, 999) == 100  # fewer than the 200 of val_tokens
+    assert check_data(config, [(99, 64)] * 10) == 100  # fewer than the 200 of val_tokens
     with pytest.raises(UserError, match="--train_files.*1000 tokens.*1000"):
-        check_data(config, 1000)
-    assert check_data(tiny_config(**{**vars(config), "repeat_data": True}), 10**9) == 100
+        check_data(config, [(100, 64)] * 10)
+    endless = tiny_config(**{**vars(config), "repeat_data": True})
+    assert check_data(endless, [(10**9, 64)]) == 100
+    # enough tokens, but a row leaves unread what is behind its end and max_seq_len: three documents
+    with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
+        check_data(config, [(110, 64)] * 9)
+    with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
+        check_data(config, [(99, 40)] * 9)
+    assert check_data(config, [(110, 64)] * 6) == check_data(config, [(99, 40)] * 6) == 100
     write_shard(val_file, tokens[:1])
     with pytest.raises(UserError, match=r"val\.bin.*too short"):
-        check_data(config, 999)
+        check_data(config, [(99, 64)])
 
 
 def test_too_many_documents_in_a_row():

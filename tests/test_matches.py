@@ -431,15 +431,15 @@ def test_check_data_refuses_matches_of_what_is_repeated(tmp_path, monkeypatch):
     write_shard(tmp_path / "val.bin", [START_TOKEN] * 50)
     files = {"train_files": str(tmp_path / "train.bin"), "val_file": str(tmp_path / "val.bin")}
     config = matching_config(**files, repeat_data=True)
-    assert check_data(config, 999) == 49
+    assert check_data(config, [(999, 1000)]) == 49
     with pytest.raises(UserError, match="--match_orders: the schedule reads 1000 tokens"):
-        check_data(config, 1000)
-    assert check_data(dataclasses.replace(config, match_orders=()), 1000) == 49
+        check_data(config, [(1000, 1000)])
+    assert check_data(dataclasses.replace(config, match_orders=()), [(1000, 1000)]) == 49
     monkeypatch.setattr(train_gpt, "read_shard_header", lambda path: 2**33)
     config = dataclasses.replace(config, repeat_data=False)
-    assert check_data(config, 2**31 - 1) == 200
+    assert check_data(config, [(2**31 - 1, 1000)]) == 200
     with pytest.raises(UserError, match=r"--match_orders: the schedule reads .*2\^31"):
-        check_data(config, 2**31)
+        check_data(config, [(2**31, 1000)])
 
 
 # A whole run -------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def test_run_with_matches(tmp_path):
     # what was read goes with the weights: they score the same
     model, config, _ = check.load_checkpoint(train_gpt, str(tmp_path / "model.pt"), "cpu")
     windows = Windows(config.stages[-1].window_short, config.stages[-1].window_long)
-    scored = model, config, cpu_runtime(), check_data(config, 0), windows
+    scored = model, config, cpu_runtime(), check_data(config, []), windows
     assert validate(*scored) == pytest.approx(losses[-1], abs=1e-5)
     model.matches.fill_(-1)
     assert validate(*scored) != pytest.approx(losses[-1], abs=1e-2)

@@ -470,7 +470,7 @@ def test_one_message_names_what_to_mend(data, spoil, changes, message):
 def many_documents_in_the_second_ranks_row(folder: Path) -> None:
     """Rows hold 65 tokens: three of ordinary documents, then one of nothing but start tokens."""
     documents = [START_TOKEN, *[5] * 32, START_TOKEN, *[6] * 31] * 3
-    tokens = documents + [START_TOKEN] * 65 + letters(3, 5000)
+    tokens = documents + [START_TOKEN] * 65 + letters(3, 20_000)
     remove_shards(folder)
     write_shard(folder / "train_0.bin", tokens)
 
