@@ -2170,6 +2170,19 @@ def sort_rows(rows: Tensor) -> SortedRows:
 
 
 @triton.jit
+def _add_run(total, values, order, at, end, stride, column, inside, ROWS: tl.constexpr):
+    """total, (BLOCK,) fp32, with the values of a run from its place `at` on; ROWS at a time."""
+    while at < end:
+        place = at + tl.arange(0, ROWS)
+        source = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
+        mask = (place < end)[:, None] & inside[None, :]
+        tile = tl.load(values + source[:, None] * stride + column[None, :], mask=mask, other=0)
+        total += tl.sum(tile.to(tl.float32), axis=0)
+        at += ROWS
+    return total
+
+
+@triton.jit
 def _add_rows_kernel(
     table, rows, order, values, stride, starts, count, dim, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -2179,13 +2192,7 @@ def _add_rows_kernel(
         at, end = tl.load(starts + run), tl.load(starts + run + 1)
         target = table + tl.load(rows + at).to(tl.int64) * dim + column
         total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        while at < end:
-            place = at + tl.arange(0, ROWS)
-            source = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
-            mask = (place < end)[:, None] & inside[None, :]
-            tile = tl.load(values + source[:, None] * stride + column[None, :], mask=mask, other=0)
-            total += tl.sum(tile.to(tl.float32), axis=0)
-            at += ROWS
+        total = _add_run(total, values, order, at, end, stride, column, inside, ROWS)
         tl.store(target, total, mask=inside)
 
 
