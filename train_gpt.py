@@ -2503,10 +2503,11 @@ class GPT(nn.Module):
         # one table behind the other, the last for the tokens that matches foretell
         num_tables = config.num_value_tables + bool(config.match_orders)
         self.value_embed = zeros(num_tables * vocab, dim)
-        self.matches = None
+        matches = None
         if config.match_orders:
             shape = len(config.match_orders), config.match_slots
-            self.matches = torch.full(shape, -1, dtype=torch.int64, device=device)
+            matches = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.register_buffer("matches", matches)
         self.bigram = zeros(config.bigram_rows, dim)
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
@@ -4221,18 +4222,17 @@ def byte_token_ids() -> list[int]:
 
 
 def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
-    """Weights, config, and whether the training text was cut in bytes (then so are prompts)."""
+    """Weights, what was read, config, and whether the training text was cut in bytes (then so are
+    prompts)."""
     if not runtime.is_main:
         return
     head = read_tokens(
         find_files("--train_files", config.train_files)[0], 100_000, config.vocab_size
     )
     byte_tokens = bool(((head < 256) | (head == START_TOKEN)).all())
-    weights = {name: param.detach().cpu() for name, param in model.named_parameters()}
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     if model.tied:
         weights["embed"] = weights["head"]
-    if model.matches is not None:
-        weights["matches"] = model.matches.cpu()
     temporary = f"{config.checkpoint}.part"
     try:
         torch.save(
@@ -4272,11 +4272,16 @@ def continue_text(config: Config, runtime: Runtime) -> None:
             "--checkpoint in a training run"
         ) from None
     model = GPT(trained, runtime)
-    for name, param in model.named_parameters():
-        rows = min(len(param), len(weights[name]))  # banks are padded to the number of ranks
-        param[:rows] = weights[name][:rows]
-    if model.matches is not None:
-        model.matches.copy_(weights["matches"])
+    for name, tensor in model.state_dict().items():
+        found = weights.get(name, tensor.new_empty(0))
+        first = int(name.endswith("_bank"))  # whose entries are padded to the number of ranks
+        if found.shape[first:] != tensor.shape[first:]:
+            raise UserError(
+                f"--checkpoint {config.checkpoint}: {name} is {list(found.shape)}, its options ask "
+                f"for {list(tensor.shape)}: make it again with --checkpoint in a training run"
+            )
+        rows = min(len(tensor), len(found))
+        tensor[:rows] = found[:rows]
     model.tied = False
 
     ids = byte_token_ids()

@@ -76,12 +76,9 @@ def load_checkpoint(script: ModuleType, path: str, device: str):
     saved = torch.load(path, map_location=device, weights_only=True)
     config = script.config_from_text(saved["config"] | {"compile": "none"})
     model = script.GPT(config, start_runtime(script, device))
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            rows = min(len(param), len(saved["weights"][name]))  # banks are padded to the ranks
-            param[:rows] = saved["weights"][name][:rows]
-    if getattr(model, "matches", None) is not None:
-        model.matches.copy_(saved["weights"]["matches"])
+    for name, tensor in model.state_dict().items():
+        rows = min(len(tensor), len(saved["weights"][name]))  # banks are padded to the ranks
+        tensor[:rows] = saved["weights"][name][:rows]
     if hasattr(model, "tied"):
         model.tied = False  # a checkpoint has both matrices
     return model, config, saved["byte_tokens"]
