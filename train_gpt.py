@@ -180,6 +180,9 @@ class Config:
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the gate MLPs
     bigram_rows: int = 377_280  # rows of the hashed bigram table
+    ngram_orders: tuple[int, ...] = ()  # lengths of n-grams with rows beside the bigrams', as 3:4
+    ngram_rows: int = 2**23  # of the table of each length; 2.03 GiB a GPU at 2^23 rows of 128
+    ngram_dim: int = 128  # width of these rows; each length is added to columns of its own
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
     match_slots: int = 2**26  # of the table of each length, 8 bytes each, a power of two
     mix_window: int = 112  # how many earlier tokens the head mixing of the last layer sees
@@ -205,7 +208,8 @@ class Config:
     momentum_cooldown_steps: int = 50  # steps back at the end
     adam_lr: float = 0.008  # Adam, embeddings and gates
     adam_weight_decay: float = 0.005  # times lr²; cautious
-    adam_eps: float = 1e-10  # added to the root of Adam's second moment
+    adam_eps: float = 1e-10  # added to the root of Adam's second moment, and of n-grams' Adagrad
+    ngram_lr: float = 3.0  # rms of an n-gram row's first step; one gradient moves a bigram's by 2.9
     lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
     lr_end: float = 0.15  # learning rate multiplier at num_steps
     # Run
@@ -254,6 +258,8 @@ PRESETS = {
         mlp_dim=256,
         gate_dim=16,
         bigram_rows=4096,
+        ngram_rows=4096,
+        ngram_dim=16,
         mix_window=48,
         dtype="float32",
         num_steps=80,
@@ -285,11 +291,12 @@ def check_config(config: Config, world_size: int) -> None:
 
     positive = "num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
     positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim "
-    positive += "gate_dim bigram_rows mix_window"
+    positive += "gate_dim bigram_rows ngram_rows ngram_dim mix_window"
     for name in positive.split():
         value = getattr(config, name)
         require(value > 0, f"--{name} {value} must be positive")
-    for name in ("extension_steps", "stop_step", "val_every", "momentum_cooldown_steps"):
+    not_negative = "extension_steps stop_step val_every momentum_cooldown_steps ngram_lr"
+    for name in not_negative.split():
         value = getattr(config, name)
         require(value >= 0, f"--{name} {value} must not be negative")
     require(
@@ -337,14 +344,26 @@ def check_config(config: Config, world_size: int) -> None:
         "heads in pairs, so make it an even number",
     )
     check_layers(config.layers, require)
-    orders = config.match_orders
-    require(
-        orders == tuple(sorted(set(orders))) and all(0 < order < 32 for order in orders),
-        f"--match_orders {format_value(orders)}: give lengths from 1 to 31 in ascending order",
-    )
+    for name in ("match_orders", "ngram_orders"):
+        orders = getattr(config, name)
+        require(
+            orders == tuple(sorted(set(orders))) and all(0 < order < 32 for order in orders),
+            f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order",
+        )
     slots = config.match_slots
     require(slots > 0 and slots & (slots - 1) == 0, f"--match_slots {slots} is no power of two")
-    require(config.bigram_rows > 1, "--bigram_rows 1 leaves no row to hash into: take more")
+    for name in ("bigram_rows", "ngram_rows"):
+        require(getattr(config, name) > 1, f"--{name} 1 leaves no row to hash into: take more")
+    count, lengths = len(config.ngram_orders), "one for each of --ngram_orders"
+    require(
+        count * config.ngram_dim <= config.model_dim,
+        f"--ngram_dim {config.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
+        f"{config.model_dim}: take less",
+    )
+    require(
+        count * config.ngram_rows < 2**31,
+        f"--ngram_rows {config.ngram_rows}: {count} of them, {lengths}, must be below 2^31",
+    )
     windows = [stage.window_long for stage in (*config.stages, *config.extension)]
     windows = [window for window, _ in itertools.groupby([*windows, config.final_window_long])]
     require(
@@ -2361,6 +2380,66 @@ def note_matches_(
         table.scatter_reduce_(0, slot[long_enough], entry[long_enough], "amax")
 
 
+# --- Hashed n-grams -------------------------------------------------------------------------------
+#
+# Narrow rows for hashes of the last n tokens, in one table, order behind order. For a gradient of
+# its size and Adam's states it is too large: a step changes the rows that it has read.
+
+
+def ngram_hash(tokens: Tensor, orders: Sequence[int], num_rows: int) -> Tensor:
+    """The row of the n-gram that ends at each token, of whichever documents; (T, orders) int32.
+
+    Of the num_rows of an order the last one is for positions with fewer than n tokens up to there.
+    """
+    keys = match_keys(tokens, torch.zeros_like(tokens), orders, 2**44)  # all bits of a slot
+    rows = [torch.where(fits, slot % (num_rows - 1), num_rows - 1) for slot, _, fits in keys]
+    return torch.stack([i * num_rows + row for i, row in enumerate(rows)], dim=1).int()
+
+
+@triton.jit
+def _update_ngrams_kernel(
+    table, sum_squares, rows, order, grads, starts, count, lr, eps, dim, BLOCK: tl.constexpr
+):
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        at, end = tl.load(starts + run), tl.load(starts + run + 1)
+        row = tl.load(rows + at).to(tl.int64)
+        target, few = table + row * dim + column, tl.minimum(at + 2, end)
+        # most n-grams come once in a step, the most frequent ones thousands of times
+        grad = tl.zeros((BLOCK,), tl.float32)
+        grad = _add_run(grad, grads, order, at, few, dim, column, inside, 2)
+        grad = _add_run(grad, grads, order, few, end, dim, column, inside, 16)
+        total = tl.load(sum_squares + row) + tl.sum(grad * grad) / dim
+        value = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sum_squares + row, total)
+        tl.store(target, value - lr * grad / (tl.sqrt(total) + eps), mask=inside)
+
+
+def update_ngrams_(
+    table: Tensor, sum_squares: Tensor, rows: SortedRows, grads: Tensor, lr: float, eps: float
+) -> None:
+    """One step of row-wise Adagrad, in place, for the rows of a table (rows, dim) that have
+    gradients g: s += mean(g²), then row -= lr·g / (√s + eps). sum_squares, s: (rows,) fp32.
+
+    grads: (n, dim), in their first order; those of a row are summed in fp32, in that order. A sum
+    of squares and no running mean: a row's k-th gradient moves it by about lr/√k whenever it comes,
+    with no bias to correct. Source: Duchi et al. 2011, JMLR 12, with one sum a row.
+    """
+    if has_kernels(table.device):
+        dim = table.size(1)
+        _update_ngrams_kernel[(min(len(grads), 16384),)](
+            table, sum_squares, rows.rows, rows.order, packed(grads), rows.starts, rows.count, lr,
+            eps, dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
+        return
+    touched, lengths = rows.rows.unique_consecutive(return_counts=True)
+    grad = torch.segment_reduce(widen(grads[rows.order]), "sum", lengths=lengths)
+    sum_squares[touched] += grad.square().mean(1)
+    steps = lr * grad / (sum_squares[touched].sqrt() + eps)[:, None]
+    table[touched] = (widen(table[touched]) - steps).type_as(table)
+
+
 # ==================================================================================================
 # 5. Model
 # ==================================================================================================
@@ -2380,7 +2459,7 @@ class Lookups(NamedTuple):
 
     embedded: Tensor  # (T, dim)
     values: list[Tensor]  # (T, dim) of each value table
-    bigram: Tensor  # (T, dim), with the matches
+    bigram: Tensor  # (T, dim), with the n-grams and the matches
 
 
 class Windows(NamedTuple):
@@ -2388,6 +2467,69 @@ class Windows(NamedTuple):
 
     short: int
     long: int
+
+
+class Ngrams(nn.Module):
+    """The table of hashed n-grams and what its updates need, the same on every rank. It is no
+    parameter: its gradients are those of the rows that were read, gathered from all ranks."""
+
+    def __init__(self, config: Config, runtime: Runtime):
+        super().__init__()
+        self.orders, self.num_rows = config.ngram_orders, config.ngram_rows
+        self.world_size, dim = runtime.world_size, config.ngram_dim
+        stages = (*config.stages, *config.extension)
+        most = len(self.orders) * max(stage.tokens_per_step for stage in stages)
+        zeros = functools.partial(torch.zeros, device=runtime.device)
+        table = zeros(len(self.orders) * self.num_rows, dim, dtype=getattr(torch, config.dtype))
+        self.register_buffer("table", table)
+        self.sum_squares = zeros(len(table))
+        # of one step, in the order of the stream
+        self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
+        self.filled = 0  # how many of these there are so far
+        self.left = None  # rows and grads of the last backward pass
+
+    def gather(self, rows: Tensor, grads: Tensor) -> None:
+        """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
+        with rows dealt out in turn that is the order of the stream, on however many ranks."""
+        part = slice(self.filled, self.filled + self.world_size * len(rows))
+        for everyone, own in (self.rows[part], rows), (self.grads[part], grads):
+            if self.world_size > 1:
+                dist.all_gather_into_tensor(everyone, own)
+            else:
+                everyone.copy_(own)
+        self.filled = part.stop
+
+    def update(self, lr: float, eps: float) -> None:
+        """With all that was gathered since the last one."""
+        if self.filled:
+            rows, grads = sort_rows(self.rows[: self.filled]), self.grads[: self.filled]
+            update_ngrams_(self.table, self.sum_squares, rows, grads, lr, eps)
+        self.filled = 0
+
+    def reset(self) -> None:
+        self.table.zero_()
+        self.sum_squares.zero_()
+        self.filled = 0
+
+
+class AddNgrams(torch.autograd.Function):
+    """x (T, dim) with the rows of its n-grams added in place, each order to columns of its own. The
+    backward pass leaves their gradient, a copy of that of x, in `ngrams`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tokens: Tensor, ngrams: Ngrams) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.ngrams, ctx.rows = ngrams, ngram_hash(tokens, ngrams.orders, ngrams.num_rows)
+        added = F.embedding(ctx.rows, ngrams.table).flatten(1)
+        x[:, : added.size(1)] += added
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, dim = ctx.rows.flatten(), ctx.ngrams.table.size(1)
+        columns = grad[:, : ctx.rows.size(1) * dim]
+        ctx.ngrams.left = rows, columns.reshape(len(rows), dim)
+        return grad, None, None
 
 
 @dataclass(frozen=True)
@@ -2509,6 +2651,7 @@ class GPT(nn.Module):
             matches = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.register_buffer("matches", matches)
         self.bigram = zeros(config.bigram_rows, dim)
+        self.ngrams = Ngrams(config, runtime) if config.ngram_orders else None
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
         generator = torch.Generator(device).manual_seed(config.seed)
@@ -2598,6 +2741,8 @@ class GPT(nn.Module):
         embedded, *values = read([embed, *tables], tokens)
         hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
         bigram = read([self.bigram], hashed)[0] * F.embedding(sign, self.bigram_signs)
+        if self.ngrams is not None:
+            bigram = AddNgrams.apply(bigram, tokens, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
             found, order = find_matches(tokens, starts, self.matches, orders)
@@ -3307,7 +3452,7 @@ class Optimizer:
         self.model.tied = False
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor a step changes, the parameters left out."""
+        """Every tensor a step changes, parameters and n-grams left out."""
         return [tensor for state in self.states for tensor in state.tensors()]
 
     @torch.no_grad()
@@ -3316,6 +3461,8 @@ class Optimizer:
         keep theirs on even steps and are updated on odd ones."""
         due = [state for state in self.states if state.group.is_due(step, self.model.tied)]
         reductions = [self._launch_reduction(state) for state in due]
+        if self.model.ngrams is not None:  # while these travel
+            self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
         gathers = []
         for state, finish_reduction in reversed(list(zip(due, reductions))):
             self._update(state, finish_reduction(), step, lr_scale, momentum)
@@ -3377,8 +3524,8 @@ class Optimizer:
 
 @contextlib.contextmanager
 def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
-    """At the end put every weight and optimizer state back, bit for bit, drop the gradients and
-    forget what was read."""
+    """At the end put every weight and optimizer state back, bit for bit, drop the gradients, forget
+    what was read, and empty the table of n-grams."""
     tied = model.tied
     tensors = [param.detach() for param in model.parameters()] + optimizer.tensors()
     copies = [tensor.clone() for tensor in tensors]
@@ -3392,6 +3539,8 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
         model.tied = tied
         if model.matches is not None:
             model.matches.fill_(-1)
+        if model.ngrams is not None:
+            model.ngrams.reset()
         if model.fp8 is not None:
             model.fp8.reset()
 
@@ -3845,7 +3994,7 @@ class MicroStep:
     def __init__(self, model: GPT, prefixes: Tensor, config: Config, runtime: Runtime):
         self.model, self.prefixes, self.config = model, prefixes, config
         self.uses_graphs = config.cuda_graphs and runtime.device.type == "cuda"
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.graphs: dict[tuple, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -3865,16 +4014,21 @@ class MicroStep:
         self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
     ) -> Tensor:
         """The sum of next-token losses, fp32, valid until the next call."""
-        if not self.uses_graphs:
+        ngrams = self.model.ngrams
+        if self.uses_graphs:
+            kind = self.kind(batch, windows, columns)
+            if kind not in self.graphs:
+                raise RuntimeError(f"no graph was captured for rows of {kind}")
+            graph, inputs, loss, left = self.graphs[kind]
+            for mine, given in zip(inputs, (*batch[:3], loss_weights)):
+                mine.copy_(given, non_blocking=True)
+            graph.replay()
+        else:
             batch = to_device(batch, loss_weights.device)
-            return self.compute(batch, windows, loss_weights, columns)
-        kind = self.kind(batch, windows, columns)
-        if kind not in self.graphs:
-            raise RuntimeError(f"no graph was captured for rows of {kind}")
-        graph, inputs, loss = self.graphs[kind]
-        for mine, given in zip(inputs, (*batch[:3], loss_weights)):
-            mine.copy_(given, non_blocking=True)
-        graph.replay()
+            loss = self.compute(batch, windows, loss_weights, columns)
+            left = ngrams and ngrams.left
+        if ngrams is not None:
+            ngrams.gather(*left)
         return loss
 
     def capture(
@@ -3894,7 +4048,8 @@ class MicroStep:
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **how):
             loss = self.compute(mine, windows, inputs[3], columns)
-        self.graphs[self.kind(batch, windows, columns)] = graph, inputs, loss
+        left = self.model.ngrams and self.model.ngrams.left  # memory that no other graph takes
+        self.graphs[self.kind(batch, windows, columns)] = graph, inputs, loss, left
 
 
 def compile_kernels(
@@ -4094,6 +4249,9 @@ def train(config: Config, runtime: Runtime) -> None:
     dtype = f"MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
     log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
+    if model.ngrams is not None:
+        rows, dim = model.ngrams.table.shape
+        log.line(f"{rows:,} rows of hashed n-grams, {dim} wide: {rows * dim / 1e6:.1f} M weights")
     loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
     prefixes = read_prefixes(config, runtime.device)
     micro_step = MicroStep(model, prefixes, config, runtime)

@@ -1,5 +1,5 @@
 """What only a GPU can show: the attention backends agree, full-graph compilation takes the model,
-fp8 is near bf16, and graphs replay what they captured."""
+fp8 is near bf16, graphs replay what they captured, and n-grams keep nothing waiting."""
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from train_gpt import (
     Config,
     Log,
     MicroStep,
+    Optimizer,
     Runtime,
     Stage,
     Windows,
     attention,
     attention_backend,
+    ngram_hash,
     plain_attention,
     to_device,
 )
@@ -223,6 +225,57 @@ def test_replayed_graph_is_what_it_captured(fp8):
     model.tied = True
     with pytest.raises(RuntimeError, match="no graph"):
         micro_step(ROW, WINDOWS, weights[0])
+
+
+NGRAMS = {"ngram_orders": (3, 4), "ngram_rows": 2**16, "fp8": False}
+
+
+def test_replays_leave_the_gradients_of_their_ngrams():
+    """Graphs of two kinds, whose memory is shared, replayed in turn on other rows than those they
+    were captured on: a step has what eager passes leave, row behind row."""
+    config = make_config(**NGRAMS)
+    model, runtime = make_model(config), Runtime(0, 1, torch.device("cuda"), Log(None))
+    micro_step, ngrams = MicroStep(model, prefixes_of(config), config, runtime), model.ngrams
+    ngrams.table.normal_(0, 0.02)
+    weights = torch.tensor(WEIGHTS, device="cuda")
+    kinds = WINDOWS, WINDOWS._replace(short=64)
+    for windows in kinds:
+        micro_step.capture(ROW, windows, weights)
+    rows, expected = [make_row(seed, [0, 17, 400, 900]) for seed in range(4)], []
+    for i, row in enumerate(rows):
+        settle(model)
+        micro_step.compute(to_device(row, weights.device), kinds[i % 2], weights)
+        expected.append(ngrams.left)
+    settle(model)
+    for i, row in enumerate(rows):
+        micro_step(row, kinds[i % 2], weights)
+    assert ngrams.filled == 4 * 2048
+    for i, (row, (numbers, grads)) in enumerate(zip(rows, expected)):
+        part = slice(2048 * i, 2048 * (i + 1))
+        assert torch.equal(ngrams.rows[part], numbers)
+        assert torch.equal(numbers, ngram_hash(row.tokens.cuda(), (3, 4), 2**16).flatten())
+        assert relative_error(ngrams.grads[part], grads) < 2e-2
+
+
+def test_no_step_waits_for_its_ngrams():
+    """Neither gathering nor updating lets the host wait for the device."""
+    config = make_config(**NGRAMS)
+    model = make_model(config)
+    optimizer = Optimizer(model, config, Runtime(0, 1, torch.device("cuda"), Log(None)))
+    rows = torch.randint(0, 2**17, (2048,), device="cuda", dtype=torch.int32)
+    grads = torch.randn(2048, config.ngram_dim, device="cuda", dtype=torch.bfloat16)
+    for mode in ("default", "error"):  # the first time compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for _ in range(8):
+                model.ngrams.gather(rows, grads)
+            model.ngrams.update(0.1, 1e-10)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert model.ngrams.table.any(1).sum() == len(rows.unique())
+    model.ngrams.gather(rows, grads)
+    optimizer.step(1, 1.0, 0.9)
+    assert model.ngrams.filled == 0
 
 
 def test_update_keeps_the_low_mantissa_bits():

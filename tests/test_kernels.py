@@ -33,6 +33,7 @@ from train_gpt import (
     rotary_tables,
     sort_rows,
     split_mantissa_,
+    update_ngrams_,
 )
 
 GPU = torch.cuda.is_available()
@@ -604,6 +605,55 @@ def test_rows_of_a_table_and_first_columns_have_the_gradients_of_their_definitio
     assert table.grad.data_ptr() == place
     half = random(4, 16, dtype=torch.bfloat16)
     assert FirstColumns.apply(half, 3)[1].dtype == torch.float32
+
+
+# Hashed n-grams ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "num_rows", "dim"),
+    cases(
+        [(1, 3, 8), (40, 9, 8), (64, 64, 40), (33, 1, 16), (17, 500, 24)],
+        [(786_432, 2**23, 128), (262_144, 2**20, 64), (30_000, 200, 136)],
+    ),
+)
+def test_ngrams_are_updated_in_place(monkeypatch, count, num_rows, dim):
+    """By the kernel and without it, twice; by the kernel to the same bits on every rank. Half of
+    the gradients are of one row; those without any stay as they are."""
+    index = torch.randint(0, num_rows, (count,), device=DEVICE, dtype=torch.int32)
+    index[count // 2 :] = index[0]
+    order, grads = sort_rows(index), [random(count, dim) for _ in range(2)]
+    start, sums = random(num_rows, dim), single(num_rows).square()
+    touched, run = index.unique(return_inverse=True)
+    expected, squares, rest = start[touched].double(), sums[touched].double(), sums.clone()
+    for grad in grads:
+        total = torch.zeros_like(expected).index_add(0, run, grad.double())
+        squares += total.square().mean(1)
+        expected -= 0.1 * total / (squares.sqrt() + 1e-3)[:, None]
+    results = []
+    for kernel in (True, True, False):
+        monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
+        table, sum_squares = start.clone(), sums.clone()
+        for grad in grads:
+            update_ngrams_(table, sum_squares, order, grad, 0.1, 1e-3)
+        results.append((table[touched], sum_squares[touched]))
+        assert relative_error(table[touched], expected) < TOLERANCE
+        assert relative_error(sum_squares[touched], squares) < 1e-4
+        table[touched], rest[touched] = start[touched], sum_squares[touched]
+        assert torch.equal(table, start) and torch.equal(sum_squares, rest)
+    assert all(map(torch.equal, *results[:2]))
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_first_step_of_an_ngram_is_the_learning_rate(monkeypatch, kernel):
+    """Whatever its gradient; none moves nothing."""
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernel)
+    table, sum_squares = (torch.zeros(size, device=DEVICE) for size in ((4, 16), 4))
+    scales = torch.tensor([1e-6, 1.0, 1e4, 0.0], device=DEVICE)
+    order = sort_rows(torch.arange(4, device=DEVICE, dtype=torch.int32))
+    update_ngrams_(table, sum_squares, order, single(4, 16) * scales[:, None], 0.3, 1e-10)
+    rms = table.square().mean(1).sqrt().cpu()
+    torch.testing.assert_close(rms, torch.tensor([0.3, 0.3, 0.3, 0.0]), rtol=1e-3, atol=0)
 
 
 # Exact match -------------------------------------------------------------------------------------

@@ -1,0 +1,475 @@
+"""Hashed n-grams: their rows against brute force, their training against dictionaries in float64,
+what a prediction may see of them, and the same tables on one, two and four ranks."""
+
+import dataclasses
+import math
+import multiprocessing
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import cpu_runtime, random_batch, tiny_config, trained_like
+from test_check import check
+from test_train import log_of, run, write_data
+from torch import Tensor
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    Batch,
+    Config,
+    MicroStep,
+    Ngrams,
+    Optimizer,
+    Schedule,
+    UserError,
+    Windows,
+    check_config,
+    config_as_text,
+    config_from_text,
+    continue_text,
+    ngram_hash,
+    nothing_changes,
+    parse_args,
+    prepare,
+    read_prefixes,
+    training_rows,
+    validate,
+)
+
+ORDERS, ROWS, DIM = (3, 4), 1001, 8
+WINDOWS = Windows(8, 24)
+
+
+def ngram_config(**changes: object) -> Config:
+    fields = {"ngram_orders": ORDERS, "ngram_rows": ROWS, "ngram_dim": DIM, "ngram_lr": 0.1}
+    return tiny_config(**{**fields, **changes})
+
+
+def few_tokens(seed: int, lengths: list[int], num_ids: int = 4) -> Batch:
+    """A row over few ids and the start token, so that n-grams come again."""
+    return random_batch(seed, lengths, num_ids=num_ids)
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fill(model: GPT, seed: int = 5) -> None:
+    model.ngrams.table.copy_(gaussian(*model.ngrams.table.shape, seed=seed))
+
+
+def micro_step_of(config: Config, model: GPT) -> tuple[MicroStep, Tensor]:
+    """And loss weights for it."""
+    runtime = cpu_runtime()
+    prefixes = read_prefixes(config, runtime.device)
+    return MicroStep(model, prefixes, config, runtime), torch.tensor([1.0, 0.5, 0.25, 0.25])
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+def signed(number: int) -> int:
+    """What int64 makes of a number."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def brute_force_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> list[list[int]]:
+    """In Python's integers, every n-gram by itself."""
+    rows = []
+    for t in range(len(tokens)):
+        rows.append([])
+        for i, order in enumerate(orders):
+            row = num_rows - 1
+            if t - order + 1 >= 0:
+                key = 0
+                for token in reversed(tokens[t - order + 1 : t + 1]):
+                    key = signed((key ^ (token + 1)) * train_gpt.MIX_1.value)
+                    key ^= key >> 29
+                mixed = signed(key * train_gpt.MIX_2.value)
+                row = ((mixed >> 20) % 2**44) % (num_rows - 1)
+            rows[-1].append(i * num_rows + row)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("lengths", "orders", "num_rows"),
+    [
+        ([30, 1, 33], (3, 4), 2**23),
+        ([64], (1, 3, 7), 1000),
+        ([2], (3,), 2),
+        ([1, 1, 1, 5, 20], (31,), 17),
+        ([40], (2, 31), 2**30 - 1),
+    ],
+)
+def test_rows_are_those_of_brute_force(lengths, orders, num_rows):
+    tokens = random_batch(1, lengths).tokens
+    rows = ngram_hash(tokens, orders, num_rows)
+    assert rows.dtype == torch.int32
+    assert rows.tolist() == brute_force_rows(tokens.tolist(), orders, num_rows)
+    for i, order in enumerate(orders):
+        begins = torch.arange(len(tokens)) < order - 1
+        assert torch.equal(rows[:, i] == (i + 1) * num_rows - 1, begins)
+
+
+def test_row_is_of_the_last_n_tokens_alone():
+    """Wherever they are, also across the start of a document."""
+    tokens = few_tokens(2, [30, 1, 200], num_ids=3).tokens
+    rows = ngram_hash(tokens, (2, 3, 4), 2**23)
+    for i, order in enumerate((2, 3, 4)):
+        found = defaultdict(set)
+        for t in range(order - 1, len(tokens)):
+            found[tuple(tokens[t - order + 1 : t + 1].tolist())].add(rows[t, i].item())
+        assert all(len(kinds) == 1 for kinds in found.values())
+        assert len(set().union(*found.values())) == len(found) > 9  # no two share a row
+
+
+def test_rows_are_spread_evenly():
+    """As balls in urns: n-grams of frequent tokens, in 2^16 rows."""
+    tokens = torch.randint(0, 100, (2**16,), generator=torch.manual_seed(0), dtype=torch.int32)
+    for order in ORDERS:
+        grams = tokens.unfold(0, order, 1).long() @ (100 ** torch.arange(order))
+        rows = ngram_hash(tokens, (order,), 2**16)[order - 1 :, 0]
+        expected = 2**16 * (1 - math.exp(-len(grams.unique()) / 2**16))
+        assert len(rows.unique()) == pytest.approx(expected, rel=0.01)
+
+
+# Lookups and gradients ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("match_orders", [(), (2,)], ids=["alone", "with matches"])
+def test_lookup_and_its_gradients(runtime, match_orders):
+    """The bigram's stream has the rows of order i in its columns; gradients of the rows and of
+    everything beside them are those of the definition."""
+    matches = {"match_orders": match_orders, "match_slots": 64}
+    model = trained_like(ngram_config(**matches), runtime)
+    plain = trained_like(ngram_config(**matches, ngram_orders=()), runtime)
+    assert plain.ngrams is None
+    fill(model)
+    batch, grad = few_tokens(3, [30, 2, 32]), gaussian(64, 32)
+    rows = torch.tensor(brute_force_rows(batch.tokens.tolist(), ORDERS, ROWS))
+    looked_up = model.look_up(batch).bigram
+    expected = plain.look_up(batch).bigram
+    (looked_up * grad).sum().backward()
+    (expected * grad).sum().backward()
+    expected = expected.detach().clone()
+    expected[:, :16] += model.ngrams.table[rows].flatten(1)
+    torch.testing.assert_close(looked_up.detach(), expected, rtol=1e-6, atol=1e-6)
+    assert model.ngrams.left[0].tolist() == rows.flatten().tolist()
+    assert torch.equal(model.ngrams.left[1], grad[:, :16].reshape(128, DIM))
+    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad), name
+    assert model.bigram.grad.any()
+
+
+def test_gradient_is_the_slope_of_the_loss(runtime):
+    """Central differences of a micro-step's share of the loss along random changes of the rows."""
+    config = ngram_config()
+    model = trained_like(config, runtime)
+    fill(model)
+    micro_step, weights = micro_step_of(config, model)
+    batch, ngrams = few_tokens(4, [20, 44], num_ids=30), model.ngrams
+    micro_step(batch, WINDOWS, weights)
+    assert ngrams.filled == 128
+    total = torch.zeros_like(ngrams.table).index_add_(0, ngrams.rows[:128], ngrams.grads[:128])
+    before = ngrams.table.clone()
+    for seed in range(4):
+        change, losses = gaussian(*before.shape, seed=100 + seed), []
+        for sign in (1, -1):
+            ngrams.table.copy_(before + sign * 1e-2 * change)
+            with torch.no_grad():
+                loss, _ = model(batch, WINDOWS, weights, micro_step.prefixes)
+            losses.append(loss.item() / config.rows_per_step)
+        slope = (losses[0] - losses[1]) / 2e-2
+        assert slope == pytest.approx((total * change).sum().item(), rel=2e-2, abs=2e-2)
+
+
+class Reference:
+    """Tables as dictionaries of float64 rows, an update as its definition says."""
+
+    def __init__(self, eps: float):
+        self.eps, self.sums = eps, defaultdict(float)
+        self.rows = defaultdict(lambda: torch.zeros(DIM, dtype=torch.float64))
+
+    def update(self, rows: list[int], grads: Tensor, lr: float) -> None:
+        total = defaultdict(lambda: 0)
+        for row, grad in zip(rows, grads.double(), strict=True):
+            total[row] = total[row] + grad
+        for row, grad in total.items():
+            self.sums[row] += grad.square().mean().item()
+            self.rows[row] = self.rows[row] - lr * grad / (math.sqrt(self.sums[row]) + self.eps)
+
+
+def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
+    """Three steps of four rows of tokens, whose n-grams come again within and between them."""
+    config = ngram_config(ngram_rows=101)
+    model = trained_like(config, runtime)
+    optimizer, (micro_step, weights) = (
+        Optimizer(model, config, runtime),
+        micro_step_of(config, model),
+    )
+    reference, gathered, ngrams, again = Reference(config.adam_eps), [], model.ngrams, 0
+    gather = Ngrams.gather
+
+    def gather_and_keep(self: Ngrams, rows: Tensor, grads: Tensor) -> None:
+        gathered.append((rows.tolist(), grads.clone()))
+        gather(self, rows, grads)
+
+    monkeypatch.setattr(Ngrams, "gather", gather_and_keep)
+    for step in range(3):
+        gathered.clear()
+        batches = [few_tokens(10 * step + i, [20, 1, 43], num_ids=5) for i in range(4)]
+        for batch in batches:
+            micro_step(batch, WINDOWS, weights)
+        for batch, (rows, _) in zip(batches, gathered, strict=True):
+            expected = brute_force_rows(batch.tokens.tolist(), ORDERS, 101)
+            assert rows == [row for position in expected for row in position]
+        optimizer.step(step, 1.0 + step, 0.9)
+        assert ngrams.filled == 0
+        rows = [row for rows, _ in gathered for row in rows]
+        again += len(rows) - len(set(rows))
+        reference.update(rows, torch.cat([grads for _, grads in gathered]), 0.1 * (1.0 + step))
+        expected = torch.stack([reference.rows[row] for row in range(202)])
+        torch.testing.assert_close(ngrams.table.double(), expected, rtol=1e-3, atol=1e-5)
+        assert expected.any(1).sum() > 100
+    assert again > 500
+    sums = torch.tensor([reference.sums[row] for row in range(202)])
+    torch.testing.assert_close(ngrams.sum_squares, sums, rtol=1e-4, atol=1e-12)
+    optimizer.step(3, 1.0, 0.9)  # nothing was read since
+    torch.testing.assert_close(ngrams.table.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_alone_learn_a_text(runtime):
+    """With everything else as it is."""
+    config = ngram_config(ngram_rows=4096, ngram_dim=16)
+    model = trained_like(config, runtime)
+    (micro_step, weights), losses = micro_step_of(config, model), []
+    batch = few_tokens(6, [30, 34], num_ids=1000)
+    for _ in range(20):
+        losses.append(micro_step(batch, WINDOWS, weights).item() / 64)
+        model.ngrams.update(0.3, 1e-10)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_table_is_no_parameter(runtime):
+    """Nor has the optimizer a state of its size; without it the model starts the same."""
+    config = ngram_config()
+    model, plain = GPT(config, runtime), GPT(ngram_config(ngram_orders=()), runtime)
+    assert not model.ngrams.table.any() and not model.ngrams.sum_squares.any()
+    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    sizes = {tensor.shape for tensor in Optimizer(model, config, runtime).tensors()}
+    assert model.ngrams.table.shape not in sizes and not model.ngrams.table.requires_grad
+
+
+# What a row may see ------------------------------------------------------------------------------
+
+
+def test_later_tokens_change_no_earlier_prediction(runtime):
+    model = trained_like(ngram_config(), runtime)
+    batch = few_tokens(9, [1, 30, 2, 31])
+
+    @torch.no_grad()
+    def predictions(batch: Batch) -> Tensor:
+        return (model.hidden(batch, WINDOWS) @ model.head.T).log_softmax(1)
+
+    empty = predictions(batch)
+    fill(model)
+    filled, rows = predictions(batch), ngram_hash(batch.tokens, ORDERS, ROWS)
+    assert (empty != filled).any(1).all()
+    for t in range(3, 64, 4):
+        tokens = batch.tokens.clone()
+        tokens[t] = (tokens[t] + 1) % 4
+        mine = predictions(batch._replace(tokens=tokens, targets=batch.targets.flip(0)))
+        assert torch.equal(mine[:t], filled[:t])
+        assert (mine[t] != filled[t]).any()
+        different = (ngram_hash(tokens, ORDERS, ROWS) != rows).nonzero()[:, 0]
+        assert different.min() == t and different.max() == min(t + 3, 63)
+
+
+def test_validation_reads_only(tmp_path, runtime):
+    write_data(tmp_path)
+    config = ngram_config(val_file=str(tmp_path / "val.bin"))
+    model = trained_like(config, runtime)
+    empty = validate(model, config, runtime, 200, WINDOWS)
+    fill(model)
+    before = model.ngrams.table.clone()
+    assert validate(model, config, runtime, 200, WINDOWS) != pytest.approx(empty, abs=1e-4)
+    assert torch.equal(model.ngrams.table, before)
+    assert model.ngrams.left is None and model.ngrams.filled == 0
+
+
+def test_nothing_of_the_preparation_stays(runtime, monkeypatch):
+    """Which updates rows, two times for each of three kinds of rows; a run begins with none."""
+    config = ngram_config()
+    model, schedule = GPT(config, runtime), Schedule(config)
+    optimizer, (micro_step, _) = Optimizer(model, config, runtime), micro_step_of(config, model)
+    seen, update = [], Ngrams.update
+
+    def update_and_look(self: Ngrams, lr: float, eps: float) -> None:
+        update(self, lr, eps)
+        seen.append(self.table.any().item() and self.sum_squares.any().item())
+
+    monkeypatch.setattr(Ngrams, "update", update_and_look)
+    weights = torch.tensor(schedule.loss_weights())
+    prepare(model, optimizer, micro_step, schedule, weights, runtime)
+    assert seen == [True] * 6
+    with nothing_changes(model, optimizer):
+        micro_step(few_tokens(0, [64]), WINDOWS, weights[0])
+        assert model.ngrams.filled == 128
+    assert not model.ngrams.table.any() and not model.ngrams.sum_squares.any()
+    assert model.ngrams.filled == 0
+
+
+class Filled(check.Judge):
+    """A judge whose model has rows of n-grams."""
+
+    def __init__(self, script: object, folder: Path, **changes: object):
+        super().__init__(script, folder, **changes)
+        fill(self.model)
+
+
+@pytest.mark.parametrize("name", ["causality", "targets"])
+def test_model_with_rows_passes_the_check(name, tmp_path, monkeypatch):
+    sizes = {"ngram_orders": (2, 3), "ngram_rows": 500, "ngram_dim": 16}
+    monkeypatch.setattr(check, "SIZES", check.SIZES | sizes)
+    monkeypatch.setattr(check, "Judge", Filled)
+    check.CHECKS[name](train_gpt, tmp_path)
+
+
+# Ranks -------------------------------------------------------------------------------------------
+
+
+def exact_updates(rank: int, world_size: int, dtype: str) -> list[Tensor]:
+    """Two steps of four rows with given gradients, dealt out as training_rows does."""
+    ngrams = Ngrams(ngram_config(ngram_rows=101, dtype=dtype), cpu_runtime(rank, world_size))
+    for step in range(2):
+        for seed in range(10 * step, 10 * step + 4)[rank::world_size]:
+            rows = ngram_hash(few_tokens(seed, [64]).tokens, ORDERS, 101).flatten()
+            ngrams.gather(rows, gaussian(128, DIM, seed=seed).type_as(ngrams.table))
+        ngrams.update(0.1, 1e-10)
+    return [ngrams.table, ngrams.sum_squares]
+
+
+def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
+    """Three steps of the model on four rows of the stream each."""
+    config = ngram_config(ngram_rows=101, train_files=f"{folder}/train_*.bin")
+    runtime, count = cpu_runtime(rank, world_size), 4 // world_size
+    model = trained_like(config, runtime)
+    optimizer, (micro_step, weights) = (
+        Optimizer(model, config, runtime),
+        micro_step_of(config, model),
+    )
+    rows = training_rows(config, rank, world_size, [(64, 48)] * 3 * count, pin=False)
+    for step in range(3):
+        for _ in range(count):
+            micro_step(next(rows), WINDOWS, weights)
+        optimizer.step(step, 1.0, 0.9)
+    return [model.ngrams.table, model.ngrams.sum_squares]
+
+
+def worker(rank: int, world_size: int, folder: Path) -> None:
+    store = f"file://{folder}/store{world_size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    results = [exact_updates(rank, world_size, dtype) for dtype in ("float32", "bfloat16")]
+    results.append(whole_steps(rank, world_size, folder))
+    torch.save(results, folder / f"{world_size}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_have_the_same_tables(tmp_path):
+    """To the bit; with given gradients also those of one process, because rows come in the order
+    of the stream. Two ranks take two micro-steps a step, four take one."""
+    write_data(tmp_path)
+    given = [exact_updates(0, 1, dtype) for dtype in ("float32", "bfloat16")]
+    alone = whole_steps(0, 1, tmp_path)
+    assert all(table.any(1).sum() > 50 for table, _ in (*given, alone))
+    fork = multiprocessing.get_context("fork")  # spares them the imports
+    for world_size in (2, 4):
+        ranks = range(world_size)
+        how = [{"target": worker, "args": (rank, world_size, tmp_path)} for rank in ranks]
+        processes = [fork.Process(**each, daemon=True) for each in how]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * world_size
+        results = [torch.load(tmp_path / f"{world_size}_{rank}.pt") for rank in ranks]
+        for result in results:
+            for mine, expected in zip(result, [*given, results[0][2]], strict=True):
+                assert all(map(torch.equal, mine, expected))
+        torch.testing.assert_close(results[0][2], alone, rtol=2e-2, atol=2e-3)
+
+
+# Options and checkpoints -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ngram_orders": (4, 3)}, "--ngram_orders 4:3: .*ascending"),
+        ({"ngram_orders": (3, 3)}, "--ngram_orders 3:3: .*ascending"),
+        ({"ngram_orders": (0, 3)}, "--ngram_orders 0:3: .*from 1 to 31"),
+        ({"ngram_orders": (3, 32)}, "--ngram_orders 3:32: .*from 1 to 31"),
+        ({"ngram_dim": 0}, "--ngram_dim 0 must be positive"),
+        ({"ngram_dim": 17}, "--ngram_dim 17: 2 of them, .* more than --model_dim 32"),
+        ({"ngram_rows": -1}, "--ngram_rows -1 must be positive"),
+        ({"ngram_rows": 1}, "--ngram_rows 1 leaves no row"),
+        ({"ngram_rows": 2**30}, "--ngram_rows 1073741824: 2 of them, .* must be below 2.31"),
+        ({"ngram_lr": -0.1}, "--ngram_lr -0.1 must not be negative"),
+    ],
+)
+def test_check_config_names_what_cannot_work(changes, message):
+    check_config(ngram_config(), 1)
+    check_config(ngram_config(ngram_orders=(1, 31), ngram_rows=2, ngram_dim=16, ngram_lr=0.0), 1)
+    check_config(ngram_config(ngram_orders=(3,), ngram_rows=2**31 - 1), 1)
+    with pytest.raises(UserError, match=message):
+        check_config(ngram_config(**changes), 1)
+
+
+def test_options_on_the_command_line():
+    config = parse_args(["--preset", "speedrun", "--ngram_orders", "3:4", "--ngram_lr", "1.5"])
+    assert (config.ngram_orders, config.ngram_lr) == ((3, 4), 1.5)
+    assert config_from_text(config_as_text(config)) == config
+    check_config(config, 8)
+    for preset in train_gpt.PRESETS.values():
+        assert preset.ngram_orders == ()
+        check_config(dataclasses.replace(preset, ngram_orders=(3, 4)), 1)
+
+
+def test_run_and_its_checkpoint(tmp_path, capsys):
+    """The rows go with the weights: they score the same, and continue a text."""
+    path, options = tmp_path / "model.pt", {"ngram_orders": "3:4", "ngram_lr": 0.3}
+    result = run(write_data(tmp_path), **options, stop_step=6, checkpoint=path)
+    assert result.returncode == 0, result.stderr
+    text, record = log_of(tmp_path)
+    assert "8,192 rows of hashed n-grams, 16 wide: 0.1 M weights" in text
+    losses = [row["train_loss"] for row in record["steps"]]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 1
+    model, config, _ = check.load_checkpoint(train_gpt, str(path), "cpu")
+    windows = Windows(config.stages[0].window_short, config.stages[0].window_long)
+    scored = model, config, cpu_runtime(), config.val_tokens, windows
+    assert 20 < model.ngrams.table.any(1).sum() < 8192
+    assert validate(*scored) == pytest.approx(record["summary"]["val_loss"], abs=1e-5)
+    model.ngrams.table.zero_()
+    assert validate(*scored) != pytest.approx(record["summary"]["val_loss"], abs=1e-3)
+
+    asked = Config(checkpoint=str(path), sample="afkp", sample_tokens=5, temperature=0.0)
+    saved, texts = torch.load(path), []
+    table = saved["weights"].pop("ngrams.table")
+
+    def continue_with(rows: Tensor | None) -> None:
+        tables = {} if rows is None else {"ngrams.table": rows}
+        torch.save(saved | {"weights": saved["weights"] | tables}, path)
+        continue_text(asked, cpu_runtime())
+
+    for rows in (table, gaussian(*table.shape) * 1e4):
+        continue_with(rows)
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("afkp") and texts[0] != texts[1]
+    for rows, found in ((table[1:], r"\[8191, 16\]"), (None, r"\[0\]")):
+        message = rf"--checkpoint .*model.pt: ngrams.table is {found}, .* ask for \[8192, 16\]"
+        with pytest.raises(UserError, match=message):
+            continue_with(rows)
