@@ -422,6 +422,20 @@ def adam(bench: Bench) -> Iterator[Case]:
         yield Case(f"adam_update_, {name}", inputs, call, captured=False, forward=moved)
 
 
+def ngrams(bench: Bench) -> Iterator[Case]:
+    """Of one length in a step of the last stage; they are random, so few come twice."""
+    count, num_rows, dim = CONFIG.stages[-1].tokens_per_step, CONFIG.ngram_rows, CONFIG.ngram_dim
+    rows = torch.randint(0, num_rows, (count,), dtype=torch.int32, device=bench.device)
+    order = train_gpt.sort_rows(rows)
+    inputs = [bench.random(num_rows, dim), bench.random(num_rows, dtype=FP32).abs()]
+
+    def call(op, table, squares, grads):
+        return op(table, squares, order, grads, 1e-3, CONFIG.adam_eps)
+
+    moved = 2 * dim * count + (4 * dim + 8) * int(order.count)
+    yield Case("update_ngrams_", [*inputs, bench.random(count, dim)], call, forward=moved)
+
+
 # Micro-steps --------------------------------------------------------------------------------------
 
 
@@ -499,7 +513,8 @@ def main(arguments: list[str] | None = None) -> int:
         title = f"{size:,} tokens, windows {stage.window_short} and {stage.window_long}"
         with bench.attempt(title):
             bench.section(title, Row(bench, stage, size).makers())
-    bench.section("optimizer", [lambda: normuon(bench), lambda: adam(bench)])
+    makers = (functools.partial(maker, bench) for maker in (normuon, adam, ngrams))
+    bench.section("optimizer", list(makers))
     with bench.attempt("micro-steps"):
         micro_steps(bench, chosen)
     if bench.failures:

@@ -38,11 +38,11 @@ from train_gpt import PARAM_GROUPS, START_TOKEN, Batch, Config, Log, ParamGroup,
 # it. The library's products for head and optimizer look like all others and count as products.
 GROUPS = {
     "communication": r"nccl|c10d::|gloo",
-    "optimizer": r"_nesterov|_normuon|_sum_squares|_adam_|_symmetric_",
+    "optimizer": r"_nesterov|_normuon|_sum_squares|_adam_|_symmetric_|_update_ngrams",
     "attention": r"flash|fmha|softmax|mix_",
     "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp|head_loss",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
-    "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|add_?rows|tablerows|cumsum",
+    "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|(add_?|table)rows|ngrams|cumsum",
     "element-wise": r"elementwise|reduce|combine|prepare_qkv|finish_attention|quantize|Rowwise"
     r"|CatArray|triton_|aten::|autograd::",
     "other": r"",
@@ -187,13 +187,25 @@ def sent_bytes(model: train_gpt.GPT, world_size: int, step: int, tied: bool) -> 
     return 2 * total * (world_size - 1) // world_size
 
 
+def gathered_bytes(model: train_gpt.GPT, world_size: int, num_tokens: int) -> int:
+    """What a rank sends round that ring of n-grams, rows and gradients, in a step of num_tokens."""
+    if model.ngrams is None:
+        return 0
+    count = num_tokens * len(model.ngrams.orders)
+    total = model.ngrams.rows[:count].nbytes + model.ngrams.grads[:count].nbytes
+    return total * (world_size - 1) // world_size
+
+
 def share(group: ParamGroup, amount: int, world_size: int) -> int:
     """What one rank updates of `amount` rows or weights."""
     return amount // world_size if group.sharded else amount
 
 
-def communication_line(model: train_gpt.GPT, world_size: int, exposed_ms: float) -> str:
-    even, odd = (sent_bytes(model, world_size, step, model.tied) / 1e9 for step in (0, 1))
+def communication_line(
+    model: train_gpt.GPT, world_size: int, num_tokens: int, exposed_ms: float
+) -> str:
+    ngrams = gathered_bytes(model, world_size, num_tokens)
+    even, odd = ((sent_bytes(model, world_size, i, model.tied) + ngrams) / 1e9 for i in (0, 1))
     sent = f"{even:.3f} GB a rank on even steps, {odd:.3f} GB on odd ones"
     return f"communication: {sent}, sent and received; {exposed_ms:.3f} ms a step exposed"
 
@@ -225,6 +237,10 @@ def volumes(config: Config) -> str:
         lines.append([f"M weights updated, {kind}", "", "", *(f"{n / 1e6:.1f}" for n in updated)])
     for kind, step in kinds.items():
         sent = (sent_bytes(model, n, *step) / 1e9 for n, model in models.items())
+        lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])
+    for count in sorted({stage.tokens_per_step for stage in config.stages if config.ngram_orders}):
+        sent = (gathered_bytes(model, n, count) / 1e9 for n, model in models.items())
+        kind = f"n-grams of {count:,} tokens"
         lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])
     return table(lines)
 
@@ -292,7 +308,8 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         log.line(f"\nstage {number} of {len(begins)}: {rows_are} a process, {head}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
         if runtime.world_size > 1:
-            log.line(communication_line(model, runtime.world_size, times[EXPOSED][0]))
+            sizes = runtime.world_size, plan.stage.tokens_per_step
+            log.line(communication_line(model, *sizes, times[EXPOSED][0]))
     rows.stop()
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import bench
 KERNELS = {
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
     "_normuon_apply_kernel": "optimizer",
+    "_update_ngrams_kernel": "optimizer",
     "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90": "attention",
     "_mix_key_gradients_kernel": "attention",
     "_logits_gradient_kernel": "head",
@@ -40,6 +42,7 @@ KERNELS = {
     "aten::mm": "products",
     "autograd::engine::evaluate_function: MmBackward0": "products",
     "speedrun::head_loss": "head",
+    "AddNgramsBackward": "tables",
     "aten::mul": "element-wise",
 }
 
@@ -150,7 +153,7 @@ class CountingRing:
         assert input.nbytes == self.world_size * output.nbytes
         return self.pass_on(output.nbytes)
 
-    def all_gather_into_tensor(self, output, input, async_op):
+    def all_gather_into_tensor(self, output, input, async_op=False):
         assert output.nbytes == self.world_size * input.nbytes
         return self.pass_on(input.nbytes)
 
@@ -181,6 +184,17 @@ def test_what_a_step_sends_is_computed(world_size, monkeypatch):
     assert 0 < sent[0] == sent[2] < sent[1] < sent[3]
 
 
+def test_what_ngrams_send_is_computed(monkeypatch):
+    """As much as handing round a step's rows and gradients does; and nothing without them."""
+    ring = CountingRing(4, monkeypatch)
+    config, runtime = tiny_config(ngram_orders=(2, 3), ngram_rows=9, ngram_dim=8), cpu_runtime(1, 4)
+    model = GPT(config, runtime)
+    model.ngrams.gather(torch.zeros(2 * 64, dtype=torch.int32), torch.zeros(2 * 64, 8))
+    assert trace.gathered_bytes(model, 4, num_tokens=4 * 64) == ring.sent == 3 * 128 * (4 + 32)
+    assert trace.gathered_bytes(model, 1, num_tokens=4 * 64) == 0
+    assert trace.gathered_bytes(GPT(tiny_config(), runtime), 4, num_tokens=4 * 64) == 0
+
+
 def test_nothing_is_sent_by_one_rank(runtime):
     model = GPT(tiny_config(), runtime)
     assert [trace.sent_bytes(model, 1, step, tied=False) for step in range(2)] == [0, 0]
@@ -190,6 +204,8 @@ def test_volumes_by_hand(runtime, capsys):
     """Of a small model in numbers of 4 bytes, with 5 layers, 4 of them with attention."""
     changes = {"rows_per_step": 4, "bigram_rows": 1000, "model_dim": 32, "mlp_dim": 64}
     model = GPT(tiny_config(**changes, head_dim=16, gate_dim=16, layers=TINY_LAYERS), runtime)
+    changes |= {"ngram_orders": 2, "ngram_dim": 32}
+    changes["stages"] = "1:1000000:64:8:16:1:0:0:0:0:0:0:0"  # for the n-grams alone
     changes = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
     assert trace.main(["--volumes", "--preset", "tiny", *changes]) == 0
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
@@ -209,6 +225,7 @@ def test_volumes_by_hand(runtime, capsys):
         here = model.small.numel() if size > banks else 0  # not shared out
         updated = [f"{((size - here) / n + here) / 1e6:.1f}" for n in (1, 2, 4)]
         assert rows[f"M weights updated, {kind}"] == updated
+    assert rows["GB sent, n-grams of 1,000,000 tokens"] == ["0.000", "0.066", "0.099"]
 
 
 # Command lines ------------------------------------------------------------------------------------
@@ -281,8 +298,9 @@ def test_profile_on_the_cpu(tmp_path):
 
 
 def test_profile_of_two_ranks_says_what_they_send(tmp_path):
-    """Beside how long they wait for it. One stage; the rows are random."""
-    result = profile_run(tmp_path, ranks=2, rows_per_step=2, stop_step=1, mlp_dim=4096)
+    """Beside how long they wait for it. One stage; the rows are random, and few n-grams."""
+    changes = {"rows_per_step": 2, "stop_step": 1, "mlp_dim": 4096, "ngram_orders": 3}
+    result = profile_run(tmp_path, ranks=2, **changes)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     numbers = r"([\d.]+) GB a rank on even steps, ([\d.]+) GB on odd ones, sent and received; "
@@ -347,15 +365,16 @@ def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
     makers = [getattr(row, name) for name in f"{names} tables".split()]
     monkeypatch.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 800)})
     monkeypatch.setattr(bench, "VOCAB", 64)
-    monkeypatch.setattr(bench, "CONFIG", tiny_config())
-    makers = [*makers[:-1], lambda: bench.normuon(cpu_bench), lambda: bench.adam(cpu_bench)]
+    monkeypatch.setattr(bench, "CONFIG", tiny_config(ngram_rows=64))
+    optimizer = bench.normuon, bench.adam, bench.ngrams
+    makers = [*makers[:-1], *(partial(maker, cpu_bench) for maker in optimizer)]
     cpu_bench.section("64 tokens", makers)
     printed = capsys.readouterr().out
     assert cpu_bench.failures == 0, printed
     assert printed == cpu_bench.log.read_text()
     lines = printed.splitlines()[3:]
     assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
-    assert len(lines) == 2 * (1 + 3 + 3 + 2 + 1) + 2 * 4 + 2
+    assert len(lines) == 2 * (1 + 3 + 3 + 2 + 1) + 2 * 4 + 2 + 1
     assert all(line.split()[-2:] == ["2.000", "-"] for line in lines)
 
 
