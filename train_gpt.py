@@ -180,9 +180,9 @@ class Config:
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the gate MLPs
     bigram_rows: int = 377_280  # rows of the hashed bigram table
-    ngram_orders: tuple[int, ...] = ()  # lengths of n-grams with rows beside the bigrams', as 3:4
-    ngram_rows: int = 2**23  # of the table of each length; 2.03 GiB a GPU at 2^23 rows of 128
-    ngram_dim: int = 128  # width of these rows; each length is added to columns of its own
+    ngram_orders: tuple[int, ...] = ()  # lengths of n-grams, rows for which replace it, as 2:3:4
+    ngram_rows: int = 2**23  # of each length; with 256 columns 4.03 GiB a GPU
+    ngram_dim: int = 256  # columns of these rows; each length has its own of the stream
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
     match_slots: int = 2**26  # of the table of each length, 8 bytes each, a power of two
     mix_window: int = 112  # how many earlier tokens the head mixing of the last layer sees
@@ -209,7 +209,7 @@ class Config:
     adam_lr: float = 0.008  # Adam, embeddings and gates
     adam_weight_decay: float = 0.005  # times lr²; cautious
     adam_eps: float = 1e-10  # added to the root of Adam's second moment, and of n-grams' Adagrad
-    ngram_lr: float = 3.0  # rms of an n-gram row's first step; one gradient moves a bigram's by 2.9
+    ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a bigram row is 2.9
     lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
     lr_end: float = 0.15  # learning rate multiplier at num_steps
     # Run
@@ -245,7 +245,7 @@ class Config:
 
 PRESETS = {
     "speedrun": Config(),
-    "matching": Config(match_orders=(3, 4, 5, 6, 8, 12, 16, 24)),
+    "matching": Config(match_orders=(3, 4, 5, 6, 8, 12, 16, 24), ngram_orders=(2, 3, 4)),
     "tiny": Config(
         train_files="data/sample/sample_train_*.bin",
         val_file="data/sample/sample_val_*.bin",
@@ -2459,7 +2459,7 @@ class Lookups(NamedTuple):
 
     embedded: Tensor  # (T, dim)
     values: list[Tensor]  # (T, dim) of each value table
-    bigram: Tensor  # (T, dim), with the n-grams and the matches
+    bigram: Tensor  # (T, dim), of bigrams or of n-grams, with the matches
 
 
 class Windows(NamedTuple):
@@ -2512,24 +2512,22 @@ class Ngrams(nn.Module):
         self.filled = 0
 
 
-class AddNgrams(torch.autograd.Function):
-    """x (T, dim) with the rows of its n-grams added in place, each order to columns of its own. The
-    backward pass leaves their gradient, a copy of that of x, in `ngrams`."""
+class NgramRows(torch.autograd.Function):
+    """The rows of a token's n-grams beside one another, (T, dim) with zeros behind them, which need
+    a gradient as `embedded`, (T, dim), does. The backward pass leaves it in `ngrams`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, tokens: Tensor, ngrams: Ngrams) -> Tensor:
-        ctx.mark_dirty(x)
+    def forward(ctx, embedded: Tensor, tokens: Tensor, ngrams: Ngrams) -> Tensor:
         ctx.ngrams, ctx.rows = ngrams, ngram_hash(tokens, ngrams.orders, ngrams.num_rows)
-        added = F.embedding(ctx.rows, ngrams.table).flatten(1)
-        x[:, : added.size(1)] += added
-        return x
+        rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
+        return F.pad(rows, (0, embedded.size(1) - rows.size(1)))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
         rows, dim = ctx.rows.flatten(), ctx.ngrams.table.size(1)
         columns = grad[:, : ctx.rows.size(1) * dim]
         ctx.ngrams.left = rows, columns.reshape(len(rows), dim)
-        return grad, None, None
+        return None, None, None
 
 
 @dataclass(frozen=True)
@@ -2650,7 +2648,7 @@ class GPT(nn.Module):
             shape = len(config.match_orders), config.match_slots
             matches = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.register_buffer("matches", matches)
-        self.bigram = zeros(config.bigram_rows, dim)
+        self.bigram = zeros(0 if config.ngram_orders else config.bigram_rows, dim)
         self.ngrams = Ngrams(config, runtime) if config.ngram_orders else None
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
@@ -2739,10 +2737,11 @@ class GPT(nn.Module):
         embed = self.head if self.tied else self.embed
         tables = self.value_tables[: self.config.num_value_tables]
         embedded, *values = read([embed, *tables], tokens)
-        hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
-        bigram = read([self.bigram], hashed)[0] * F.embedding(sign, self.bigram_signs)
-        if self.ngrams is not None:
-            bigram = AddNgrams.apply(bigram, tokens, self.ngrams)
+        if self.ngrams is None:
+            hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
+            bigram = read([self.bigram], hashed)[0] * F.embedding(sign, self.bigram_signs)
+        else:
+            bigram = NgramRows.apply(embedded, tokens, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
             found, order = find_matches(tokens, starts, self.matches, orders)

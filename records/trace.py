@@ -227,7 +227,8 @@ def volumes(config: Config) -> str:
         params = {n: getattr(model, group.name) for n, model in models.items()}
         rows = (f"{share(group, param.size(0), n):,}" for n, param in params.items())
         megabytes = f"{params[1].nbytes / 1e6:,.1f}"
-        lines.append([f"rows of {group.name}", str(group.every), megabytes, *rows])
+        if params[1].numel():
+            lines.append([f"rows of {group.name}", str(group.every), megabytes, *rows])
     kinds = {"even step": (0, True), "odd step, tied": (1, True), "odd step, untied": (1, False)}
     for kind, step in kinds.items():
         updated = (

@@ -141,13 +141,17 @@ def test_rows_are_spread_evenly():
 
 @pytest.mark.parametrize("match_orders", [(), (2,)], ids=["alone", "with matches"])
 def test_lookup_and_its_gradients(runtime, match_orders):
-    """The bigram's stream has the rows of order i in its columns; gradients of the rows and of
+    """The rows of order i are columns of the bigrams' stream; gradients of the rows and of
     everything beside them are those of the definition."""
     matches = {"match_orders": match_orders, "match_slots": 64}
     model = trained_like(ngram_config(**matches), runtime)
     plain = trained_like(ngram_config(**matches, ngram_orders=()), runtime)
     assert plain.ngrams is None
     fill(model)
+    plain.bigram.detach().zero_()
+    others = {name: param for name, param in plain.named_parameters() if name != "bigram"}
+    for name, other in others.items():
+        getattr(model, name).detach().copy_(other)
     batch, grad = few_tokens(3, [30, 2, 32]), gaussian(64, 32)
     rows = torch.tensor(brute_force_rows(batch.tokens.tolist(), ORDERS, ROWS))
     looked_up = model.look_up(batch).bigram
@@ -155,13 +159,14 @@ def test_lookup_and_its_gradients(runtime, match_orders):
     (looked_up * grad).sum().backward()
     (expected * grad).sum().backward()
     expected = expected.detach().clone()
+    assert expected.any() == bool(match_orders)
     expected[:, :16] += model.ngrams.table[rows].flatten(1)
     torch.testing.assert_close(looked_up.detach(), expected, rtol=1e-6, atol=1e-6)
     assert model.ngrams.left[0].tolist() == rows.flatten().tolist()
     assert torch.equal(model.ngrams.left[1], grad[:, :16].reshape(128, DIM))
-    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine.grad, other.grad), name
-    assert model.bigram.grad.any()
+    assert plain.bigram.grad.any() and model.bigram.numel() == 0
+    for name, other in others.items():
+        assert torch.equal(getattr(model, name).grad, other.grad), name
 
 
 def test_gradient_is_the_slope_of_the_loss(runtime):
@@ -254,13 +259,16 @@ def test_rows_alone_learn_a_text(runtime):
 
 
 def test_table_is_no_parameter(runtime):
-    """Nor has the optimizer a state of its size; without it the model starts the same."""
+    """Nor has the optimizer a state of its size, or of the bigrams'; without it the model starts
+    the same."""
     config = ngram_config()
     model, plain = GPT(config, runtime), GPT(ngram_config(ngram_orders=()), runtime)
     assert not model.ngrams.table.any() and not model.ngrams.sum_squares.any()
-    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine, other), name
-    sizes = {tensor.shape for tensor in Optimizer(model, config, runtime).tensors()}
+    for name, other in plain.named_parameters():
+        assert name == "bigram" or torch.equal(getattr(model, name), other), name
+    optimizer = Optimizer(model, config, runtime)
+    assert "bigram" not in {state.group.name for state in optimizer.states}
+    sizes = {tensor.shape for tensor in optimizer.tensors()}
     assert model.ngrams.table.shape not in sizes and not model.ngrams.table.requires_grad
 
 
@@ -435,8 +443,7 @@ def test_options_on_the_command_line():
     assert config_from_text(config_as_text(config)) == config
     check_config(config, 8)
     for preset in train_gpt.PRESETS.values():
-        assert preset.ngram_orders == ()
-        check_config(dataclasses.replace(preset, ngram_orders=(3, 4)), 1)
+        check_config(dataclasses.replace(preset, ngram_orders=(2, 3, 4)), 1)
 
 
 def test_run_and_its_checkpoint(tmp_path, capsys):

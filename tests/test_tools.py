@@ -204,12 +204,14 @@ def test_volumes_by_hand(runtime, capsys):
     """Of a small model in numbers of 4 bytes, with 5 layers, 4 of them with attention."""
     changes = {"rows_per_step": 4, "bigram_rows": 1000, "model_dim": 32, "mlp_dim": 64}
     model = GPT(tiny_config(**changes, head_dim=16, gate_dim=16, layers=TINY_LAYERS), runtime)
-    changes |= {"ngram_orders": 2, "ngram_dim": 32}
-    changes["stages"] = "1:1000000:64:8:16:1:0:0:0:0:0:0:0"  # for the n-grams alone
-    changes = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    assert trace.main(["--volumes", "--preset", "tiny", *changes]) == 0
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    rows = {first: [cell.strip() for cell in others if cell] for first, *others in lines}
+    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+
+    def printed(*more: str) -> dict[str, list[str]]:
+        assert trace.main(["--volumes", "--preset", "tiny", *words, *more]) == 0
+        lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+        return {first: [cell.strip() for cell in others if cell] for first, *others in lines}
+
+    rows = printed()
     assert rows["ranks"] == ["every", "MB", "1", "2", "4"]
     assert rows["rows of head"] == ["2", "6.4", "50,304", "25,152", "12,576"]
     assert rows["rows of mlp_bank"] == ["1", "0.1", "16", "8", "4"]  # a multiple of 8
@@ -225,7 +227,10 @@ def test_volumes_by_hand(runtime, capsys):
         here = model.small.numel() if size > banks else 0  # not shared out
         updated = [f"{((size - here) / n + here) / 1e6:.1f}" for n in (1, 2, 4)]
         assert rows[f"M weights updated, {kind}"] == updated
-    assert rows["GB sent, n-grams of 1,000,000 tokens"] == ["0.000", "0.066", "0.099"]
+    stage = "1:1000000:64:8:16:1" + 7 * ":0"
+    with_ngrams = printed("--ngram_orders", "2", "--ngram_dim", "32", "--stages", stage)
+    assert with_ngrams.pop("GB sent, n-grams of 1,000,000 tokens") == ["0.000", "0.066", "0.099"]
+    assert rows.keys() - with_ngrams.keys() == {"rows of bigram"}
 
 
 # Command lines ------------------------------------------------------------------------------------
