@@ -42,7 +42,7 @@ KERNELS = {
     "aten::mm": "products",
     "autograd::engine::evaluate_function: MmBackward0": "products",
     "speedrun::head_loss": "head",
-    "AddNgramsBackward": "tables",
+    "NgramRowsBackward": "tables",
     "aten::mul": "element-wise",
 }
 
