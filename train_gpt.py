@@ -180,7 +180,7 @@ class Config:
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the gate MLPs
     bigram_rows: int = 377_280  # rows of the hashed bigram table
-    ngram_orders: tuple[int, ...] = ()  # lengths of n-grams, rows for which replace it, as 2:3:4
+    ngram_orders: tuple[int, ...] = ()  # n-grams whose rows replace the bigram table, as 2:3:4
     ngram_rows: int = 2**23  # of each length; with 256 columns 4.03 GiB a GPU
     ngram_dim: int = 256  # columns of these rows; each length has its own of the stream
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
@@ -2520,7 +2520,8 @@ class NgramRows(torch.autograd.Function):
     def forward(ctx, embedded: Tensor, tokens: Tensor, ngrams: Ngrams) -> Tensor:
         ctx.ngrams, ctx.rows = ngrams, ngram_hash(tokens, ngrams.orders, ngrams.num_rows)
         rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
-        return F.pad(rows, (0, embedded.size(1) - rows.size(1)))
+        missing = embedded.size(1) - rows.size(1)
+        return F.pad(rows, (0, missing)) if missing else rows  # a padding of 0 would copy them
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
