@@ -694,13 +694,15 @@ def _combine_kernel(
 @triton.jit
 def _combine_backward_kernel(
     sources, coefficients, rows, steps, sums, grad_stream, grad_normed, grad_sources,
-    grad_coefficients, dim, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    grad_coefficients, dim, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < dim
-    grad = tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
+    grad = tl.zeros(column.shape, tl.float32)
+    if grad_stream is not None:
+        grad += tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+    if grad_normed is not None:
         total = _combine_row(sources, coefficients, rows, steps, t, column, inside)
         scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
         total *= scale
@@ -751,8 +753,8 @@ def combine(
 
 
 def launch_combine_backward(
-    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor, grad_normed: Tensor,
-    norm: bool, sums: list[Tensor], collect: bool,
+    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor | None,
+    grad_normed: Tensor | None, sums: list[Tensor], collect: bool,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Gradients of the sources (of those without a sum unless `collect`) and, (terms, T) fp32, of
     their coefficients token by token."""
@@ -763,7 +765,7 @@ def launch_combine_backward(
     _combine_backward_kernel[(num_tokens,)](
         *combine_arguments(sources, coefficients), tuple(sums), packed(grad_stream),
         packed(grad_normed), (*grad_sources, *sums)[: len(sources)], per_token, dim,
-        BLOCK=triton.next_power_of_2(dim), NORM=norm, num_warps=1,
+        BLOCK=triton.next_power_of_2(dim), num_warps=1,
     )  # fmt: skip
     return grad_sources, per_token
 
@@ -775,22 +777,23 @@ def combine_backward_fake(sources, coefficients, *_):
 
 @fused_op(fake=combine_backward_fake)
 def combine_backward(
-    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor, grad_normed: Tensor,
-    norm: bool,
+    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor | None,
+    grad_normed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Without sums, and without effects: the one that full-graph compilation takes."""
-    return launch_combine_backward(sources, coefficients, grad_stream, grad_normed, norm, [], False)
+    return launch_combine_backward(sources, coefficients, grad_stream, grad_normed, [], False)
 
 
 def _combine_context(ctx, inputs, output):
     sources, coefficients, ctx.norm, ctx.sums, ctx.collect = inputs
     ctx.save_for_backward(*sources, *coefficients)
+    ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
 
 
 def _combine_gradients(ctx, grad_stream, grad_normed):
     half = len(ctx.saved_tensors) // 2
     sources, coefficients = list(ctx.saved_tensors[:half]), list(ctx.saved_tensors[half:])
-    arguments = sources, coefficients, grad_stream, grad_normed, ctx.norm
+    arguments = sources, coefficients, grad_stream, grad_normed if ctx.norm else None
     if ctx.sums:
         grad_sources, per_token = launch_combine_backward(*arguments, ctx.sums, ctx.collect)
     else:
@@ -2041,30 +2044,35 @@ def plain_head_loss(
     lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
     losses = lse - logits.gather(1, targets.clamp_min(0))
     losses = (losses * scored).sum(0)
-    return torch.stack([losses @ weights, losses[0]]), x.new_empty(0), x.new_empty(0)
+    return torch.stack([losses @ weights, losses[0]]), *(x.new_empty(0) for _ in range(3))
 
 
 def head_loss_fake(x, head, targets, weights, fp8, offsets):
-    return weights.new_empty(2), *like(x, head)
+    shape = len(x), len(head)
+    if not fp8:
+        return weights.new_empty(2), x.new_empty(shape), x.new_empty(0), x.new_empty(0)
+    slopes = (x.new_empty(size, dtype=E5M2) for size in (shape, shape[::-1]))
+    return weights.new_empty(2), *slopes, x.new_empty(x.mT.shape, dtype=E4M3)
 
 
 @fused_op(plain_head_loss, head_loss_fake)
 def head_loss(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor],
     offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums over a row of cross-entropies of the softcapped logits, and the gradients of the first.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sums over a row of cross-entropies of the softcapped logits, and what their gradients take.
 
     x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
     weights: (terms,) fp32. fp8: nothing or the fields of HeadFp8. offsets: (vocab,) fp32, added to
     the logits in the softmax's denominator alone. Returns (2,) fp32, in nats: all terms by weight,
-    and the first alone; then what x and head would get from the former. The fp8 gradient of the
-    logits is written in the two layouts that the products behind it read.
+    and the first alone; then the gradient of the former by the logits, (T, vocab), and in fp8 the
+    other layouts that the products behind it read: its transpose and that of x.
     """
     num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
     losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
     grad = x.new_empty((num_rows, vocab), dtype=E5M2 if fp8 else x.dtype)
-    unit, grad_t, flags = torch.ones_like(losses[:, 0]), None, {"APPROXIMATE": x.is_cuda}
+    unit, flags = torch.ones_like(losses[:, 0]), {"APPROXIMATE": x.is_cuda}
+    grad_t, x8_t = x.new_empty(0), x.new_empty(0)
     if fp8:
         fp8 = HeadFp8(*fp8)
         x8, x8_t = quantize(x, fp8.unit_x)
@@ -2088,20 +2096,25 @@ def head_loss(
         _targets_kernel[grid[:1]](
             logits, offsets, *inputs, losses[:, rows], *outputs, **kinds, GRADIENT=True, ROWS=128
         )
-    if fp8:
-        grad_x = fp8_product(grad, fp8.weight_t, fp8.unit_grad, fp8.unit_w)
-        return losses.sum(1), grad_x, fp8_product(grad_t, x8_t, fp8.unit_grad, fp8.unit_x)
-    return losses.sum(1), grad @ head, grad.mT @ x
+    return losses.sum(1), grad, grad_t, x8_t
 
 
 def _head_loss_context(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.fp8_count = len(inputs[4])
+    x, head, _, _, fp8, _ = inputs
+    ctx.save_for_backward(x, head, *output[1:], *fp8)
+    ctx.set_materialize_grads(False)
 
 
 def _head_loss_gradients(ctx, grad, *_):
-    d_x, d_head = (grad[0] * saved for saved in ctx.saved_tensors)
-    return d_x, d_head, None, None, [None] * ctx.fp8_count, None
+    x, head, slope, slope_t, x8_t, *fp8 = ctx.saved_tensors
+    if fp8:  # the loss's own gradient goes into the unit
+        copies = HeadFp8(*fp8)
+        unit = copies.unit_grad * grad[0]
+        d_x = fp8_product(slope, copies.weight_t, unit, copies.unit_w)
+        d_head = fp8_product(slope_t, x8_t, unit, copies.unit_x)
+    else:
+        d_x, d_head = grad[0] * (slope @ head), grad[0] * (slope.mT @ x)
+    return d_x, d_head, None, None, [None] * len(fp8), None
 
 
 head_loss.register_autograd(_head_loss_gradients, setup_context=_head_loss_context)
