@@ -1940,21 +1940,14 @@ def softcap(logits: Tensor) -> Tensor:
 
 @triton.jit
 def _sigmoid_of_logits(logits, APPROXIMATE: tl.constexpr):
-    """softcap / 23; APPROXIMATE: of bf16, by the GPU's own tanh, with an error of 2^-11."""
+    """softcap / 23; APPROXIMATE: by the GPU's own tanh, with an error of 2^-11."""
+    x = (logits.to(tl.float32) + 5) * (0.5 / 7.5)
     if APPROXIMATE:
-        # tanh(logits / 15 + 1 / 3). Were bf16 widened outside, the compiler would change the layout
-        # of what is narrowest, the logits, and do all that follows twice where a gradient is
-        # stored both ways round.
-        asm: tl.constexpr = """{
-            .reg .b16 zero; .reg .f32 x;
-            mov.b16 zero, 0; mov.b32 x, {zero, $1};
-            fma.rn.f32 x, x, 0f3D888889, 0f3EAAAAAB; tanh.approx.f32 $0, x;
-        }"""
         tanh = tl.inline_asm_elementwise(
-            asm, "=f,h", [logits], dtype=tl.float32, is_pure=True, pack=1
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
         return 0.5 + 0.5 * tanh
-    return tl.sigmoid((logits.to(tl.float32) + 5) / 7.5)
+    return tl.sigmoid(2 * x)
 
 
 @triton.jit
@@ -2081,8 +2074,8 @@ def head_loss(
     num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
     losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
     grad = x.new_empty((num_rows, vocab), dtype=E5M2 if fp8 else x.dtype)
-    flags = {"APPROXIMATE": x.is_cuda and x.dtype == torch.bfloat16}
-    unit, grad_t, x8_t = torch.ones_like(losses[:, 0]), x.new_empty(0), x.new_empty(0)
+    unit, flags = torch.ones_like(losses[:, 0]), {"APPROXIMATE": x.is_cuda}
+    grad_t, x8_t = x.new_empty(0), x.new_empty(0)
     if fp8:
         fp8 = HeadFp8(*fp8)
         x8, x8_t = quantize(x, fp8.unit_x)
