@@ -96,9 +96,10 @@ class Layer:
 # fmt: off
 SPEEDRUN_STAGES = (
     #     share   tokens  seq_len  short  long    lr    second     third      prefix      columns
-    Stage(1 / 3,  131_072,    896,   128,  384, 1.00, 0.5, 0.5,  0.25, 0.0, 0.25, 0.25, 0),
-    Stage(1 / 3,  262_144,   2048,   384,  896, 1.52, 0.5, 0.0,  0.0,  0.0, 0.25, 0.0,  0),
-    Stage(1 / 3,  393_216,   2048,   640, 1408, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    Stage(1 / 3,  131_072,    896,   128,  384, 1.00, 0.5, 0.5,  0.25, 0.0, 0.25, 0.25, 12_288),
+    Stage(1 / 3,  262_144,   2048,   384,  896, 1.52, 0.5, 0.0,  0.0,  0.0, 0.25, 0.0,  16_384),
+    Stage(7 / 30, 393_216,   2048,   640, 1408, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  20_480),
+    Stage(1 / 10, 393_216,   2048,   640, 1408, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
     Stage(1.0,    393_216,   2048,   768, 1664, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
@@ -2132,28 +2133,33 @@ class Columns(NamedTuple):
 
 
 def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
-    """Every token that is a target, and others, drawn evenly, that make up `count` columns.
+    """`count` columns: all targets, the frequent tokens, and others drawn evenly.
 
-    A drawn column stands for (vocab - distinct targets) / (count - distinct targets) tokens; with
-    the log of that as its offset the softmax's denominator is estimated without bias. Rows with
-    `count` or more distinct targets give NaN. The draw is a hash of the row: the same on whichever
-    rank. Source: Jean et al. 2015, arXiv 1412.2007, section 3.
+    Frequent are the ids below half of `count`, which byte-pair encoding has merged first, in at
+    most three quarters of the room that the targets leave. The f ids of these two kinds stand for
+    themselves; a drawn one stands for (vocab - f) / (count - f) tokens: with the log of that as its
+    offset the softmax's denominator is estimated without bias. Rows with `count` or more distinct
+    targets give NaN. The draw is a hash of the row: the same on whichever rank.
+    Source: Jean et al. 2015, arXiv 1412.2007, section 3.
     """
     token = torch.arange(vocab, device=targets.device)
     flat = targets.flatten() % (vocab + 1)  # IGNORED_TARGET goes behind the end
     is_target = torch.zeros(vocab + 1, device=targets.device).scatter_(0, flat, 1.0)[:vocab]
+    room = count - is_target.sum()
+    frequent = (token < count // 2) & ((1 - is_target).cumsum(0) <= 0.75 * room)
+    fixed = torch.maximum(is_target, frequent.float())
     seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum()
     drawn = (token + seed) * MIX_1.value
     drawn = (drawn ^ (drawn >> 31)) * MIX_2.value
     drawn = ((drawn ^ (drawn >> 27)) & 0xFFFFFF).float() / 2**24
-    tokens = (is_target + drawn).topk(count, sorted=False).indices.sort().values
+    tokens = (fixed + drawn).topk(count, sorted=False).indices.sort().values
     place = torch.full_like(F.pad(token, (0, 1)), IGNORED_TARGET)
     place[tokens] = token[:count]
-    num_targets = is_target.sum()
-    offset = torch.log((vocab - num_targets) / (count - num_targets))
-    offsets = torch.where(is_target[tokens] > 0, 0.0, offset)
+    num_fixed = fixed.sum()
+    offset = torch.log((vocab - num_fixed) / (count - num_fixed))
+    offsets = torch.where(fixed[tokens] > 0, 0.0, offset)
     if count < vocab:
-        offsets = torch.where(num_targets < count, offsets, math.nan)
+        offsets = torch.where(room > 0, offsets, math.nan)
     return Columns(tokens, offsets, place[targets])
 
 

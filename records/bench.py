@@ -449,7 +449,7 @@ def micro_steps(bench: Bench, chosen: list[int]) -> None:
     micro_step = train_gpt.MicroStep(model, prefixes, CONFIG, runtime)
     all_weights, random = schedule.loss_weights(), np.random.default_rng(0)
     groups = [group for group in GROUPS if group not in ("communication", "optimizer")]
-    lines = [["tokens", "micro-step", *groups, IDLE, "optimizer, even", "odd"]]
+    lines = [["tokens", "columns", "micro-step", *groups, IDLE, "optimizer, even", "odd"]]
     for first in (0, *schedule.stage_ends[:-1]):
         plan, num_tokens = schedule[first], schedule.row_tokens(first)
         if model.tied and not plan.tied:
@@ -480,7 +480,9 @@ def micro_steps(bench: Bench, chosen: list[int]) -> None:
                 updates.append(begin.elapsed_time(end))
             parts = [times[name][0] for name in (*groups, IDLE)]
             parts = [ms, *parts, np.median(updates[2::2]), np.median(updates[3::2])]
-            lines.append([f"{num_tokens:,}", *(f"{part:.2f}" for part in parts)])
+            columns = plan.stage.columns or CONFIG.padded_vocab_size
+            cells = [f"{num_tokens:,}", f"{columns:,}"]
+            lines.append(cells + [f"{part:.2f}" for part in parts])
     bench.line(f"\nmicro-steps and optimizer, ms\n{table(lines)}")
 
 
