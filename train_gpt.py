@@ -3934,10 +3934,11 @@ class Clock:
     def __init__(self, runtime: Runtime):
         self.runtime, self.total = runtime, 0.0
         self.started: float | None = None
+        self.begin: tuple[float, torch.cuda.Event | None] = 0.0, None  # total at the last start
 
     def start(self) -> None:
         self.runtime.synchronize()
-        self.started = time.perf_counter()
+        self.begin, self.started = (self.total, self.mark()), time.perf_counter()
 
     def stop(self) -> None:
         self.runtime.synchronize()
@@ -3945,6 +3946,22 @@ class Clock:
 
     def now(self) -> float:
         return self.total + (0.0 if self.started is None else time.perf_counter() - self.started)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What the device reaches when it has done all that was launched so far."""
+        if self.runtime.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def at(self, mark: torch.cuda.Event | None) -> float:
+        """When the device reached a mark made since the last start: the host may look later."""
+        if mark is None:
+            return self.now()
+        mark.synchronize()
+        total, begin = self.begin
+        return total + begin.elapsed_time(mark) / 1000
 
 
 class Progress:
@@ -3971,11 +3988,7 @@ class Progress:
 
     def launched(self, step: int, loss: Tensor) -> None:
         """loss: mean training loss of this rank's tokens, a scalar on the device."""
-        event = None
-        if loss.device.type == "cuda":
-            loss, event = loss.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        self.pending.append((step, loss, event))
+        self.pending.append((step, loss.to("cpu", non_blocking=True), self.clock.mark()))
         while self.pending and (
             len(self.pending) > self.MAX_IN_FLIGHT
             or self.pending[0][2] is None
@@ -3988,10 +4001,8 @@ class Progress:
             self._report()
 
     def _report(self) -> None:
-        step, loss, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        now, value = self.clock.now(), loss.item()
+        step, loss, mark = self.pending.popleft()
+        now, value = self.clock.at(mark), loss.item()
         if not math.isfinite(value):
             raise UserError(
                 f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
@@ -4171,7 +4182,8 @@ def prepare(
                     note_rows(model, [batch], 0, runtime)
                 optimizer.step(step, plan.lr_scale, plan.momentum)
             head = "tied" if plan.tied else "untied"
-            report(f"rows of {num_tokens:,} tokens, windows {plan.windows}, head {head}")
+            columns = f", {row[-1]:,} columns" if row[-1] else ""
+            report(f"rows of {num_tokens:,} tokens, windows {plan.windows}, head {head}{columns}")
         with torch.no_grad():
             batch = random_batch(config.val_row_tokens, config.val_row_tokens)
             model(to_device(batch, runtime.device), plan.windows)

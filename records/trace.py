@@ -138,7 +138,8 @@ def profile(
     .json.gz."""
     kinds, cuda = [torch.profiler.ProfilerActivity.CPU], device.type == "cuda"
     kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
-    with torch.profiler.profile(activities=kinds) as profiler:
+    # acc_events: of one cycle nothing is cleared, but torch would warn that it is
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
         for i in range(count + 2):
             with torch.profiler.record_function(f"step {i}"):
                 step()
@@ -306,6 +307,7 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
             path.unlink()
         rows_are = f"{grad_accum_steps} x {schedule.row_tokens(begin):,} tokens"
         head = f"{plan.windows}, head {'tied' if plan.tied else 'untied'}"
+        head += f", {plan.stage.columns:,} columns" if plan.stage.columns else ""
         log.line(f"\nstage {number} of {len(begins)}: {rows_are} a process, {head}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
         if runtime.world_size > 1:

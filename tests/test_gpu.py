@@ -1,6 +1,8 @@
 """What only a GPU can show: the attention backends agree, full-graph compilation takes the model,
 fp8 is near bf16, graphs replay what they captured, and n-grams keep nothing waiting."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import train_gpt
 from train_gpt import (
     GPT,
     Batch,
+    Clock,
     Config,
     Log,
     MicroStep,
@@ -291,3 +294,22 @@ def test_update_keeps_the_low_mantissa_bits():
         update(high, low, direction, *numbers)
         update(exact, None, direction, *numbers)
     assert torch.equal(train_gpt.join_mantissa(high, low), exact)
+
+
+def test_steps_are_timed_on_the_device():
+    """Whenever the host asks; a second start goes on from the total."""
+    clock, marks = Clock(Runtime(0, 1, torch.device("cuda"), Log(None))), []
+    torch.cuda._sleep(1000)
+    clock.start()
+    for _ in range(4):
+        torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
+        marks.append(clock.mark())
+    time.sleep(0.5)
+    times = [clock.at(mark) for mark in marks]
+    steps = [b - a for a, b in zip([0.0, *times], times)]
+    assert 0.005 < min(steps) and max(steps) < 1.5 * min(steps)
+    clock.stop()
+    assert times == [clock.at(mark) for mark in marks]
+    assert clock.total > 0.5 > times[-1]
+    clock.start()
+    assert 0 <= clock.at(clock.mark()) - clock.total < 0.1
