@@ -443,9 +443,9 @@ def new_figure(width: float, height: float):
     return figure, axes
 
 
-def label_point(axes, point: tuple, text: str) -> None:
-    offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-    axes.annotate(text, point, fontsize=8, **offset)
+def label_point(axes, point: tuple, text: str, **place: object) -> None:
+    place = {"xytext": (0, 8), "ha": "center"} | place
+    axes.annotate(text, point, fontsize=8, textcoords="offset points", **place)
 
 
 def draw_losses(record: Record, path: Path) -> None:
@@ -495,7 +495,7 @@ def history_series(records: list[Record]) -> dict[str, list[tuple[int, Record]]]
 
 def draw_history(records: list[Record], path: Path) -> None:
     """Time against date: claims filled and joined by machine, the others hollow, a series each."""
-    from matplotlib import dates
+    from matplotlib import dates, ticker
 
     series = history_series(records)
     figure, axes = new_figure(9, 5 + 0.25 * len(series))
@@ -510,8 +510,9 @@ def draw_history(records: list[Record], path: Path) -> None:
         axes.errorbar(days, means, deviations, color=f"C{i % 10}", capsize=3, label=name, **style)
         for (number, record), day, mean in zip(members, days, means):
             run = record.first
-            unfinished = "" if run.finished else "\nunfinished"
-            label_point(axes, (day, mean), f"{number}\n{mean:.1f} s{unfinished}")
+            unfinished = "" if run.finished else ", unfinished"
+            beside = {"xytext": (7, 0), "ha": "left", "va": "center"}  # days may be few
+            label_point(axes, (day, mean), f"{number}: {mean:.1f} s{unfinished}", **beside)
     label = f"public record on 8 × H100: {PUBLIC_SECONDS} s"
     axes.axhline(PUBLIC_SECONDS, color="black", linestyle="--", linewidth=1, label=label)
     starts = [record.first.started for record in records]
@@ -520,6 +521,9 @@ def draw_history(records: list[Record], path: Path) -> None:
     means = [statistics.fmean(run.time for run in record.runs) for record in records]
     if max(*means, PUBLIC_SECONDS) > 10 * min(*means, PUBLIC_SECONDS):
         axes.set_yscale("log")
+        formatter = ticker.LogFormatter(minor_thresholds=(2, 0.5))  # 20, not 2 × 10¹
+        axes.yaxis.set_major_formatter(formatter)
+        axes.yaxis.set_minor_formatter(formatter)
     axes.margins(y=0.2)
     locator = dates.AutoDateLocator(minticks=3, maxticks=8)
     locator.intervald[dates.HOURLY] = [24]  # days are fine enough
