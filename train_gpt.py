@@ -2043,7 +2043,7 @@ def _targets_kernel(
 def plain_head_loss(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor],
     offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     logits, scored = softcap(x @ head.mT), targets >= 0
     lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
     losses = lse - logits.gather(1, targets.clamp_min(0))
@@ -4152,7 +4152,8 @@ def prepare(
     random = np.random.default_rng(runtime.rank)
 
     def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
-        tokens = random.integers(0, START_TOKEN, num_tokens + 1).astype(np.uint16)
+        # rarer the higher the id, as in text: of evenly drawn ids a row has too many for columns
+        tokens = (START_TOKEN ** random.random(num_tokens + 1)).astype(np.uint16) - 1
         starts = np.arange(0, num_tokens, max_seq_len)
         return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
 
