@@ -3723,6 +3723,12 @@ def make_batch(
     return Batch(*batch, max_seq_len)
 
 
+def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
+    """Ids below START_TOKEN, uint16, each as rare as it is high: of evenly drawn ones a row would
+    have more different ones than it has columns."""
+    return (START_TOKEN ** random.random(count)).astype(np.uint16) - 1
+
+
 def training_rows(
     config: Config, rank: int, world_size: int, shapes: Iterable[tuple[int, int]], pin: bool
 ) -> Iterator[Batch]:
@@ -3862,6 +3868,12 @@ class StepPlan:
     @property
     def windows(self) -> Windows:
         return Windows(self.stage.window_short, self.stage.window_long)
+
+    def describe(self) -> str:
+        """What tells its rows from others of their length."""
+        head = "tied" if self.tied else "untied"
+        columns = f", {self.stage.columns:,} columns" if self.stage.columns else ""
+        return f"{self.windows}, head {head}{columns}"
 
 
 class Schedule:
@@ -4152,8 +4164,7 @@ def prepare(
     random = np.random.default_rng(runtime.rank)
 
     def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
-        # rarer the higher the id, as in text: of evenly drawn ids a row has too many for columns
-        tokens = (START_TOKEN ** random.random(num_tokens + 1)).astype(np.uint16) - 1
+        tokens = random_tokens(random, num_tokens + 1)
         starts = np.arange(0, num_tokens, max_seq_len)
         return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
 
@@ -4182,9 +4193,7 @@ def prepare(
                 if model.matches is not None:
                     note_rows(model, [batch], 0, runtime)
                 optimizer.step(step, plan.lr_scale, plan.momentum)
-            head = "tied" if plan.tied else "untied"
-            columns = f", {row[-1]:,} columns" if row[-1] else ""
-            report(f"rows of {num_tokens:,} tokens, windows {plan.windows}, head {head}{columns}")
+            report(f"rows of {num_tokens:,} tokens, windows {plan.describe()}")
         with torch.no_grad():
             batch = random_batch(config.val_row_tokens, config.val_row_tokens)
             model(to_device(batch, runtime.device), plan.windows)

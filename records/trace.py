@@ -251,7 +251,7 @@ def random_batch(
     random: np.random.Generator, num_tokens: int, max_seq_len: int, config: Config, pin: bool
 ) -> Batch:
     """Random documents of a few hundred tokens; a token is as rare as its id is high."""
-    tokens = (START_TOKEN ** random.random(num_tokens + 1)).astype(np.uint16) - 1
+    tokens = train_gpt.random_tokens(random, num_tokens + 1)
     longest = min(max_seq_len, 1024)
     lengths = random.integers(longest // 4, longest + 1, 4 * num_tokens // longest + 4)
     starts = np.concatenate([[0], lengths.cumsum()])
@@ -306,9 +306,8 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         if not runtime.is_main:
             path.unlink()
         rows_are = f"{grad_accum_steps} x {schedule.row_tokens(begin):,} tokens"
-        head = f"{plan.windows}, head {'tied' if plan.tied else 'untied'}"
-        head += f", {plan.stage.columns:,} columns" if plan.stage.columns else ""
-        log.line(f"\nstage {number} of {len(begins)}: {rows_are} a process, {head}; {path}")
+        rows_are += f" a process, {plan.describe()}"
+        log.line(f"\nstage {number} of {len(begins)}: {rows_are}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
         if runtime.world_size > 1:
             sizes = runtime.world_size, plan.stage.tokens_per_step

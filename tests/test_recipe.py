@@ -761,8 +761,8 @@ def test_columns_are_the_targets_the_frequent_tokens_and_others(vocab, count):
     tokens, kinds = columns.tokens.tolist(), set(targets.flatten().tolist()) - {IGNORED_TARGET}
     assert tokens == sorted(set(tokens)) and len(tokens) == count
     assert 0 <= tokens[0] and tokens[-1] < vocab
-    others = [token for token in range(vocab) if token not in kinds]
-    frequent = others[: int(0.75 * (count - len(kinds)))]  # that many at most
+    rest = [token for token in range(vocab) if token not in kinds]
+    frequent = rest[: int(0.75 * (count - len(kinds)))]  # that many at most
     kinds |= {token for token in frequent if token < count // 2}
     assert kinds < set(tokens)
     others = math.log((vocab - len(kinds)) / (count - len(kinds)))
