@@ -2225,48 +2225,54 @@ def _add_run(total, values, order, at, end, stride, column, inside, ROWS: tl.con
 
 @triton.jit
 def _add_rows_kernel(
-    table, rows, order, values, stride, starts, count, dim, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
+    tables, rows, order, values, strides, starts, count, dim, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < dim
-    for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
-        at, end = tl.load(starts + run), tl.load(starts + run + 1)
-        target = table + tl.load(rows + at).to(tl.int64) * dim + column
-        total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        total = _add_run(total, values, order, at, end, stride, column, inside, ROWS)
-        tl.store(target, total, mask=inside)
+    for i in tl.static_range(len(tables)):
+        if tl.program_id(2) == i:
+            for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+                at, end = tl.load(starts + run), tl.load(starts + run + 1)
+                target = tables[i] + tl.load(rows + at).to(tl.int64) * dim + column
+                total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+                total = _add_run(total, values[i], order, at, end, strides[i], column, inside, ROWS)
+                tl.store(target, total, mask=inside)
 
 
-def add_rows_kernel_(table: Tensor, rows: SortedRows, values: Tensor) -> None:
-    dim = table.size(1)
-    # Many small programs: a frequent token is one long run, the others must not wait for it.
-    _add_rows_kernel[min(len(values), 4096), triton.cdiv(dim, 128)](
-        table, rows.rows, rows.order, values, row_stride(values), rows.starts, rows.count, dim,
-        BLOCK=128, ROWS=16, num_warps=1,
+def add_rows_kernel_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
+    count, dim = values[0].shape
+    # Many small programs: a frequent token is one long run, the others must not wait for it, nor
+    # the other tables.
+    _add_rows_kernel[min(count, 4096), triton.cdiv(dim, 128), len(tables)](
+        tuple(tables), rows.rows, rows.order, tuple(values), tuple(map(row_stride, values)),
+        rows.starts, rows.count, dim, BLOCK=128, ROWS=16, num_warps=1,
     )  # fmt: skip
 
 
-def add_rows_(table: Tensor, rows: SortedRows, values: Tensor) -> None:
-    """Add values (n, dim), in their first order, to rows of the table; each is summed in fp32."""
-    if has_kernels(table.device):
-        add_rows_kernel_(table, rows, values)
+def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
+    """Add values (n, dim), in their first order, to rows of a table (rows, dim) each, tables as
+    wide as one another; all that goes to one row is summed in fp32."""
+    if has_kernels(tables[0].device):
+        add_rows_kernel_(tables, rows, values)
     else:
-        table.index_add_(0, rows.rows, values[rows.order])
+        for table, value in zip(tables, values):
+            table.index_add_(0, rows.rows, value[rows.order])
 
 
 class TableRows(torch.autograd.Function):
-    """Rows of a table, whose gradient is added to table.grad in place: no table-sized tensor is
-    made for it, and tables that are read at the same rows share their order."""
+    """Rows of tables that are read at the same places. Their gradients are added to table.grad in
+    place, all by one kernel: no table-sized tensor is made for them."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, rows: Tensor, order: SortedRows | None) -> Tensor:
-        ctx.table, ctx.order = table, order
-        return F.embedding(rows, table)
+    def forward(ctx, rows: Tensor, order: SortedRows | None, *tables: Tensor) -> tuple[Tensor, ...]:
+        ctx.tables, ctx.order = tables, order
+        return tuple(F.embedding(rows, table) for table in tables)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
-        add_rows_(ctx.table.grad, ctx.order, grad)
-        return None, None, None
+    def backward(ctx, *grads: Tensor) -> tuple[None, ...]:
+        add_rows_([table.grad for table in ctx.tables], ctx.order, grads)
+        return None, None, *(None for _ in grads)
 
 
 class FirstColumns(torch.autograd.Function):
@@ -2753,9 +2759,9 @@ class GPT(nn.Module):
         """Rows of the embedding tables."""
         tokens, orders = batch.tokens, self.config.match_orders
 
-        def read(tables: list[Tensor], rows: Tensor) -> list[Tensor]:
+        def read(tables: list[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
             order = sort_rows(rows) if torch.is_grad_enabled() else None
-            return [TableRows.apply(table, rows, order) for table in tables]
+            return TableRows.apply(rows, order, *tables)
 
         embed = self.head if self.tied else self.embed
         tables = self.value_tables[: self.config.num_value_tables]
@@ -2926,7 +2932,7 @@ class GPT(nn.Module):
             tokens, offsets, terms = draw_columns(terms, len(head), columns)
             place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
             order = SortedRows(tokens, place[:-1], place, place[-1:])
-            head = TableRows.apply(head, tokens, order)
+            (head,) = TableRows.apply(tokens, order, head)
         fp8 = self.fp8.head(tokens) if self.fp8 else []
         losses, *_ = head_loss(x, head, terms, loss_weights, fp8, offsets)
         return losses[0], losses[1].detach()

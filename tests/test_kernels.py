@@ -564,7 +564,8 @@ def test_head_loss_in_fp8(monkeypatch, tokens, head_rows, with_offsets):
     ),
 )
 def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
-    """By the kernel and without it, of slices too; runs of equal rows are found."""
+    """By the kernel and without it, of slices too, to two tables at once; runs of equal rows are
+    found."""
     index = torch.randint(0, rows, (count,), device=DEVICE, dtype=torch.int32)
     index[count // 2 :] = index[0]
     values, table = random(count, 2, dim)[:, 1], random(rows, dim)
@@ -577,9 +578,10 @@ def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
     assert (order.starts[num_runs:] == count).all()
     expected = table.double().index_add(0, index, values.double())
     for kernel in (True, False):
-        mine = table.clone()
+        mine, other = table.clone(), -table
         monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
-        add_rows_(mine, order, values)
+        add_rows_([mine, other], order, [values, -values.contiguous()])
+        assert torch.equal(other, -mine)
         if kernel or not GPU:
             assert relative_error(mine, expected) < TOLERANCE
         untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE)
@@ -593,7 +595,7 @@ def test_rows_of_a_table_and_first_columns_have_the_gradients_of_their_definitio
     table.requires_grad_()
     table.grad = torch.full_like(table, 2.0)
     place, weights = table.grad.data_ptr(), single(4, 16)
-    read = TableRows.apply(table, index, sort_rows(index))
+    (read,) = TableRows.apply(index, sort_rows(index), table)
     assert torch.equal(read, table.detach()[index])
     x, columns = FirstColumns.apply(read, 5)
     assert torch.equal(x, read) and torch.equal(columns, read[:, :5])
