@@ -2124,6 +2124,9 @@ def _head_loss_gradients(ctx, grad, *_):
 head_loss.register_autograd(_head_loss_gradients, setup_context=_head_loss_context)
 
 
+SHUFFLE = 2_654_435_761  # a prime: multiples of it, modulo whatever vocabulary, come once each
+
+
 class Columns(NamedTuple):
     """The part of the vocabulary that the loss of one row is computed on."""
 
@@ -2139,28 +2142,29 @@ def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
     most three quarters of the room that the targets leave. The f ids of these two kinds stand for
     themselves; a drawn one stands for (vocab - f) / (count - f) tokens: with the log of that as its
     offset the softmax's denominator is estimated without bias. Rows with `count` or more distinct
-    targets give NaN. The draw is a hash of the row: the same on whichever rank.
-    Source: Jean et al. 2015, arXiv 1412.2007, section 3.
+    targets give NaN. Drawn are neighbours in a shuffled circle of the others, from a place on that
+    is a hash of the row: the same on whichever rank. Source: Jean et al. 2015, arXiv 1412.2007,
+    section 3.
     """
     token = torch.arange(vocab, device=targets.device)
     flat = targets.flatten() % (vocab + 1)  # IGNORED_TARGET goes behind the end
     is_target = torch.zeros(vocab + 1, device=targets.device).scatter_(0, flat, 1.0)[:vocab]
     room = count - is_target.sum()
-    frequent = (token < count // 2) & ((1 - is_target).cumsum(0) <= 0.75 * room)
-    fixed = torch.maximum(is_target, frequent.float())
-    seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum()
-    drawn = (token + seed) * MIX_1.value
-    drawn = (drawn ^ (drawn >> 31)) * MIX_2.value
-    drawn = ((drawn ^ (drawn >> 27)) & 0xFFFFFF).float() / 2**24
-    tokens = (fixed + drawn).topk(count, sorted=False).indices.sort().values
-    place = torch.full_like(F.pad(token, (0, 1)), IGNORED_TARGET)
-    place[tokens] = token[:count]
+    fixed = (token < count // 2) & ((1 - is_target).cumsum(0) <= 0.75 * room) | (is_target > 0)
     num_fixed = fixed.sum()
-    offset = torch.log((vocab - num_fixed) / (count - num_fixed))
-    offsets = torch.where(fixed[tokens] > 0, 0.0, offset)
+    others, wanted = (vocab - num_fixed).clamp_min(1), count - num_fixed
+    seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum() * MIX_1.value
+    shuffled = token * SHUFFLE % vocab
+    rank = torch.empty_like(fixed).scatter_(0, shuffled, ~fixed).cumsum(0)[shuffled]
+    drawn = ~fixed & ((rank + (seed >> 20)) % others < wanted)
+    place = (fixed | drawn).cumsum(0) - 1
+    chosen = (fixed | drawn) & (place < count)
+    tokens = token.new_zeros(count + 1).scatter_(0, torch.where(chosen, place, count), token)
+    tokens, place = tokens[:count], torch.where(chosen, place, IGNORED_TARGET)
+    offsets = torch.where(fixed[tokens], 0.0, torch.log((vocab - num_fixed) / wanted))
     if count < vocab:
         offsets = torch.where(room > 0, offsets, math.nan)
-    return Columns(tokens, offsets, place[targets])
+    return Columns(tokens, offsets, F.pad(place, (0, 1), value=IGNORED_TARGET)[targets])
 
 
 def plain_next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
