@@ -2270,7 +2270,7 @@ class TableRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, order: SortedRows | None, *tables: Tensor) -> tuple[Tensor, ...]:
-        ctx.tables, ctx.order = tables, order
+        ctx.tables, ctx.order, ctx.rows = tables, order, rows  # which order may not have read yet
         return tuple(F.embedding(rows, table) for table in tables)
 
     @staticmethod
@@ -2706,6 +2706,7 @@ class GPT(nn.Module):
         )
         self.small_weights = dict(zip(self.small_layout, leaves(self.small, self.cut_small)))
 
+        self.beside = torch.cuda.Stream() if device.type == "cuda" else None
         self.backend = attention_backend(device, dtype)
         self.rotary = self.make_rotary(device)
         self.fp8 = None
@@ -2759,12 +2760,23 @@ class GPT(nn.Module):
             tables[new] = (*rotary_tables(frequencies, positions, device), scale)
         return tables
 
+    def aside(self) -> contextlib.AbstractContextManager:
+        """What depends on the tokens alone, many small kernels, runs beside the layers; a training
+        pass waits for it in front of the head."""
+        if self.beside is None:
+            return contextlib.nullcontext()
+        self.beside.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.beside)
+
     def look_up(self, batch: Batch) -> Lookups:
         """Rows of the embedding tables."""
         tokens, orders = batch.tokens, self.config.match_orders
 
         def read(tables: list[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
-            order = sort_rows(rows) if torch.is_grad_enabled() else None
+            order = None
+            if torch.is_grad_enabled():
+                with self.aside():
+                    order = sort_rows(rows)
             return TableRows.apply(rows, order, *tables)
 
         embed = self.head if self.tied else self.embed
@@ -2928,16 +2940,20 @@ class GPT(nn.Module):
         """
         if loss_weights is None:
             return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
-        x, targets = self.hidden(batch, windows, self.fp8), batch.targets
-        later = [F.pad(targets, (0, n), value=IGNORED_TARGET)[n:] for n in (1, 2)]
-        terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
-        head, tokens, offsets = self.head, None, None
+        targets, head, tokens, offsets = batch.targets, self.head, None, None
+        with self.aside():
+            later = [F.pad(targets, (0, n), value=IGNORED_TARGET)[n:] for n in (1, 2)]
+            terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
+            if columns:
+                tokens, offsets, terms = draw_columns(terms, len(head), columns)
+            fp8 = self.fp8.head(tokens) if self.fp8 else []
+        x = self.hidden(batch, windows, self.fp8)
+        if self.beside is not None:
+            torch.cuda.current_stream().wait_stream(self.beside)
         if columns:
-            tokens, offsets, terms = draw_columns(terms, len(head), columns)
             place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
             order = SortedRows(tokens, place[:-1], place, place[-1:])
             (head,) = TableRows.apply(tokens, order, head)
-        fp8 = self.fp8.head(tokens) if self.fp8 else []
         losses, *_ = head_loss(x, head, terms, loss_weights, fp8, offsets)
         return losses[0], losses[1].detach()
 
