@@ -581,8 +581,8 @@ def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
         mine, other = table.clone(), -table
         monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
         add_rows_([mine, other], order, [values, -values.contiguous()])
-        assert torch.equal(other, -mine)
-        if kernel or not GPU:
+        if kernel or not GPU:  # without it a GPU adds in any order, and rounds each time
+            assert torch.equal(other, -mine)
             assert relative_error(mine, expected) < TOLERANCE
         untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE)
         untouched[index] = False
