@@ -186,7 +186,6 @@ class Config:
     ngram_dim: int = 256  # columns of these rows; each length has its own of the stream
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
     match_slots: int = 2**26  # of the table of each length, 8 bytes each, a power of two
-    mix_window: int = 112  # how many earlier tokens the head mixing of the last layer sees
     attention_scale: float = 0.1  # factor on q.k before the softmax, grows with the long window
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
@@ -261,7 +260,6 @@ PRESETS = {
         bigram_rows=4096,
         ngram_rows=4096,
         ngram_dim=16,
-        mix_window=48,
         dtype="float32",
         num_steps=80,
         stages=TINY_STAGES,
@@ -292,7 +290,7 @@ def check_config(config: Config, world_size: int) -> None:
 
     positive = "num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
     positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim "
-    positive += "gate_dim bigram_rows ngram_rows ngram_dim mix_window"
+    positive += "gate_dim bigram_rows ngram_rows ngram_dim"
     for name in positive.split():
         value = getattr(config, name)
         require(value > 0, f"--{name} {value} must be positive")
@@ -1220,16 +1218,13 @@ def paired_columns(weights: Tensor, head_dim: int) -> Tensor:
 
 
 def plain_finish_attention(
-    y: Tensor, v: Tensor | None, alpha: Tensor | None, correction: Tensor | None,
-    mix_gate: Tensor | None, head_gate: Tensor | None,
-) -> Tensor:  # fmt: skip
+    y: Tensor, v: Tensor | None, alpha: Tensor | None, head_gate: Tensor | None
+) -> Tensor:
     """What comes between attention and W_o, (T, dim), of y (T, heads, head_dim), of which at least
-    one is there: mix_gate times correction added; then XSA with the values v, which takes
-    tanh(alpha)·(y·v / |v|²)·v out; then head_gate times all. v and correction are shaped like y,
-    the gates (T, heads) fp32 with rows any stride apart. Arithmetic in fp32."""
+    one is there: XSA with the values v, which takes tanh(alpha)·(y·v / |v|²)·v out; then head_gate
+    times all. v is shaped like y, the gates (T, heads) fp32 with rows any stride apart. Arithmetic
+    in fp32."""
     out = widen(y)
-    if correction is not None:
-        out = out + mix_gate[:, :, None] * correction
     if alpha is not None:
         v = widen(v)
         share = (out * v).sum(-1) / v.square().sum(-1).clamp_min(1e-12)
@@ -1241,8 +1236,8 @@ def plain_finish_attention(
 
 @triton.jit
 def _finish_attention_kernel(
-    y, v, alpha, correction, mix_gate, head_gate, out, num_tokens, alpha_stride, mix_stride,
-    head_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+    y, v, alpha, head_gate, out, num_tokens, alpha_stride, head_stride, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -1250,9 +1245,6 @@ def _finish_attention_kernel(
     mask = in_row[:, None]
     offsets = (tokens[:, None] * HEADS + head) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     kept = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-    if correction is not None:
-        mix = tl.load(mix_gate + tokens * mix_stride + head, mask=in_row, other=0.0)
-        kept += mix[:, None] * tl.load(correction + offsets, mask=mask, other=0.0).to(tl.float32)
     if alpha is not None:
         v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
         # tanh by way of the sigmoid, which Triton has without a library
@@ -1268,9 +1260,8 @@ def _finish_attention_kernel(
 
 @triton.jit
 def _finish_attention_backward_kernel(
-    grad, y, v, alpha, correction, mix_gate, head_gate, dy, dv, d_alpha, d_correction, d_mix,
-    d_gate, num_tokens, alpha_stride, mix_stride, head_stride, HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+    grad, y, v, alpha, head_gate, dy, dv, d_alpha, d_gate, num_tokens, alpha_stride, head_stride,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -1280,18 +1271,14 @@ def _finish_attention_backward_kernel(
     offsets = gates[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     dy_tile = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     kept = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-    if correction is not None:
-        mix = tl.load(mix_gate + tokens * mix_stride + head, mask=in_row, other=0.0)
-        correction_tile = tl.load(correction + offsets, mask=mask, other=0.0).to(tl.float32)
-        kept += mix[:, None] * correction_tile
     if alpha is not None:
-        mixed = kept
+        whole = kept
         v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
         tanh = tl.load(alpha + tokens * alpha_stride + head, mask=in_row, other=0.0)
         tanh = 2 * tl.sigmoid(2 * tanh) - 1
         inverse = 1 / tl.maximum(tl.sum(v_tile * v_tile, 1), 1e-12)
-        share = tl.sum(mixed * v_tile, 1) * inverse
-        kept = mixed - (tanh * share)[:, None] * v_tile
+        share = tl.sum(whole * v_tile, 1) * inverse
+        kept = whole - (tanh * share)[:, None] * v_tile
     if head_gate is not None:
         gate = tl.load(head_gate + tokens * head_stride + head, mask=in_row, other=0.0)
         tl.store(d_gate + gates, tl.sum(dy_tile * kept, 1), mask=in_row)
@@ -1300,43 +1287,37 @@ def _finish_attention_backward_kernel(
         along = tl.sum(dy_tile * v_tile, 1)
         tl.store(d_alpha + gates, (tanh * tanh - 1) * along * share, mask=in_row)
         along *= inverse
-        dv_tile = (2 * along * share)[:, None] * v_tile - along[:, None] * mixed
+        dv_tile = (2 * along * share)[:, None] * v_tile - along[:, None] * whole
         dv_tile = tanh[:, None] * (dv_tile - share[:, None] * dy_tile)
         tl.store(dv + offsets, dv_tile, mask=mask)
         dy_tile -= (tanh * along)[:, None] * v_tile
-    if correction is not None:
-        tl.store(d_correction + offsets, mix[:, None] * dy_tile, mask=mask)
-        tl.store(d_mix + gates, tl.sum(dy_tile * correction_tile, 1), mask=in_row)
     tl.store(dy + offsets, dy_tile, mask=mask)
 
 
 @fused_op(plain_finish_attention)
 def finish_attention(
-    y: Tensor, v: Tensor | None, alpha: Tensor | None, correction: Tensor | None,
-    mix_gate: Tensor | None, head_gate: Tensor | None,
-) -> Tensor:  # fmt: skip
+    y: Tensor, v: Tensor | None, alpha: Tensor | None, head_gate: Tensor | None
+) -> Tensor:
     num_tokens, heads, head_dim = y.shape
     out = y.new_empty(num_tokens, heads * head_dim)
     _finish_attention_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-        packed(y), packed(v), alpha, packed(correction), mix_gate, head_gate, out, num_tokens,
-        row_stride(alpha), row_stride(mix_gate), row_stride(head_gate), heads, head_dim,
-        TILE_TOKENS,
+        packed(y), packed(v), alpha, head_gate, out, num_tokens, row_stride(alpha),
+        row_stride(head_gate), heads, head_dim, TILE_TOKENS,
     )  # fmt: skip
     return out
 
 
 @fused_op(fake=lambda grad, *inputs: like(*inputs))
 def finish_attention_backward(
-    grad: Tensor, y: Tensor, v: Tensor | None, alpha: Tensor | None, correction: Tensor | None,
-    mix_gate: Tensor | None, head_gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, y: Tensor, v: Tensor | None, alpha: Tensor | None, head_gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the inputs in their order, empty for those that are not there."""
     num_tokens, heads, head_dim = y.shape
-    inputs = (packed(y), packed(v), alpha, packed(correction), mix_gate, head_gate)
+    inputs = (packed(y), packed(v), alpha, head_gate)
     grads = like(*inputs)
     _finish_attention_backward_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-        packed(grad), *inputs, *grads, num_tokens, row_stride(alpha), row_stride(mix_gate),
-        row_stride(head_gate), heads, head_dim, TILE_TOKENS,
+        packed(grad), *inputs, *grads, num_tokens, row_stride(alpha), row_stride(head_gate), heads,
+        head_dim, TILE_TOKENS,
     )  # fmt: skip
     return grads
 
@@ -1355,292 +1336,6 @@ def _finish_attention_gradients(ctx, grad):
 finish_attention.register_autograd(
     _finish_attention_gradients, setup_context=_finish_attention_context
 )
-
-
-# --- Head mixing ----------------------------------------------------------------------------------
-#
-# A program takes one block of MIX_BLOCK tokens and, as one wider tile, the `reach` tokens that a
-# window can add to it: keys before a block of queries, or queries after a block of keys. All the
-# keys of a query are thus in registers and its softmax is exact in one go. What the backward keeps
-# of the forward is the log-sum-exp of every head and the mixed probabilities, as narrow as a tile.
-
-# One warpgroup's tensor core rows. With 128 keys before it a tile takes 96 registers a thread in
-# fp32; the kernels hold two such tiles, and more rows would spill.
-MIX_BLOCK = 64
-# One stage, 48 to 66 KB of shared memory, leaves room for two programs a multiprocessor, as many as
-# the registers allow: one computes while the other loads.
-MIX_STAGES = 1
-
-
-def mix_reach(window: int) -> int:
-    """Keys before a block of queries that a tile holds: whole blocks, and a power of two."""
-    return max(MIX_BLOCK, triton.next_power_of_2(window))
-
-
-def plain_mix_heads(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, weights: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention with probabilities mixed over the heads: sum_s (sum_j w_j[t] p_j[t, s]) v_h[s].
-
-    p_j is head j's own softmax over the last `window` tokens of the document and the query's token.
-    q, k, v: (T, heads, head_dim); starts: (T,) int32, where the document of each token begins;
-    weights: (T, heads) fp32. Returns the output like v and what the kernels keep for the backward:
-    log-sum-exps (heads, T) fp32 and the mixed probabilities (T, keys of a tile); here nothing.
-    Works on blocks of queries with the block before as keys.
-    """
-    num_tokens, heads, head_dim = q.shape
-    block = max(128, round_up(window, 16))
-    padding = -num_tokens % block
-
-    def blocks(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding)).unflatten(0, (-1, block))
-
-    def with_block_before(x: Tensor) -> Tensor:
-        return torch.cat([F.pad(x, (0, 0) * (x.dim() - 1) + (1, 0))[:-1], x], dim=1)
-
-    query = torch.arange(num_tokens + padding, device=q.device).unflatten(0, (-1, block))
-    keys = torch.cat([query - block, query], dim=1)
-    first = torch.maximum(blocks(starts), query - window).clamp_min(0)
-    visible = (keys[:, None, :] <= query[:, :, None]) & (keys[:, None, :] >= first[:, :, None])
-    k, v = with_block_before(blocks(k)), with_block_before(blocks(v))
-    scores = widen(torch.einsum("nqhd,nkhd->nhqk", blocks(q), k)) * scale
-    probabilities = scores.masked_fill(~visible[:, None], -math.inf).softmax(dim=-1)
-    mixed = (probabilities * blocks(weights).transpose(1, 2)[:, :, :, None]).sum(1)
-    out = torch.bmm(mixed.type_as(v), v.flatten(2)).flatten(0, 1)[:num_tokens]
-    return out.unflatten(1, (heads, head_dim)), q.new_empty(0), q.new_empty(0)
-
-
-@triton.jit
-def _mix_visible(starts_ptr, query, key, num_tokens, window):
-    """Which keys each query sees: those of its document, the window and itself."""
-    start = tl.load(starts_ptr + query, mask=query < num_tokens, other=0)
-    first = tl.maximum(start, query - window)
-    return (first[:, None] <= key[None, :]) & (key[None, :] <= query[:, None])
-
-
-@triton.jit
-def _mix_heads_kernel(
-    q, k, k_before, v, v_before, starts_ptr, weights_ptr, out, lse_ptr, mixed_ptr, num_tokens,
-    window, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    REACH: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0) * BLOCK
-    query = start + tl.arange(0, BLOCK)
-    inside = query < num_tokens
-    before = start - REACH + tl.arange(0, REACH)
-    sees_before = _mix_visible(starts_ptr, query, before, num_tokens, window)
-    sees_own = _mix_visible(starts_ptr, query, query, num_tokens, window)
-    mixed_before = tl.zeros((BLOCK, REACH), tl.float32)
-    mixed_own = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for head in range(HEADS):
-        column = head * HEAD_DIM
-        q_tile = q.load([start, column])
-        p_before = tl.dot(q_tile, k_before.load([start - REACH, column]).T) * scale
-        p_own = tl.dot(q_tile, k.load([start, column]).T) * scale
-        p_before = tl.where(sees_before, p_before, float("-inf"))
-        p_own = tl.where(sees_own, p_own, float("-inf"))
-        largest = tl.maximum(tl.max(p_before, 1), tl.max(p_own, 1))
-        p_before = tl.exp(p_before - largest[:, None])
-        p_own = tl.exp(p_own - largest[:, None])
-        total = tl.sum(p_before, 1) + tl.sum(p_own, 1)
-        tl.store(lse_ptr + head * num_tokens + query, largest + tl.log(total), mask=inside)
-        weight = tl.load(weights_ptr + query * HEADS + head, mask=inside, other=0.0) / total
-        mixed_before += weight[:, None] * p_before
-        mixed_own += weight[:, None] * p_own
-    mixed_before = mixed_before.to(q.dtype)
-    mixed_own = mixed_own.to(q.dtype)
-    rows = mixed_ptr + query[:, None] * (REACH + BLOCK)
-    tl.store(rows + tl.arange(0, REACH)[None, :], mixed_before, mask=inside[:, None])
-    tl.store(rows + REACH + tl.arange(0, BLOCK)[None, :], mixed_own, mask=inside[:, None])
-    for head in range(HEADS):
-        column = head * HEAD_DIM
-        tile = tl.dot(mixed_before, v_before.load([start - REACH, column]))
-        tile = tl.dot(mixed_own, v.load([start, column]), tile)
-        out.store([start, column], tile.to(q.dtype))
-
-
-@triton.jit
-def _mix_probabilities(q_tile, k_tile, lse, visible, scale):
-    scores = tl.dot(q_tile, k_tile.T) * scale
-    return tl.where(visible, tl.exp(scores - lse[:, None]), 0.0)
-
-
-@triton.jit
-def _mix_query_gradients_kernel(
-    grad, q, k, k_before, v, v_before, starts_ptr, weights_ptr, lse_ptr, d_q, d_mixed_ptr,
-    d_weights_ptr, num_tokens, window, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, REACH: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0) * BLOCK
-    query = start + tl.arange(0, BLOCK)
-    inside = query < num_tokens
-    before = start - REACH + tl.arange(0, REACH)
-    sees_before = _mix_visible(starts_ptr, query, before, num_tokens, window)
-    sees_own = _mix_visible(starts_ptr, query, query, num_tokens, window)
-    d_before = tl.zeros((BLOCK, REACH), tl.float32)
-    d_own = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for head in range(HEADS):
-        column = head * HEAD_DIM
-        grad_tile = grad.load([start, column])
-        d_before = tl.dot(grad_tile, v_before.load([start - REACH, column]).T, d_before)
-        d_own = tl.dot(grad_tile, v.load([start, column]).T, d_own)
-    rows = d_mixed_ptr + query[:, None] * (REACH + BLOCK)
-    tl.store(rows + tl.arange(0, REACH)[None, :], d_before, mask=inside[:, None])
-    tl.store(rows + REACH + tl.arange(0, BLOCK)[None, :], d_own, mask=inside[:, None])
-    for head in range(HEADS):
-        column = head * HEAD_DIM
-        weight = tl.load(weights_ptr + query * HEADS + head, mask=inside, other=0.0) * scale
-        lse = tl.load(lse_ptr + head * num_tokens + query, mask=inside, other=0.0)
-        q_tile, k_tile = q.load([start, column]), k.load([start, column])
-        k_before_tile = k_before.load([start - REACH, column])
-        p_before = _mix_probabilities(q_tile, k_before_tile, lse, sees_before, scale)
-        p_own = _mix_probabilities(q_tile, k_tile, lse, sees_own, scale)
-        d_weight = tl.sum(p_before * d_before, 1) + tl.sum(p_own * d_own, 1)
-        tl.store(d_weights_ptr + query * HEADS + head, d_weight, mask=inside)
-        p_before *= weight[:, None] * (d_before - d_weight[:, None])
-        p_own *= weight[:, None] * (d_own - d_weight[:, None])
-        tile = tl.dot(p_before.to(q.dtype), k_before_tile)
-        tile = tl.dot(p_own.to(q.dtype), k_tile, tile)
-        d_q.store([start, column], tile.to(q.dtype))
-
-
-@triton.jit
-def _mix_score_gradients(
-    q_tile, k_tile, d_mixed, weights_ptr, lse_ptr, d_weights_ptr, row, inside, visible, scale
-):
-    """Of the scores of one head, whose entries of (T, heads) and (heads, T) are given."""
-    weight = tl.load(weights_ptr + row, mask=inside, other=0.0) * scale
-    d_weight = tl.load(d_weights_ptr + row, mask=inside, other=0.0)
-    lse = tl.load(lse_ptr, mask=inside, other=0.0)
-    p = _mix_probabilities(q_tile, k_tile, lse, visible, scale)
-    return (p * weight[:, None] * (d_mixed - d_weight[:, None])).to(q_tile.dtype)
-
-
-@triton.jit
-def _mix_key_gradients_kernel(
-    grad, grad_after, q, q_after, k, starts_ptr, weights_ptr, lse_ptr, mixed_ptr, d_mixed_ptr,
-    d_weights_ptr, d_k, d_v, num_tokens, window, scale, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, REACH: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0) * BLOCK
-    key = start + tl.arange(0, BLOCK)
-    after = start + BLOCK + tl.arange(0, REACH)
-    own_inside, after_inside = key < num_tokens, after < num_tokens
-    sees_own = _mix_visible(starts_ptr, key, key, num_tokens, window)
-    sees_after = _mix_visible(starts_ptr, after, key, num_tokens, window)
-    # Column 0 of a query's row of mixed is key REACH before the query's block.
-    own = key[:, None] * (REACH + BLOCK) + REACH + tl.arange(0, BLOCK)[None, :]
-    column_0 = after // BLOCK * BLOCK - REACH
-    later = after[:, None] * (REACH + BLOCK) + key[None, :] - column_0[:, None]
-    mixed_own = tl.load(mixed_ptr + own, mask=own_inside[:, None], other=0.0)
-    mixed_after = tl.load(mixed_ptr + later, mask=after_inside[:, None], other=0.0)
-    for head in range(HEADS):
-        column = head * HEAD_DIM
-        tile = tl.dot(mixed_own.T, grad.load([start, column]))
-        tile = tl.dot(mixed_after.T, grad_after.load([start + BLOCK, column]), tile)
-        d_v.store([start, column], tile.to(q.dtype))
-    d_own = tl.load(d_mixed_ptr + own, mask=own_inside[:, None], other=0.0)
-    d_after = tl.load(d_mixed_ptr + later, mask=after_inside[:, None], other=0.0)
-    for head in range(HEADS):
-        column = head * HEAD_DIM
-        k_tile, q_tile = k.load([start, column]), q.load([start, column])
-        q_after_tile = q_after.load([start + BLOCK, column])
-        lse_row = lse_ptr + head * num_tokens
-        ds_own = _mix_score_gradients(
-            q_tile, k_tile, d_own, weights_ptr, lse_row + key, d_weights_ptr,
-            key * HEADS + head, own_inside, sees_own, scale,
-        )  # fmt: skip
-        ds_after = _mix_score_gradients(
-            q_after_tile, k_tile, d_after, weights_ptr, lse_row + after, d_weights_ptr,
-            after * HEADS + head, after_inside, sees_after, scale,
-        )  # fmt: skip
-        tile = tl.dot(ds_own.T, q_tile)
-        tile = tl.dot(ds_after.T, q_after_tile, tile)
-        d_k.store([start, column], tile.to(q.dtype))
-
-
-def mix_rows(x: Tensor, rows: int = MIX_BLOCK) -> TensorDescriptor:
-    """x (T, heads, head_dim) in tiles of `rows` tokens of one head, with zeros outside."""
-    return TensorDescriptor.from_tensor(x.flatten(1), [rows, x.size(2)])
-
-
-def mix_fake(q, k, v, starts, weights, window, scale):
-    lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
-    return q.new_empty(q.shape), lse, q.new_empty(q.size(0), mix_reach(window) + MIX_BLOCK)
-
-
-@fused_op(plain_mix_heads, mix_fake)
-def mix_by_weights(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, weights: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, heads, head_dim = q.shape
-    reach = mix_reach(window)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, num_tokens), dtype=torch.float32, device=q.device)
-    mixed = torch.empty((num_tokens, reach + MIX_BLOCK), dtype=q.dtype, device=q.device)
-    _mix_heads_kernel[(triton.cdiv(num_tokens, MIX_BLOCK),)](
-        mix_rows(q), mix_rows(k), mix_rows(k, reach), mix_rows(v), mix_rows(v, reach), starts,
-        weights.contiguous(), mix_rows(out), lse, mixed, num_tokens, window, scale, heads, head_dim,
-        MIX_BLOCK, reach, num_warps=4, num_stages=MIX_STAGES,
-    )  # fmt: skip
-    return out, lse, mixed
-
-
-@fused_op(fake=lambda grad, q, k, v, starts, weights, *_: like(q, k, v, weights))
-def mix_by_weights_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, weights: Tensor, lse: Tensor,
-    mixed: Tensor, window: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    num_tokens, heads, head_dim = q.shape
-    reach = mix_reach(window)
-    d_q, d_k, d_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    d_weights = torch.empty(weights.shape, dtype=torch.float32, device=q.device)
-    d_mixed = torch.empty(mixed.shape, dtype=torch.float32, device=q.device)
-    sizes = num_tokens, window, scale, heads, head_dim, MIX_BLOCK, reach
-    grid = (triton.cdiv(num_tokens, MIX_BLOCK),)
-    grad, weights = packed(grad), packed(weights)
-    _mix_query_gradients_kernel[grid](
-        mix_rows(grad), mix_rows(q), mix_rows(k), mix_rows(k, reach), mix_rows(v),
-        mix_rows(v, reach), starts, weights, lse, mix_rows(d_q), d_mixed, d_weights, *sizes,
-        num_warps=4, num_stages=MIX_STAGES,
-    )  # fmt: skip
-    _mix_key_gradients_kernel[grid](
-        mix_rows(grad), mix_rows(grad, reach), mix_rows(q), mix_rows(q, reach), mix_rows(k), starts,
-        weights, lse, mixed, d_mixed, d_weights, mix_rows(d_k), mix_rows(d_v), *sizes, num_warps=4,
-        num_stages=MIX_STAGES,
-    )  # fmt: skip
-    return d_q, d_k, d_v, d_weights
-
-
-def _mix_heads_context(ctx, inputs, output):
-    *tensors, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _mix_heads_gradients(ctx, grad, _grad_lse, _grad_mixed):
-    d_q, d_k, d_v, d_weights = mix_by_weights_backward(
-        grad, *ctx.saved_tensors, ctx.window, ctx.scale
-    )
-    return d_q, d_k, d_v, None, d_weights, None, None
-
-
-mix_by_weights.register_autograd(_mix_heads_gradients, setup_context=_mix_heads_context)
-
-
-def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Where the document of each token begins, (T,) int32."""
-    position = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
-
-
-def mix_heads(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float, weights: Tensor
-) -> Tensor:
-    """plain_mix_heads with weights (T, heads) RMS-normalised over the heads."""
-    starts = document_starts(cu_seqlens, q.size(0))
-    # F.rms_norm is slow on rows of six
-    weights = weights * (weights.square().mean(1, keepdim=True) + EPS.value).rsqrt()
-    return mix_by_weights(q, k, v, starts, weights, window, scale)[0]
 
 
 # --- fp8 ------------------------------------------------------------------------------------------
@@ -2303,6 +1998,12 @@ class FirstColumns(torch.autograd.Function):
 # that the largest entry is the latest. Empty slots are -1.
 
 
+def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Where the document of each token begins, (T,) int32."""
+    position = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+
+
 def match_keys(
     tokens: Tensor, starts: Tensor, orders: Sequence[int], slots: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -2594,9 +2295,6 @@ def gate_layouts(config: Config) -> dict[str, dict[str, tuple[int, float]]]:
             layout[f"bigram {i}"] = (1, 0.05)
         if row.skip_from is not None:
             layout[f"skip {i}"] = (1, 0.5)
-        if i == last:
-            layout[f"mix_in {i}"] = (heads, 1.0)
-            layout[f"mix_out {i}"] = (heads, 0.0)
     return layouts
 
 
@@ -2914,13 +2612,10 @@ class GPT(nn.Module):
         y = attention(q, k, v, *documents, window, scale, self.backend)
         if row.paired:
             return F.linear(y.reshape(normed.shape), paired_columns(w_o, config.head_dim))
-        alpha, head_gate, read = (gates.get(f"{name} {i}") for name in ("xsa", "head", "mix_in"))
-        mixed = None
-        if read is not None:
-            mixed = mix_heads(q, k, v, batch.cu_seqlens, config.mix_window, scale, read)
+        alpha, head_gate = gates.get(f"xsa {i}"), gates.get(f"head {i}")
         if alpha is not None or head_gate is not None:
             v = None if alpha is None else v
-            y = finish_attention(y, v, alpha, mixed, gates.get(f"mix_out {i}"), head_gate)
+            y = finish_attention(y, v, alpha, head_gate)
         return F.linear(y.flatten(1) if y.dim() == 3 else y, w_o)
 
     def forward(

@@ -254,7 +254,7 @@ class Row:
 
     def makers(self) -> list[Callable[[], Iterator[Case]]]:
         around = self.combine, self.prepare_qkv, self.attention, self.finish_attention
-        return [*around, self.mix_heads, self.mlp, self.head, self.quantize, self.tables]
+        return [*around, self.mlp, self.head, self.quantize, self.tables]
 
     def wide(self, columns: int = DIM, dtype: torch.dtype = BF16) -> Tensor:
         return self.random(self.T, columns, dtype=dtype, grad=True)
@@ -320,19 +320,9 @@ class Row:
             moved["backward"] = 5 * self.stream + 2 * count * self.gates
 
             def call(op, y, v, alpha, gate=None):
-                return op(y, v, alpha, None, None, gate)
+                return op(y, v, alpha, gate)
 
             yield Case(f"finish_attention, {kind}", inputs[: 2 + count], call, **moved)
-
-    def mix_heads(self) -> Iterator[Case]:
-        starts = train_gpt.document_starts(self.batch.cu_seqlens, self.T)
-        window, scale = CONFIG.mix_window, CONFIG.attention_scale
-        inputs, needs = self.heads(window)
-
-        def call(op, *x):
-            return op(*x[:3], starts, x[3], window, scale)[0]
-
-        yield Case("mix_by_weights", [*inputs, self.wide(HEADS, FP32)], call, **needs)
 
     def mlp(self) -> Iterator[Case]:
         bank = self.random(2, HIDDEN, DIM, std=0.02)

@@ -120,6 +120,7 @@ class Judge:
         tiny, plan = script.PRESETS["tiny"], {"layers": script.PRESETS["speedrun"].layers}
         known = {field.name for field in dataclasses.fields(script.Config)}
         fields = {**SIZES, **plan, "val_row_tokens": ROW, "final_window_long": WINDOWS[1]}
+        # mix_window: of the head mixing that scripts of older records have
         fields |= {"mix_window": WINDOWS[0], "val_file": str(self.file), **changes}
         self.config = dataclasses.replace(
             tiny, **{name: value for name, value in fields.items() if name in known}

@@ -64,7 +64,6 @@ def tiny_config(**changes: object) -> Config:
         "mlp_dim": 64,
         "gate_dim": 8,
         "bigram_rows": 512,
-        "mix_window": 12,
         "dtype": "float32",
         "num_steps": 8,
         "stages": (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 0.0, 0.25, 0.0, 0.25, 0.0, 0),),

@@ -271,7 +271,6 @@ def test_check_config_names_the_option(changes, message):
         ({"mlp_dim": 0}, "--mlp_dim"),
         ({"gate_dim": 0}, "--gate_dim"),
         ({"bigram_rows": 0}, "--bigram_rows"),
-        ({"mix_window": 0}, "--mix_window"),
         ({"lr_decay_start": 1.0}, "--lr_decay_start"),
         ({"stages": stage(tokens_per_step=0)}, "--stages"),
         ({"stages": stage(share=1.5) + stage(share=-0.5)}, "--stages"),

@@ -62,7 +62,7 @@ def with_kernels(name: str) -> Callable:
     return twin
 
 
-DIFFERENTIABLE = "combine", "prepare_qkv", "finish_attention", "mix_by_weights", "mlp"
+DIFFERENTIABLE = "combine", "prepare_qkv", "finish_attention", "mlp"
 OTHERS = "head_loss", "next_token_loss", "find_matches"
 OPS = {name: with_kernels(name) for name in (*DIFFERENTIABLE, *OTHERS)}
 BACKWARD_OPS = {f"{name}_backward": with_kernels(f"{name}_backward") for name in DIFFERENTIABLE}
@@ -216,18 +216,17 @@ def test_prepare_qkv(case):
     assert abs(found[1].item() - exact[1].item()) < 1e-6 * size
 
 
-FINISH = [(37, 4, 16, "xsa"), (19, 6, 32, "xsa gate"), (17, 6, 16, "mix gate"), (32, 4, 16, "gate")]
-FINISH += [(1, 2, 16, "xsa mix gate"), (35, 4, 8, "xsa mix gate")]
-REAL_FINISH = [(16384, 6, 128, "xsa"), (49152, 6, 128, "xsa gate"), (16391, 6, 128, "mix gate")]
+FINISH = [(37, 4, 16, "xsa"), (19, 6, 32, "xsa gate"), (17, 6, 16, "gate"), (32, 4, 16, "gate")]
+FINISH += [(1, 2, 16, "xsa gate"), (35, 4, 8, "xsa gate")]
+REAL_FINISH = [(16384, 6, 128, "xsa"), (49152, 6, 128, "xsa gate"), (16391, 6, 128, "gate")]
 
 
 def finish_inputs(case: tuple) -> list:
     tokens, heads, head_dim, present = case
-    gates = single(tokens, 3 * heads + 4)[:, 1:].split(heads, dim=1)
-    y, v, correction = (random(tokens, heads, head_dim) for _ in range(3))
+    gates = single(tokens, 2 * heads + 4)[:, 1:].split(heads, dim=1)
+    y, v = (random(tokens, heads, head_dim) for _ in range(2))
     xsa = (v, gates[0]) if "xsa" in present else (None, None)
-    mix = (correction, gates[1]) if "mix" in present else (None, None)
-    return [y, *xsa, *mix, gates[2] if "gate" in present else None]
+    return [y, *xsa, gates[1] if "gate" in present else None]
 
 
 @pytest.mark.parametrize("case", cases(zip(FINISH), zip(REAL_FINISH)))
@@ -243,51 +242,6 @@ def test_xsa_of_a_value_of_zero():
     assert torch.equal(out[0].view_as(y)[3, 1], y[3, 1])
     assert all(torch.isfinite(grad).all() for grad in grads)
     assert torch.count_nonzero(grads[1][3, 1]) == grads[2][3, 1] == 0
-
-
-# Head mixing -------------------------------------------------------------------------------------
-
-
-def mixing_inputs(case: tuple) -> list:
-    tokens, heads, head_dim, window, starts, strided = case
-    q, k, v = random(tokens, 3, heads, head_dim).unbind(1)
-    cu_seqlens = torch.tensor([*starts, tokens, tokens], dtype=torch.int32, device=DEVICE)
-    first = document_starts(cu_seqlens, tokens)
-    q, k, v = (x if strided else x.contiguous() for x in (q, k, v))
-    return [q, k, v, first, single(tokens, heads), window, 0.3]
-
-
-# One token; below, at and above a block; ragged; windows that need one, two and four blocks before;
-# documents shorter than a block, ending on a block's edge, longer than the window and of one token.
-MIXING = [
-    # tokens, heads, head_dim, window, starts of documents, slices of one tensor
-    (1, 1, 16, 5, (0,), False),
-    (63, 2, 16, 16, (0, 5, 6), True),
-    (64, 3, 16, 64, (0, 30), False),
-    (65, 1, 16, 112, (0, 64), False),
-    (200, 4, 16, 48, (0, 128, 131), False),
-    (333, 2, 16, 112, (0, 1, 17, 192, 200), True),
-    (300, 2, 8, 130, (0, 250), False),
-]
-REAL_MIXING = [
-    (tokens, 6, 128, 112, tuple(range(0, tokens, 487)), False) for tokens in (16384, 49152, 16347)
-]
-
-
-@pytest.mark.parametrize("case", cases(zip(MIXING), zip(REAL_MIXING)))
-def test_mixing(case):
-    inputs, tokens, starts = mixing_inputs(case), case[0], case[4]
-    expected = [max(start for start in starts if start <= t) for t in range(min(tokens, 400))]
-    assert inputs[3][:400].tolist() == expected
-    agree("mix_by_weights", inputs)
-
-
-@interpreted
-def test_mixing_of_large_scores():
-    """Hundreds, as a softmax without its maximum would not survive; a weight of zero."""
-    q, k, v, first, weights, window, _ = mixing_inputs((150, 2, 16, 112, (0, 70), False))
-    weights[:, 1] = 0
-    agree("mix_by_weights", [40 * q, k, v, first, weights, window, 1.0], tolerance=1e-3)
 
 
 # MLP and head ------------------------------------------------------------------------------------
@@ -377,7 +331,6 @@ def test_compiler_knows_the_ops():
         ("combine", combine_inputs(5, 32, 3, True)),
         ("prepare_qkv", prepare_inputs(PREPARE[3])),
         ("finish_attention", finish_inputs(FINISH[1])),
-        ("mix_by_weights", mixing_inputs(MIXING[1])),
         ("mlp", [random(8, 16), random(20, 16), random(20, 16), []]),
         ("head_loss", [x, head, *others, [], torch.randn(30)]),
         ("next_token_loss", [x, head, others[0][:, 0].contiguous()]),

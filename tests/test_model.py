@@ -61,8 +61,8 @@ def test_hidden_is_the_written_down_forward_pass(runtime, changes, lengths, tied
 
 
 def test_hidden_over_several_blocks_of_queries(runtime):
-    """A row longer than the blocks of attention (256) and head mixing (128), not a multiple."""
-    config = tiny_config(attention_scale=0.7, mix_window=40, val_row_tokens=336)
+    """A row longer than the blocks of attention (256), not a multiple."""
+    config = tiny_config(attention_scale=0.7, val_row_tokens=336)
     model = trained_like(config, runtime, seed=1)
     batch = random_batch(2, [150, 1, 185])
     windows = Windows(12, 64)
@@ -199,23 +199,19 @@ def test_key_offset_lets_the_state_before_a_document_in_behind_its_first_positio
 
 
 @pytest.mark.parametrize(
-    ("layer", "windows", "mix_window", "reach"),
+    ("layer", "windows", "reach"),
     [
-        (0, Windows(8, 270), 12, 4),  # paired heads: half of it
-        (0, Windows(9, 270), 12, 5),
-        (3, Windows(5, 270), 12, 5),
-        (1, Windows(5, 270), 12, 271),  # the key offset adds one
-        (4, Windows(5, 270), 12, 271),
-        (4, Windows(5, 3), 12, 13),  # the head mixing of the last layer
-        (4, Windows(5, 3), 130, 131),
+        (0, Windows(8, 270), 4),  # paired heads: half of it
+        (0, Windows(9, 270), 5),
+        (3, Windows(5, 270), 5),
+        (1, Windows(5, 270), 271),  # the key offset adds one
+        (4, Windows(5, 270), 271),
     ],
 )
-def test_window_reach(runtime, layer, windows, mix_window, reach):
+def test_window_reach(runtime, layer, windows, reach):
     """One layer alone: position t depends on t - reach and not on the token before that; over the
     256 positions that plain attention takes at a time, too."""
-    config = tiny_config(
-        final_window_long=windows.long, mix_window=mix_window, val_row_tokens=320, bigram_rows=2
-    )
+    config = tiny_config(final_window_long=windows.long, val_row_tokens=320, bigram_rows=2)
     model = trained_like(config, runtime)
     with torch.no_grad():
         entry = (0, 1, 3, 4).index(layer)  # of the bank; layer 2 has no attention

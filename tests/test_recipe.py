@@ -12,7 +12,6 @@ import torch
 from conftest import ROOT, random_batch, tiny_config, trained_like
 from torch import Tensor
 from transcription import (
-    EPS,
     bigram_rows,
     gate_outputs,
     rms,
@@ -42,7 +41,6 @@ from train_gpt import (
     gate_layouts,
     gate_mlp,
     head_loss,
-    mix_heads,
     next_token_loss,
     pair_heads,
     paired_columns,
@@ -394,12 +392,12 @@ def test_extra_value_is_added_as_it_is(runtime):
     close(v - plain_v, extra.view(20, 4, 8))
 
 
-# XSA, head gates, head mixing --------------------------------------------------------------------
+# XSA, head gates ---------------------------------------------------------------------------------
 
 
 def xsa(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
     """finish_attention with nothing else, shaped like y."""
-    return finish_attention(y.float(), v.float(), alpha.float(), None, None, None).view_as(y)
+    return finish_attention(y.float(), v.float(), alpha.float(), None).view_as(y)
 
 
 def test_xsa_takes_out_what_lies_along_the_own_value():
@@ -418,85 +416,37 @@ def test_xsa_takes_out_what_lies_along_the_own_value():
 
 
 def test_behind_attention_step_by_step():
-    """Mixing, XSA, head gate, in this order."""
-    y, v, mixed = (gaussian(10, 4, 8, seed=seed) for seed in range(3))
-    gate, alpha, write = (gaussian(10, 4, seed=seed) for seed in (5, 6, 7))
+    """XSA, head gate, in this order."""
+    y, v = (gaussian(10, 4, 8, seed=seed) for seed in range(2))
+    gate, alpha = (gaussian(10, 4, seed=seed) for seed in (5, 6))
     expected = y.clone()
     for t in range(10):
         for h in range(4):
-            expected[t, h] += write[t, h] * mixed[t, h]
             along = (expected[t, h] @ v[t, h]) / v[t, h].square().sum()
             expected[t, h] -= math.tanh(alpha[t, h]) * along * v[t, h]
             expected[t, h] *= gate[t, h]
-    value = finish_attention(*(x.float() for x in (y, v, alpha, mixed, write, gate)))
+    value = finish_attention(*(x.float() for x in (y, v, alpha, gate)))
     close(value, expected.flatten(1))
 
 
 def test_layer_finishes_attention_with_its_own_gates_and_projects_it(runtime, monkeypatch):
-    """Layer 1 of the tiny plan with XSA and a head gate, layer 3 with XSA alone, layer 4 with mixed
-    heads and a head gate."""
+    """Layer 1 of the tiny plan with XSA and a head gate, layer 3 with XSA alone, layer 4 with a
+    head gate alone."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls, attended = recorded(monkeypatch, "finish_attention"), recorded(monkeypatch, "attention")
-    mixings, prepares = recorded(monkeypatch, "mix_heads"), recorded(monkeypatch, "prepare_qkv")
-    names = "xsa 1", "head 1", "xsa 3", "mix_in 4", "mix_out 4", "head 4"
+    prepares = recorded(monkeypatch, "prepare_qkv")
+    names = "xsa 1", "head 1", "xsa 3", "head 4"
     gates = {name: gaussian(64, 4, seed=i).float() for i, name in enumerate(names)}
     for layer, entry in ((1, 1), (3, 2), (4, 3)):
         n = gaussian(64, 32, seed=layer).float()
         with torch.no_grad():
             value = model.attend(layer, n, None, None, None, gates, batch, WINDOWS)
-        (y, v, alpha, correction, mix_gate, head_gate), out = calls[-1]
+        (y, v, alpha, head_gate), out = calls[-1]
         assert y is attended[-1][1]
         assert alpha is gates.get(f"xsa {layer}")
         assert head_gate is gates.get(f"head {layer}")
         assert v is (None if layer == 4 else prepares[-1][1][2])
         close(value, out.double() @ model.attention_bank[entry, 96:].double().T, atol=1e-4)
-    assert len(mixings) == 1
-    arguments, mixed = mixings[0]
-    assert correction is mixed and mix_gate is gates["mix_out 4"]
-    assert all(mine is its for mine, its in zip(arguments, prepares[-1][1]))
-    assert arguments[4] == model.config.mix_window
-    assert arguments[6] is gates["mix_in 4"]
-
-
-MIXING = [
-    # lengths, window, heads: T = 64 is half a block, 300 is ragged, 256 whole blocks
-    ([1, 20, 2, 41], 12, 4),
-    ([300], 112, 2),
-    ([130, 126], 128, 2),
-    ([100, 1, 99, 100], 16, 6),
-    ([200], 1, 2),
-    ([310, 30], 150, 1),  # a window that makes blocks of 160
-]
-
-
-@pytest.mark.parametrize(("lengths", "window", "heads"), MIXING)
-def test_head_mixing_query_by_query_and_its_gradients(lengths, window, heads):
-    """sum_s (sum_j w_j p_j[t, s]) v_h[s] with weights of root mean square 1 over the heads."""
-    num_tokens, starts = sum(lengths), np.cumsum([0, *lengths]).tolist()
-    inputs = [gaussian(num_tokens, heads, 8, seed=seed) for seed in range(3)]
-    inputs.append(gaussian(num_tokens, heads, seed=3))
-    for tensor in inputs:
-        tensor.requires_grad_()
-    q, k, v, weights = inputs
-    rows = []
-    for t in range(num_tokens):
-        first = max([start for start in starts if start <= t] + [t - window])
-        read = weights[t] / (weights[t].square().mean() + EPS).sqrt()
-        scores = 0.7 * torch.einsum("hd,shd->hs", q[t], k[first : t + 1])
-        mixed = read @ scores.softmax(dim=1)
-        rows.append(torch.einsum("s,shd->hd", mixed, v[first : t + 1]))
-    expected = torch.stack(rows)
-    grad = gaussian(num_tokens, heads, 8, seed=4)
-    expected_grads = torch.autograd.grad(expected, inputs, grad)
-
-    singles = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    cu_seqlens = torch.tensor([*starts, num_tokens, num_tokens], dtype=torch.int32)
-    value = mix_heads(*singles[:3], cu_seqlens, window, 0.7, singles[3])
-    close(value, expected, atol=1e-4)
-    grads = torch.autograd.grad(value, singles, grad.float())
-    for single, double in zip(grads, expected_grads):
-        assert (single.double() - double).norm() < 1e-4 * double.norm() + 1e-6
-        assert double.norm() > 0.1 or heads == 1
 
 
 # Gates and their starts --------------------------------------------------------------------------
@@ -516,7 +466,7 @@ def test_gate_mlp(learned):
 
 
 def test_gate_layouts_of_the_speedrun():
-    """Names, widths, starts: 26 and 41 outputs for the layers, 14 and 5 for the dynamic skips."""
+    """Names, widths, starts: 26 and 29 outputs for the layers, 14 and 5 for the dynamic skips."""
     layouts = gate_layouts(PRESETS["speedrun"])
     assert list(layouts) == ["early", "late", "last", "output"]
     expected = {"early": {}, "late": {}}
@@ -530,7 +480,6 @@ def test_gate_layouts_of_the_speedrun():
     for i in (4, 7):
         expected["late"][f"xsa {i}"] = (6, 0.0)
     expected["late"] |= {"skip 6": (1, 0.5), "head 10": (6, 0.25)}
-    expected["late"] |= {"mix_in 10": (6, 1.0), "mix_out 10": (6, 0.0)}
     root = math.sqrt(1.1)
     zeros = ("value_first", "value_attend", "value_last", "x_first", "x_attend", "x_last", "first")
     expected["last"] = dict.fromkeys(zeros, (1, 0.0))
@@ -540,7 +489,7 @@ def test_gate_layouts_of_the_speedrun():
     expected["output"]["attend"] = (1, -0.5)
     assert layouts == expected
     widths = {name: sum(width for width, _ in layout.values()) for name, layout in layouts.items()}
-    assert widths == {"early": 26, "late": 41, "last": 14, "output": 5}
+    assert widths == {"early": 26, "late": 29, "last": 14, "output": 5}
 
 
 @pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
@@ -568,7 +517,7 @@ def test_small_parameters_start_as_written(runtime):
     shapes |= dict.fromkeys(names.split(), (11,))
     starts = {"attention_in": 0.5, "attention_out": 1.0, "residual": root, "mlp_residual": root}
     starts |= {"project": 1.0, "mlp_project": 1.0, "skip": -1.5}
-    for name, outputs in ("early", 26), ("late", 41), ("last", 14), ("output", 5):
+    for name, outputs in ("early", 26), ("late", 29), ("last", 14), ("output", 5):
         shapes |= {f"{name} w_1": (8, 48), f"{name} b_1": (8,)}
         shapes |= {f"{name} w_2": (outputs, 8), f"{name} b_2": (outputs,)}
     shapes |= {"early scale": (1,), "late scale": (1,)}

@@ -28,7 +28,6 @@ KERNELS = {
     "_normuon_apply_kernel": "optimizer",
     "_update_ngrams_kernel": "optimizer",
     "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90": "attention",
-    "_mix_key_gradients_kernel": "attention",
     "_logits_gradient_kernel": "head",
     "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "products",
     "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "products",
@@ -365,7 +364,7 @@ def cpu_bench(monkeypatch, tmp_path) -> bench.Bench:
 
 def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
     """On short rows; products, quantizing and the head are too slow here."""
-    stage, names = bench.STAGES[16384], "combine prepare_qkv attention finish_attention mix_heads"
+    stage, names = bench.STAGES[16384], "combine prepare_qkv attention finish_attention"
     row = bench.Row(cpu_bench, stage, 64)
     makers = [getattr(row, name) for name in f"{names} tables".split()]
     monkeypatch.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 800)})
@@ -379,7 +378,7 @@ def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
     assert printed == cpu_bench.log.read_text()
     lines = printed.splitlines()[3:]
     assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
-    assert len(lines) == 2 * (1 + 3 + 3 + 2 + 1) + 2 * 4 + 2 + 1
+    assert len(lines) == 2 * (1 + 3 + 3 + 2) + 2 * 4 + 2 + 1
     assert all(line.split()[-2:] == ["2.000", "-"] for line in lines)
 
 

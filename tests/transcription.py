@@ -187,13 +187,6 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
                     probabilities(q[h], k[h], document, window, scale) @ v[h]
                     for h in range(num_heads)
                 ]
-            if i == last:
-                read, write = rms(gates[f"mix_in {i}"]), gates[f"mix_out {i}"]
-                mixed = sum(
-                    read[:, [j]] * probabilities(q[j], k[j], document, config.mix_window, scale)
-                    for j in range(num_heads)
-                )
-                y = [y[h] + write[:, [h]] * (mixed @ v[h]) for h in range(num_heads)]
             if row.xsa:
                 for h in range(num_heads):
                     along = (y[h] * v[h]).sum(1) / (v[h] * v[h]).sum(1)
