@@ -97,12 +97,12 @@ class Layer:
 SPEEDRUN_STAGES = (
     #     share   tokens  seq_len  short  long    lr    second     third      prefix      columns
     Stage(1 / 3,  131_072,    896,   128,  384, 1.00, 0.5, 0.5,  0.25, 0.0, 0.25, 0.25, 12_288),
-    Stage(1 / 3,  262_144,   2048,   384,  896, 1.52, 0.5, 0.0,  0.0,  0.0, 0.25, 0.0,  16_384),
-    Stage(7 / 30, 393_216,   2048,   640, 1408, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  20_480),
-    Stage(1 / 10, 393_216,   2048,   640, 1408, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    Stage(1 / 3,  196_608,   2048,   384,  896, 1.30, 0.5, 0.0,  0.0,  0.0, 0.25, 0.0,  14_336),
+    Stage(7 / 30, 262_144,   2048,   640, 1408, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  16_384),
+    Stage(1 / 10, 262_144,   2048,   640, 1408, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
-    Stage(1.0,    393_216,   2048,   768, 1664, 1.73, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_LAYERS = (
     #     window   paired  value  xsa    head_gate  skip_from  attend_from
@@ -189,9 +189,9 @@ class Config:
     attention_scale: float = 0.1  # factor on q.k before the softmax, grows with the long window
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
-    num_steps: int = 1270  # scheduled steps; the learning rate reaches its end here
+    num_steps: int = 1600  # scheduled steps; the learning rate reaches its end here
     stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # rows of the fields of Stage
-    extension_steps: int = 15  # steps after the scheduled ones, at the final learning rate
+    extension_steps: int = 20  # steps after the scheduled ones, at the final learning rate
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
     final_window_long: int = 2560  # long window of the final validation
     rows_per_step: int = 8  # rows a step is cut in: one a GPU and micro-step

@@ -195,7 +195,7 @@ def test_rotary_of_every_stage_chains_the_window_changes(runtime):
     for long, (cos, sin, scale) in model.rotary.items():
         frequencies, expected_scale = rotary_and_scale(model, long)
         angles = torch.arange(len(cos))[:, None] * frequencies
-        assert len(cos) == 2 * 393_216 // 512
+        assert len(cos) == 2 * 262_144 // 512
         close(cos[:, 0], angles.cos(), atol=1e-6)
         close(sin[:, 0], angles.sin(), atol=1e-6)
         assert scale == pytest.approx(expected_scale)

@@ -102,7 +102,7 @@ def test_windows_and_tied():
     assert tied == [True] * 67 + [False] * 43
     assert not any(schedule(tied_share=0.0)[step].tied for step in range(110))
     assert all(schedule(tied_share=2.0)[step].tied for step in range(110))
-    assert [Schedule(PRESETS["speedrun"])[step].tied for step in (846, 847)] == [True, False]
+    assert [Schedule(PRESETS["speedrun"])[step].tied for step in (1066, 1067)] == [True, False]
 
 
 def test_loss_weights():
@@ -126,12 +126,12 @@ def test_loss_weights():
 def test_loss_weights_of_the_speedrun():
     """Three, then two, then one next token; the prefix token in the first two thirds."""
     rows = Schedule(PRESETS["speedrun"]).loss_weights()
-    assert len(rows) == 1285
+    assert len(rows) == 1620
     assert rows[0] == [1.0, 0.5, 0.25, 0.25]
-    assert rows[422] == pytest.approx([1.0, 0.5, 0.25 / 423, 0.25])
-    assert rows[423] == [1.0, 0.5, 0.0, 0.25]
-    assert rows[846] == pytest.approx([1.0, 0.5 / 424, 0.0, 0.25 / 424])
-    assert rows[847:] == [[1.0, 0.0, 0.0, 0.0]] * 438
+    assert rows[532] == pytest.approx([1.0, 0.5, 0.25 / 533, 0.25])
+    assert rows[533] == [1.0, 0.5, 0.0, 0.25]
+    assert rows[1066] == pytest.approx([1.0, 0.5 / 534, 0.0, 0.25 / 534])
+    assert rows[1067:] == [[1.0, 0.0, 0.0, 0.0]] * 553
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
