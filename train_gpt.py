@@ -216,7 +216,7 @@ class Config:
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
     val_row_tokens: int = 32_768  # tokens of one validation row
-    fp8: bool = True  # products of MLP and head in fp8 where the GPU has it
+    fp8: bool = True  # products of QKV, MLP and head in fp8 where the GPU has it
     cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
     compile: str = "none"  # by torch.compile: none; block: the gate MLPs; full: all layers in one
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
@@ -988,19 +988,23 @@ def unpair_heads(x: Tensor) -> Tensor:
 # --- Around attention -----------------------------------------------------------------------------
 
 TILE_TOKENS = 16  # a program: half a head of 128 is a 16-byte load for each thread of 4 warps
+FP8_TILE = 64, 8  # tokens and warps: a transposed row is two sectors of memory
 
 
 def plain_prepare_qkv(
-    qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, value_share: Tensor
-    | None, extra_value: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries, keys and values, (T, heads, head_dim) or as pair_heads makes them, of the product
-    qkv (T, 3 dim). Arithmetic in fp32, results in qkv's dtype.
+    x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
+    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], paired: bool,
+    key_offset: bool, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values, (T, heads, head_dim) or as pair_heads makes them, of the normed
+    stream x (T, dim) and the weights w_qkv (3 dim, dim); and, for the backward, their product.
+    What follows the product is computed in fp32; results are in x's dtype.
 
-    scale: fp32 scalar on qkv. cos, sin: (positions, 1, head_dim / 4) fp32. value (T, dim), its rows
-    any stride apart, is added to the values times value_share (T, heads) fp32, extra_value (T, dim)
-    as it is.
+    scale: fp32 scalar on the product. cos, sin: (positions, 1, head_dim / 4) fp32. value (T, dim),
+    its rows any stride apart, is added to the values times value_share (T, heads) fp32, extra_value
+    (T, dim) as it is. With the fields of QkvFp8 the product and those of its gradient run in fp8.
     """
+    qkv = x @ w_qkv.mT
     q, k, v = (scale * widen(qkv)).view(len(qkv), 3, -1, head_dim).unbind(1)
     q, k = rms_norm(q), rms_norm(k)
     if key_offset:
@@ -1012,7 +1016,7 @@ def plain_prepare_qkv(
     if paired:
         q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
     q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-    return q.type_as(qkv), k.type_as(qkv), v.type_as(qkv).contiguous()
+    return q.type_as(x), k.type_as(x), v.type_as(x).contiguous(), qkv
 
 
 @triton.jit
@@ -1038,12 +1042,12 @@ def _norm_factor(turned, still, scale):
 
 
 @triton.jit
-def _norm_gradient(d_turned, d_still, turned, still, scale):
-    """Gradient of the halves of a head from that of their RMS norm."""
+def _norm_gradient(d_turned, d_still, turned, still, scale, gain):
+    """Gradient, times gain, of the halves of a head from that of their RMS norm."""
     factor = _norm_factor(turned, still, scale)
     turned, still = turned * factor, still * factor
     along = (tl.sum(d_turned * turned, 1) + tl.sum(d_still * still, 1)) / (2 * turned.shape[1])
-    along = along[:, None]
+    along, factor = along[:, None], gain * factor
     return factor * (d_turned - turned * along), factor * (d_still - still * along)
 
 
@@ -1096,10 +1100,27 @@ def _prepare_qkv_kernel(
 
 
 @triton.jit
+def _store_gradient(turned, still, column, target, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
+    """Write the halves of a head, in fp8 also transposed. Gives the largest of every token."""
+    dqkv, dqkv_t, row, mask, num_tokens = target
+    for half in tl.static_range(2):
+        at, tile = column + half * turned.shape[1], still if half else turned
+        if dqkv_t is not None:
+            tile = tl.clamp(tile, -LIMIT, LIMIT)
+            # transposed in 16 bits: of fp8 Triton 3.6 would move every byte on its own
+            tile_t = tl.trans(tile.to(tl.float16)).to(tl.float32).to(dqkv.dtype.element_ty)
+            at_t = tl.trans(at) * num_tokens + tl.trans(row)
+            tl.store(dqkv_t + at_t, tile_t, mask=tl.trans(mask))
+        tl.store(dqkv + row * WIDTH + at, tile.to(dqkv.dtype.element_ty), mask=mask)
+    return tl.max(tl.maximum(tl.abs(turned), tl.abs(still)), 1)
+
+
+@triton.jit
 def _prepare_qkv_backward_kernel(
-    dq, dk, dv, qkv, scale, cos, sin, value, value_share, dqkv, dscale, dvalue, dvalue_share,
-    num_tokens, value_stride, share_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
+    dq, dk, dv, qkv, scale, cos, sin, value, value_share, dqkv, dqkv_t, unit, largest, dscale,
+    dvalue, dvalue_share, num_tokens, value_stride, share_stride, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -1107,38 +1128,38 @@ def _prepare_qkv_backward_kernel(
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     in_row = tokens < num_tokens
     mask, row = in_row[:, None], tokens[:, None]
-    lanes, columns = tl.arange(0, HALF)[None, :], tl.arange(0, HEAD_DIM)[None, :]
+    lanes = tl.arange(0, HALF)[None, :]
     slot, position = head, row
     if PAIRED:
         slot, position = head % 2 * (HEADS // 2) + head // 2, 2 * row + head % 2
 
-    factor = tl.load(scale)
-    grads = row * DIM + slot * HEAD_DIM + columns
-    dv_tile = tl.load(dv + grads, mask=mask, other=0.0).to(tl.float32)
-    inputs = row * (3 * DIM) + 2 * DIM + head * HEAD_DIM + columns
-    v_tile = tl.load(qkv + inputs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dqkv + inputs, factor * dv_tile, mask=mask)
-    partial = tl.sum(tl.sum(dv_tile * v_tile, 1), 0)
+    factor, inverse = tl.load(scale), 1.0
+    if dqkv_t is not None:
+        inverse = 1 / tl.load(unit)
+    column, target = head * HEAD_DIM + lanes, (dqkv, dqkv_t, row, mask, num_tokens)
+    grads, inputs = row * DIM + slot * HEAD_DIM + lanes, row * (3 * DIM) + column
+    low, high = _load_halves(dv, grads, mask, HALF)
+    v_low, v_high = _load_halves(qkv + 2 * DIM, inputs, mask, HALF)
+    d_low, d_high = (factor * inverse) * low, (factor * inverse) * high
+    largest_v = _store_gradient(d_low, d_high, 2 * DIM + column, target, 3 * DIM, LIMIT)
+    partial = tl.sum(tl.sum(low * v_low + high * v_high, 1), 0)
     tl.store(dscale + tl.program_id(1) * HEADS + head, partial)
     if value is not None:
         share = tl.load(value_share + tokens * share_stride + head, mask=in_row, other=0.0)
-        inputs = row * value_stride + head * HEAD_DIM + columns
-        value_tile = tl.load(value + inputs, mask=mask, other=0.0).to(tl.float32)
-        dshare = tl.sum(dv_tile * value_tile, 1)
-        tl.store(dvalue + row * DIM + head * HEAD_DIM + columns, share[:, None] * dv_tile, mask)
+        v_low, v_high = _load_halves(value, row * value_stride + column, mask, HALF)
+        dshare = tl.sum(low * v_low + high * v_high, 1)
+        tl.store(dvalue + row * DIM + column, share[:, None] * low, mask=mask)
+        tl.store(dvalue + row * DIM + column + HALF, share[:, None] * high, mask=mask)
         tl.store(dvalue_share + tokens * HEADS + head, dshare, mask=in_row)
 
     angles = position * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
     cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
     sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
-    inputs = row * (3 * DIM) + head * HEAD_DIM + lanes
-    grads = row * DIM + slot * HEAD_DIM + lanes
     d_turned, d_still = _load_halves(dq, grads, mask, HALF)
     turned, still = _load_halves(qkv, inputs, mask, HALF)
     d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
-    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor)
-    tl.store(dqkv + inputs, d_turned, mask=mask)
-    tl.store(dqkv + inputs + HALF, d_still, mask=mask)
+    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor, inverse)
+    largest_q = _store_gradient(d_turned, d_still, column, target, 3 * DIM, LIMIT)
     d_turned, d_still = _load_halves(dk, grads, mask, HALF)
     if KEY_OFFSET:  # the still half went to the next token, the first one's to itself too
         d_still = tl.where(row == 0, d_still, 0.0)
@@ -1146,66 +1167,104 @@ def _prepare_qkv_backward_kernel(
         d_still += tl.load(dk + grads + DIM + HALF, mask=follows, other=0.0).to(tl.float32)
     turned, still = _load_halves(qkv + DIM, inputs, mask, HALF)
     d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
-    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor)
-    tl.store(dqkv + DIM + inputs, d_turned, mask=mask)
-    tl.store(dqkv + DIM + inputs + HALF, d_still, mask=mask)
+    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor, inverse)
+    largest_k = _store_gradient(d_turned, d_still, DIM + column, target, 3 * DIM, LIMIT)
+    if largest is not None:
+        largest_here = tl.max(tl.maximum(tl.maximum(largest_q, largest_k), largest_v))
+        tl.atomic_max(largest, largest_here * tl.load(unit))
 
 
 @fused_op(plain_prepare_qkv)
 def prepare_qkv(
-    qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, value_share: Tensor
-    | None, extra_value: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
+    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], paired: bool,
+    key_offset: bool, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if fp8:
+        copies = QkvFp8(*fp8)
+        qkv = fp8_product(copies.x, copies.w, copies.unit_x, copies.unit_w)
+    else:
+        qkv = x @ w_qkv.mT
     num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
     shape = (2 * num_tokens, heads // 2, head_dim) if paired else (num_tokens, heads, head_dim)
     q, k, v = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
     _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-        packed(qkv), scale, cos, sin, value, value_share, packed(extra_value), q, k, v, num_tokens,
+        qkv, scale, cos, sin, value, value_share, packed(extra_value), q, k, v, num_tokens,
         row_stride(value), row_stride(value_share), heads, head_dim, paired, key_offset,
         TILE_TOKENS,
     )  # fmt: skip
-    return q, k, v
+    return q, k, v, qkv
 
 
-@fused_op(
-    fake=lambda dq, dk, dv, qkv, scale, cos, sin, value, value_share, *_: like(
-        qkv, scale, value, value_share
-    )
-)
-def prepare_qkv_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor,
-    value: Tensor | None, value_share: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, scale, value and value_share, the last two empty without a value.
+def product_gradient(
+    grads: Sequence[Tensor], qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor
+    | None, value_share: Tensor | None, options: tuple[bool, bool, int], dtype: torch.dtype,
+    unit: Tensor | None = None, largest: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the product qkv, in dtype, and of scale, value and value_share, the last two
+    empty without a value. With a unit the first is saturated in it, the second its transpose,
+    and largest (1,) is raised to the largest.
 
     The norm takes scale out of q and k again, so its gradient comes from v alone: what q and k
     would add is EPS / (mean square of the scaled head) of the size of their own terms.
     """
+    paired, key_offset, head_dim = options
     num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
-    tiles = triton.cdiv(num_tokens, TILE_TOKENS)
-    dqkv, dvalue, dvalue_share = like(qkv, value, value_share)
+    tile, num_warps = (TILE_TOKENS, 4) if unit is None else FP8_TILE
+    tiles = triton.cdiv(num_tokens, tile)
+    dqkv = qkv.new_empty(qkv.shape, dtype=dtype)
+    dqkv_t = None if unit is None else qkv.new_empty(qkv.mT.shape, dtype=dtype)
+    _, dvalue, dvalue_share = like(qkv[:0], value, value_share)
     partial = torch.empty((tiles, heads), dtype=torch.float32, device=qkv.device)
     _prepare_qkv_backward_kernel[heads, tiles](
-        packed(dq), packed(dk), packed(dv), packed(qkv), scale, cos, sin, value, value_share, dqkv,
+        *map(packed, grads), qkv, scale, cos, sin, value, value_share, dqkv, dqkv_t, unit, largest,
         partial, dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share),
-        heads, head_dim, paired, key_offset, TILE_TOKENS,
+        heads, head_dim, paired, key_offset, torch.finfo(dtype).max, tile, num_warps=num_warps,
     )  # fmt: skip
-    return dqkv, partial.sum().view_as(scale), dvalue, dvalue_share
+    return dqkv, dqkv_t, partial.sum().view_as(scale), dvalue, dvalue_share
+
+
+@fused_op(
+    fake=lambda dq, dk, dv, x, w_qkv, qkv, scale, cos, sin, value, value_share, *_: like(
+        x, w_qkv, scale, value, value_share
+    ),
+    mutates=("largest",),
+)
+def prepare_qkv_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_qkv: Tensor, qkv: Tensor, scale: Tensor,
+    cos: Tensor, sin: Tensor, value: Tensor | None, value_share: Tensor | None, fp8: list[Tensor],
+    largest: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, w_qkv, scale, value and value_share. fp8: QkvFp8 but its x and largest."""
+    inputs = (dq, dk, dv), qkv, scale, cos, sin, value, value_share, (paired, key_offset, head_dim)
+    if not fp8:
+        dqkv, _, *others = product_gradient(*inputs, qkv.dtype)
+        return dqkv @ w_qkv, dqkv.mT @ x, *others
+    fp8 = QkvFp8(None, *fp8, largest)
+    dqkv, dqkv_t, *others = product_gradient(*inputs, E4M3, fp8.unit_grad, largest)
+    return (
+        fp8_product(dqkv, fp8.w_t, fp8.unit_grad, fp8.unit_w),
+        fp8_product(dqkv_t, fp8.x_t, fp8.unit_grad, fp8.unit_x),
+        *others,
+    )
 
 
 def _prepare_qkv_context(ctx, inputs, output):
-    *tensors, extra_value, ctx.paired, ctx.key_offset, ctx.head_dim = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, extra_value, fp8, ctx.paired, ctx.key_offset, ctx.head_dim = inputs
+    ctx.save_for_backward(*tensors[:2], output[3], *tensors[2:], *fp8[1:-1])
+    ctx.largest, ctx.fp8_count = (fp8 or [None])[-1], len(fp8)
     ctx.extra = extra_value is not None
+    ctx.set_materialize_grads(False)
 
 
-def _prepare_qkv_gradients(ctx, dq, dk, dv):
-    options = ctx.paired, ctx.key_offset, ctx.head_dim
-    dqkv, dscale, *d_value = prepare_qkv_backward(dq, dk, dv, *ctx.saved_tensors, *options)
-    if ctx.saved_tensors[-1] is None:
+def _prepare_qkv_gradients(ctx, dq, dk, dv, _):
+    options = ctx.largest, ctx.paired, ctx.key_offset, ctx.head_dim
+    tensors, fp8 = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
+    dx, dw, dscale, *d_value = prepare_qkv_backward(dq, dk, dv, *tensors, fp8, *options)
+    if tensors[-1] is None:
         d_value = None, None
     d_extra = (unpair_heads(dv) if ctx.paired else dv).flatten(1) if ctx.extra else None
-    return dqkv, dscale, None, None, *d_value, d_extra, None, None, None
+    return dx, dw, dscale, None, None, *d_value, d_extra, [None] * ctx.fp8_count, None, None, None
 
 
 prepare_qkv.register_autograd(_prepare_qkv_gradients, setup_context=_prepare_qkv_context)
@@ -1347,10 +1406,11 @@ finish_attention.register_autograd(
 
 @triton.jit
 def _quantize_kernel(
-    x, unit, out, out_t, largest, num_rows, num_columns, LIMIT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x, unit, out, out_t, largest, num_rows, num_columns, matrix_stride, LIMIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
+    x += tl.program_id(2).to(tl.int64) * matrix_stride - matrix
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
@@ -1370,12 +1430,14 @@ def quantize_(
 ) -> None:
     """Write x/unit, saturated, to out, and transposed to out_t; raise largest (1,) to that of |x|.
 
-    x: (rows, cols) with unit (4,), or (batch, rows, cols) with units (batch, 4).
+    x: (rows, cols) with unit (4,), or (batch, rows, cols), the first rows of larger matrices or
+    all, with units (batch, 4).
     """
     *batch, rows, columns = x.shape
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
+    x = x.flatten(-2) if batch else packed(x)  # a view
     _quantize_kernel[grid](
-        packed(x), unit, out, out_t, largest, rows, columns,
+        x, unit, out, out_t, largest, rows, columns, x.stride(0),
         LIMIT=torch.finfo(out.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
     )  # fmt: skip
 
@@ -1394,9 +1456,30 @@ def fp8_product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor) -> Tensor:
     return torch._scaled_mm(a, b.mT, unit_a[0], unit_b[0], out_dtype=torch.bfloat16)
 
 
-class MlpFp8(NamedTuple):
-    """The weights of an MLP in fp8, and the units of all that is fp8 in it."""
+@fused_op(fake=lambda x, _: (torch.empty_like(x, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3)))
+def quantize_stream(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """quantize, which full-graph compilation takes."""
+    return quantize(x, unit)
 
+
+class QkvFp8(NamedTuple):
+    """The factors of the QKV product in fp8, and the units of all that is fp8 there."""
+
+    x: Tensor  # (T, dim), for the forward pass alone
+    x_t: Tensor
+    w: Tensor  # (3 dim, dim)
+    w_t: Tensor
+    unit_x: Tensor
+    unit_w: Tensor
+    unit_grad: Tensor  # of the product
+    largest: Tensor  # (1,) of this gradient, seen since the last update
+
+
+class MlpFp8(NamedTuple):
+    """The input and the weights of an MLP in fp8, and the units of all that is fp8 in it."""
+
+    x: Tensor  # (T, dim), for the forward pass alone
+    x_t: Tensor
     w_1: Tensor  # (hidden, dim)
     w_1_t: Tensor
     w_2: Tensor
@@ -1421,31 +1504,36 @@ class HeadFp8(NamedTuple):
 
 
 class Fp8Copies:
-    """fp8 copies of the MLP bank and of the head, made anew after every update."""
+    """fp8 copies of the MLP bank, of the QKV rows and of the head, made anew after every update."""
 
-    def __init__(self, mlp_bank: Tensor, head: Tensor, num_layers: int):
-        self.bank, self.head_weight = mlp_bank.detach()[: 2 * num_layers], head.detach()
-        self.num_layers = num_layers
+    def __init__(
+        self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, attention_layers: list[int],
+        num_layers: int,
+    ):  # fmt: skip
+        self.num_layers, self.head_weight = num_layers, head.detach()
+        self.entries = {layer: entry for entry, layer in enumerate(attention_layers)}
+        rows = attention_bank.size(1) // 4 * 3
 
         def unit(value: float, *shape: int) -> Tensor:
             return torch.full((*shape, 4), value, device=head.device)
 
         def copies(x: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.empty_like(x, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3)
+            return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3)
 
-        self.mlp_copies, self.head_copies = copies(self.bank), copies(self.head_weight)
-        self.unit_w = unit(1.0, 2 * num_layers)
+        banks = mlp_bank[: 2 * num_layers], attention_bank[: len(attention_layers), :rows]
+        self.banks = [(bank.detach(), unit(1.0, len(bank)), *copies(bank)) for bank in banks]
+        self.head_copies = copies(self.head_weight)
         self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
         # The others' units follow from the largest in the step before, with room to grow: of each
-        # layer's squares, gradients of its result and of what is in front of relu.
-        self.units = unit(0.0, 3, num_layers)
-        self.largest = torch.zeros(3, num_layers, device=head.device)
+        # layer's squares, gradients of its result, of what is in front of relu and of QKV.
+        self.units = unit(0.0, 4, num_layers)
+        self.largest = torch.zeros(4, num_layers, device=head.device)
         self.head_units = unit(1.6 / 448), unit(100 / 448), unit(0.75 / 448)
         self.reset()
 
     def reset(self) -> None:
         """As before the first step: nothing is known of a layer's numbers yet."""
-        for units, guess in zip(self.units, (16.0, 2.0**-6, 2.0**-6)):
+        for units, guess in zip(self.units, (16.0, 2.0**-6, 2.0**-6, 2.0**-6)):
             units.fill_(guess / 448)
         self.largest.zero_()
         self.refresh()
@@ -1453,9 +1541,10 @@ class Fp8Copies:
     @torch.no_grad()
     def refresh(self, head: bool = True) -> None:
         """Copy the weights as they are now, the head only if it has changed."""
-        largest = torch.linalg.vector_norm(self.bank, math.inf, dim=(1, 2), dtype=torch.float32)
-        self.unit_w.copy_(largest.clamp_min(1e-12)[:, None] / 448)
-        quantize_(self.bank, self.unit_w, *self.mlp_copies)
+        for bank, units, *copies in self.banks:
+            largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
+            units.copy_(largest.clamp_min(1e-12)[:, None] / 448)
+            quantize_(bank, units, *copies)
         if head:
             quantize_(self.head_weight, self.head_units[0], *self.head_copies)
         largest = self.largest[:, :, None]
@@ -1467,13 +1556,23 @@ class Fp8Copies:
         """Note the largest squares of every layer in one micro-step, any number of them each."""
         self.largest[0].copy_(torch.maximum(self.largest[0], torch.stack(largest).amax(1)))
 
-    def mlp(self, layer: int) -> list[Tensor]:
-        """The fields of MlpFp8."""
+    def stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of a normed stream."""
+        return quantize_stream(x.detach(), self.unit_x)
+
+    def qkv(self, layer: int, x: Tensor, x_t: Tensor) -> list[Tensor]:
+        """The fields of QkvFp8, given copies of the stream."""
+        _, unit_w, copy, copy_t = (tensor[self.entries[layer]] for tensor in self.banks[1])
+        units = self.unit_x, unit_w, self.units[3, layer]
+        return [x, x_t, copy, copy_t, *units, self.largest[3:, layer]]
+
+    def mlp(self, layer: int, x: Tensor, x_t: Tensor) -> list[Tensor]:
+        """The fields of MlpFp8, given copies of the stream."""
         first, second = layer, self.num_layers + layer
-        copy, copy_t = self.mlp_copies
+        _, unit_w, copy, copy_t = self.banks[0]
         weights = copy[first], copy_t[first], copy[second], copy_t[second]
-        units = self.unit_w[first], self.unit_w[second], self.unit_x, *self.units[:, layer]
-        return [*weights, *units, self.largest[1:, layer]]
+        units = unit_w[first], unit_w[second], self.unit_x, *self.units[:3, layer]
+        return [x, x_t, *weights, *units, self.largest[1:3, layer]]
 
     def head(self, tokens: Tensor | None = None) -> list[Tensor]:
         """The fields of HeadFp8, of these rows of the head or of all."""
@@ -1489,8 +1588,8 @@ class Fp8Copies:
 
 def plain_mlp(
     x: Tensor, w_1: Tensor, w_2: Tensor, fp8: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (x @ w_1.mT).relu().square() @ w_2, *(x.new_empty(0) for _ in range(4))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (x @ w_1.mT).relu().square() @ w_2, *(x.new_empty(0) for _ in range(3))
 
 
 @triton.jit
@@ -1562,7 +1661,6 @@ def mlp_fake(x, w_1, w_2, fp8):
         x.new_empty(x.shape),
         x.new_empty(square, dtype=dtype),
         x.new_empty(square[::-1] if fp8 else 0, dtype=dtype),
-        x.new_empty(x.mT.shape if fp8 else 0, dtype=dtype),
         x.new_empty(triton.cdiv(len(x), 128) * triton.cdiv(len(w_1), 128), dtype=torch.float32),
     )
 
@@ -1570,54 +1668,54 @@ def mlp_fake(x, w_1, w_2, fp8):
 @fused_op(plain_mlp, mlp_fake)
 def mlp(
     x: Tensor, w_1: Tensor, w_2: Tensor, fp8: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """relu(x w_1ᵀ)² w_2 for x (T, dim) and weights (hidden, dim).
 
     With the fields of MlpFp8 all products run in fp8, forward and backward. Returns the result and,
-    for the backward, the square, in fp8 also its transpose and that of x; then the largest squares.
+    for the backward, the square, in fp8 also its transpose; then the largest squares.
     """
     if not fp8:
         ones = torch.ones(4, device=x.device)
         square, _, largest = mlp_product(x, w_1, [ones] * 4)
-        return square @ w_2, square, x.new_empty(0), x.new_empty(0), largest
+        return square @ w_2, square, x.new_empty(0), largest
     fp8 = MlpFp8(*fp8)
-    x8, x8_t = quantize(x, fp8.unit_x)
     units = fp8.unit_x, fp8.unit_w_1, fp8.unit_square, fp8.unit_square
-    square, square_t, largest = mlp_product(x8, fp8.w_1, units)
+    square, square_t, largest = mlp_product(fp8.x, fp8.w_1, units)
     out = fp8_product(square, fp8.w_2_t, fp8.unit_square, fp8.unit_w_2)
-    return out, square, square_t, x8_t, largest
+    return out, square, square_t, largest
 
 
 @fused_op(fake=lambda grad, x, w_1, w_2, *_: like(x, w_1, w_2), mutates=("largest",))
 def mlp_backward(
     grad: Tensor, x: Tensor, w_1: Tensor, w_2: Tensor, square: Tensor, square_t: Tensor,
-    x_t: Tensor, fp8: list[Tensor], largest: Tensor | None,
+    fp8: list[Tensor], largest: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, w_1 and w_2; relu is rebuilt from its square. fp8: MlpFp8 but its largest."""
+    """Gradients of x, w_1 and w_2; relu is rebuilt from its square. fp8: MlpFp8 but its x and
+    largest."""
     if not fp8:
         grad, ones = packed(grad), torch.ones(4, device=x.device)
         grad_hidden = mlp_product(grad, w_2, [ones] * 4, square)[0]
         return grad_hidden @ w_1, grad_hidden.mT @ x, square.mT @ grad
-    fp8 = MlpFp8(*fp8, largest)
+    fp8 = MlpFp8(None, *fp8, largest)
     grad8, grad8_t = quantize(grad, fp8.unit_grad, largest=largest[:1])
     units = fp8.unit_grad, fp8.unit_w_2, fp8.unit_square, fp8.unit_hidden
     hidden8, hidden8_t, _ = mlp_product(grad8, fp8.w_2, units, square, largest[1:])
     return (
         fp8_product(hidden8, fp8.w_1_t, fp8.unit_hidden, fp8.unit_w_1),
-        fp8_product(hidden8_t, x_t, fp8.unit_hidden, fp8.unit_x),
+        fp8_product(hidden8_t, fp8.x_t, fp8.unit_hidden, fp8.unit_x),
         fp8_product(square_t, grad8_t, fp8.unit_square, fp8.unit_grad),
     )
 
 
 def _mlp_context(ctx, inputs, output):
     x, w_1, w_2, fp8 = inputs
-    ctx.save_for_backward(x, w_1, w_2, *output[1:4], *fp8[:-1])
+    ctx.save_for_backward(x, w_1, w_2, *output[1:3], *fp8[1:-1])
     ctx.largest, ctx.fp8_count = (fp8 or [None])[-1], len(fp8)
     ctx.set_materialize_grads(False)
 
 
 def _mlp_gradients(ctx, grad, *_):
-    tensors, fp8 = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
+    tensors, fp8 = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
     return *mlp_backward(grad, *tensors, fp8, ctx.largest), [None] * ctx.fp8_count
 
 
@@ -2409,7 +2507,8 @@ class GPT(nn.Module):
         self.rotary = self.make_rotary(device)
         self.fp8 = None
         if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
-            self.fp8 = Fp8Copies(self.mlp_bank, self.head, len(config.layers))
+            banks, layers = (self.mlp_bank, self.attention_bank, self.head), self.attention_layers
+            self.fp8 = Fp8Copies(*banks, layers, len(config.layers))
         self.register_buffer("one", torch.ones(1, device=device), persistent=False)
         self.gate_mlp = compiler(config.compile == "block")(gate_mlp)
         self.run_layers = compiler(config.compile == "full")(self.run_layers)
@@ -2515,6 +2614,11 @@ class GPT(nn.Module):
             widths = [width for width, _ in self.gate_layouts[name].values()]
             return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
 
+        def add(*arguments: object) -> tuple[Tensor, list[Tensor]]:
+            """combine, with the copies in fp8 behind the norm"""
+            x, normed = combine(*arguments)
+            return x, [normed, *(fp8.stream(normed) if fp8 and len(normed) else [])]
+
         embedded, start = FirstColumns.apply(lookups.embedded, 12)
         smear = small["smear"] * torch.sigmoid(F.linear(start, small["smear_gate"]))
         before = F.pad(embedded, (0, 0, 1, 0))[:-1]
@@ -2524,7 +2628,7 @@ class GPT(nn.Module):
         # full's compiler wants functions without effects
         if has_kernels(x0.device) and torch.is_grad_enabled() and self.config.compile != "full":
             sums = [torch.zeros_like(x0), torch.zeros_like(x0)]
-        x, normed = combine([x0, bigram], [one, gates["bigram 0"]], True, sums, True)
+        x, normed = add([x0, bigram], [one, gates["bigram 0"]], True, sums, True)
         first, kept, kept_normed = x, {}, {}  # outputs of layers
         squares = []
 
@@ -2533,7 +2637,7 @@ class GPT(nn.Module):
             value_share = extra_value = None
             if row.skip_from is not None:
                 gate = torch.sigmoid(small["skip"]) * gates[f"skip {i}"]
-                x, normed = combine([x, kept[row.skip_from]], [one, gate], True, [], False)
+                x, normed = add([x, kept[row.skip_from]], [one, gate], True, [], False)
             if i == last:
                 kept |= {"attend": kept[row.attend_from], "last": x}
                 own = gates_of("last", x)
@@ -2547,8 +2651,10 @@ class GPT(nn.Module):
                 mlp_scales = [own["mlp_residual"], own["mlp_project"]]
             if row.window != "none":
                 source = normed if row.attend_from is None else kept_normed[row.attend_from]
+                copies = fp8.qkv(i, *source[1:]) if fp8 else []
                 value = None if row.value_table is None else lookups.values[row.value_table]
-                y = self.attend(i, source, value, value_share, extra_value, gates, batch, windows)
+                values = value, value_share, extra_value
+                y = self.attend(i, source[0], *values, gates, batch, windows, copies)
                 if i == last:
                     sources, shares = [first, bigram], [own["first"], own["bigram"]]
                 elif i == 0:  # which has had its share of the bigram
@@ -2556,13 +2662,13 @@ class GPT(nn.Module):
                 else:
                     sources, shares = [x0, bigram], [gates[f"first {i}"], gates[f"bigram {i}"]]
                 shared = sums[1:] if i == last else sums[: len(sources)]
-                x, normed = combine([x, y, *sources], [*scales, *shares], True, shared, False)
+                x, normed = add([x, y, *sources], [*scales, *shares], True, shared, False)
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
-            y, *_, largest = mlp(normed, w_1, w_2, fp8.mlp(i) if fp8 else [])
+            y, *_, largest = mlp(normed[0], w_1, w_2, fp8.mlp(i, *normed[1:]) if fp8 else [])
             squares.append(largest)
             behind = layers[i + 1] if i < last else row
             norm = behind.attend_from is None and behind.skip_from is None or i in attended
-            x, normed = combine([x, y], mlp_scales, norm, [], False)
+            x, normed = add([x, y], mlp_scales, norm, [], False)
             kept[i], kept_normed[i] = x, normed
             if i == self.config.skip_from:
                 kept["skip"] = x
@@ -2584,11 +2690,13 @@ class GPT(nn.Module):
         gates: dict[str, Tensor],
         batch: Batch,
         windows: Windows,
+        fp8: list[Tensor],
     ) -> Tensor:
         """Attention of layer i to the normed stream (T, dim), with its projections; (T, dim).
 
         value (T, dim) is added to the values times value_share (T, heads), by default times what
-        the value gates make of the first columns; extra_value (T, dim) as it is.
+        the value gates make of the first columns; extra_value (T, dim) as it is. fp8: nothing or
+        the fields of QkvFp8.
         """
         config, small, row = self.config, self.small_weights, self.config.layers[i]
         w_qkv, w_o = self.attention_weights[i]
@@ -2603,11 +2711,9 @@ class GPT(nn.Module):
         window = windows.long if row.window == "long" else windows.short
         copies = 2 if row.paired else 1  # positions a token
         turns = (table[: len(normed) * copies] for table in turns)
-        options = row.paired, row.window == "long", config.head_dim
-        qkv = F.linear(normed, w_qkv)
-        q, k, v = prepare_qkv(
-            qkv, small["attention_in"][i], *turns, value, value_share, extra_value, *options
-        )
+        values = value, value_share, extra_value
+        options = fp8, row.paired, row.window == "long", config.head_dim
+        q, k, v, _ = prepare_qkv(normed, w_qkv, small["attention_in"][i], *turns, *values, *options)
         documents = batch.cu_seqlens * copies, batch.max_seq_len * copies
         y = attention(q, k, v, *documents, window, scale, self.backend)
         if row.paired:
@@ -3851,7 +3957,8 @@ def compile_kernels(
         if i == len(config.layers) - 1:
             extra = noise(count, config.num_heads), x
         value = None if row.value_table is None else x
-        model.attend(i, x, value, *extra, gates, batch, windows).sum().backward()
+        fp8 = model.fp8.qkv(i, *model.fp8.stream(x)) if model.fp8 else []
+        model.attend(i, x, value, *extra, gates, batch, windows, fp8).sum().backward()
 
     def run_update(state: ParamState) -> None:
         optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
@@ -4011,7 +4118,7 @@ def train(config: Config, runtime: Runtime) -> None:
     optimizer = Optimizer(model, config, runtime)
     millions = sum(param.numel() for param in model.parameters()) / 1e6
     kernels = "Triton kernels" if has_kernels(runtime.device) else "plain PyTorch"
-    dtype = f"MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
+    dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
     log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
     if model.ngrams is not None:

@@ -274,18 +274,30 @@ class Row:
     def prepare_qkv(self) -> Iterator[Case]:
         frequencies = train_gpt.rotary_frequencies(HEAD_DIM)
         angles = train_gpt.rotary_tables(frequencies, 2 * self.T, self.device)
-        inputs = [self.wide(3 * DIM), torch.ones((), device=self.device, requires_grad=True)]
+        w_qkv = self.random(3 * DIM, DIM, std=0.02, grad=True)
+        inputs = [self.wide(), w_qkv, torch.ones((), device=self.device, requires_grad=True)]
         value = [self.wide(), self.wide(HEADS, FP32)]
-        for kind, more in ("plain", []), ("paired + value", value), ("key offset", []):
-            positions, extra = (2 * self.T, self.stream + self.gates) if more else (self.T, 0)
+        fp8 = []
+        if self.device.type == "cuda":
+            bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
+            copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
+            fp8 = copies.qkv(0, *copies.stream(inputs[0]))
+        forward = [(1, self.T, 3 * DIM, DIM)]
+        backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
+        for kind, more, own in (
+            ("bf16", [], []), ("fp8", [], fp8), ("fp8, paired + value", value, fp8),
+            ("fp8, key offset", [], fp8),
+        ):  # fmt: skip
+            positions = 2 * self.T if more else self.T
 
-            def call(op, *x, kind=kind, positions=positions):
-                tables, options = (x[:positions] for x in angles), (bool(x[2:]), "key" in kind)
-                return op(*x[:2], *tables, *(x[2:] or (None, None)), None, *options, HEAD_DIM)
+            def call(op, *x, kind=kind, positions=positions, own=own):
+                tables, options = (x[:positions] for x in angles), (bool(x[3:]), "key" in kind)
+                values = *(x[3:] or (None, None)), None
+                return op(*x[:3], *tables, *values, own, *options, HEAD_DIM)[:3]
 
-            moved = {"forward": 6 * self.stream + 2 * HEAD_DIM * positions + extra}
-            moved["backward"] = 9 * self.stream + 2 * HEAD_DIM * positions + 2 * extra
-            yield Case(f"prepare_qkv, {kind}", inputs + more, call, **moved)
+            needs = {"forward": Need(products=forward, dtype=E4M3 if own else BF16)}
+            needs["backward"] = Need(products=backward, dtype=E4M3 if own else BF16)
+            yield Case(f"prepare_qkv, {kind}", inputs + more, call, **needs)
 
     def heads(self, window: int, copies: int = 1) -> tuple[list[Tensor], dict[str, Need]]:
         """Queries, keys and values, and what attention to them needs."""
@@ -330,7 +342,10 @@ class Row:
         forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
         backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
         for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
-            fp8 = train_gpt.Fp8Copies(bank, bank[0], 1).mlp(0) if kind == "fp8" else []
+            fp8 = []
+            if kind == "fp8":
+                copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
+                fp8 = copies.mlp(0, *copies.stream(inputs[0]))
             needs = {"forward": Need(products=forward, dtype=dtype)}
             needs["backward"] = Need(products=backward, dtype=dtype)
             yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8)[0], **needs)
@@ -345,7 +360,7 @@ class Row:
         yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
         for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
             bank = self.random(2, 128, DIM)
-            fp8 = train_gpt.Fp8Copies(bank, inputs[1], 1).head() if kind == "fp8" else []
+            fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head() if kind == "fp8" else []
 
             def call(op, *x, fp8=fp8):
                 return op(*x, *terms, fp8, None)[0][0]

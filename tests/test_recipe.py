@@ -214,18 +214,20 @@ def prepared(model: GPT, n: Tensor, layer: int, **changes: object) -> tuple[Tens
     positions = len(n) * (2 if row.paired else 1)
     cos, sin, _ = model.rotary[24]
     arguments = {
-        "qkv": n @ model.attention_weights[layer][0].T,
+        "x": n,
+        "w_qkv": model.attention_weights[layer][0],
         "scale": model.unpack_small()["attention_in"][layer],
         "cos": cos[:positions],
         "sin": sin[:positions],
         "value": None,
         "value_share": None,
         "extra_value": None,
+        "fp8": [],
         "paired": row.paired,
         "key_offset": row.window == "long",
         "head_dim": model.config.head_dim,
     }
-    return prepare_qkv(*{**arguments, **changes}.values())
+    return prepare_qkv(*{**arguments, **changes}.values())[:3]
 
 
 def test_key_offset_moves_the_unturned_half_of_keys_only(runtime):
@@ -327,7 +329,7 @@ def test_paired_layer_projects_what_unpairing_gives(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     attended, normed = recorded(monkeypatch, "attention"), gaussian(64, 32).float()
     with torch.no_grad():
-        value = model.attend(0, normed, None, None, None, {}, batch, WINDOWS)
+        value = model.attend(0, normed, None, None, None, {}, batch, WINDOWS, [])
     ((_, y),) = attended
     y, w_o = y.double(), model.attention_bank[0, 96:].double()
     expected = unpair_heads(y).flatten(1) @ w_o.T
@@ -343,8 +345,8 @@ def test_value_embedding_with_a_gate_from_twelve_features(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [20, 44])
     n, value = rms(gaussian(64, 32)).float(), gaussian(64, 32, seed=1).float()
     calls, weights = recorded(monkeypatch, "prepare_qkv"), model.unpack_small()["value_gate"][0]
-    model.attend(0, n, value, None, None, {}, batch, WINDOWS)
-    ((_, (_, _, v)),) = calls
+    model.attend(0, n, value, None, None, {}, batch, WINDOWS, [])
+    ((_, (_, _, v, _)),) = calls
     without = prepared(model, n, 0)[2]
     difference = unpair_heads(v - without).double()
     for t in range(64):
@@ -365,21 +367,21 @@ def test_value_embedding_of_the_last_layer_has_a_gate_for_each_half_of_the_heads
     with torch.no_grad():
         model.hidden(batch, WINDOWS)
     assert len(calls) == 4
-    (qkv, scale, cos, sin, value, share, extra, *flags), (_, _, v) = calls[-1]
+    (x, w_qkv, scale, cos, sin, value, share, extra, *flags), (_, _, v, _) = calls[-1]
     vocab = config.padded_vocab_size
     assert torch.equal(value, model.value_embed[vocab + batch.tokens.long()])
     assert share.shape == (64, 4)
     assert torch.equal(share[:, 0], share[:, 1])
     assert torch.equal(share[:, 2], share[:, 3])
     assert not torch.equal(share[:, 0], share[:, 2])
-    plain = prepare_qkv(qkv, scale, cos, sin, None, None, None, *flags)[2]
+    plain = prepare_qkv(x, w_qkv, scale, cos, sin, None, None, None, *flags)[2]
     added = share[:, :, None] * value.view(64, 4, 8) + extra.view(64, 4, 8)
     close(v - plain, added)
     first = calls[0][0]  # the other layer with a table makes a gate a head of twelve features
-    assert torch.equal(first[4], model.value_embed[batch.tokens.long()])
-    assert len(first[5][0].unique()) == 4
-    assert first[6] is None
-    assert all(args[4] is args[5] is args[6] is None for args, _ in calls[1:3])
+    assert torch.equal(first[5], model.value_embed[batch.tokens.long()])
+    assert len(first[6][0].unique()) == 4
+    assert first[7] is None
+    assert all(args[5] is args[6] is args[7] is None for args, _ in calls[1:3])
 
 
 def test_extra_value_is_added_as_it_is(runtime):
@@ -440,7 +442,7 @@ def test_layer_finishes_attention_with_its_own_gates_and_projects_it(runtime, mo
     for layer, entry in ((1, 1), (3, 2), (4, 3)):
         n = gaussian(64, 32, seed=layer).float()
         with torch.no_grad():
-            value = model.attend(layer, n, None, None, None, gates, batch, WINDOWS)
+            value = model.attend(layer, n, None, None, None, gates, batch, WINDOWS, [])
         (y, v, alpha, head_gate), out = calls[-1]
         assert y is attended[-1][1]
         assert alpha is gates.get(f"xsa {layer}")
