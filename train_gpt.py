@@ -2808,7 +2808,8 @@ class ParamGroup:
 
 
 # fmt: off
-# In the order in which their gradients start to travel; the updates finish in the reverse order.
+# In the order in which their gradients travel: while one is on its way, the one before it makes its
+# update. The new rows follow behind the last gradient.
 PARAM_GROUPS = (
     #          name              rule       sharded  every  lr    weight_decay  betas
     ParamGroup("bigram",         "adam",    True,    2,     75.0,   5.0,        (0.75, 0.95)),
@@ -3313,13 +3314,14 @@ class Optimizer:
         if self.model.ngrams is not None:  # while these travel
             self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
         gathers = []
-        for state, finish_reduction in reversed(list(zip(due, reductions))):
+        for state, finish_reduction in zip(due, reductions):
             self._update(state, finish_reduction(), step, lr_scale, momentum)
-            state.param.grad.zero_()
             if state.num_shards > 1:
                 gathers.append(
                     dist.all_gather_into_tensor(state.param.detach(), state.shard, async_op=True)
                 )
+        for state in due:  # while these travel
+            state.param.grad.zero_()
         for work in gathers:
             work.wait()
         if self.model.fp8 is not None:
