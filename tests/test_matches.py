@@ -128,6 +128,17 @@ def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
 STREAM = [[64], [1, 20, 2, 41], [1] * 10, [3, 1, 130], [7]]
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "starts"),
+    [(1, (0,)), (63, (0, 5, 6)), (65, (0, 64)), (200, (0, 128, 131)), (333, (0, 1, 17, 192, 200))],
+)
+def test_document_starts(num_tokens, starts):
+    """Also where the list is padded with the end of the row."""
+    cu_seqlens = torch.tensor([*starts, num_tokens, num_tokens], dtype=torch.int32)
+    expected = [max(start for start in starts if start <= t) for t in range(num_tokens)]
+    assert document_starts(cu_seqlens, num_tokens).tolist() == expected
+
+
 def test_matches_are_those_of_dictionaries():
     """The longest context, its latest occurrence, and none that crosses the start of a document;
     also for a row that begins within a document, as one of the validation does."""
