@@ -1950,8 +1950,9 @@ def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
     shuffled = token * SHUFFLE % vocab
     rank = torch.empty_like(fixed).scatter_(0, shuffled, ~fixed).cumsum(0)[shuffled]
     drawn = ~fixed & ((rank + (seed >> 20)) % others < wanted)
-    place = (fixed | drawn).cumsum(0) - 1
-    chosen = (fixed | drawn) & (place < count)
+    chosen = fixed | drawn
+    place = chosen.cumsum(0) - 1
+    chosen &= place < count
     tokens = token.new_zeros(count + 1).scatter_(0, torch.where(chosen, place, count), token)
     tokens, place = tokens[:count], torch.where(chosen, place, IGNORED_TARGET)
     offsets = torch.where(fixed[tokens], 0.0, torch.log((vocab - num_fixed) / wanted))
