@@ -1592,37 +1592,54 @@ def plain_mlp(
     return (x @ w_1.mT).relu().square() @ w_2, *(x.new_empty(0) for _ in range(3))
 
 
+# Of the MLP's product. Two programs of 4 warps fit on each of an H100's 132 SMs: while one stores a
+# tile the other multiplies.
+MLP_TILE, MLP_PROGRAMS = 128, 264
+
+
+def mlp_programs(rows: int, columns: int) -> int:
+    return min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
+
+
 @triton.jit
 def _mlp_product_kernel(
     a, b, square, out, out_t, unit_a, unit_b, unit_square, unit_out, largest, num_rows,
-    num_columns, inner, LIMIT: tl.constexpr, BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    num_columns, inner, BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run together share the rows of eight tiles.
-    program, tiles = tl.program_id(0), tl.cdiv(num_columns, COLUMNS)
-    group = program // (8 * tiles)
-    height = tl.minimum(8, tl.cdiv(num_rows, ROWS) - group * 8)
-    row = (group * 8 + program % (8 * tiles) % height) * ROWS
-    column = program % (8 * tiles) // height * COLUMNS
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in range(0, inner, INNER):
-        total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
     # One factor for all units: the arithmetic on a tile takes as long as its stores.
-    unit = tl.load(unit_a) * tl.load(unit_b)
+    unit, top = tl.load(unit_a) * tl.load(unit_b), 0.0
     if BACKWARD:
-        total *= tl.sqrt(square.load([row, column]).to(tl.float32))
         unit *= 2 * tl.sqrt(tl.load(unit_square))
-        if TRANSPOSED:
-            tl.atomic_max(largest, tl.max(tl.abs(total)) * unit)
     else:
-        total = tl.maximum(total, 0.0)
-        total *= total
         unit *= unit
-        tl.store(largest + program, tl.max(total) * unit)
-    values = tl.clamp(total * (unit / tl.load(unit_out)), -LIMIT, LIMIT).to(out.dtype)
-    out.store([row, column], values)
-    if TRANSPOSED:
-        out_t.store([column, row], tl.trans(values))
+    scale = unit / tl.load(unit_out)
+    across, down = tl.cdiv(num_columns, TILE), tl.cdiv(num_rows, TILE)
+    # Flattened, the next tile's first loads pass by the stores; the square would want their room.
+    for tile in tl.range(tl.program_id(0), across * down, tl.num_programs(0), flatten=not BACKWARD):
+        # Programs that run together share the rows of eight tiles.
+        group = tile // (8 * across)
+        height = tl.minimum(8, down - group * 8)
+        row = (group * 8 + tile % (8 * across) % height) * TILE
+        column = tile % (8 * across) // height * TILE
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for k in range(0, inner, INNER):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        if BACKWARD:
+            total *= tl.sqrt(square.load([row, column]).to(tl.float32))
+            top = tl.maximum(top, tl.max(tl.abs(total)))
+        else:
+            total = tl.maximum(total, 0.0)
+            total *= total
+            top = tl.maximum(top, tl.max(total))
+        values = (total * scale).to(out.dtype)  # fp8 saturates
+        out.store([row, column], values)
+        if TRANSPOSED:
+            out_t.store([column, row], tl.trans(values))
+    if BACKWARD:
+        tl.atomic_max(largest, top * unit)
+    else:
+        tl.store(largest + tl.program_id(0), top * unit)
 
 
 def mlp_product(
@@ -1635,22 +1652,20 @@ def mlp_product(
     """relu(a bᵀ)² or, given the square, its gradient a bᵀ·2·sqrt(square); a, b: rows of `inner`.
 
     units: of a, b, the square and the result. Returns the result, its transpose if it is fp8, and
-    the largest value of every tile; for a gradient in fp8, largest (1,) is raised to it instead.
+    the largest value that every program has seen; of a gradient, largest (1,) is raised to it.
     """
     (rows, inner), columns, fp8 = a.shape, b.size(0), a.element_size() == 1
     out = a.new_empty(rows, columns)
     out_t = a.new_empty(columns, rows) if fp8 else out
-    # Two programs of 4 warps fit on an SM: one multiplies while the other stores.
-    tile, tile_inner = [128, 128], 128 // a.element_size()
-    programs = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+    tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.element_size()
+    programs = mlp_programs(rows, columns)
     largest = a.new_empty(programs, dtype=torch.float32) if largest is None else largest
     describe = TensorDescriptor.from_tensor
     _mlp_product_kernel[(programs,)](
-        describe(a, [128, tile_inner]), describe(b, [128, tile_inner]),
+        describe(a, [MLP_TILE, tile_inner]), describe(b, [MLP_TILE, tile_inner]),
         describe(out if square is None else square, tile), describe(out, tile),
-        describe(out_t, tile), *units, largest, rows, columns, inner,
-        LIMIT=torch.finfo(a.dtype).max, BACKWARD=square is not None, TRANSPOSED=fp8, ROWS=128,
-        COLUMNS=128, INNER=tile_inner, num_warps=4, num_stages=3,
+        describe(out_t, tile), *units, largest, rows, columns, inner, BACKWARD=square is not None,
+        TRANSPOSED=fp8, TILE=MLP_TILE, INNER=tile_inner, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out, out_t, largest
 
@@ -1661,7 +1676,7 @@ def mlp_fake(x, w_1, w_2, fp8):
         x.new_empty(x.shape),
         x.new_empty(square, dtype=dtype),
         x.new_empty(square[::-1] if fp8 else 0, dtype=dtype),
-        x.new_empty(triton.cdiv(len(x), 128) * triton.cdiv(len(w_1), 128), dtype=torch.float32),
+        x.new_empty(mlp_programs(*square), dtype=torch.float32),
     )
 
 
