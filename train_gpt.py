@@ -148,7 +148,7 @@ LAST_LAYER_GATES = {
     "residual":     (1, math.sqrt(1.1)),  # in place of the learned scalars of the other layers
     "project":      (1, 1.0),
     "first":        (1, 0.0),
-    "bigram":       (1, 0.05),
+    "ngrams":       (1, 0.05),
     "mlp_residual": (1, math.sqrt(1.1)),
     "mlp_project":  (1, 1.0),
 }
@@ -180,10 +180,9 @@ class Config:
     mlp_dim: int = 3072  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the gate MLPs
-    bigram_rows: int = 377_280  # rows of the hashed bigram table
-    ngram_orders: tuple[int, ...] = ()  # n-grams whose rows replace the bigram table, as 2:3:4
-    ngram_rows: int = 2**23  # of each length; with 256 columns 4.03 GiB a GPU
-    ngram_dim: int = 256  # columns of these rows; each length has its own of the stream
+    ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
+    ngram_rows: int = 2**21  # of each length; with 768 columns 3.01 GiB a GPU
+    ngram_dim: int = 768  # columns of these rows; each length has its own of the stream
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
     match_slots: int = 2**26  # of the table of each length, 8 bytes each, a power of two
     attention_scale: float = 0.1  # factor on q.k before the softmax, grows with the long window
@@ -209,7 +208,7 @@ class Config:
     adam_lr: float = 0.008  # Adam, embeddings and gates
     adam_weight_decay: float = 0.005  # times lr²; cautious
     adam_eps: float = 1e-10  # added to the root of Adam's second moment, and of n-grams' Adagrad
-    ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a bigram row is 2.9
+    ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a value row is 2.9
     lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
     lr_end: float = 0.15  # learning rate multiplier at num_steps
     # Run
@@ -245,7 +244,12 @@ class Config:
 
 PRESETS = {
     "speedrun": Config(),
-    "matching": Config(match_orders=(3, 4, 5, 6, 8, 12, 16, 24), ngram_orders=(2, 3, 4)),
+    "matching": Config(
+        match_orders=(3, 4, 5, 6, 8, 12, 16, 24),
+        ngram_orders=(2, 3, 4),
+        ngram_rows=2**23,
+        ngram_dim=256,
+    ),
     "tiny": Config(
         train_files="data/sample/sample_train_*.bin",
         val_file="data/sample/sample_val_*.bin",
@@ -257,9 +261,9 @@ PRESETS = {
         head_dim=16,
         mlp_dim=256,
         gate_dim=16,
-        bigram_rows=4096,
+        ngram_orders=(2,),
         ngram_rows=4096,
-        ngram_dim=16,
+        ngram_dim=64,
         dtype="float32",
         num_steps=80,
         stages=TINY_STAGES,
@@ -270,6 +274,7 @@ PRESETS = {
         momentum_warmup_steps=25,
         momentum_cooldown_steps=10,
         adam_lr=0.1,  # few tokens, each of them often
+        ngram_lr=30.0,  # so too: validation loss 2.17 at the end, 2.26 with 3
         val_every=40,
         val_row_tokens=512,
         compile="none",
@@ -290,7 +295,7 @@ def check_config(config: Config, world_size: int) -> None:
 
     positive = "num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
     positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim "
-    positive += "gate_dim bigram_rows ngram_rows ngram_dim"
+    positive += "gate_dim ngram_rows ngram_dim"
     for name in positive.split():
         value = getattr(config, name)
         require(value > 0, f"--{name} {value} must be positive")
@@ -351,9 +356,9 @@ def check_config(config: Config, world_size: int) -> None:
         )
     slots = config.match_slots
     require(slots > 0 and slots & (slots - 1) == 0, f"--match_slots {slots} is no power of two")
-    for name in ("bigram_rows", "ngram_rows"):
-        require(getattr(config, name) > 1, f"--{name} 1 leaves no row to hash into: take more")
     count, lengths = len(config.ngram_orders), "one for each of --ngram_orders"
+    require(count > 0, "--ngram_orders none: give at least one length, as 2")
+    require(config.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
     require(
         count * config.ngram_dim <= config.model_dim,
         f"--ngram_dim {config.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
@@ -2229,8 +2234,8 @@ def note_matches_(
 
 # --- Hashed n-grams -------------------------------------------------------------------------------
 #
-# Narrow rows for hashes of the last n tokens, in one table, order behind order. For a gradient of
-# its size and Adam's states it is too large: a step changes the rows that it has read.
+# Rows for hashes of the last n tokens, in one table, order behind order. For a gradient of its size
+# and Adam's states it is too large: a step changes the rows that it has read.
 
 
 def ngram_hash(tokens: Tensor, orders: Sequence[int], num_rows: int) -> Tensor:
@@ -2306,7 +2311,7 @@ class Lookups(NamedTuple):
 
     embedded: Tensor  # (T, dim)
     values: list[Tensor]  # (T, dim) of each value table
-    bigram: Tensor  # (T, dim), of bigrams or of n-grams, with the matches
+    ngrams: Tensor  # (T, dim), with the matches
 
 
 class Windows(NamedTuple):
@@ -2406,7 +2411,7 @@ def gate_layouts(config: Config) -> dict[str, dict[str, tuple[int, float]]]:
             layout[f"head {i}"] = (heads, 0.25)
         if row.window != "none" and i != last:
             layout[f"first {i}"] = (1, 0.0)
-            layout[f"bigram {i}"] = (1, 0.05)
+            layout[f"ngrams {i}"] = (1, 0.05)
         if row.skip_from is not None:
             layout[f"skip {i}"] = (1, 0.5)
     return layouts
@@ -2493,14 +2498,10 @@ class GPT(nn.Module):
             shape = len(config.match_orders), config.match_slots
             matches = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.register_buffer("matches", matches)
-        self.bigram = zeros(0 if config.ngram_orders else config.bigram_rows, dim)
-        self.ngrams = Ngrams(config, runtime) if config.ngram_orders else None
+        self.ngrams = Ngrams(config, runtime)
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
-        generator = torch.Generator(device).manual_seed(config.seed)
-        signs = torch.randint(0, 2, (8192, dim), generator=generator, device=device)
-        self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype), persistent=False)
-        self.init_weights(generator)
+        self.init_weights(torch.Generator(device).manual_seed(config.seed))
 
         # What the model computes with: parts of the parameters as leaves of their own, whose
         # gradients are parts of the parameters', so that autograd adds to those in place.
@@ -2595,19 +2596,15 @@ class GPT(nn.Module):
         embed = self.head if self.tied else self.embed
         tables = self.value_tables[: self.config.num_value_tables]
         embedded, *values = read([embed, *tables], tokens)
-        if self.ngrams is None:
-            hashed, sign = bigram_hash(tokens, self.config.bigram_rows)
-            bigram = read([self.bigram], hashed)[0] * F.embedding(sign, self.bigram_signs)
-        else:
-            bigram = NgramRows.apply(embedded, tokens, self.ngrams)
+        ngrams = NgramRows.apply(embedded, tokens, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
             found, order = find_matches(tokens, starts, self.matches, orders)
             which = order[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
             gain = (which.float() @ self.small_weights["match"])[:, None]
             match = read([self.value_tables[-1]], found)[0]
-            bigram = combine([bigram, match], [self.one, gain], False, [], False)[0]
-        return Lookups(embedded, values, bigram)
+            ngrams = combine([ngrams, match], [self.one, gain], False, [], False)[0]
+        return Lookups(embedded, values, ngrams)
 
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
         """The normed residual stream in front of the head, (T, dim)."""
@@ -2618,7 +2615,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """From the embeddings to the normed stream in front of the head, (T, dim)."""
         layers, small, one = self.config.layers, self.small_weights, self.one
-        bigram = lookups.bigram
+        ngrams = lookups.ngrams
         last, attended = len(layers) - 1, {row.attend_from for row in layers}
         residual, mlp_residual = small["residual"].unbind(), small["mlp_residual"].unbind()
         project = (small["project"] * small["attention_out"]).unbind()
@@ -2644,7 +2641,7 @@ class GPT(nn.Module):
         # full's compiler wants functions without effects
         if has_kernels(x0.device) and torch.is_grad_enabled() and self.config.compile != "full":
             sums = [torch.zeros_like(x0), torch.zeros_like(x0)]
-        x, normed = add([x0, bigram], [one, gates["bigram 0"]], True, sums, True)
+        x, normed = add([x0, ngrams], [one, gates["ngrams 0"]], True, sums, True)
         first, kept, kept_normed = x, {}, {}  # outputs of layers
         squares = []
 
@@ -2672,11 +2669,11 @@ class GPT(nn.Module):
                 values = value, value_share, extra_value
                 y = self.attend(i, source[0], *values, gates, batch, windows, copies)
                 if i == last:
-                    sources, shares = [first, bigram], [own["first"], own["bigram"]]
-                elif i == 0:  # which has had its share of the bigram
+                    sources, shares = [first, ngrams], [own["first"], own["ngrams"]]
+                elif i == 0:  # which has had its share of the n-grams
                     sources, shares = [x0], [gates["first 0"]]
                 else:
-                    sources, shares = [x0, bigram], [gates[f"first {i}"], gates[f"bigram {i}"]]
+                    sources, shares = [x0, ngrams], [gates[f"first {i}"], gates[f"ngrams {i}"]]
                 shared = sums[1:] if i == last else sums[: len(sources)]
                 x, normed = add([x, y, *sources], [*scales, *shares], True, shared, False)
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
@@ -2784,14 +2781,6 @@ def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[T
     return parts
 
 
-def bigram_hash(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Rows of the bigram and of the sign table for each token (int32) and its predecessor."""
-    previous = F.pad(tokens, (1, 0))[:-1]
-    rows = ((36313 * tokens) ^ (27191 * previous)) % (num_rows - 1)
-    no_previous = torch.arange(len(tokens), device=tokens.device) == 0
-    return torch.where(no_previous, num_rows - 1, rows), (previous ^ tokens) % 8192
-
-
 def gate_mlp(
     x: Tensor, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor, scale: Tensor | None
 ) -> Tensor:
@@ -2828,7 +2817,6 @@ class ParamGroup:
 # update. The new rows follow behind the last gradient.
 PARAM_GROUPS = (
     #          name              rule       sharded  every  lr    weight_decay  betas
-    ParamGroup("bigram",         "adam",    True,    2,     75.0,   5.0,        (0.75, 0.95)),
     ParamGroup("value_embed",    "adam",    True,    2,     75.0,   5.0,        (0.75, 0.95)),
     ParamGroup("mlp_bank",       "normuon", True,    1),
     ParamGroup("head",           "adam",    True,    2,      1.0, 150.0,        (0.50, 0.95)),
@@ -3298,9 +3286,7 @@ class Optimizer:
             "PARAM_GROUPS and GPT disagree"
         )
         self.states = [
-            ParamState(group, params[group.name], config, runtime)
-            for group in PARAM_GROUPS
-            if params[group.name].numel() > 0
+            ParamState(group, params[group.name], config, runtime) for group in PARAM_GROUPS
         ]
 
     @torch.no_grad()
@@ -3327,8 +3313,8 @@ class Optimizer:
         keep theirs on even steps and are updated on odd ones."""
         due = [state for state in self.states if state.group.is_due(step, self.model.tied)]
         reductions = [self._launch_reduction(state) for state in due]
-        if self.model.ngrams is not None:  # while these travel
-            self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
+        # while these travel
+        self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
         gathers = []
         for state, finish_reduction in zip(due, reductions):
             self._update(state, finish_reduction(), step, lr_scale, momentum)
@@ -3406,8 +3392,7 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
         model.tied = tied
         if model.matches is not None:
             model.matches.fill_(-1)
-        if model.ngrams is not None:
-            model.ngrams.reset()
+        model.ngrams.reset()
         if model.fp8 is not None:
             model.fp8.reset()
 
@@ -3916,9 +3901,8 @@ class MicroStep:
         else:
             batch = to_device(batch, loss_weights.device)
             loss = self.compute(batch, windows, loss_weights, columns)
-            left = ngrams and ngrams.left
-        if ngrams is not None:
-            ngrams.gather(*left)
+            left = ngrams.left
+        ngrams.gather(*left)
         return loss
 
     def capture(
@@ -3938,7 +3922,7 @@ class MicroStep:
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **how):
             loss = self.compute(mine, windows, inputs[3], columns)
-        left = self.model.ngrams and self.model.ngrams.left  # memory that no other graph takes
+        left = self.model.ngrams.left  # memory that no other graph takes
         self.graphs[self.kind(batch, windows, columns)] = graph, inputs, loss, left
 
 
@@ -4139,9 +4123,8 @@ def train(config: Config, runtime: Runtime) -> None:
     dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
     log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
-    if model.ngrams is not None:
-        rows, dim = model.ngrams.table.shape
-        log.line(f"{rows:,} rows of hashed n-grams, {dim} wide: {rows * dim / 1e6:.1f} M weights")
+    rows, dim = model.ngrams.table.shape
+    log.line(f"{rows:,} rows of hashed n-grams, {dim} wide: {rows * dim / 1e6:.1f} M weights")
     loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
     prefixes = read_prefixes(config, runtime.device)
     micro_step = MicroStep(model, prefixes, config, runtime)

@@ -423,7 +423,7 @@ def normuon(bench: Bench) -> Iterator[Case]:
 
 def adam(bench: Bench) -> Iterator[Case]:
     numbers = (0.5, 0.95), (0.9, 0.9), CONFIG.adam_eps, 1e-4, 1e-8
-    for name, rows in ("head", VOCAB), ("bigram", CONFIG.bigram_rows):
+    for name, rows in ("head", VOCAB), ("value_embed", CONFIG.num_value_tables * VOCAB):
         dtypes = BF16, INT16, BF16, FP32, FP32
         inputs = [bench.random(rows, DIM, dtype=dtype, std=100) for dtype in dtypes]
         inputs[-1].abs_()

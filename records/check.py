@@ -1,8 +1,8 @@
 """Judges a script by what its own validation computes, on the CPU: `./run.sh check SCRIPT`.
 
-The script's validate() is given small files of tokens, and its GPT, with random weights in all
-parameters, the rows that validate() makes of them. The loss of one position is that of a row whose
-other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
+The script's validate() is given small files of tokens, and its GPT, with random numbers for all
+that it learns, the rows that validate() makes of them. The loss of one position is that of a row
+whose other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
 validation files. One line a check; exit code 1 when one fails or the script cannot be judged.
 """
 
@@ -31,7 +31,9 @@ NAMES = "PRESETS Config Runtime Log GPT Clock validate config_from_text IGNORED_
 ROW = 16  # tokens of a validation row
 TOLERANCE = 1e-5  # nats: what rounding may change in a loss of about ten
 # How large the judged model is; its layer plan is the speedrun's.
-SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8, "bigram_rows": 512}
+SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8}
+SIZES |= {"ngram_rows": 512, "ngram_dim": 32}
+SIZES |= {"bigram_rows": 512}  # of the table that scripts of older records have
 SIZES |= {"dtype": "float32", "compile": "none", "min_mean_doc_len": 1}
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
@@ -130,12 +132,13 @@ class Judge:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             # A fresh model has zero gates and projections, behind which a leak would not show.
-            for param in self.model.parameters():
-                noise = torch.randn(param.shape, generator=generator)
-                if param.dim() > 1:
-                    param.copy_(noise / math.sqrt(param.size(-1)))
+            saved = self.model.state_dict().values()  # parameters, and the rows of n-grams
+            for weights in filter(torch.is_floating_point, saved):
+                noise = torch.randn(weights.shape, generator=generator)
+                if weights.dim() > 1:
+                    weights.copy_(noise / math.sqrt(weights.size(-1)))
                 else:
-                    param.add_(0.2 * noise)
+                    weights.add_(0.2 * noise)
         if hasattr(self.model, "tied"):
             self.model.tied = False
 

@@ -190,8 +190,6 @@ def sent_bytes(model: train_gpt.GPT, world_size: int, step: int, tied: bool) -> 
 
 def gathered_bytes(model: train_gpt.GPT, world_size: int, num_tokens: int) -> int:
     """What a rank sends round that ring of n-grams, rows and gradients, in a step of num_tokens."""
-    if model.ngrams is None:
-        return 0
     count = num_tokens * len(model.ngrams.orders)
     total = model.ngrams.rows[:count].nbytes + model.ngrams.grads[:count].nbytes
     return total * (world_size - 1) // world_size
@@ -228,8 +226,7 @@ def volumes(config: Config) -> str:
         params = {n: getattr(model, group.name) for n, model in models.items()}
         rows = (f"{share(group, param.size(0), n):,}" for n, param in params.items())
         megabytes = f"{params[1].nbytes / 1e6:,.1f}"
-        if params[1].numel():
-            lines.append([f"rows of {group.name}", str(group.every), megabytes, *rows])
+        lines.append([f"rows of {group.name}", str(group.every), megabytes, *rows])
     kinds = {"even step": (0, True), "odd step, tied": (1, True), "odd step, untied": (1, False)}
     for kind, step in kinds.items():
         updated = (
@@ -240,7 +237,7 @@ def volumes(config: Config) -> str:
     for kind, step in kinds.items():
         sent = (sent_bytes(model, n, *step) / 1e9 for n, model in models.items())
         lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])
-    for count in sorted({stage.tokens_per_step for stage in config.stages if config.ngram_orders}):
+    for count in sorted({stage.tokens_per_step for stage in config.stages}):
         sent = (gathered_bytes(model, n, count) / 1e9 for n, model in models.items())
         kind = f"n-grams of {count:,} tokens"
         lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])

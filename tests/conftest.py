@@ -63,7 +63,8 @@ def tiny_config(**changes: object) -> Config:
         "head_dim": 8,
         "mlp_dim": 64,
         "gate_dim": 8,
-        "bigram_rows": 512,
+        "ngram_rows": 512,
+        "ngram_dim": 32,
         "dtype": "float32",
         "num_steps": 8,
         "stages": (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 0.0, 0.25, 0.0, 0.25, 0.0, 0),),
@@ -86,15 +87,16 @@ SPREADS |= {"smear_gate": 1.0, "skip": 0.5, "value_gate": 0.3}
 
 
 def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
-    """A model with every parameter random, so that no gate and no projection is zero; the padding
-    of the banks stays zero. Embedding and head are matrices of their own."""
+    """A model with every parameter and the rows of n-grams random, so that no gate and no
+    projection is zero; the padding of the banks stays zero. Embedding and head are matrices of
+    their own."""
     model = GPT(config, runtime)
     generator = torch.Generator().manual_seed(seed)
     num_attention = sum(row.window != "none" for row in config.layers)
     with torch.no_grad():
         model.attention_bank[:num_attention].normal_(0, 0.2, generator=generator)
         model.mlp_bank[: 2 * len(config.layers)].normal_(0, 0.1, generator=generator)
-        for table in (model.head, model.embed, model.value_embed, model.bigram):
+        for table in (model.head, model.embed, model.value_embed, model.ngrams.table):
             table.normal_(0, 0.5, generator=generator)
         for name, weights in model.unpack_small().items():
             spread = SPREADS.get(name.split()[-1], 0.2)

@@ -43,6 +43,14 @@ def look_up(self, *arguments):
 GPT.look_up = look_up
 """,
     ),
+    "n-grams that end in the next token": (
+        "causality",
+        """
+honest = ngram_hash
+def ngram_hash(tokens, *more):
+    return honest(tokens.roll(-1, 0), *more)
+""",
+    ),
     "a normaliser over the row": (
         "causality",
         """

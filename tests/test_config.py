@@ -270,7 +270,7 @@ def test_check_config_names_the_option(changes, message):
         ({"model_dim": 0}, "--model_dim"),
         ({"mlp_dim": 0}, "--mlp_dim"),
         ({"gate_dim": 0}, "--gate_dim"),
-        ({"bigram_rows": 0}, "--bigram_rows"),
+        ({"ngram_rows": 0}, "--ngram_rows"),
         ({"lr_decay_start": 1.0}, "--lr_decay_start"),
         ({"stages": stage(tokens_per_step=0)}, "--stages"),
         ({"stages": stage(share=1.5) + stage(share=-0.5)}, "--stages"),
@@ -295,19 +295,15 @@ def test_world_size_must_divide_the_rows():
 
 
 def test_world_size_must_divide_the_tables():
-    """50304 rows of the head and 512 of the bigram go round 1, 2, 4 and 8 processes, not 3 or
-    5."""
-    for world_size in (2, 4, 8):
+    """50304 rows, or two tables of as many, go round 1, 2, 3, 4 and 8 processes, not 5 or 7."""
+    for world_size in (2, 3, 4, 8):
         runtime = cpu_runtime(world_size - 1, world_size)
         Optimizer(GPT(tiny_config(), runtime), tiny_config(), runtime)
-    for world_size, name in (3, "bigram"), (5, "bigram"):
+    for world_size in (5, 7):
         runtime = cpu_runtime(0, world_size)
-        message = f"{name} has 512 rows, which {world_size} processes cannot share"
+        message = f"value_embed has 100608 rows, which {world_size} processes cannot share"
         with pytest.raises(UserError, match=message):
             Optimizer(GPT(tiny_config(), runtime), tiny_config(), runtime)
-    runtime, config = cpu_runtime(0, 5), tiny_config(bigram_rows=500)
-    with pytest.raises(UserError, match="value_embed has .* rows, which 5 processes cannot"):
-        Optimizer(GPT(config, runtime), config, runtime)
 
 
 def test_log_folder_that_cannot_be_written_is_named(tmp_path):

@@ -98,8 +98,8 @@ WEIGHTS = 1.0, 0.5, 0.25, 0.25
 
 
 def make_config(**changes: object) -> Config:
-    """The speedrun's model with rows of 1024 tokens and a small table of bigrams."""
-    changes = {"stages": (STAGE,), "extension": (STAGE,), "bigram_rows": 4096} | changes
+    """The speedrun's model with rows of 1024 tokens and a small table of n-grams."""
+    changes = {"stages": (STAGE,), "extension": (STAGE,), "ngram_rows": 4096} | changes
     return Config(val_row_tokens=1024, **changes)
 
 
@@ -114,8 +114,8 @@ def make_model(config: Config, device: str = "cuda") -> GPT:
         for name, weights in model.unpack_small().items():
             start = weights if model.small_layout[name].start is not None else 0
             weights.copy_(start + 0.02 * torch.randn(weights.shape, generator=generator).to(device))
-        signs = torch.randint(0, 2, model.bigram_signs.shape, generator=generator)
-        model.bigram_signs.copy_(2 * signs - 1)
+        table = model.ngrams.table
+        table.copy_(0.02 * torch.randn(table.shape, generator=generator))
     model.tied = False
     return model
 
@@ -144,14 +144,15 @@ def gradients(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def outcome(model: GPT, row: Batch) -> dict[str, torch.Tensor]:
-    """Losses and gradients of a row, the second time it is seen."""
+    """Losses and gradients of a row, also of its n-grams, the second time it is seen."""
     device = model.head.device
     row, weights = to_device(row, device), torch.tensor(WEIGHTS, device=device)
     for _ in range(2):
         settle(model)
         loss, plain = model(row, WINDOWS, weights, prefixes_of(model.config, device))
         (loss / 8).backward()
-    return {"loss": loss.detach(), "plain": plain, **gradients(model)}
+    losses = {"loss": loss.detach(), "plain": plain}
+    return {**losses, **gradients(model), "ngrams": model.ngrams.left[1]}
 
 
 ROW = make_row(1, [0, 300, 301, 800])
@@ -230,7 +231,7 @@ def test_replayed_graph_is_what_it_captured(fp8):
         micro_step(ROW, WINDOWS, weights[0])
 
 
-NGRAMS = {"ngram_orders": (3, 4), "ngram_rows": 2**16, "fp8": False}
+NGRAMS = {"ngram_orders": (3, 4), "ngram_rows": 2**16, "ngram_dim": 256, "fp8": False}
 
 
 def test_replays_leave_the_gradients_of_their_ngrams():

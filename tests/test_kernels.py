@@ -653,7 +653,7 @@ def test_rows_of_a_table_and_first_columns_have_the_gradients_of_their_definitio
     ("count", "num_rows", "dim"),
     cases(
         [(1, 3, 8), (40, 9, 8), (64, 64, 40), (33, 1, 16), (17, 500, 24)],
-        [(786_432, 2**23, 128), (262_144, 2**20, 64), (30_000, 200, 136)],
+        [(786_432, 2**23, 128), (262_144, 2**20, 768), (30_000, 200, 136)],
     ),
 )
 def test_ngrams_are_updated_in_place(monkeypatch, count, num_rows, dim):

@@ -22,7 +22,7 @@ from conftest import (
 from test_check import check
 from test_train import log_of, run, write_data
 from torch import Tensor
-from transcription import bigram_rows
+from transcription import ngram_rows
 
 import train_gpt
 from train_gpt import (
@@ -357,24 +357,26 @@ def test_match_embedding_and_its_gradients(runtime, read):
     for param in model.parameters():
         param.grad.fill_(2.0)
     lookups = model.look_up(batch)
-    (lookups.bigram * grad).sum().backward()
+    (lookups.ngrams * grad).sum().backward()
 
     table = model.value_embed.detach()[2 * vocab :].double().requires_grad_()
-    bigram = model.bigram.detach().double().requires_grad_()
     gains = match_gains(model, model.small).detach().double().requires_grad_()
     assert len(table) == vocab and len(lookups.values) == 2 and gains.shape == (4,)
-    rows, signs = bigram_rows(batch.tokens.tolist(), config.bigram_rows)
+    rows = ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
+    ngrams = model.ngrams.table[torch.tensor(rows)[:, 0]].double().requires_grad_()
     expected = torch.stack(
         [
-            bigram[row] * model.bigram_signs[sign] + gains[number] * table[token]
-            for row, sign, token, number in zip(rows, signs, found, which)
+            ngram + gains[number] * table[token]
+            for ngram, token, number in zip(ngrams, found, which, strict=True)
         ]
     )
-    torch.testing.assert_close(lookups.bigram.double(), expected, rtol=1e-5, atol=1e-5)
-    expected = torch.autograd.grad((expected * grad).sum(), (table, bigram, gains))
-    grads = model.value_embed.grad[2 * vocab :], model.bigram.grad
-    for value, reference in zip((*grads, match_gains(model, model.small.grad)), expected):
+    torch.testing.assert_close(lookups.ngrams.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad((expected * grad).sum(), (table, gains, ngrams))
+    grads = model.value_embed.grad[2 * vocab :], match_gains(model, model.small.grad)
+    for value, reference in zip(grads, expected):
         torch.testing.assert_close(value.double() - 2, reference, rtol=1e-4, atol=1e-5)
+    assert model.ngrams.left[0][:, None].tolist() == rows
+    torch.testing.assert_close(model.ngrams.left[1].double(), expected[2], rtol=1e-4, atol=1e-5)
     assert (model.value_embed.grad[: 2 * vocab] == 2).all()
     touched = (grads[0] != 2).any(1).nonzero().flatten().tolist()
     assert touched == sorted(set(found))
@@ -386,13 +388,13 @@ def test_gains_start_with_none_for_no_match(runtime):
     assert match_gains(model, model.small).tolist() == [0, 1, 1, 1]
     assert len(model.value_embed) == 3 * model.config.padded_vocab_size
     with torch.no_grad():
-        model.bigram.normal_(generator=torch.manual_seed(0))
+        table = model.ngrams.table.normal_(generator=torch.manual_seed(0))
         batch = few_tokens(3, [64])
-        bigram = model.look_up(batch).bigram
-        rows, signs = bigram_rows(batch.tokens.tolist(), model.config.bigram_rows)
-        assert torch.equal(bigram, model.bigram[rows] * model.bigram_signs[signs])
+        ngrams = model.look_up(batch).ngrams
+        rows = ngram_rows(batch.tokens.tolist(), (2,), model.config.ngram_rows)
+        assert torch.equal(ngrams, table[torch.tensor(rows)[:, 0]])
         fill(model, [3])  # the same tokens
-        difference = model.look_up(batch).bigram - bigram
+        difference = model.look_up(batch).ngrams - ngrams
     assert (difference != 0).any(1).all()
 
 

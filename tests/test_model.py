@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import cpu_runtime, random_batch, tiny_config, trained_like
 from torch import Tensor
-from transcription import bigram_rows, target_losses, transcribed_hidden
+from transcription import ngram_rows, target_losses, transcribed_hidden
 
 import train_gpt
 from train_gpt import (
@@ -39,6 +39,7 @@ def changed(model: GPT, batch: Batch, position: int, windows: Windows) -> set[in
 # Against a transcription -------------------------------------------------------------------------
 
 SHRUNK_SPEEDRUN = {"layers": SPEEDRUN_LAYERS, "model_dim": 48}  # six heads
+SHRUNK_SPEEDRUN |= {"ngram_orders": (2, 3, 4), "ngram_dim": 16}
 DOCUMENTS = [[64], [1, 20, 2, 41]]
 
 
@@ -112,7 +113,7 @@ def test_ignored_targets_count_nothing(runtime):
 
 
 def test_gradient_reaches_every_weight_in_use(runtime):
-    """And none of a bank's padding, nor rows of tokens and bigrams that do not occur."""
+    """And none of a bank's padding, nor rows of tokens and n-grams that do not occur."""
     config = tiny_config()
     model = trained_like(config, runtime)
     batch = random_batch(4, [64], num_ids=500)
@@ -127,9 +128,9 @@ def test_gradient_reaches_every_weight_in_use(runtime):
         assert set(table.norm(dim=1).nonzero().flatten().tolist()) == tokens
     assert set(model.embed.grad.norm(dim=1).nonzero().flatten().tolist()) == tokens
     assert (model.head.grad[: config.vocab_size].norm(dim=1) > 0).all()
-    rows, _ = bigram_rows(batch.tokens.tolist(), config.bigram_rows)
-    touched = model.bigram.grad.norm(dim=1).nonzero().flatten().tolist()
-    assert set(touched) == set(rows)
+    rows, grads = model.ngrams.left
+    assert rows[:, None].tolist() == ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
+    assert grads.shape == (64, 32) and (grads.norm(dim=1) > 0).all()
 
     gradients = model.small.grad.split([math.prod(r.shape) for r in model.small_layout.values()])
     idle = {"residual": 2, "project": 2, "attention_in": 2, "attention_out": 2}  # no attention
@@ -171,8 +172,8 @@ def test_nothing_is_seen_before_it_comes(runtime, changes):
 
 
 def test_documents_see_the_last_token_before_them_and_nothing_else(runtime):
-    """Smear and bigram look one token back, also from a document's first token; attention does not
-    leave the document. So a document's last token reaches the next document, from its first
+    """Smear and n-grams look one token back, also from a document's first token; attention does
+    not leave the document. So a document's last token reaches the next document, from its first
     position on, and no other token reaches any other document."""
     model = without_key_offset(trained_like(tiny_config(), runtime))
     batch = random_batch(5, LENGTHS)
@@ -211,14 +212,14 @@ def test_key_offset_lets_the_state_before_a_document_in_behind_its_first_positio
 def test_window_reach(runtime, layer, windows, reach):
     """One layer alone: position t depends on t - reach and not on the token before that; over the
     256 positions that plain attention takes at a time, too."""
-    config = tiny_config(final_window_long=windows.long, val_row_tokens=320, bigram_rows=2)
+    config = tiny_config(final_window_long=windows.long, val_row_tokens=320)
     model = trained_like(config, runtime)
     with torch.no_grad():
         entry = (0, 1, 3, 4).index(layer)  # of the bank; layer 2 has no attention
         own = model.attention_bank[entry].clone()
         model.attention_bank[:, 3 * 32 :] = 0
         model.attention_bank[entry] = own
-        model.bigram.zero_()
+        model.ngrams.table.zero_()
         model.unpack_small()["smear"].zero_()
     batch = random_batch(6, [320])
     for position in (0, 17, 49, 300):
@@ -230,7 +231,7 @@ def test_window_reach(runtime, layer, windows, reach):
 
 
 def test_untrained_network_does_what_its_starts_say(runtime, monkeypatch):
-    """Residual factors 1.1 a layer, half of the skip, bigram and MLPs nothing."""
+    """Residual factors 1.1 a layer, half of the skip, n-grams and MLPs nothing."""
     config = tiny_config()
     model = GPT(config, runtime)
     batch = random_batch(7, [40, 24])
@@ -257,7 +258,7 @@ def test_untrained_network_does_what_its_starts_say(runtime, monkeypatch):
 
 def test_sizes_of_the_first_weights(runtime):
     """Uniform with std 0.5/sqrt(dim) into and out of attention, into the MLPs and the gate MLPs;
-    the tables as documented; zero for W_2 and bigram."""
+    the tables as documented; zero for W_2 and n-grams."""
     config = tiny_config(model_dim=64, head_dim=8, gate_dim=128)
     model = GPT(config, runtime)
     std = 0.5 / math.sqrt(64)
@@ -268,24 +269,17 @@ def test_sizes_of_the_first_weights(runtime):
         assert weights.std().item() == pytest.approx(std, rel=0.03)
         assert abs(weights.mean().item()) < 0.03 * std
     assert torch.count_nonzero(model.mlp_bank[5:10]) == 0
-    assert torch.count_nonzero(model.bigram) == 0
-    assert model.bigram.shape == (512, 64)
+    assert torch.count_nonzero(model.ngrams.table) == 0
+    assert model.ngrams.table.shape == (512, 32)
     assert model.head.shape == (50_304, 64)
     assert model.head.std().item() == pytest.approx(0.005, rel=0.01)
     assert torch.equal(model.embed, model.head)
     assert model.value_embed.shape == (2 * 50_304, 64)
     assert model.value_embed.std().item() == pytest.approx(0.01, rel=0.01)
-    signs = model.bigram_signs
-    assert signs.shape == (8192, 64)
-    assert torch.equal(signs.abs(), torch.ones(8192, 64))
-    assert abs(signs.mean().item()) < 0.01
-    assert (signs.mean(dim=0).abs() < 0.06).all()  # 5 standard deviations: signs of every column
-    assert (signs.mean(dim=1).abs() < 0.7).all()  # and row
 
 
 def weights_of(config: Config, world_size: int, rank: int = 0) -> dict[str, Tensor]:
-    model = GPT(config, cpu_runtime(rank, world_size))
-    return {**dict(model.named_parameters()), "bigram_signs": model.bigram_signs}
+    return GPT(config, cpu_runtime(rank, world_size)).state_dict()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -297,7 +291,7 @@ def test_same_seed_same_weights_on_any_number_of_ranks(dtype):
             weights = weights_of(config, world_size, rank)
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
     other = weights_of(dataclasses.replace(config, seed=config.seed + 1), 1)
-    for name in ("attention_bank", "mlp_bank", "head", "value_embed", "small", "bigram_signs"):
+    for name in ("attention_bank", "mlp_bank", "head", "value_embed", "small"):
         assert not torch.equal(other[name], expected[name])
 
 
@@ -315,7 +309,7 @@ def test_banks_divide_by_the_ranks_and_only_grow_by_zeros(changes):
             assert torch.equal(bank[:used], small[:used])
             assert torch.count_nonzero(bank[:used]) > 0
             assert torch.count_nonzero(bank[used:]) == 0
-        for name in ("head", "embed", "value_embed", "bigram", "small", "bigram_signs"):
+        for name in ("head", "embed", "value_embed", "small", "ngrams.table"):
             assert torch.equal(weights[name], expected[name])
 
 

@@ -14,6 +14,7 @@ from conftest import cpu_runtime, random_batch, tiny_config, trained_like
 from test_check import check
 from test_train import log_of, run, write_data
 from torch import Tensor
+from transcription import ngram_rows
 
 import train_gpt
 from train_gpt import (
@@ -23,6 +24,7 @@ from train_gpt import (
     MicroStep,
     Ngrams,
     Optimizer,
+    Runtime,
     Schedule,
     UserError,
     Windows,
@@ -57,6 +59,13 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def empty_model(config: Config, runtime: Runtime) -> GPT:
+    """With every parameter random, and no rows of n-grams yet."""
+    model = trained_like(config, runtime)
+    model.ngrams.reset()
+    return model
+
+
 def fill(model: GPT, seed: int = 5) -> None:
     model.ngrams.table.copy_(gaussian(*model.ngrams.table.shape, seed=seed))
 
@@ -71,29 +80,6 @@ def micro_step_of(config: Config, model: GPT) -> tuple[MicroStep, Tensor]:
 # Rows --------------------------------------------------------------------------------------------
 
 
-def signed(number: int) -> int:
-    """What int64 makes of a number."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def brute_force_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> list[list[int]]:
-    """In Python's integers, every n-gram by itself."""
-    rows = []
-    for t in range(len(tokens)):
-        rows.append([])
-        for i, order in enumerate(orders):
-            row = num_rows - 1
-            if t - order + 1 >= 0:
-                key = 0
-                for token in reversed(tokens[t - order + 1 : t + 1]):
-                    key = signed((key ^ (token + 1)) * train_gpt.MIX_1.value)
-                    key ^= key >> 29
-                mixed = signed(key * train_gpt.MIX_2.value)
-                row = ((mixed >> 20) % 2**44) % (num_rows - 1)
-            rows[-1].append(i * num_rows + row)
-    return rows
-
-
 @pytest.mark.parametrize(
     ("lengths", "orders", "num_rows"),
     [
@@ -106,9 +92,10 @@ def brute_force_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) 
 )
 def test_rows_are_those_of_brute_force(lengths, orders, num_rows):
     tokens = random_batch(1, lengths).tokens
+    tokens[-2:] = torch.tensor([50_303, 0])  # the largest that the tables have, and the smallest
     rows = ngram_hash(tokens, orders, num_rows)
     assert rows.dtype == torch.int32
-    assert rows.tolist() == brute_force_rows(tokens.tolist(), orders, num_rows)
+    assert rows.tolist() == ngram_rows(tokens.tolist(), orders, num_rows)
     for i, order in enumerate(orders):
         begins = torch.arange(len(tokens)) < order - 1
         assert torch.equal(rows[:, i] == (i + 1) * num_rows - 1, begins)
@@ -141,21 +128,15 @@ def test_rows_are_spread_evenly():
 
 @pytest.mark.parametrize("match_orders", [(), (2,)], ids=["alone", "with matches"])
 def test_lookup_and_its_gradients(runtime, match_orders):
-    """The rows of order i are columns of the bigrams' stream; gradients of the rows and of
-    everything beside them are those of the definition."""
-    matches = {"match_orders": match_orders, "match_slots": 64}
-    model = trained_like(ngram_config(**matches), runtime)
-    plain = trained_like(ngram_config(**matches, ngram_orders=()), runtime)
-    assert plain.ngrams is None
+    """The rows of order i are columns of the stream, beside each other and before the match;
+    gradients of the rows and of everything beside them are those of the definition."""
+    config = ngram_config(match_orders=match_orders, match_slots=64)
+    model, empty = empty_model(config, runtime), empty_model(config, runtime)
     fill(model)
-    plain.bigram.detach().zero_()
-    others = {name: param for name, param in plain.named_parameters() if name != "bigram"}
-    for name, other in others.items():
-        getattr(model, name).detach().copy_(other)
     batch, grad = few_tokens(3, [30, 2, 32]), gaussian(64, 32)
-    rows = torch.tensor(brute_force_rows(batch.tokens.tolist(), ORDERS, ROWS))
-    looked_up = model.look_up(batch).bigram
-    expected = plain.look_up(batch).bigram
+    rows = torch.tensor(ngram_rows(batch.tokens.tolist(), ORDERS, ROWS))
+    looked_up = model.look_up(batch).ngrams
+    expected = empty.look_up(batch).ngrams
     (looked_up * grad).sum().backward()
     (expected * grad).sum().backward()
     expected = expected.detach().clone()
@@ -164,15 +145,14 @@ def test_lookup_and_its_gradients(runtime, match_orders):
     torch.testing.assert_close(looked_up.detach(), expected, rtol=1e-6, atol=1e-6)
     assert model.ngrams.left[0].tolist() == rows.flatten().tolist()
     assert torch.equal(model.ngrams.left[1], grad[:, :16].reshape(128, DIM))
-    assert plain.bigram.grad.any() and model.bigram.numel() == 0
-    for name, other in others.items():
+    for name, other in empty.named_parameters():
         assert torch.equal(getattr(model, name).grad, other.grad), name
 
 
 def test_gradient_is_the_slope_of_the_loss(runtime):
     """Central differences of a micro-step's share of the loss along random changes of the rows."""
     config = ngram_config()
-    model = trained_like(config, runtime)
+    model = empty_model(config, runtime)
     fill(model)
     micro_step, weights = micro_step_of(config, model)
     batch, ngrams = few_tokens(4, [20, 44], num_ids=30), model.ngrams
@@ -210,7 +190,7 @@ class Reference:
 def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
     """Three steps of four rows of tokens, whose n-grams come again within and between them."""
     config = ngram_config(ngram_rows=101)
-    model = trained_like(config, runtime)
+    model = empty_model(config, runtime)
     optimizer, (micro_step, weights) = (
         Optimizer(model, config, runtime),
         micro_step_of(config, model),
@@ -229,7 +209,7 @@ def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
         for batch in batches:
             micro_step(batch, WINDOWS, weights)
         for batch, (rows, _) in zip(batches, gathered, strict=True):
-            expected = brute_force_rows(batch.tokens.tolist(), ORDERS, 101)
+            expected = ngram_rows(batch.tokens.tolist(), ORDERS, 101)
             assert rows == [row for position in expected for row in position]
         optimizer.step(step, 1.0 + step, 0.9)
         assert ngrams.filled == 0
@@ -249,7 +229,7 @@ def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
 def test_rows_alone_learn_a_text(runtime):
     """With everything else as it is."""
     config = ngram_config(ngram_rows=4096, ngram_dim=16)
-    model = trained_like(config, runtime)
+    model = empty_model(config, runtime)
     (micro_step, weights), losses = micro_step_of(config, model), []
     batch = few_tokens(6, [30, 34], num_ids=1000)
     for _ in range(20):
@@ -259,16 +239,14 @@ def test_rows_alone_learn_a_text(runtime):
 
 
 def test_table_is_no_parameter(runtime):
-    """Nor has the optimizer a state of its size, or of the bigrams'; without it the model starts
-    the same."""
+    """Nor has the optimizer a state of its size; it starts with zeros, and the other weights as
+    with any other table."""
     config = ngram_config()
-    model, plain = GPT(config, runtime), GPT(ngram_config(ngram_orders=()), runtime)
+    model, other = GPT(config, runtime), GPT(tiny_config(), runtime)
     assert not model.ngrams.table.any() and not model.ngrams.sum_squares.any()
-    for name, other in plain.named_parameters():
-        assert name == "bigram" or torch.equal(getattr(model, name), other), name
-    optimizer = Optimizer(model, config, runtime)
-    assert "bigram" not in {state.group.name for state in optimizer.states}
-    sizes = {tensor.shape for tensor in optimizer.tensors()}
+    for name, param in other.named_parameters():
+        assert torch.equal(getattr(model, name), param), name
+    sizes = {tensor.shape for tensor in Optimizer(model, config, runtime).tensors()}
     assert model.ngrams.table.shape not in sizes and not model.ngrams.table.requires_grad
 
 
@@ -276,7 +254,7 @@ def test_table_is_no_parameter(runtime):
 
 
 def test_later_tokens_change_no_earlier_prediction(runtime):
-    model = trained_like(ngram_config(), runtime)
+    model = empty_model(ngram_config(), runtime)
     batch = few_tokens(9, [1, 30, 2, 31])
 
     @torch.no_grad()
@@ -300,7 +278,7 @@ def test_later_tokens_change_no_earlier_prediction(runtime):
 def test_validation_reads_only(tmp_path, runtime):
     write_data(tmp_path)
     config = ngram_config(val_file=str(tmp_path / "val.bin"))
-    model = trained_like(config, runtime)
+    model = empty_model(config, runtime)
     empty = validate(model, config, runtime, 200, WINDOWS)
     fill(model)
     before = model.ngrams.table.clone()
@@ -331,19 +309,12 @@ def test_nothing_of_the_preparation_stays(runtime, monkeypatch):
     assert model.ngrams.filled == 0
 
 
-class Filled(check.Judge):
-    """A judge whose model has rows of n-grams."""
-
-    def __init__(self, script: object, folder: Path, **changes: object):
-        super().__init__(script, folder, **changes)
-        fill(self.model)
-
-
 @pytest.mark.parametrize("name", ["causality", "targets"])
 def test_model_with_rows_passes_the_check(name, tmp_path, monkeypatch):
+    """The judge fills them."""
     sizes = {"ngram_orders": (2, 3), "ngram_rows": 500, "ngram_dim": 16}
     monkeypatch.setattr(check, "SIZES", check.SIZES | sizes)
-    monkeypatch.setattr(check, "Judge", Filled)
+    assert check.Judge(train_gpt, tmp_path).model.ngrams.table.any(1).all()
     check.CHECKS[name](train_gpt, tmp_path)
 
 
@@ -365,7 +336,7 @@ def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
     """Three steps of the model on four rows of the stream each."""
     config = ngram_config(ngram_rows=101, train_files=f"{folder}/train_*.bin")
     runtime, count = cpu_runtime(rank, world_size), 4 // world_size
-    model = trained_like(config, runtime)
+    model = empty_model(config, runtime)
     optimizer, (micro_step, weights) = (
         Optimizer(model, config, runtime),
         micro_step_of(config, model),
@@ -417,6 +388,7 @@ def test_ranks_have_the_same_tables(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"ngram_orders": ()}, "--ngram_orders none: give at least one length, as 2"),
         ({"ngram_orders": (4, 3)}, "--ngram_orders 4:3: .*ascending"),
         ({"ngram_orders": (3, 3)}, "--ngram_orders 3:3: .*ascending"),
         ({"ngram_orders": (0, 3)}, "--ngram_orders 0:3: .*from 1 to 31"),
@@ -438,17 +410,20 @@ def test_check_config_names_what_cannot_work(changes, message):
 
 
 def test_options_on_the_command_line():
-    config = parse_args(["--preset", "speedrun", "--ngram_orders", "3:4", "--ngram_lr", "1.5"])
-    assert (config.ngram_orders, config.ngram_lr) == ((3, 4), 1.5)
+    options = ["--ngram_orders", "3:4", "--ngram_dim", "384", "--ngram_lr", "1.5"]
+    config = parse_args(["--preset", "speedrun", *options])
+    assert (config.ngram_orders, config.ngram_dim, config.ngram_lr) == ((3, 4), 384, 1.5)
     assert config_from_text(config_as_text(config)) == config
     check_config(config, 8)
     for preset in train_gpt.PRESETS.values():
-        check_config(dataclasses.replace(preset, ngram_orders=(2, 3, 4)), 1)
+        narrow = {"ngram_orders": (2, 3, 4), "ngram_dim": preset.model_dim // 3}
+        check_config(dataclasses.replace(preset, **narrow), 1)
 
 
 def test_run_and_its_checkpoint(tmp_path, capsys):
     """The rows go with the weights: they score the same, and continue a text."""
-    path, options = tmp_path / "model.pt", {"ngram_orders": "3:4", "ngram_lr": 0.3}
+    path = tmp_path / "model.pt"
+    options = {"ngram_orders": "3:4", "ngram_dim": 16, "ngram_lr": 0.3}
     result = run(write_data(tmp_path), **options, stop_step=6, checkpoint=path)
     assert result.returncode == 0, result.stderr
     text, record = log_of(tmp_path)

@@ -18,7 +18,6 @@ from train_gpt import (
     POLAR_EXPRESS,
     Config,
     Optimizer,
-    ParamGroup,
     Schedule,
     Windows,
     adam_update_,
@@ -225,7 +224,6 @@ ADAM = {
     "head": ((0.5, 0.95), 1, 150),
     "embed": ((0.5, 0.95), 1, 150),
     "value_embed": ((0.75, 0.95), 75, 5),
-    "bigram": ((0.75, 0.95), 75, 5),
     "smear": ((0.9, 0.99), 0.01, 0),
     "smear_gate": ((0.9, 0.99), 0.01, 0),
     "attention_in": ((0.9, 0.99), 5, 0),
@@ -249,7 +247,7 @@ def test_adam_changes_on_odd_steps_with_summed_gradients(runtime):
     config = tiny_config(adam_weight_decay=0.02)  # strong enough that a missing decay shows
     model = trained_like(config, runtime)
     optimizer = Optimizer(model, config, runtime)
-    params = {name: getattr(model, name) for name in ("head", "embed", "value_embed", "bigram")}
+    params = {name: getattr(model, name) for name in ("head", "embed", "value_embed")}
     params["small"] = model.small
     assert {name: GROUPS[name].every for name in params} == dict.fromkeys(params, 2)
 
@@ -367,16 +365,17 @@ def test_gradients_stay_where_they_are(runtime):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_changes_restores_every_bit(runtime, dtype):
-    """Also when embedding and head were split inside."""
+    """Also when embedding and head were split inside. Of n-grams nothing is left."""
     config = tiny_config(dtype=dtype)
     model = trained_like(config, runtime)
     model.tied = True
     optimizer = Optimizer(model, config, runtime)
-    batch = random_batch(1, [30, 34])
+    batch, ngrams = random_batch(1, [30, 34]), model.ngrams
 
     def steps(numbers: range) -> None:
         for step in numbers:
             model(batch, Windows(8, 24)).backward()
+            ngrams.gather(*ngrams.left)
             optimizer.step(step, 1.0, 0.9)
 
     steps(range(4))  # so that moments and low bits are not zero
@@ -384,28 +383,32 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
     for state in optimizer.states:
         low = [] if state.low is None else [state.low]
         tensors += [*low, state.mean, *state.mean_squares]
-    # seven parameters, two moments each but three for attention, low bits but for the small ones
-    assert len(tensors) == (7 + 15 + 6 if dtype == "bfloat16" else 7 + 15)
+    # six parameters, two moments each but three for attention, low bits but for the small ones
+    assert len(tensors) == (6 + 13 + 5 if dtype == "bfloat16" else 6 + 13)
     before = [tensor.detach().clone() for tensor in tensors]
+    table, sums = ngrams.table.clone(), ngrams.sum_squares.clone()
     with pytest.raises(KeyError), nothing_changes(model, optimizer):
         steps(range(2))
         optimizer.split_embedding()
         steps(range(3))
         changed = [not torch.equal(tensor, copy) for tensor, copy in zip(tensors, before)]
+        changed += [not torch.equal(ngrams.table, table), not torch.equal(ngrams.sum_squares, sums)]
         assert all(changed), "the steps must touch everything, or this test shows nothing"
+        ngrams.gather(*ngrams.left)
         raise KeyError("an error on the way out")
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before))
     assert all(torch.count_nonzero(param.grad) == 0 for param in model.parameters())
-    assert model.tied
+    assert torch.count_nonzero(ngrams.table) == torch.count_nonzero(ngrams.sum_squares) == 0
+    assert ngrams.filled == 0 and model.tied
 
 
 # Several processes -------------------------------------------------------------------------------
 
 
 def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
-    """The weights after 7 real steps on the same four rows a step, float32. Before step 5, an odd
-    one, embedding and head part."""
-    config = tiny_config(rows_per_step=4, bigram_rows=4096)  # more than the steps touch
+    """The weights and rows of n-grams after 7 real steps on the same four rows a step, float32.
+    Before step 5, an odd one, embedding and head part."""
+    config = tiny_config(rows_per_step=4, ngram_rows=4096)  # more than the steps touch
     runtime = cpu_runtime(rank, world_size)
     model, schedule = GPT(config, runtime), Schedule(config)
     optimizer = Optimizer(model, config, runtime)
@@ -418,17 +421,20 @@ def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
             batch = random_batch(10 * step + row, [20, 44])
             loss, _ = model(batch, plan.windows, torch.tensor(weights[step]), prefixes)
             (loss / config.rows_per_step).backward()
+            model.ngrams.gather(*model.ngrams.left)
         optimizer.step(step, plan.lr_scale, plan.momentum)
     assert step > 5 and not model.tied
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
+    assert 512 < model.ngrams.table.any(1).sum() < 4096
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
     """bf16 weights and their low bits after steps with gradients whose sum over the ranks is exact.
 
-    A gradient is a sum of four of small integers, so the order of adding them cannot matter.
+    A gradient is a sum of four of small integers, so the order of adding them cannot matter; those
+    of n-grams come in the order of the stream.
     Embedding and head part before step 3, in the middle of their sums over two steps."""
-    config = tiny_config(dtype="bfloat16", bigram_rows=4096)
+    config = tiny_config(dtype="bfloat16")
     runtime = cpu_runtime(rank, world_size)
     model = GPT(config, runtime)
     optimizer = Optimizer(model, config, runtime)
@@ -442,8 +448,13 @@ def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
                 generator = torch.Generator().manual_seed(1000 * step + 10 * index + row)
                 grad = torch.randint(-8, 9, param.shape, generator=generator)
                 param.grad += grad.to(param.dtype)
+        for row in range(4)[rank::world_size]:
+            generator = torch.Generator().manual_seed(1000 * step + row)
+            rows = torch.randint(0, 512, (64,), generator=generator, dtype=torch.int32)
+            grads = torch.randn(64, config.ngram_dim, generator=generator)
+            model.ngrams.gather(rows, grads.to(model.ngrams.table.dtype))
         optimizer.step(step, 1.0, 0.9)
-    results = {name: param.detach().clone() for name, param in model.named_parameters()}
+    results = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for state in optimizer.states:
         if state.low is not None:  # this rank's rows
             results[f"{state.group.name}.weights"] = join_mantissa(state.shard, state.low)
@@ -493,23 +504,28 @@ def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, t
         for rank in range(1, world_size):
             assert torch.equal(ranks[rank][0][name], ranks[0][0][name]), f"ranks differ in {name}"
             assert torch.equal(ranks[rank][1][name], ranks[0][1][name]), f"ranks differ in {name}"
-        compare_real(name, ranks[0][0][name], real[name], GROUPS[name])
-    for name in ("head", "embed", "value_embed", "bigram"):  # elementwise: not a bit differs
+        compare_real(name, ranks[0][0][name], real[name])
+    for name in ("head", "embed", "value_embed"):  # elementwise: not a bit differs
         joined = torch.cat([rank[1][f"{name}.weights"] for rank in ranks])
         assert torch.equal(joined, exact[f"{name}.weights"]), name
     assert not torch.equal(exact["head"], exact["embed"])
-    assert torch.equal(ranks[0][1]["small"], exact["small"])
+    for name in ("small", "ngrams.table"):
+        assert torch.equal(ranks[0][1][name], exact[name]), name
+    assert exact["ngrams.table"].any(1).sum() > 256
     for name in ("attention_bank.weights", "mlp_bank.weights"):  # products of matrices: rounding
         joined = torch.cat([rank[1][name] for rank in ranks])
         torch.testing.assert_close(joined, exact[name], rtol=0, atol=1e-5)
 
 
-def compare_real(name: str, value: Tensor, expected: Tensor, group: ParamGroup) -> None:
+def compare_real(name: str, value: Tensor, expected: Tensor) -> None:
     """Equal to rounding. Adam divides by the root of the gradient's own square, so where a gradient
     is all rounding (a handful of entries of millions) a visible part of a step may differ; and a
     weight decays or not by the sign of its step."""
-    config = tiny_config()
-    lr = group.lr * (config.adam_lr if group.rule == "adam" else config.muon_lr)
+    config, group = tiny_config(), GROUPS.get(name)
+    if group is None:
+        lr = config.ngram_lr
+    else:
+        lr = group.lr * (config.adam_lr if group.rule == "adam" else config.muon_lr)
     difference = (value - expected).abs() / lr  # in steps
     assert difference.max() < 0.5, name
     assert (difference > 2e-3).sum() <= 3 + 1e-5 * value.numel(), name

@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, random_batch, tiny_config, trained_like
 from torch import Tensor
 from transcription import (
-    bigram_rows,
     gate_outputs,
+    ngram_rows,
     rms,
     rotary_and_scale,
     small_slices,
@@ -34,7 +34,6 @@ from train_gpt import (
     UserError,
     Windows,
     apply_rotary,
-    bigram_hash,
     combine,
     draw_columns,
     finish_attention,
@@ -92,7 +91,7 @@ def streams_of(
     return dict(zip(names.split(","), calls, strict=True))
 
 
-# Embedding, smear, bigram ------------------------------------------------------------------------
+# Embedding and smear -----------------------------------------------------------------------------
 
 
 def test_smear_takes_a_gated_share_of_the_previous_embedding(runtime, monkeypatch):
@@ -126,46 +125,6 @@ def test_sum_of_streams():
     assert normed.shape == (0, 16)
 
 
-@pytest.mark.parametrize("num_rows", [512, 4096, 377_280])
-def test_bigram_hash_of_every_size_of_token(num_rows):
-    """In int32 as in exact integers, for the largest ids too; the row's first token has the last
-    row, which no pair gets."""
-    random = np.random.default_rng(num_rows)
-    tokens = [50_256, 50_256, 50_255, 0, 0, 1, 50_256, 1, 50_303, 50_303]
-    tokens += random.integers(0, 50_257, 3000).tolist()
-    rows, sign = bigram_hash(torch.tensor(tokens, dtype=torch.int32), num_rows)
-    expected_rows, expected_signs = bigram_rows(tokens, num_rows)
-    assert rows.tolist() == expected_rows
-    assert sign.tolist() == expected_signs
-    assert rows.tolist().count(num_rows - 1) == 1
-    # what Python computes is what 32 bits hold
-    previous, token = np.int32(tokens[:-1]), np.int32(tokens[1:])
-    hashed = (np.int32(36_313) * token) ^ (np.int32(27_191) * previous)
-    assert hashed.min() >= 0
-    assert (hashed % (num_rows - 1)).tolist() == expected_rows[1:]
-
-
-def test_bigram_hash_spreads_pairs_over_the_rows():
-    """Which it would not if one of the two tokens were left out."""
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 300, 4000)).int()
-    rows, sign = bigram_hash(tokens, 377_280)
-    pairs = len(set(zip(tokens.tolist()[1:], tokens.tolist()[:-1])))
-    assert len(rows.unique()) > 0.95 * pairs
-    assert len(sign.unique()) > 300
-
-
-def test_bigram_embedding_has_the_signs_of_its_pair(runtime):
-    """Two pairs that share a row of the table get unlike vectors from it."""
-    config = tiny_config()
-    model = trained_like(config, runtime)
-    batch = random_batch(1, [64])
-    e = model.look_up(batch).bigram
-    rows, signs = bigram_rows(batch.tokens.tolist(), config.bigram_rows)
-    for t in range(64):
-        assert torch.equal(e[t], model.bigram[rows[t]] * model.bigram_signs[signs[t]])
-    assert not torch.equal(model.bigram_signs[signs[1]], model.bigram_signs[signs[2]])
-
-
 # Rotary, YaRN, key offset ------------------------------------------------------------------------
 
 
@@ -185,7 +144,7 @@ def test_yarn_is_its_formula(old, new):
 
 def test_rotary_of_every_stage_chains_the_window_changes(runtime):
     """Tables and scale for each long window, as long as paired heads need them."""
-    shrunk = {"model_dim": 48, "head_dim": 8, "mlp_dim": 16, "gate_dim": 8, "bigram_rows": 512}
+    shrunk = {"model_dim": 48, "head_dim": 8, "mlp_dim": 16, "gate_dim": 8}
     stages = PRESETS["speedrun"].stages
     config = tiny_config(**shrunk, stages=stages, final_window_long=2560, rows_per_step=512)
     config = Config(**{**vars(config), "extension": PRESETS["speedrun"].extension})
@@ -473,12 +432,12 @@ def test_gate_layouts_of_the_speedrun():
     assert list(layouts) == ["early", "late", "last", "output"]
     expected = {"early": {}, "late": {}}
     for i in range(4):
-        expected["early"] |= {f"first {i}": (1, 0.0), f"bigram {i}": (1, 0.05)}
+        expected["early"] |= {f"first {i}": (1, 0.0), f"ngrams {i}": (1, 0.05)}
     for i in (1, 3):
         expected["early"][f"xsa {i}"] = (6, 0.0)
     expected["early"]["head 3"] = (6, 0.25)
     for i in (4, 5, 7, 8, 9):
-        expected["late"] |= {f"first {i}": (1, 0.0), f"bigram {i}": (1, 0.05)}
+        expected["late"] |= {f"first {i}": (1, 0.0), f"ngrams {i}": (1, 0.05)}
     for i in (4, 7):
         expected["late"][f"xsa {i}"] = (6, 0.0)
     expected["late"] |= {"skip 6": (1, 0.5), "head 10": (6, 0.25)}
@@ -486,7 +445,7 @@ def test_gate_layouts_of_the_speedrun():
     zeros = ("value_first", "value_attend", "value_last", "x_first", "x_attend", "x_last", "first")
     expected["last"] = dict.fromkeys(zeros, (1, 0.0))
     expected["last"] |= {"value_gate": (2, 2.0), "residual": (1, root), "mlp_residual": (1, root)}
-    expected["last"] |= {"project": (1, 1.0), "mlp_project": (1, 1.0), "bigram": (1, 0.05)}
+    expected["last"] |= {"project": (1, 1.0), "mlp_project": (1, 1.0), "ngrams": (1, 0.05)}
     expected["output"] = dict.fromkeys(("first", "last", "value", "skip"), (1, 0.0))
     expected["output"]["attend"] = (1, -0.5)
     assert layouts == expected
@@ -548,20 +507,20 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     out = {name: stream.double() for name, (_, (stream, _)) in calls.items()}
     layer = {name: args[0][1].double() for name, (args, _) in calls.items()}  # what it came to
     small, x0 = small_slices(model), calls["smear"][1][1].double()
-    e = model.look_up(batch).bigram.double()
+    e = model.look_up(batch).ngrams.double()
     value = model.value_embed[batch.tokens.long()].double()
     gates = gate_outputs(model, "early", x0) | gate_outputs(model, "late", out["mlp 1"])
     own = gate_outputs(model, "last", out["mlp 3"])
     last = gate_outputs(model, "output", out["mlp 4"])
     first, attend = out["first"], out["mlp 3"]
-    close(first, x0 + gates["bigram 0"] * e, atol=1e-4)
+    close(first, x0 + gates["ngrams 0"] * e, atol=1e-4)
     before = {0: first, 1: out["mlp 0"], 3: out["mlp 2"]}
     for i, x in before.items():
         x = (
             small["residual"][i] * x
             + small["project"][i] * small["attention_out"][i] * (layer[f"attention {i}"])
         )
-        x = x + gates[f"first {i}"] * x0 + (gates[f"bigram {i}"] * e if i else 0)
+        x = x + gates[f"first {i}"] * x0 + (gates[f"ngrams {i}"] * e if i else 0)
         close(out[f"attention {i}"], x, atol=1e-4)
     skip = torch.sigmoid(small["skip"]) * gates["skip 2"]
     close(out["skip 2"], out["mlp 1"] + skip * out["mlp 1"], atol=1e-4)
@@ -576,7 +535,7 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     x = own["x_first"] * first + own["x_attend"] * attend + (1 + own["x_last"]) * x
     close(out["enter 4"], x, atol=1e-4)
     x = own["residual"] * x + own["project"] * small["attention_out"][4] * layer["attention 4"]
-    x = x + own["first"] * first + own["bigram"] * e
+    x = x + own["first"] * first + own["ngrams"] * e
     close(out["attention 4"], x, atol=1e-4)
     x = own["mlp_residual"] * x + own["mlp_project"] * layer["mlp 4"]
     close(out["mlp 4"], x, atol=1e-4)
@@ -1041,22 +1000,25 @@ def test_tied_model_looks_up_the_head(runtime):
 
 
 def test_gradients_of_tables_are_added_row_by_row(runtime):
-    """To what they hold already, those of a row that is read more than once included."""
+    """To what they hold already, those of a row that is read more than once included. Rows of
+    n-grams leave theirs one by one."""
     config = tiny_config()
     model = trained_like(config, runtime)
     batch = random_batch(1, [30, 34], num_ids=20)  # pairs that occur more than once
     lookups, grad = model.look_up(batch), gaussian(64, 32).float()
-    for table in (model.bigram, model.value_embed, model.embed):
+    tables = model.value_embed, model.embed
+    for table in tables:
         table.grad.fill_(2.0)
-    for read, factor in ((lookups.bigram, 1), (lookups.values[1], 3), (lookups.embedded, 5)):
+    for read, factor in ((lookups.ngrams, 1), (lookups.values[1], 3), (lookups.embedded, 5)):
         (factor * read * grad).sum().backward()
-    rows, signs = bigram_rows(batch.tokens.tolist(), config.bigram_rows)
-    assert len(set(rows)) < 64
-    expected = [torch.full_like(table, 2.0) for table in (model.bigram, model.value_embed)]
-    expected += [torch.full_like(model.embed, 2.0)]
-    for row, sign, token, piece in zip(rows, signs, batch.tokens.tolist(), grad):
-        expected[0][row] += piece * model.bigram_signs[sign]
-        expected[1][config.padded_vocab_size + token] += 3 * piece
-        expected[2][token] += 5 * piece
-    for table, reference in zip((model.bigram, model.value_embed, model.embed), expected):
+    expected = [torch.full_like(table, 2.0) for table in tables]
+    assert len(set(batch.tokens.tolist())) < 64
+    for token, piece in zip(batch.tokens.tolist(), grad):
+        expected[0][config.padded_vocab_size + token] += 3 * piece
+        expected[1][token] += 5 * piece
+    for table, reference in zip(tables, expected):
         close(table.grad, reference)
+    rows = [row for (row,) in ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)]
+    assert len(set(rows)) < 64
+    assert model.ngrams.left[0].tolist() == rows
+    assert torch.equal(model.ngrams.left[1], grad)

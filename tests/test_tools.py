@@ -184,14 +184,13 @@ def test_what_a_step_sends_is_computed(world_size, monkeypatch):
 
 
 def test_what_ngrams_send_is_computed(monkeypatch):
-    """As much as handing round a step's rows and gradients does; and nothing without them."""
+    """As much as handing round a step's rows and gradients does."""
     ring = CountingRing(4, monkeypatch)
     config, runtime = tiny_config(ngram_orders=(2, 3), ngram_rows=9, ngram_dim=8), cpu_runtime(1, 4)
     model = GPT(config, runtime)
     model.ngrams.gather(torch.zeros(2 * 64, dtype=torch.int32), torch.zeros(2 * 64, 8))
     assert trace.gathered_bytes(model, 4, num_tokens=4 * 64) == ring.sent == 3 * 128 * (4 + 32)
     assert trace.gathered_bytes(model, 1, num_tokens=4 * 64) == 0
-    assert trace.gathered_bytes(GPT(tiny_config(), runtime), 4, num_tokens=4 * 64) == 0
 
 
 def test_nothing_is_sent_by_one_rank(runtime):
@@ -201,7 +200,7 @@ def test_nothing_is_sent_by_one_rank(runtime):
 
 def test_volumes_by_hand(runtime, capsys):
     """Of a small model in numbers of 4 bytes, with 5 layers, 4 of them with attention."""
-    changes = {"rows_per_step": 4, "bigram_rows": 1000, "model_dim": 32, "mlp_dim": 64}
+    changes = {"rows_per_step": 4, "ngram_dim": 32, "model_dim": 32, "mlp_dim": 64}
     model = GPT(tiny_config(**changes, head_dim=16, gate_dim=16, layers=TINY_LAYERS), runtime)
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
 
@@ -214,7 +213,8 @@ def test_volumes_by_hand(runtime, capsys):
     assert rows["ranks"] == ["every", "MB", "1", "2", "4"]
     assert rows["rows of head"] == ["2", "6.4", "50,304", "25,152", "12,576"]
     assert rows["rows of mlp_bank"] == ["1", "0.1", "16", "8", "4"]  # a multiple of 8
-    assert rows["rows of bigram"] == ["2", "0.1", "1,000", "500", "250"]
+    assert rows["rows of value_embed"] == ["2", "12.9", "100,608", "50,304", "25,152"]
+    assert [name for name in rows if "n-grams" in name] == ["GB sent, n-grams of 1,024 tokens"]
     assert rows["rows of small"][2:] == [f"{model.small.numel():,}"] * 3
     banks = 16 * 64 * 32 + 8 * (4 * 32) * 32
     untied = sum(param.numel() for param in model.parameters())
@@ -227,9 +227,8 @@ def test_volumes_by_hand(runtime, capsys):
         updated = [f"{((size - here) / n + here) / 1e6:.1f}" for n in (1, 2, 4)]
         assert rows[f"M weights updated, {kind}"] == updated
     stage = "1:1000000:64:8:16:1" + 7 * ":0"
-    with_ngrams = printed("--ngram_orders", "2", "--ngram_dim", "32", "--stages", stage)
-    assert with_ngrams.pop("GB sent, n-grams of 1,000,000 tokens") == ["0.000", "0.066", "0.099"]
-    assert rows.keys() - with_ngrams.keys() == {"rows of bigram"}
+    many = printed("--stages", stage)
+    assert many["GB sent, n-grams of 1,000,000 tokens"] == ["0.000", "0.066", "0.099"]
 
 
 # Command lines ------------------------------------------------------------------------------------
@@ -261,8 +260,8 @@ def test_bench_needs_a_gpu(capsys):
 def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.CompletedProcess:
     """One step at each of two stages."""
     options = OPTIONS | {"stop_step": 13, "prefix_file": ROOT / "data/gpt2_prefix_tokens.npy"}
-    options |= {"train_files": folder / "train.bin", "rows_per_step": 1, "bigram_rows": 256}
-    options |= {"model_dim": 16, "head_dim": 8}
+    options |= {"train_files": folder / "train.bin", "rows_per_step": 1}
+    options |= {"model_dim": 16, "head_dim": 8, "ngram_rows": 256, "ngram_dim": 16}
     options |= {
         "stages": "1/2:64:48:8:16:1:.5:0:.25:0:.25:.1:0,1/2:64:64:16:32:1:0:0:0:0:0:0:0"
     } | changes
@@ -303,7 +302,7 @@ def test_profile_on_the_cpu(tmp_path):
 
 def test_profile_of_two_ranks_says_what_they_send(tmp_path):
     """Beside how long they wait for it. One stage; the rows are random, and few n-grams."""
-    changes = {"rows_per_step": 2, "stop_step": 1, "mlp_dim": 4096, "ngram_orders": 3}
+    changes = {"rows_per_step": 2, "stop_step": 1, "mlp_dim": 4096}
     result = profile_run(tmp_path, ranks=2, **changes)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()

@@ -22,7 +22,8 @@ CHANGES = {
     "rows_per_step": RANKS,
     "model_dim": 16,  # for speed, like the tables' rows and the few steps
     "head_dim": 8,
-    "bigram_rows": 512,
+    "ngram_rows": 512,
+    "ngram_dim": 16,
     "num_steps": 8,
     "stages": "1/2:256:48:8:16:1:.5:0:.25:0:.25:.1:0,1/2:512:64:16:32:1.2:.2:.1:0:0:.1:0:0",
     "extension_steps": 0,
@@ -32,10 +33,10 @@ CHANGES = {
 
 
 def digest(model: train_gpt.GPT) -> str:
-    """Of every bit of the weights."""
+    """Of every bit of the weights and of the rows of n-grams."""
     whole = hashlib.sha256()
-    for param in model.parameters():
-        whole.update(param.detach().numpy().tobytes())
+    for tensor in model.state_dict().values():
+        whole.update(tensor.numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -117,7 +118,7 @@ def test_eight_ranks_validate_like_one_process(alone, together, ranks):
 
 
 def test_eight_ranks_hold_the_same_weights(ranks):
-    """To the bit, though each updates an eighth of them."""
+    """To the bit, though each updates an eighth of them, and all n-grams."""
     for before, last in (rank["weights"] for rank in ranks):
         assert [before, last] == ranks[0]["weights"]
         assert before != last

@@ -1,7 +1,7 @@
 """The forward pass written down once more, in float64, head by head and with dense masks.
 
-Of the model it reads the parameters and the names of their slices, and nothing else; the tests
-compare GPT.hidden with it.
+Of the model it reads the parameters, the names of their slices and the table of n-grams, and
+nothing else; the tests compare GPT.hidden with it.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from train_gpt import GPT, Batch
+from train_gpt import GPT, MIX_1, MIX_2, Batch
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -93,13 +93,27 @@ def gate_outputs(model: GPT, name: str, x: Tensor) -> dict[str, Tensor]:
     return named
 
 
-def bigram_rows(tokens: list[int], num_rows: int) -> tuple[list[int], list[int]]:
-    """Rows of the bigram and of the sign table, in Python's integers."""
-    rows, signs = [num_rows - 1], [tokens[0] % 8192]
-    for previous, token in itertools.pairwise(tokens):
-        rows.append(((36313 * token) ^ (27191 * previous)) % (num_rows - 1))
-        signs.append((previous ^ token) % 8192)
-    return rows, signs
+def signed(number: int) -> int:
+    """What int64 makes of a number."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def ngram_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> list[list[int]]:
+    """Of every position, one an order: in Python's integers, every n-gram by itself."""
+    rows = []
+    for t in range(len(tokens)):
+        rows.append([])
+        for i, order in enumerate(orders):
+            row = num_rows - 1
+            if t - order + 1 >= 0:
+                key = 0
+                for token in reversed(tokens[t - order + 1 : t + 1]):
+                    key = signed((key ^ (token + 1)) * MIX_1.value)
+                    key ^= key >> 29
+                mixed = signed(key * MIX_2.value)
+                row = ((mixed >> 20) % 2**44) % (num_rows - 1)
+            rows[-1].append(i * num_rows + row)
+    return rows
 
 
 def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tensor:
@@ -110,15 +124,17 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     frequencies, scale = rotary_and_scale(model, long)
     tokens = batch.tokens.long()
 
-    # Embedding, smear, bigram
+    # Embedding, smear, n-grams
     embedded = (model.head if model.tied else model.embed)[tokens].double()
     smeared = embedded.clone()
     for t in range(1, num_tokens):
         gate = torch.sigmoid(embedded[t, :12] @ small["smear_gate"][0])
         smeared[t] = embedded[t] + small["smear"][0] * gate * embedded[t - 1]
     x0 = rms(smeared)
-    rows, signs = bigram_rows(tokens.tolist(), config.bigram_rows)
-    e = model.bigram[rows].double() * model.bigram_signs[signs].double()
+    e, width = torch.zeros_like(x0), config.ngram_dim
+    for t, rows in enumerate(ngram_rows(tokens.tolist(), config.ngram_orders, config.ngram_rows)):
+        for i, row in enumerate(rows):
+            e[t, i * width : (i + 1) * width] = model.ngrams.table[row]
     vocab = config.padded_vocab_size
     values = [
         model.value_embed[table * vocab + tokens].double()
@@ -126,7 +142,7 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     ]
 
     gates = gate_outputs(model, "early", x0)
-    x = c0 = x0 + gates["bigram 0"] * e
+    x = c0 = x0 + gates["ngrams 0"] * e
     after: list[Tensor] = []  # the stream behind every layer
     attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
     for i, row in enumerate(config.layers):
@@ -197,11 +213,11 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             a = small["attention_out"][i] * torch.cat(y, dim=1) @ weights[3 * dim :].T
             x = r * x + p * a
             if i == last:
-                x = x + own["first"] * c0 + own["bigram"] * e
+                x = x + own["first"] * c0 + own["ngrams"] * e
             else:
                 x = x + gates[f"first {i}"] * x0
                 if i > 0:
-                    x = x + gates[f"bigram {i}"] * e
+                    x = x + gates[f"ngrams {i}"] * e
         x = r_mlp * x + p_mlp * (torch.relu(rms(x) @ w_1.T) ** 2 @ w_2)
         after.append(x)
         if any(later.skip_from == i for later in config.layers):
