@@ -2261,7 +2261,7 @@ def _update_ngrams_kernel(
         # most n-grams come once in a step, the most frequent ones thousands of times
         grad = tl.zeros((BLOCK,), tl.float32)
         grad = _add_run(grad, grads, order, at, few, dim, column, inside, 2)
-        grad = _add_run(grad, grads, order, few, end, dim, column, inside, 16)
+        grad = _add_run(grad, grads, order, few, end, dim, column, inside, 4096 // BLOCK)
         total = tl.load(sum_squares + row) + tl.sum(grad * grad) / dim
         value = tl.load(target, mask=inside, other=0.0).to(tl.float32)
         tl.store(sum_squares + row, total)
