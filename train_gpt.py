@@ -85,7 +85,6 @@ class Layer:
     """One row of the layer plan. Layers are named by their number, from 0."""
 
     window: str  # short, long (with the partial key offset), or none: no attention, an MLP alone
-    paired: bool  # heads 2j and 2j + 1 interleaved into one stream of twice the positions
     value_table: int | None  # value embedding added to v
     xsa: bool  # takes out of a head's output what lies along the token's own value
     head_gate: bool  # scales each head's output per token
@@ -105,18 +104,18 @@ SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning 
     Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_LAYERS = (
-    #     window   paired  value  xsa    head_gate  skip_from  attend_from
-    Layer("short", True,   None,  False, False,     None,      None),  # 0
-    Layer("short", False,  0,     True,  False,     None,      None),  # 1
-    Layer("short", True,   1,     False, False,     None,      None),  # 2
-    Layer("long",  False,  None,  True,  True,      None,      None),  # 3
-    Layer("short", False,  None,  True,  False,     None,      None),  # 4
-    Layer("short", True,   None,  False, False,     None,      None),  # 5
-    Layer("none",  False,  None,  False, False,     3,         None),  # 6
-    Layer("short", False,  None,  True,  False,     None,      None),  # 7
-    Layer("short", False,  2,     False, False,     None,      7),     # 8
-    Layer("short", True,   3,     False, False,     None,      7),     # 9
-    Layer("long",  False,  4,     False, True,      None,      7),     # 10, with the dynamic skips
+    #     window   value  xsa    head_gate  skip_from  attend_from
+    Layer("short", None,  False, False,     None,      None),  # 0
+    Layer("short", 0,     True,  False,     None,      None),  # 1
+    Layer("short", 1,     False, False,     None,      None),  # 2
+    Layer("long",  None,  True,  True,      None,      None),  # 3
+    Layer("short", None,  True,  False,     None,      None),  # 4
+    Layer("short", None,  False, False,     None,      None),  # 5
+    Layer("none",  None,  False, False,     3,         None),  # 6
+    Layer("short", None,  True,  False,     None,      None),  # 7
+    Layer("short", 2,     False, False,     None,      7),     # 8
+    Layer("short", 3,     False, False,     None,      7),     # 9
+    Layer("long",  4,     False, True,      None,      7),     # 10, with the dynamic skips
 )
 TINY_STAGES = (
     Stage(1 / 2,    1_024,    256,    64,  128, 1.00, 0.2, 0.0,  0.1,  0.0, 0.0,  0.0,  0),
@@ -126,12 +125,12 @@ TINY_EXTENSION = (
     Stage(1.0,      1_024,    512,   128,  512, 1.00, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 TINY_LAYERS = (
-    #     window   paired  value  xsa    head_gate  skip_from  attend_from
-    Layer("short", True,   0,     False, False,     None,      None),  # 0
-    Layer("long",  False,  None,  True,  True,      None,      None),  # 1
-    Layer("none",  False,  None,  False, False,     1,         None),  # 2
-    Layer("short", False,  None,  True,  False,     None,      None),  # 3
-    Layer("long",  False,  1,     False, True,      None,      3),     # 4
+    #     window   value  xsa    head_gate  skip_from  attend_from
+    Layer("short", 0,     False, False,     None,      None),  # 0
+    Layer("long",  None,  True,  True,      None,      None),  # 1
+    Layer("none",  None,  False, False,     1,         None),  # 2
+    Layer("short", None,  True,  False,     None,      None),  # 3
+    Layer("long",  1,     False, True,      None,      3),     # 4
 )
 
 # Outputs of the two dynamic MLPs, name: (width, start). "first" is the residual stream entering
@@ -403,16 +402,12 @@ def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
                 source is None or 0 <= source < i,
                 f"--layers: {name} of layer {i} is no earlier one",
             )
-        extras = row.paired or row.xsa or row.head_gate or row.value_table is not None
+        extras = row.xsa or row.head_gate or row.value_table is not None
         extras = extras or row.attend_from is not None or i == 0  # whose gates start the stream
         require(
             not (row.window == "none" and extras),
             f"--layers: layer {i} has window none, but what only attention can have, or is the "
             "first: give it a window",
-        )
-        require(
-            not (row.paired and (row.xsa or row.head_gate)),
-            f"--layers: layer {i} is paired and gated",
         )
     tables = sorted({row.value_table for row in layers} - {None})
     numbered = tables == list(range(len(tables))) and len(tables) > 0
@@ -420,7 +415,7 @@ def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
     for name in ("skip_from", "attend_from"):
         sources = {getattr(row, name) for row in layers} - {None}
         require(len(sources) == 1, f"--layers: {name} names {len(sources)} layers, not one")
-    complete = last.window == "long" and last.head_gate and not last.paired and not last.xsa
+    complete = last.window == "long" and last.head_gate and not last.xsa
     complete = complete and last.value_table is not None and last.attend_from is not None
     require(
         complete, "--layers: the last one must be long, with value table, head gate and attend_from"
@@ -980,16 +975,6 @@ def shift(x: Tensor) -> Tensor:
     return torch.cat([x[:1], x[:-1]])
 
 
-def pair_heads(x: Tensor) -> Tensor:
-    """(T, heads, head_dim) to (2T, heads / 2, head_dim): heads 2j and 2j + 1 take turns."""
-    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
-
-
-def unpair_heads(x: Tensor) -> Tensor:
-    """The inverse of pair_heads."""
-    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
-
-
 # --- Around attention -----------------------------------------------------------------------------
 
 TILE_TOKENS = 16  # a program: half a head of 128 is a 16-byte load for each thread of 4 warps
@@ -998,12 +983,12 @@ FP8_TILE = 64, 8  # tokens and warps: a transposed row is two sectors of memory
 
 def plain_prepare_qkv(
     x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
-    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], paired: bool,
-    key_offset: bool, head_dim: int,
+    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], key_offset: bool,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries, keys and values, (T, heads, head_dim) or as pair_heads makes them, of the normed
-    stream x (T, dim) and the weights w_qkv (3 dim, dim); and, for the backward, their product.
-    What follows the product is computed in fp32; results are in x's dtype.
+    """Queries, keys and values, (T, heads, head_dim), of the normed stream x (T, dim) and the
+    weights w_qkv (3 dim, dim); and, for the backward, their product. What follows the product is
+    computed in fp32; results are in x's dtype.
 
     scale: fp32 scalar on the product. cos, sin: (positions, 1, head_dim / 4) fp32. value (T, dim),
     its rows any stride apart, is added to the values times value_share (T, heads) fp32, extra_value
@@ -1018,8 +1003,6 @@ def plain_prepare_qkv(
         v = v + value_share[:, :, None] * value.view_as(v)
     if extra_value is not None:
         v = v + extra_value.view_as(v)
-    if paired:
-        q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
     q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     return q.type_as(x), k.type_as(x), v.type_as(x).contiguous(), qkv
 
@@ -1059,8 +1042,8 @@ def _norm_gradient(d_turned, d_still, turned, still, scale, gain):
 @triton.jit
 def _prepare_qkv_kernel(
     qkv, scale, cos, sin, value, value_share, extra_value, q, k, v, num_tokens, value_stride,
-    share_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRED: tl.constexpr,
-    KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
+    share_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -1069,14 +1052,11 @@ def _prepare_qkv_kernel(
     in_row = tokens < num_tokens
     mask, row = in_row[:, None], tokens[:, None]
     lanes, columns = tl.arange(0, HALF)[None, :], tl.arange(0, HEAD_DIM)[None, :]
-    slot, position = head, row  # of the head in its token's output, of the angle
-    if PAIRED:
-        slot, position = head % 2 * (HEADS // 2) + head // 2, 2 * row + head % 2
 
     inputs = row * (3 * DIM) + head * HEAD_DIM + lanes
     q_turned, q_still = _load_halves(qkv, inputs, mask, HALF)
     k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
-    angles = position * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
+    angles = row * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
     cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
     sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
     factor = tl.load(scale)
@@ -1089,9 +1069,9 @@ def _prepare_qkv_kernel(
     if extra_value is not None:
         inputs = row * DIM + head * HEAD_DIM + columns
         v_tile += tl.load(extra_value + inputs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(v + row * DIM + slot * HEAD_DIM + columns, v_tile, mask=mask)
+    tl.store(v + row * DIM + head * HEAD_DIM + columns, v_tile, mask=mask)
 
-    outputs = row * DIM + slot * HEAD_DIM + lanes
+    outputs = row * DIM + head * HEAD_DIM + lanes
     norm = _norm_factor(q_turned, q_still, factor)
     tl.store(q + outputs, _turn(norm * q_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
     tl.store(q + outputs + HALF, norm * q_still, mask=mask)
@@ -1124,8 +1104,7 @@ def _store_gradient(turned, still, column, target, WIDTH: tl.constexpr, LIMIT: t
 def _prepare_qkv_backward_kernel(
     dq, dk, dv, qkv, scale, cos, sin, value, value_share, dqkv, dqkv_t, unit, largest, dscale,
     dvalue, dvalue_share, num_tokens, value_stride, share_stride, HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr,
-    TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -1134,15 +1113,12 @@ def _prepare_qkv_backward_kernel(
     in_row = tokens < num_tokens
     mask, row = in_row[:, None], tokens[:, None]
     lanes = tl.arange(0, HALF)[None, :]
-    slot, position = head, row
-    if PAIRED:
-        slot, position = head % 2 * (HEADS // 2) + head // 2, 2 * row + head % 2
 
     factor, inverse = tl.load(scale), 1.0
     if dqkv_t is not None:
         inverse = 1 / tl.load(unit)
     column, target = head * HEAD_DIM + lanes, (dqkv, dqkv_t, row, mask, num_tokens)
-    grads, inputs = row * DIM + slot * HEAD_DIM + lanes, row * (3 * DIM) + column
+    grads, inputs = row * DIM + column, row * (3 * DIM) + column
     low, high = _load_halves(dv, grads, mask, HALF)
     v_low, v_high = _load_halves(qkv + 2 * DIM, inputs, mask, HALF)
     d_low, d_high = (factor * inverse) * low, (factor * inverse) * high
@@ -1153,11 +1129,11 @@ def _prepare_qkv_backward_kernel(
         share = tl.load(value_share + tokens * share_stride + head, mask=in_row, other=0.0)
         v_low, v_high = _load_halves(value, row * value_stride + column, mask, HALF)
         dshare = tl.sum(low * v_low + high * v_high, 1)
-        tl.store(dvalue + row * DIM + column, share[:, None] * low, mask=mask)
-        tl.store(dvalue + row * DIM + column + HALF, share[:, None] * high, mask=mask)
+        tl.store(dvalue + grads, share[:, None] * low, mask=mask)
+        tl.store(dvalue + grads + HALF, share[:, None] * high, mask=mask)
         tl.store(dvalue_share + tokens * HEADS + head, dshare, mask=in_row)
 
-    angles = position * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
+    angles = row * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
     cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
     sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
     d_turned, d_still = _load_halves(dq, grads, mask, HALF)
@@ -1182,8 +1158,8 @@ def _prepare_qkv_backward_kernel(
 @fused_op(plain_prepare_qkv)
 def prepare_qkv(
     x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
-    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], paired: bool,
-    key_offset: bool, head_dim: int,
+    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], key_offset: bool,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if fp8:
         copies = QkvFp8(*fp8)
@@ -1191,19 +1167,17 @@ def prepare_qkv(
     else:
         qkv = x @ w_qkv.mT
     num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
-    shape = (2 * num_tokens, heads // 2, head_dim) if paired else (num_tokens, heads, head_dim)
-    q, k, v = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    q, k, v = (qkv.new_empty(num_tokens, heads, head_dim) for _ in range(3))
     _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
         qkv, scale, cos, sin, value, value_share, packed(extra_value), q, k, v, num_tokens,
-        row_stride(value), row_stride(value_share), heads, head_dim, paired, key_offset,
-        TILE_TOKENS,
+        row_stride(value), row_stride(value_share), heads, head_dim, key_offset, TILE_TOKENS,
     )  # fmt: skip
     return q, k, v, qkv
 
 
 def product_gradient(
     grads: Sequence[Tensor], qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor
-    | None, value_share: Tensor | None, options: tuple[bool, bool, int], dtype: torch.dtype,
+    | None, value_share: Tensor | None, options: tuple[bool, int], dtype: torch.dtype,
     unit: Tensor | None = None, largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the product qkv, in dtype, and of scale, value and value_share, the last two
@@ -1213,7 +1187,7 @@ def product_gradient(
     The norm takes scale out of q and k again, so its gradient comes from v alone: what q and k
     would add is EPS / (mean square of the scaled head) of the size of their own terms.
     """
-    paired, key_offset, head_dim = options
+    key_offset, head_dim = options
     num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
     tile, num_warps = (TILE_TOKENS, 4) if unit is None else FP8_TILE
     tiles = triton.cdiv(num_tokens, tile)
@@ -1224,7 +1198,7 @@ def product_gradient(
     _prepare_qkv_backward_kernel[heads, tiles](
         *map(packed, grads), qkv, scale, cos, sin, value, value_share, dqkv, dqkv_t, unit, largest,
         partial, dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share),
-        heads, head_dim, paired, key_offset, torch.finfo(dtype).max, tile, num_warps=num_warps,
+        heads, head_dim, key_offset, torch.finfo(dtype).max, tile, num_warps=num_warps,
     )  # fmt: skip
     return dqkv, dqkv_t, partial.sum().view_as(scale), dvalue, dvalue_share
 
@@ -1238,10 +1212,10 @@ def product_gradient(
 def prepare_qkv_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_qkv: Tensor, qkv: Tensor, scale: Tensor,
     cos: Tensor, sin: Tensor, value: Tensor | None, value_share: Tensor | None, fp8: list[Tensor],
-    largest: Tensor | None, paired: bool, key_offset: bool, head_dim: int,
+    largest: Tensor | None, key_offset: bool, head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w_qkv, scale, value and value_share. fp8: QkvFp8 but its x and largest."""
-    inputs = (dq, dk, dv), qkv, scale, cos, sin, value, value_share, (paired, key_offset, head_dim)
+    inputs = (dq, dk, dv), qkv, scale, cos, sin, value, value_share, (key_offset, head_dim)
     if not fp8:
         dqkv, _, *others = product_gradient(*inputs, qkv.dtype)
         return dqkv @ w_qkv, dqkv.mT @ x, *others
@@ -1255,7 +1229,7 @@ def prepare_qkv_backward(
 
 
 def _prepare_qkv_context(ctx, inputs, output):
-    *tensors, extra_value, fp8, ctx.paired, ctx.key_offset, ctx.head_dim = inputs
+    *tensors, extra_value, fp8, ctx.key_offset, ctx.head_dim = inputs
     ctx.save_for_backward(*tensors[:2], output[3], *tensors[2:], *fp8[1:-1])
     ctx.largest, ctx.fp8_count = (fp8 or [None])[-1], len(fp8)
     ctx.extra = extra_value is not None
@@ -1263,22 +1237,16 @@ def _prepare_qkv_context(ctx, inputs, output):
 
 
 def _prepare_qkv_gradients(ctx, dq, dk, dv, _):
-    options = ctx.largest, ctx.paired, ctx.key_offset, ctx.head_dim
+    options = ctx.largest, ctx.key_offset, ctx.head_dim
     tensors, fp8 = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
     dx, dw, dscale, *d_value = prepare_qkv_backward(dq, dk, dv, *tensors, fp8, *options)
     if tensors[-1] is None:
         d_value = None, None
-    d_extra = (unpair_heads(dv) if ctx.paired else dv).flatten(1) if ctx.extra else None
-    return dx, dw, dscale, None, None, *d_value, d_extra, [None] * ctx.fp8_count, None, None, None
+    d_extra = dv.flatten(1) if ctx.extra else None
+    return dx, dw, dscale, None, None, *d_value, d_extra, [None] * ctx.fp8_count, None, None
 
 
 prepare_qkv.register_autograd(_prepare_qkv_gradients, setup_context=_prepare_qkv_context)
-
-
-def paired_columns(weights: Tensor, head_dim: int) -> Tensor:
-    """W_o (rows, dim) with its columns in the order in which a paired y, viewed as (T, dim), has
-    the heads of a token: a copy of the small operand in place of unpair_heads on the large one."""
-    return weights.unflatten(1, (-1, 2, head_dim)).transpose(1, 2).flatten(1)
 
 
 def plain_finish_attention(
@@ -2565,7 +2533,7 @@ class GPT(nn.Module):
         config = self.config
         stages = (*config.stages, *config.extension)
         longest = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
-        positions = 2 * max(longest, config.val_row_tokens)  # paired heads use two a token
+        positions = max(longest, config.val_row_tokens)
         windows = [stage.window_long for stage in stages] + [config.final_window_long]
         frequencies, scale = rotary_frequencies(config.head_dim), config.attention_scale
         tables = {windows[0]: (*rotary_tables(frequencies, positions, device), scale)}
@@ -2722,15 +2690,11 @@ class GPT(nn.Module):
             )
         *turns, scale = self.rotary[windows.long]
         window = windows.long if row.window == "long" else windows.short
-        copies = 2 if row.paired else 1  # positions a token
-        turns = (table[: len(normed) * copies] for table in turns)
+        turns = (table[: len(normed)] for table in turns)
         values = value, value_share, extra_value
-        options = fp8, row.paired, row.window == "long", config.head_dim
+        options = fp8, row.window == "long", config.head_dim
         q, k, v, _ = prepare_qkv(normed, w_qkv, small["attention_in"][i], *turns, *values, *options)
-        documents = batch.cu_seqlens * copies, batch.max_seq_len * copies
-        y = attention(q, k, v, *documents, window, scale, self.backend)
-        if row.paired:
-            return F.linear(y.reshape(normed.shape), paired_columns(w_o, config.head_dim))
+        y = attention(q, k, v, batch.cu_seqlens, batch.max_seq_len, window, scale, self.backend)
         alpha, head_gate = gates.get(f"xsa {i}"), gates.get(f"head {i}")
         if alpha is not None or head_gate is not None:
             v = None if alpha is None else v
@@ -4425,7 +4389,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         description=__doc__.split("\n")[0],
         epilog="Tables are rows of colon-separated fields with commas between the rows: a stage is "
         "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer "
-        "short:true:none:false:false:none:none",
+        "short:none:false:false:none:none",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -273,7 +273,7 @@ class Row:
 
     def prepare_qkv(self) -> Iterator[Case]:
         frequencies = train_gpt.rotary_frequencies(HEAD_DIM)
-        angles = train_gpt.rotary_tables(frequencies, 2 * self.T, self.device)
+        tables = train_gpt.rotary_tables(frequencies, self.T, self.device)
         w_qkv = self.random(3 * DIM, DIM, std=0.02, grad=True)
         inputs = [self.wide(), w_qkv, torch.ones((), device=self.device, requires_grad=True)]
         value = [self.wide(), self.wide(HEADS, FP32)]
@@ -285,36 +285,33 @@ class Row:
         forward = [(1, self.T, 3 * DIM, DIM)]
         backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
         for kind, more, own in (
-            ("bf16", [], []), ("fp8", [], fp8), ("fp8, paired + value", value, fp8),
+            ("bf16", [], []), ("fp8", [], fp8), ("fp8, value", value, fp8),
             ("fp8, key offset", [], fp8),
         ):  # fmt: skip
-            positions = 2 * self.T if more else self.T
 
-            def call(op, *x, kind=kind, positions=positions, own=own):
-                tables, options = (x[:positions] for x in angles), (bool(x[3:]), "key" in kind)
+            def call(op, *x, kind=kind, own=own):
                 values = *(x[3:] or (None, None)), None
-                return op(*x[:3], *tables, *values, own, *options, HEAD_DIM)[:3]
+                return op(*x[:3], *tables, *values, own, "key" in kind, HEAD_DIM)[:3]
 
             needs = {"forward": Need(products=forward, dtype=E4M3 if own else BF16)}
             needs["backward"] = Need(products=backward, dtype=E4M3 if own else BF16)
             yield Case(f"prepare_qkv, {kind}", inputs + more, call, **needs)
 
-    def heads(self, window: int, copies: int = 1) -> tuple[list[Tensor], dict[str, Need]]:
+    def heads(self, window: int) -> tuple[list[Tensor], dict[str, Need]]:
         """Queries, keys and values, and what attention to them needs."""
-        shape = self.T * copies, HEADS // copies, HEAD_DIM
+        shape = self.T, HEADS, HEAD_DIM
         inputs = [F.rms_norm(self.random(*shape), (HEAD_DIM,)).requires_grad_() for _ in range(3)]
         ends = torch.cat([self.batch.cu_seqlens.cpu().long(), torch.tensor([self.T])])
-        position = torch.cat([torch.arange(n) for n in (copies * ends.diff()).tolist()])
-        pairs = int(position.clamp_max(window).sum()) + copies * self.T  # of a head
-        flops = 4 * pairs * DIM // copies
+        position = torch.cat([torch.arange(n) for n in ends.diff().tolist()])
+        pairs = int(position.clamp_max(window).sum()) + self.T  # of a head
+        flops = 4 * pairs * DIM
         needs = {"forward": Need(4 * self.stream, flops)}
         return inputs, needs | {"backward": Need(8 * self.stream, 2.5 * flops)}
 
     def attention(self) -> Iterator[Case]:
-        short, long = self.stage.window_short, self.stage.window_long
-        for kind, window, copies in ("short", short, 1), ("long", long, 1), ("paired", short, 2):
-            documents = self.batch.cu_seqlens * copies, self.batch.max_seq_len * copies
-            inputs, needs = self.heads(window, copies)
+        documents = self.batch.cu_seqlens, self.batch.max_seq_len
+        for kind, window in ("short", self.stage.window_short), ("long", self.stage.window_long):
+            inputs, needs = self.heads(window)
             numbers = *documents, window, CONFIG.attention_scale
 
             def call(backend, *x, numbers=numbers):

@@ -189,22 +189,22 @@ def test_sums_that_share_sources_add_up_their_gradients(tokens, dim):
 def prepare_inputs(case: tuple) -> list:
     """With the strides of the model: value and its share are slices."""
     tokens, heads, head_dim, present = case
-    dim, positions = heads * head_dim, tokens * (2 if "paired" in present else 1)
-    cos, sin = rotary_tables(rotary_frequencies(head_dim), positions + 3, DEVICE)
+    dim = heads * head_dim
+    cos, sin = rotary_tables(rotary_frequencies(head_dim), tokens + 3, DEVICE)
     value, share = random(tokens, 3, dim).unbind(1)[1], single(tokens, heads + 5)[:, 3 : 3 + heads]
     values = (value, share) if "value" in present else (None, None)
     extra = random(tokens, dim) if "extra" in present else None
     inputs = [random(tokens, dim), random(3 * dim, dim, std=dim**-0.5)]
-    inputs += [torch.tensor(0.7, device=DEVICE), cos[:positions], sin[:positions], *values, extra]
-    return [*inputs, [], "paired" in present, "offset" in present, head_dim]
+    inputs += [torch.tensor(0.7, device=DEVICE), cos[:tokens], sin[:tokens], *values, extra]
+    return [*inputs, [], "offset" in present, head_dim]
 
 
 # tokens, heads, head_dim, what is there
-PREPARE = [(37, 4, 16, ""), (33, 4, 16, "value paired"), (21, 6, 32, "value")]
+PREPARE = [(37, 4, 16, ""), (33, 4, 16, "offset"), (21, 6, 32, "value")]
 PREPARE += [(32, 6, 16, "value extra offset"), (1, 2, 8, "value extra offset")]
-PREPARE += [(17, 4, 16, "extra paired offset")]  # nothing in the layer plan, but well defined
-REAL_PREPARE = [(16384, 6, 128, "paired"), (32768, 6, 128, "value paired")]
-REAL_PREPARE += [(49152, 6, 128, "value"), (16391, 6, 128, "value extra offset")]
+PREPARE += [(17, 4, 16, "extra offset")]  # nothing in the layer plan, but well defined
+REAL_PREPARE = [(16384, 6, 128, ""), (32768, 6, 128, "value")]
+REAL_PREPARE += [(49152, 6, 128, "offset"), (16391, 6, 128, "value extra offset")]
 
 
 @pytest.mark.parametrize("case", cases(zip(PREPARE), zip(REAL_PREPARE)))
@@ -463,8 +463,8 @@ def test_gradient_of_the_qkv_product_both_ways_round(case):
     """As the products in fp8 read it, saturated; in the interpreter to fp32, as its casts to fp8
     are not torch's."""
     inputs, dtype = prepare_inputs(case), E4M3 if GPU else torch.float32
-    x, w_qkv, *others, _, _, paired, offset, head_dim = inputs
-    qkv, arguments = x @ w_qkv.T, (*others, (paired, offset, head_dim))
+    x, w_qkv, *others, _, _, offset, head_dim = inputs
+    qkv, arguments = x @ w_qkv.T, (*others, (offset, head_dim))
     outputs = TWINS["prepare_qkv"](*inputs)[:3]
     grads = [random(*x.shape) for x in outputs]
     unit, largest = unit_of(1 / 16), torch.zeros(1, device=DEVICE)

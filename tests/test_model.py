@@ -202,8 +202,7 @@ def test_key_offset_lets_the_state_before_a_document_in_behind_its_first_positio
 @pytest.mark.parametrize(
     ("layer", "windows", "reach"),
     [
-        (0, Windows(8, 270), 4),  # paired heads: half of it
-        (0, Windows(9, 270), 5),
+        (0, Windows(8, 270), 8),
         (3, Windows(5, 270), 5),
         (1, Windows(5, 270), 271),  # the key offset adds one
         (4, Windows(5, 270), 271),

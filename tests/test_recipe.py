@@ -33,7 +33,6 @@ from train_gpt import (
     Optimizer,
     UserError,
     Windows,
-    apply_rotary,
     combine,
     draw_columns,
     finish_attention,
@@ -41,16 +40,10 @@ from train_gpt import (
     gate_mlp,
     head_loss,
     next_token_loss,
-    pair_heads,
-    paired_columns,
-    plain_attention,
     prepare_qkv,
     read_prefixes,
-    rotary_frequencies,
-    rotary_tables,
     shift,
     small_params,
-    unpair_heads,
     yarn,
 )
 
@@ -143,7 +136,7 @@ def test_yarn_is_its_formula(old, new):
 
 
 def test_rotary_of_every_stage_chains_the_window_changes(runtime):
-    """Tables and scale for each long window, as long as paired heads need them."""
+    """Tables and scale for each long window, as long as the longest rows need them."""
     shrunk = {"model_dim": 48, "head_dim": 8, "mlp_dim": 16, "gate_dim": 8}
     stages = PRESETS["speedrun"].stages
     config = tiny_config(**shrunk, stages=stages, final_window_long=2560, rows_per_step=512)
@@ -154,7 +147,7 @@ def test_rotary_of_every_stage_chains_the_window_changes(runtime):
     for long, (cos, sin, scale) in model.rotary.items():
         frequencies, expected_scale = rotary_and_scale(model, long)
         angles = torch.arange(len(cos))[:, None] * frequencies
-        assert len(cos) == 2 * 262_144 // 512
+        assert len(cos) == 262_144 // 512
         close(cos[:, 0], angles.cos(), atol=1e-6)
         close(sin[:, 0], angles.sin(), atol=1e-6)
         assert scale == pytest.approx(expected_scale)
@@ -170,19 +163,17 @@ def prepared(model: GPT, n: Tensor, layer: int, **changes: object) -> tuple[Tens
     """Queries, keys and values of a layer of the tiny plan from its normed input, without value
     embeddings unless given."""
     row = model.config.layers[layer]
-    positions = len(n) * (2 if row.paired else 1)
     cos, sin, _ = model.rotary[24]
     arguments = {
         "x": n,
         "w_qkv": model.attention_weights[layer][0],
         "scale": model.unpack_small()["attention_in"][layer],
-        "cos": cos[:positions],
-        "sin": sin[:positions],
+        "cos": cos[: len(n)],
+        "sin": sin[: len(n)],
         "value": None,
         "value_share": None,
         "extra_value": None,
         "fp8": [],
-        "paired": row.paired,
         "key_offset": row.window == "long",
         "head_dim": model.config.head_dim,
     }
@@ -224,78 +215,6 @@ def test_queries_keys_values_head_by_head(runtime):
         close(v[:, h], scale * n @ weights[64:96][rows].T)
 
 
-# Paired heads ------------------------------------------------------------------------------------
-
-
-def test_pairing_takes_turns_and_is_undone():
-    x = gaussian(10, 6, 8)
-    paired = pair_heads(x)
-    assert paired.shape == (20, 3, 8)
-    for t in range(10):
-        for h in range(6):
-            assert torch.equal(paired[2 * t + h % 2, h // 2], x[t, h])
-    assert torch.equal(unpair_heads(paired), x)
-
-
-@pytest.mark.parametrize("window", [0, 1, 2, 7, 8, 100])
-def test_paired_heads_are_attention_over_an_interleaved_stream(window):
-    """Query by query: head h at token t is position 2t + h mod 2; it sees `window` positions back
-    of both heads, in its own document, and turns by its own position."""
-    lengths, heads, head_dim = [1, 13, 2, 14], 4, 8
-    num_tokens, starts = sum(lengths), np.cumsum([0, *lengths])
-    q, k, v = (gaussian(num_tokens, heads, head_dim, seed=seed) for seed in range(3))
-    cos, sin = rotary_tables(rotary_frequencies(head_dim), 2 * num_tokens, CPU)
-    turned = [apply_rotary(pair_heads(z.float()), cos, sin) for z in (q, k)]
-    cu_seqlens = torch.tensor([*starts, num_tokens], dtype=torch.int32) * 2
-    value = plain_attention(*turned, pair_heads(v.float()), cu_seqlens, window, 0.5)
-    value = unpair_heads(value)
-
-    def turn(x: Tensor, position: int) -> Tensor:
-        x = x.clone()
-        for i, frequency in enumerate((1.0, 1 / 1024)):
-            c, s = math.cos(position * frequency), math.sin(position * frequency)
-            a, b = x[2 * i].item(), x[2 * i + 1].item()
-            x[2 * i], x[2 * i + 1] = a * c - b * s, a * s + b * c
-        return x
-
-    for t in range(num_tokens):
-        first = max(start for start in starts if start <= t)
-        for h in range(heads):
-            own = 2 * t + h % 2
-            scores, seen = [], []
-            for s in range(first, t + 1):
-                for g in (h - h % 2, h - h % 2 + 1):
-                    position = 2 * s + g % 2
-                    if own - window <= position <= own:
-                        scores.append(0.5 * (turn(q[t, h], own) @ turn(k[s, g], position)))
-                        seen.append(v[s, g])
-            weights = torch.stack(scores).softmax(dim=0)
-            close(value[t, h], weights @ torch.stack(seen))
-
-
-def test_paired_layer_turns_by_twice_the_position(runtime):
-    model, n = trained_like(tiny_config(), runtime), rms(gaussian(12, 32)).float()
-    q, k, v = prepared(model, n, 0)
-    cos, sin, _ = model.rotary[24]
-    plain = prepared(model, n, 0, paired=False, cos=torch.ones(12, 1, 2), sin=torch.zeros(12, 1, 2))
-    for z, unturned in (q, plain[0]), (k, plain[1]):
-        assert torch.equal(z, apply_rotary(pair_heads(unturned), cos[:24], sin[:24]))
-    assert torch.equal(v, pair_heads(plain[2]))
-
-
-def test_paired_layer_projects_what_unpairing_gives(runtime, monkeypatch):
-    """Though the columns of W_o are moved in its stead."""
-    model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
-    attended, normed = recorded(monkeypatch, "attention"), gaussian(64, 32).float()
-    with torch.no_grad():
-        value = model.attend(0, normed, None, None, None, {}, batch, WINDOWS, [])
-    ((_, y),) = attended
-    y, w_o = y.double(), model.attention_bank[0, 96:].double()
-    expected = unpair_heads(y).flatten(1) @ w_o.T
-    close(value, expected, atol=1e-4)
-    close(y.view(64, 32) @ paired_columns(w_o, 8).T, expected)
-
-
 # Value embeddings --------------------------------------------------------------------------------
 
 
@@ -307,7 +226,7 @@ def test_value_embedding_with_a_gate_from_twelve_features(runtime, monkeypatch):
     model.attend(0, n, value, None, None, {}, batch, WINDOWS, [])
     ((_, (_, _, v, _)),) = calls
     without = prepared(model, n, 0)[2]
-    difference = unpair_heads(v - without).double()
+    difference = (v - without).double()
     for t in range(64):
         for h in range(4):
             dot = (n[t, :6] * weights[h, :6]).sum() + (value[t, :6] * weights[h, 6:]).sum()

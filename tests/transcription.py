@@ -66,11 +66,6 @@ def probabilities(q: Tensor, k: Tensor, document: Tensor, window: int, scale: fl
     return (q @ k.T * scale).masked_fill(~visible, -math.inf).softmax(dim=1)
 
 
-def alternate(a: Tensor, b: Tensor) -> Tensor:
-    """Rows a0, b0, a1, b1, …"""
-    return torch.stack([a, b], dim=1).flatten(0, 1)
-
-
 def documents_of(batch: Batch) -> Tensor:
     document = torch.zeros(len(batch.tokens), dtype=torch.long)
     for start in batch.cu_seqlens.tolist()[1:]:
@@ -189,20 +184,10 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
                     v_h = v_h + extra[:, q_rows]
                 v.append(v_h)
 
-            y = []
-            if row.paired:
-                for h in range(0, num_heads, 2):
-                    q2, k2, v2 = (alternate(z[h], z[h + 1]) for z in (q, k, v))
-                    q2, k2 = rotate(q2, frequencies), rotate(k2, frequencies)
-                    doubled = alternate(document, document)
-                    stream = probabilities(q2, k2, doubled, window, scale) @ v2
-                    y += [stream[0::2], stream[1::2]]
-            else:
-                q, k = ([rotate(head, frequencies) for head in z] for z in (q, k))
-                y = [
-                    probabilities(q[h], k[h], document, window, scale) @ v[h]
-                    for h in range(num_heads)
-                ]
+            q, k = ([rotate(head, frequencies) for head in z] for z in (q, k))
+            y = [
+                probabilities(q[h], k[h], document, window, scale) @ v[h] for h in range(num_heads)
+            ]
             if row.xsa:
                 for h in range(num_heads):
                     along = (y[h] * v[h]).sum(1) / (v[h] * v[h]).sum(1)
