@@ -193,7 +193,6 @@ class Config:
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
     final_window_long: int = 2560  # long window of the final validation
     rows_per_step: int = 8  # rows a step is cut in: one a GPU and micro-step
-    tied_share: float = 2 / 3  # share of num_steps in which embedding and head are one matrix
     prefix_file: str = "data/gpt2_prefix_tokens.npy"  # prefix token of every token
     stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
     # Optimizer
@@ -2445,7 +2444,6 @@ class GPT(nn.Module):
         self.attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
         self.small_layout = small_params(config)
         self.gate_layouts = gate_layouts(config)
-        self.tied = True  # the head is also the embedding; Optimizer.split_embedding ends it
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -2456,8 +2454,7 @@ class GPT(nn.Module):
 
         self.attention_bank = bank(len(self.attention_layers), 4 * dim)  # rows of q, k, v, o
         self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2
-        self.head = zeros(vocab, dim)
-        self.embed = zeros(vocab, dim)
+        self.head = zeros(vocab, dim)  # and the embedding
         # one table behind the other, the last for the tokens that matches foretell
         num_tables = config.num_value_tables + bool(config.match_orders)
         self.value_embed = zeros(num_tables * vocab, dim)
@@ -2509,7 +2506,6 @@ class GPT(nn.Module):
         uniform_(self.attention_bank[: len(self.attention_layers)])
         uniform_(self.mlp_bank[: len(config.layers)])  # W_2 stays zero
         self.head.normal_(0, 0.005, generator=generator)
-        self.embed.copy_(self.head)
         self.value_embed.normal_(0, 0.01, generator=generator)
         for name, weights in self.unpack_small().items():
             start = self.small_layout[name].start
@@ -2561,9 +2557,8 @@ class GPT(nn.Module):
                     order = sort_rows(rows)
             return TableRows.apply(rows, order, *tables)
 
-        embed = self.head if self.tied else self.embed
         tables = self.value_tables[: self.config.num_value_tables]
-        embedded, *values = read([embed, *tables], tokens)
+        embedded, *values = read([self.head, *tables], tokens)
         ngrams = NgramRows.apply(embedded, tokens, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
@@ -2771,9 +2766,9 @@ class ParamGroup:
     weight_decay: float = 1.0  # multiplier
     betas: tuple[float, float] = (0.9, 0.99)  # Adam only
 
-    def is_due(self, step: int, tied: bool) -> bool:
-        """Whether this step ends with an update of it; tied: embedding and head are one matrix."""
-        return (step + 1) % self.every == 0 and not (tied and self.name == "embed")
+    def is_due(self, step: int) -> bool:
+        """Whether this step ends with an update of it."""
+        return (step + 1) % self.every == 0
 
 
 # fmt: off
@@ -2784,7 +2779,6 @@ PARAM_GROUPS = (
     ParamGroup("value_embed",    "adam",    True,    2,     75.0,   5.0,        (0.75, 0.95)),
     ParamGroup("mlp_bank",       "normuon", True,    1),
     ParamGroup("head",           "adam",    True,    2,      1.0, 150.0,        (0.50, 0.95)),
-    ParamGroup("embed",          "adam",    True,    2,      1.0, 150.0,        (0.50, 0.95)),
     ParamGroup("attention_bank", "normuon", True,    1),
     ParamGroup("small",          "adam",    False,   2),  # numbers are in small_params
 )
@@ -3253,20 +3247,6 @@ class Optimizer:
             ParamState(group, params[group.name], config, runtime) for group in PARAM_GROUPS
         ]
 
-    @torch.no_grad()
-    def split_embedding(self) -> None:
-        """Make the embedding a matrix of its own, which starts as the head, Adam state included."""
-        head, embed = (
-            next(state for state in self.states if state.group.name == name)
-            for name in ("head", "embed")
-        )
-        embed.param.copy_(head.param)
-        # The head's gradient so far is also the embedding's: the update due next takes it for both.
-        embed.param.grad.copy_(head.param.grad)
-        for mine, heads in zip(embed.tensors(), head.tensors()):
-            mine.copy_(heads)
-        self.model.tied = False
-
     def tensors(self) -> list[Tensor]:
         """Every tensor a step changes, parameters and n-grams left out."""
         return [tensor for state in self.states for tensor in state.tensors()]
@@ -3275,7 +3255,7 @@ class Optimizer:
     def step(self, step: int, lr_scale: float, momentum: float) -> None:
         """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2
         keep theirs on even steps and are updated on odd ones."""
-        due = [state for state in self.states if state.group.is_due(step, self.model.tied)]
+        due = [state for state in self.states if state.group.is_due(step)]
         reductions = [self._launch_reduction(state) for state in due]
         # while these travel
         self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
@@ -3343,7 +3323,6 @@ class Optimizer:
 def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
     """At the end put every weight and optimizer state back, bit for bit, drop the gradients, forget
     what was read, and empty the table of n-grams."""
-    tied = model.tied
     tensors = [param.detach() for param in model.parameters()] + optimizer.tensors()
     copies = [tensor.clone() for tensor in tensors]
     try:
@@ -3353,7 +3332,6 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
             tensor.copy_(copy)
         for param in model.parameters():
             param.grad.zero_()
-        model.tied = tied
         if model.matches is not None:
             model.matches.fill_(-1)
         model.ngrams.reset()
@@ -3657,7 +3635,6 @@ class StepPlan:
     stage: Stage
     lr_scale: float
     momentum: float
-    tied: bool  # embedding and head are one matrix
 
     @property
     def windows(self) -> Windows:
@@ -3665,9 +3642,8 @@ class StepPlan:
 
     def describe(self) -> str:
         """What tells its rows from others of their length."""
-        head = "tied" if self.tied else "untied"
         columns = f", {self.stage.columns:,} columns" if self.stage.columns else ""
-        return f"{self.windows}, head {head}{columns}"
+        return f"{self.windows}{columns}"
 
 
 class Schedule:
@@ -3706,8 +3682,7 @@ class Schedule:
         )
 
     def __getitem__(self, step: int) -> StepPlan:
-        tied = step < round(self.config.tied_share * self.config.num_steps)
-        return StepPlan(self.stage(step), self.lr_scale(step), self.momentum(step), tied)
+        return StepPlan(self.stage(step), self.lr_scale(step), self.momentum(step))
 
     def loss_weights(self) -> list[list[float]]:
         """Weights of next, second, third and prefix token for every step, linear in a stage."""
@@ -3827,7 +3802,7 @@ class MicroStep:
     """Forward and backward pass of one row, added to the gradients; on a GPU a CUDA graph.
 
     A replay costs the host one launch in place of a thousand. Every kind of row (length, windows,
-    tied or not) has its graph and its own buffers for inputs; their memory is shared.
+    columns) has its graph and its own buffers for inputs; their memory is shared.
     """
 
     def __init__(self, model: GPT, prefixes: Tensor, config: Config, runtime: Runtime):
@@ -3839,7 +3814,7 @@ class MicroStep:
 
     def kind(self, batch: Batch, windows: Windows, columns: int) -> tuple:
         """What a graph is captured for."""
-        return len(batch.tokens), batch.max_seq_len, windows, columns, self.model.tied
+        return len(batch.tokens), batch.max_seq_len, windows, columns
 
     def compute(
         self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
@@ -3952,9 +3927,7 @@ def prepare(
     for step in range(schedule.end_step):
         plan = schedule[step]
         stage = plan.stage
-        kinds[stage.tokens_per_step, stage.max_seq_len, stage.columns, *plan.windows, plan.tied] = (
-            step
-        )
+        kinds[stage.tokens_per_step, stage.max_seq_len, stage.columns, *plan.windows] = step
     random = np.random.default_rng(runtime.rank)
 
     def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
@@ -3975,9 +3948,6 @@ def prepare(
         for last in sorted(kinds.values(), key=schedule.row_tokens, reverse=True):
             # the longest rows first: the graphs of shorter ones find room in their memory
             plan, num_tokens = schedule[last], schedule.row_tokens(last)
-            if model.tied and not plan.tied:
-                optimizer.split_embedding()
-            model.tied = plan.tied
             batch = random_batch(num_tokens, plan.stage.max_seq_len)
             row = batch, plan.windows, loss_weights[last], plan.stage.columns
             if micro_step.uses_graphs:
@@ -4025,8 +3995,6 @@ def run_step(
     it moves only where matches are noted.
     """
     model, read = micro_step.model, []
-    if model.tied and not plan.tied:
-        optimizer.split_embedding()
     grad_accum_steps = model.config.rows_per_step // runtime.world_size
     train_loss = torch.zeros((), device=runtime.device)
     for _ in range(grad_accum_steps):
@@ -4226,8 +4194,6 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     )
     byte_tokens = bool(((head < 256) | (head == START_TOKEN)).all())
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    if model.tied:
-        weights["embed"] = weights["head"]
     temporary = f"{config.checkpoint}.part"
     try:
         torch.save(
@@ -4277,7 +4243,6 @@ def continue_text(config: Config, runtime: Runtime) -> None:
             )
         rows = min(len(tensor), len(found))
         tensor[:rows] = found[:rows]
-    model.tied = False
 
     ids = byte_token_ids()
     if byte_tokens:

@@ -458,8 +458,6 @@ def micro_steps(bench: Bench, chosen: list[int]) -> None:
     lines = [["tokens", "columns", "micro-step", *groups, IDLE, "optimizer, even", "odd"]]
     for first in (0, *schedule.stage_ends[:-1]):
         plan, num_tokens = schedule[first], schedule.row_tokens(first)
-        if model.tied and not plan.tied:
-            optimizer.split_embedding()
         if num_tokens not in chosen:
             continue
         with bench.attempt(f"micro-step of {num_tokens:,} tokens"):

@@ -81,7 +81,7 @@ def load_checkpoint(script: ModuleType, path: str, device: str):
     for name, tensor in model.state_dict().items():
         rows = min(len(tensor), len(saved["weights"][name]))  # banks are padded to the ranks
         tensor[:rows] = saved["weights"][name][:rows]
-    if hasattr(model, "tied"):
+    if hasattr(model, "tied"):  # scripts of older records part embedding and head
         model.tied = False  # a checkpoint has both matrices
     return model, config, saved["byte_tokens"]
 

@@ -172,19 +172,19 @@ def stage_table(times: Times, bare_ms: float, runtime: Runtime) -> str:
     return table([line[:columns] for line in lines])
 
 
-def due(model: train_gpt.GPT, step: int, tied: bool) -> list[tuple[ParamGroup, torch.Tensor]]:
+def due(model: train_gpt.GPT, step: int) -> list[tuple[ParamGroup, torch.Tensor]]:
     """What Optimizer.step updates: with the gradient summed over the ranks."""
-    groups = [group for group in PARAM_GROUPS if group.is_due(step, tied)]
+    groups = [group for group in PARAM_GROUPS if group.is_due(step)]
     return [(group, getattr(model, group.name)) for group in groups]
 
 
-def sent_bytes(model: train_gpt.GPT, world_size: int, step: int, tied: bool) -> int:
+def sent_bytes(model: train_gpt.GPT, world_size: int, step: int) -> int:
     """What a rank sends in a step, and receives, when its collectives go round a ring.
 
     Of n bytes on W ranks it sends n (W - 1)/W to reduce-scatter the gradient of a sharded parameter
     and as much to all-gather its new rows, or twice that to all-reduce another one's gradient.
     """
-    total = sum(param.nbytes for _, param in due(model, step, tied))
+    total = sum(param.nbytes for _, param in due(model, step))
     return 2 * total * (world_size - 1) // world_size
 
 
@@ -204,7 +204,7 @@ def communication_line(
     model: train_gpt.GPT, world_size: int, num_tokens: int, exposed_ms: float
 ) -> str:
     ngrams = gathered_bytes(model, world_size, num_tokens)
-    even, odd = ((sent_bytes(model, world_size, i, model.tied) + ngrams) / 1e9 for i in (0, 1))
+    even, odd = ((sent_bytes(model, world_size, i) + ngrams) / 1e9 for i in (0, 1))
     sent = f"{even:.3f} GB a rank on even steps, {odd:.3f} GB on odd ones"
     return f"communication: {sent}, sent and received; {exposed_ms:.3f} ms a step exposed"
 
@@ -227,15 +227,15 @@ def volumes(config: Config) -> str:
         rows = (f"{share(group, param.size(0), n):,}" for n, param in params.items())
         megabytes = f"{params[1].nbytes / 1e6:,.1f}"
         lines.append([f"rows of {group.name}", str(group.every), megabytes, *rows])
-    kinds = {"even step": (0, True), "odd step, tied": (1, True), "odd step, untied": (1, False)}
-    for kind, step in kinds.items():
+    kinds = "even step", "odd step"
+    for step, kind in enumerate(kinds):
         updated = (
-            sum(share(group, param.numel(), n) for group, param in due(model, *step))
+            sum(share(group, param.numel(), n) for group, param in due(model, step))
             for n, model in models.items()
         )
         lines.append([f"M weights updated, {kind}", "", "", *(f"{n / 1e6:.1f}" for n in updated)])
-    for kind, step in kinds.items():
-        sent = (sent_bytes(model, n, *step) / 1e9 for n, model in models.items())
+    for step, kind in enumerate(kinds):
+        sent = (sent_bytes(model, n, step) / 1e9 for n, model in models.items())
         lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])
     for count in sorted({stage.tokens_per_step for stage in config.stages}):
         sent = (gathered_bytes(model, n, count) / 1e9 for n, model in models.items())

@@ -88,20 +88,18 @@ SPREADS |= {"smear_gate": 1.0, "skip": 0.5, "value_gate": 0.3}
 
 def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
     """A model with every parameter and the rows of n-grams random, so that no gate and no
-    projection is zero; the padding of the banks stays zero. Embedding and head are matrices of
-    their own."""
+    projection is zero; the padding of the banks stays zero."""
     model = GPT(config, runtime)
     generator = torch.Generator().manual_seed(seed)
     num_attention = sum(row.window != "none" for row in config.layers)
     with torch.no_grad():
         model.attention_bank[:num_attention].normal_(0, 0.2, generator=generator)
         model.mlp_bank[: 2 * len(config.layers)].normal_(0, 0.1, generator=generator)
-        for table in (model.head, model.embed, model.value_embed, model.ngrams.table):
+        for table in (model.head, model.value_embed, model.ngrams.table):
             table.normal_(0, 0.5, generator=generator)
         for name, weights in model.unpack_small().items():
             spread = SPREADS.get(name.split()[-1], 0.2)
             weights += spread * torch.randn(weights.shape, generator=generator)
-    model.tied = False
     return model
 
 

@@ -39,17 +39,16 @@ def checkpoint_of(model: GPT, folder: Path, tokens: list[int]) -> Path:
 @pytest.fixture
 def alphabet(tmp_path: Path) -> Path:
     """A checkpoint whose model finds the letter behind this one likeliest, and all others alike:
-    attention and MLPs add nothing to one-hot embeddings, the head shifts them by one letter."""
+    embeddings are one-hot, attention adds nothing to them, the last MLP the next letter's."""
     model = GPT(tiny_config(val_row_tokens=256), cpu_runtime())
     ids = [byte_token_ids()[ord(letter)] for letter in LETTERS]
     with torch.no_grad():
-        for table in (model.attention_bank, model.value_embed, model.embed, model.head):
+        for table in (model.attention_bank, model.mlp_bank, model.value_embed, model.head):
             table.zero_()
-        for i, token in enumerate([*ids, byte_token_ids()[ord(" ")], START_TOKEN]):
-            model.embed[token, i] = 1
-        for i, token in enumerate(ids[1:]):
+        for i, token in enumerate(ids):
             model.head[token, i] = 100
-    model.tied = False
+            model.mlp_bank[4, i, i] = 1
+            model.mlp_bank[9, i, i + 1] = 1e4
     return checkpoint_of(model, tmp_path, [START_TOKEN, *ids])
 
 

@@ -43,14 +43,12 @@ SHRUNK_SPEEDRUN |= {"ngram_orders": (2, 3, 4), "ngram_dim": 16}
 DOCUMENTS = [[64], [1, 20, 2, 41]]
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("lengths", DOCUMENTS)
 @pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
-def test_hidden_is_the_written_down_forward_pass(runtime, changes, lengths, tied):
+def test_hidden_is_the_written_down_forward_pass(runtime, changes, lengths):
     """With every parameter random, and scores peaked enough that keys matter."""
     config = tiny_config(attention_scale=0.7, **changes)
     model = trained_like(config, runtime)
-    model.tied = tied
     batch = random_batch(1, lengths)
     for windows in (WINDOWS, Windows(12, 64)):  # the first and the last long window
         with torch.no_grad():
@@ -126,7 +124,6 @@ def test_gradient_reaches_every_weight_in_use(runtime):
     tokens = set(batch.tokens.tolist())
     for table in model.value_embed.grad.view(2, -1, config.model_dim):
         assert set(table.norm(dim=1).nonzero().flatten().tolist()) == tokens
-    assert set(model.embed.grad.norm(dim=1).nonzero().flatten().tolist()) == tokens
     assert (model.head.grad[: config.vocab_size].norm(dim=1) > 0).all()
     rows, grads = model.ngrams.left
     assert rows[:, None].tolist() == ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
@@ -272,7 +269,6 @@ def test_sizes_of_the_first_weights(runtime):
     assert model.ngrams.table.shape == (512, 32)
     assert model.head.shape == (50_304, 64)
     assert model.head.std().item() == pytest.approx(0.005, rel=0.01)
-    assert torch.equal(model.embed, model.head)
     assert model.value_embed.shape == (2 * 50_304, 64)
     assert model.value_embed.std().item() == pytest.approx(0.01, rel=0.01)
 
@@ -308,7 +304,7 @@ def test_banks_divide_by_the_ranks_and_only_grow_by_zeros(changes):
             assert torch.equal(bank[:used], small[:used])
             assert torch.count_nonzero(bank[:used]) > 0
             assert torch.count_nonzero(bank[used:]) == 0
-        for name in ("head", "embed", "value_embed", "small", "ngrams.table"):
+        for name in ("head", "value_embed", "small", "ngrams.table"):
             assert torch.equal(weights[name], expected[name])
 
 

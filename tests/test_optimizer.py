@@ -222,7 +222,6 @@ def test_adam_update_over_steps():
 # Betas, lr and decay multipliers of everything that Adam updates; of GPT.small by the slice's name.
 ADAM = {
     "head": ((0.5, 0.95), 1, 150),
-    "embed": ((0.5, 0.95), 1, 150),
     "value_embed": ((0.75, 0.95), 75, 5),
     "smear": ((0.9, 0.99), 0.01, 0),
     "smear_gate": ((0.9, 0.99), 0.01, 0),
@@ -247,7 +246,7 @@ def test_adam_changes_on_odd_steps_with_summed_gradients(runtime):
     config = tiny_config(adam_weight_decay=0.02)  # strong enough that a missing decay shows
     model = trained_like(config, runtime)
     optimizer = Optimizer(model, config, runtime)
-    params = {name: getattr(model, name) for name in ("head", "embed", "value_embed")}
+    params = {name: getattr(model, name) for name in ("head", "value_embed")}
     params["small"] = model.small
     assert {name: GROUPS[name].every for name in params} == dict.fromkeys(params, 2)
 
@@ -264,7 +263,7 @@ def test_adam_changes_on_odd_steps_with_summed_gradients(runtime):
         lr_scale = 1.0 - 0.1 * step
         before = {name: param.detach().clone() for name, param in params.items()}
         for index, (name, param) in enumerate(params.items()):
-            grad = gaussian(param.shape, 100 * step + index, 0.01)
+            grad = gaussian(param.shape, 10 * step + index, 0.01)
             sums[name] = sums.get(name, 0) + grad.double()
             param.grad += grad  # as backward() does
         optimizer.step(step, lr_scale, 0.9)
@@ -365,10 +364,9 @@ def test_gradients_stay_where_they_are(runtime):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_changes_restores_every_bit(runtime, dtype):
-    """Also when embedding and head were split inside. Of n-grams nothing is left."""
+    """Of n-grams nothing is left."""
     config = tiny_config(dtype=dtype)
     model = trained_like(config, runtime)
-    model.tied = True
     optimizer = Optimizer(model, config, runtime)
     batch, ngrams = random_batch(1, [30, 34]), model.ngrams
 
@@ -383,13 +381,11 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
     for state in optimizer.states:
         low = [] if state.low is None else [state.low]
         tensors += [*low, state.mean, *state.mean_squares]
-    # six parameters, two moments each but three for attention, low bits but for the small ones
-    assert len(tensors) == (6 + 13 + 5 if dtype == "bfloat16" else 6 + 13)
+    # five parameters, two moments each but three for attention, low bits but for the small ones
+    assert len(tensors) == (5 + 11 + 4 if dtype == "bfloat16" else 5 + 11)
     before = [tensor.detach().clone() for tensor in tensors]
     table, sums = ngrams.table.clone(), ngrams.sum_squares.clone()
     with pytest.raises(KeyError), nothing_changes(model, optimizer):
-        steps(range(2))
-        optimizer.split_embedding()
         steps(range(3))
         changed = [not torch.equal(tensor, copy) for tensor, copy in zip(tensors, before)]
         changed += [not torch.equal(ngrams.table, table), not torch.equal(ngrams.sum_squares, sums)]
@@ -399,15 +395,14 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before))
     assert all(torch.count_nonzero(param.grad) == 0 for param in model.parameters())
     assert torch.count_nonzero(ngrams.table) == torch.count_nonzero(ngrams.sum_squares) == 0
-    assert ngrams.filled == 0 and model.tied
+    assert ngrams.filled == 0
 
 
 # Several processes -------------------------------------------------------------------------------
 
 
 def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
-    """The weights and rows of n-grams after 7 real steps on the same four rows a step, float32.
-    Before step 5, an odd one, embedding and head part."""
+    """The weights and rows of n-grams after 7 real steps on the same four rows a step, float32."""
     config = tiny_config(rows_per_step=4, ngram_rows=4096)  # more than the steps touch
     runtime = cpu_runtime(rank, world_size)
     model, schedule = GPT(config, runtime), Schedule(config)
@@ -415,8 +410,6 @@ def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
     prefixes, weights = read_prefixes(config, runtime.device), schedule.loss_weights()
     for step in range(7):
         plan = schedule[step]
-        if model.tied and not plan.tied:
-            optimizer.split_embedding()
         for row in range(4)[rank::world_size]:
             seed = 2000 + 10 * step + row  # of rows with hardly a gradient that is all rounding
             batch = random_batch(seed, [20, 44])
@@ -424,7 +417,6 @@ def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
             (loss / config.rows_per_step).backward()
             model.ngrams.gather(*model.ngrams.left)
         optimizer.step(step, plan.lr_scale, plan.momentum)
-    assert step > 5 and not model.tied
     assert 512 < model.ngrams.table.any(1).sum() < 4096
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -433,18 +425,13 @@ def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
     """bf16 weights and their low bits after steps with gradients whose sum over the ranks is exact.
 
     A gradient is a sum of four of small integers, so the order of adding them cannot matter; those
-    of n-grams come in the order of the stream.
-    Embedding and head part before step 3, in the middle of their sums over two steps."""
+    of n-grams come in the order of the stream."""
     config = tiny_config(dtype="bfloat16")
     runtime = cpu_runtime(rank, world_size)
     model = GPT(config, runtime)
     optimizer = Optimizer(model, config, runtime)
     for step in range(4):
-        if step == 3:
-            optimizer.split_embedding()
-        for index, (name, param) in enumerate(model.named_parameters()):
-            if name == "embed" and model.tied:
-                continue
+        for index, param in enumerate(model.parameters()):
             for row in range(4)[rank::world_size]:
                 generator = torch.Generator().manual_seed(1000 * step + 10 * index + row)
                 grad = torch.randint(-8, 9, param.shape, generator=generator)
@@ -506,10 +493,9 @@ def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, t
             assert torch.equal(ranks[rank][0][name], ranks[0][0][name]), f"ranks differ in {name}"
             assert torch.equal(ranks[rank][1][name], ranks[0][1][name]), f"ranks differ in {name}"
         compare_real(name, ranks[0][0][name], real[name])
-    for name in ("head", "embed", "value_embed"):  # elementwise: not a bit differs
+    for name in ("head", "value_embed"):  # elementwise: not a bit differs
         joined = torch.cat([rank[1][f"{name}.weights"] for rank in ranks])
         assert torch.equal(joined, exact[f"{name}.weights"]), name
-    assert not torch.equal(exact["head"], exact["embed"])
     for name in ("small", "ngrams.table"):
         assert torch.equal(ranks[0][1][name], exact[name]), name
     assert exact["ngrams.table"].any(1).sum() > 256
@@ -520,14 +506,14 @@ def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, t
 
 def compare_real(name: str, value: Tensor, expected: Tensor) -> None:
     """Equal to rounding. Adam divides by the root of the gradient's own square, so where a gradient
-    is all rounding (a handful of entries of millions) a visible part of a step may differ; and a
-    weight decays or not by the sign of its step."""
+    is all rounding (a handful of entries of millions) a step may go the other way; and a weight
+    decays or not by the sign of its step."""
     config, group = tiny_config(), GROUPS.get(name)
     if group is None:
         lr = config.ngram_lr
     else:
         lr = group.lr * (config.adam_lr if group.rule == "adam" else config.muon_lr)
     difference = (value - expected).abs() / lr  # in steps
-    assert difference.max() < 0.5, name
+    assert difference.max() < 2, name
     assert (difference > 2e-3).sum() <= 3 + 1e-5 * value.numel(), name
     assert difference.mean() < 1e-5, name

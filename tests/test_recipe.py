@@ -30,7 +30,6 @@ from train_gpt import (
     START_TOKEN,
     Batch,
     Config,
-    Optimizer,
     UserError,
     Windows,
     combine,
@@ -91,7 +90,7 @@ def test_smear_takes_a_gated_share_of_the_previous_embedding(runtime, monkeypatc
     """The previous embedding as it was, not as it has been smeared; the first one stays."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     _, (stream, x0) = streams_of(model, batch, monkeypatch)["smear"]
-    embedded, small = model.embed[batch.tokens.long()].double(), small_slices(model)
+    embedded, small = model.head[batch.tokens.long()].double(), small_slices(model)
     expected = embedded.clone()
     for t in range(1, 64):
         dot = (embedded[t, :12] * small["smear_gate"][0]).sum().item()
@@ -652,15 +651,13 @@ def test_too_few_columns_give_nan(kinds, finite):
     assert torch.isfinite(losses).all() if finite else torch.isnan(losses).all()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_forward_on_columns_and_its_gradients(runtime, tied):
+def test_forward_on_columns_and_its_gradients(runtime):
     """Those of the loss written down in float64 behind the model's hidden states; what the
     gradients hold already stays."""
     config, batch, count = tiny_config(), random_batch(2, [40, 24]), 256
     weights, prefixes = [1.0, 0.5, 0.25, 0.125], read_prefixes(config, CPU)
     models = [trained_like(config, runtime) for _ in range(2)]
     for model in models:
-        model.tied = tied
         for param in model.parameters():
             param.grad.fill_(2.0)
     model, other = models
@@ -690,11 +687,9 @@ def test_forward_on_columns_and_its_gradients(runtime, tied):
     assert model.head.grad.data_ptr() == place
     for (name, param), reference in zip(model.named_parameters(), other.parameters()):
         value, expected = param.grad - 2.0, reference.grad - 2.0
-        assert (value - expected).norm() < 1e-4 * expected.norm() or name == "embed" and tied
+        assert (value - expected).norm() < 1e-4 * expected.norm(), name
     touched = (model.head.grad != 2.0).any(1).nonzero().flatten().tolist()
-    read = set(batch.tokens.tolist()) if tied else set()
-    assert set(touched) == set(columns.tokens.tolist()) | read
-    assert (model.embed.grad == 2.0).all() == tied
+    assert set(touched) == set(columns.tokens.tolist()) | set(batch.tokens.tolist())
 
 
 def test_forward_on_all_columns_is_forward_without(runtime):
@@ -817,102 +812,22 @@ def test_broken_prefix_file_is_named(tmp_path, content, message):
         read_prefixes(tiny_config(prefix_file=str(path)), CPU)
 
 
-# Tied head and embedding -------------------------------------------------------------------------
+# Head and embedding ------------------------------------------------------------------------------
 
 
-def test_gradient_of_the_tied_matrix_is_the_sum_of_both_uses(runtime):
-    config = tiny_config()
-    model = trained_like(config, runtime)
-    with torch.no_grad():
-        model.embed.copy_(model.head)
-    batch = random_batch(1, [64])
-    model(batch, WINDOWS).backward()
-    as_embedding, as_head = model.embed.grad.clone(), model.head.grad.clone()
+def test_head_is_the_embedding_and_its_gradient_the_sum_of_both_uses(runtime):
+    model, batch = trained_like(tiny_config(), runtime), random_batch(1, [64])
+    assert torch.equal(model.look_up(batch).embedded, model.head[batch.tokens.long()])
+    head = model.head.detach().clone().requires_grad_()
+    next_token_loss(model.hidden(batch, WINDOWS), head, batch.targets).backward()
+    as_embedding, as_head = model.head.grad.clone(), head.grad
+    read = as_embedding.norm(dim=1).nonzero().flatten().tolist()
+    assert set(read) == set(batch.tokens.tolist())
     assert as_embedding.norm() > 0.1
     assert as_head.norm() > 0.1
-    for param in model.parameters():
-        param.grad.zero_()
-    model.tied = True
+    model.head.grad.zero_()
     model(batch, WINDOWS).backward()
-    assert torch.count_nonzero(model.embed.grad) == 0
     torch.testing.assert_close(model.head.grad, as_embedding + as_head, rtol=1e-4, atol=1e-5)
-
-
-def fill_grads(model: GPT, seed: int) -> dict[str, Tensor]:
-    """Add random gradients to head and embedding as backward() would; returns them."""
-    grads = {}
-    for name in ("head",) if model.tied else ("head", "embed"):
-        param = getattr(model, name)
-        grad = gaussian(*param.shape, seed=seed + len(name)).to(param.dtype)
-        param.grad += grad
-        grads[name] = grad
-    return grads
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_split_copies_weights_low_bits_and_adam_state(runtime, dtype):
-    """And from then on each goes its own way, while the tied embedding has stood still."""
-    model = GPT(tiny_config(dtype=dtype), runtime)
-    optimizer = Optimizer(model, model.config, runtime)
-    head, embed = (
-        next(state for state in optimizer.states if state.group.name == name)
-        for name in ("head", "embed")
-    )
-    untouched = model.embed.detach().clone()
-    for step in range(4):
-        fill_grads(model, step)
-        optimizer.step(step, 1.0, 0.9)
-    assert torch.equal(model.embed, untouched)
-    optimizer.split_embedding()
-    assert not model.tied
-    assert not torch.equal(model.embed, untouched)
-    assert torch.equal(model.embed, model.head)
-    for mine, heads in zip(embed.tensors(), head.tensors(), strict=True):
-        assert torch.count_nonzero(mine) > 0
-        assert torch.equal(mine, heads)
-        assert mine.data_ptr() != heads.data_ptr()
-    assert len(embed.tensors()) == (3 if dtype == "bfloat16" else 2)
-    # the same gradients move both alike; unlike ones do not
-    grad = gaussian(*model.head.shape, seed=9).to(model.head.dtype)
-    model.head.grad.copy_(grad)
-    model.embed.grad.copy_(grad)
-    optimizer.step(5, 1.0, 0.9)
-    assert torch.equal(model.embed, model.head)
-    model.head.grad.copy_(grad)
-    model.embed.grad.copy_(-grad)
-    optimizer.step(7, 1.0, 0.9)
-    assert not torch.equal(model.embed, model.head)
-
-
-def test_split_between_two_steps_of_an_update_loses_no_gradient(runtime):
-    """Steps 0 and 1 make an update, the split comes between them: the gradient of step 0 counts for
-    both matrices, that of step 1 for each its own. By Adam in float64."""
-    model = GPT(tiny_config(), runtime)
-    config, start = model.config, model.head.detach().double().clone()
-    optimizer = Optimizer(model, config, runtime)
-    common = fill_grads(model, 0)["head"].double()
-    optimizer.step(0, 1.0, 0.9)
-    optimizer.split_embedding()
-    own = fill_grads(model, 1)
-    optimizer.step(1, 1.0, 0.9)
-    for name in ("head", "embed"):
-        grad = common + own[name].double()
-        # at the first update both moments, corrected, are the gradient and its square
-        direction = grad / (grad.abs() + config.adam_eps)
-        lr = config.adam_lr
-        decay = lr * lr * config.adam_weight_decay * 150 * (direction * start > 0)
-        expected = start - lr * direction - decay * start
-        close(getattr(model, name).detach(), expected, atol=1e-6)
-    assert torch.count_nonzero(model.head.grad) == torch.count_nonzero(model.embed.grad) == 0
-
-
-def test_tied_model_looks_up_the_head(runtime):
-    model = trained_like(tiny_config(), runtime)
-    batch = random_batch(1, [64])
-    tokens = batch.tokens
-    assert torch.equal(model.look_up(batch).embedded, model.embed[tokens.long()])
-    model.tied = True
-    assert torch.equal(model.look_up(batch).embedded, model.head[tokens.long()])
 
 
 # Gradients of the tables -------------------------------------------------------------------------
@@ -925,7 +840,7 @@ def test_gradients_of_tables_are_added_row_by_row(runtime):
     model = trained_like(config, runtime)
     batch = random_batch(1, [30, 34], num_ids=20)  # pairs that occur more than once
     lookups, grad = model.look_up(batch), gaussian(64, 32).float()
-    tables = model.value_embed, model.embed
+    tables = model.value_embed, model.head
     for table in tables:
         table.grad.fill_(2.0)
     for read, factor in ((lookups.ngrams, 1), (lookups.values[1], 3), (lookups.embedded, 5)):

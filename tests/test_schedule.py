@@ -92,17 +92,11 @@ def test_stop_step_cuts_and_changes_nothing_else():
     assert schedule(stop_step=1000).end_step == 110
 
 
-def test_windows_and_tied():
-    """Windows are those of the stage; the matrices part at the share of num_steps, rounded."""
-    plan = schedule(tied_share=2 / 3)
+def test_windows_are_those_of_the_stage():
+    plan = schedule()
     for step in range(110):
         stage = plan.stage(step)
         assert plan[step].windows == (stage.window_short, stage.window_long)
-    tied = [plan[step].tied for step in range(110)]
-    assert tied == [True] * 67 + [False] * 43
-    assert not any(schedule(tied_share=0.0)[step].tied for step in range(110))
-    assert all(schedule(tied_share=2.0)[step].tied for step in range(110))
-    assert [Schedule(PRESETS["speedrun"])[step].tied for step in (1066, 1067)] == [True, False]
 
 
 def test_loss_weights():

@@ -168,19 +168,17 @@ class CountingRing:
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_what_a_step_sends_is_computed(world_size, monkeypatch):
-    """As much as the optimizer's own collectives do, on even and odd steps, tied and untied."""
+    """As much as the optimizer's own collectives do, on even and odd steps."""
     ring = CountingRing(world_size, monkeypatch)
     config, runtime = tiny_config(dtype="bfloat16"), cpu_runtime(world_size - 1, world_size)
     model = GPT(config, runtime)
     optimizer, sent = Optimizer(model, config, runtime), []
-    for step in range(4):
-        if step == 2:
-            optimizer.split_embedding()
+    for step in range(2):
         ring.sent = 0
         optimizer.step(step, 1.0, 0.9)
-        assert trace.sent_bytes(model, world_size, step, model.tied) == pytest.approx(ring.sent)
+        assert trace.sent_bytes(model, world_size, step) == pytest.approx(ring.sent)
         sent.append(ring.sent)
-    assert 0 < sent[0] == sent[2] < sent[1] < sent[3]
+    assert 0 < sent[0] < sent[1]
 
 
 def test_what_ngrams_send_is_computed(monkeypatch):
@@ -195,7 +193,7 @@ def test_what_ngrams_send_is_computed(monkeypatch):
 
 def test_nothing_is_sent_by_one_rank(runtime):
     model = GPT(tiny_config(), runtime)
-    assert [trace.sent_bytes(model, 1, step, tied=False) for step in range(2)] == [0, 0]
+    assert [trace.sent_bytes(model, 1, step) for step in range(2)] == [0, 0]
 
 
 def test_volumes_by_hand(runtime, capsys):
@@ -217,8 +215,7 @@ def test_volumes_by_hand(runtime, capsys):
     assert [name for name in rows if "n-grams" in name] == ["GB sent, n-grams of 1,024 tokens"]
     assert rows["rows of small"][2:] == [f"{model.small.numel():,}"] * 3
     banks = 16 * 64 * 32 + 8 * (4 * 32) * 32
-    untied = sum(param.numel() for param in model.parameters())
-    sizes = {"even step": banks, "odd step, tied": untied - 50_304 * 32, "odd step, untied": untied}
+    sizes = {"even step": banks, "odd step": sum(param.numel() for param in model.parameters())}
     for kind, size in sizes.items():
         there_and_back = (0, 2 / 2, 2 * 3 / 4)  # what n bytes make on 1, 2 and 4 ranks
         sent = [f"{4 * size * part / 1e9:.3f}" for part in there_and_back]
@@ -283,8 +280,8 @@ def test_profile_on_the_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     tables = result.stdout.split("\nstage ")[1:]
     assert [text.split(";")[0] for text in tables] == [
-        "1 of 2: 1 x 64 tokens a process, Windows(short=8, long=16), head tied",
-        "2 of 2: 1 x 64 tokens a process, Windows(short=16, long=32), head tied",
+        "1 of 2: 1 x 64 tokens a process, Windows(short=8, long=16)",
+        "2 of 2: 1 x 64 tokens a process, Windows(short=16, long=32)",
     ]
     for number, text in enumerate(tables, 1):
         lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:])

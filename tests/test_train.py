@@ -50,7 +50,6 @@ OPTIONS = {
     "extension": "1:256:64:16:2:1:0:0:0:0:0:0:0",  # a window unlike that of the final validation
     "final_window_long": 64,
     "rows_per_step": 2,
-    "tied_share": 0.7,  # the head is the embedding until step 17, an odd one
     "momentum_warmup_steps": 5,
     "momentum_cooldown_steps": 2,
     "dtype": "float32",
@@ -230,7 +229,6 @@ def load(checkpoint: Path) -> tuple[Config, GPT]:
     config = config_from_text(saved["config"])
     model = GPT(config, cpu_runtime())
     model.load_state_dict(saved["weights"])
-    model.tied = False
     return config, model
 
 
@@ -273,8 +271,7 @@ def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data):
 
 def test_run_is_the_plain_loop(trained):
     """Losses and weights are those of the loop without warm-up, prefetching and logging: every step
-    has its own rows, windows, loss weights, learning rate and momentum, and before step 17 the
-    embedding gets a matrix of its own."""
+    has its own rows, windows, loss weights, learning rate and momentum."""
     config, saved = load(trained / "weights.pt")
     model = GPT(config, cpu_runtime())
     optimizer = Optimizer(model, config, cpu_runtime())
@@ -286,8 +283,6 @@ def test_run_is_the_plain_loop(trained):
     prefixes[:50_257] = torch.from_numpy(np.load(trained / "prefixes.npy"))
     schedule, losses = Schedule(config), []
     for step, stage in enumerate(stages):
-        if step == 17:
-            optimizer.split_embedding()
         done = step % 12 / 12  # of the stage
         weights = torch.tensor([1, 0.5 - 0.5 * done, 0.25 - 0.25 * done, 0.25 - 0.15 * done])
         if step >= 12:
@@ -307,7 +302,6 @@ def test_run_is_the_plain_loop(trained):
     for name, value in saved.state_dict().items():
         error = (model.state_dict()[name] - value).norm() / value.norm()
         assert error < 0.005, name
-    assert not torch.equal(saved.head, saved.embed)
 
 
 def test_sample_continues_a_text(trained):

@@ -27,7 +27,6 @@ CHANGES = {
     "num_steps": 8,
     "stages": "1/2:256:48:8:16:1:.5:0:.25:0:.25:.1:0,1/2:512:64:16:32:1.2:.2:.1:0:0:.1:0:0",
     "extension_steps": 0,
-    "tied_share": 0.6,  # the head is the embedding until step 5, an odd one
     "val_every": 4,
 }
 

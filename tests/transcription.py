@@ -120,7 +120,7 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     tokens = batch.tokens.long()
 
     # Embedding, smear, n-grams
-    embedded = (model.head if model.tied else model.embed)[tokens].double()
+    embedded = model.head[tokens].double()
     smeared = embedded.clone()
     for t in range(1, num_tokens):
         gate = torch.sigmoid(embedded[t, :12] @ small["smear_gate"][0])
