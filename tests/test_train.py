@@ -252,8 +252,9 @@ def validation_loss(folder: Path, window_short: int, window_long: int) -> float:
 def test_final_validation_loss_is_that_of_the_saved_weights(trained):
     """Scored with the final long window, not with that of the last step."""
     loss = log_of(trained)[1]["summary"]["val_loss"]
-    assert loss == pytest.approx(validation_loss(trained, 16, 64), abs=2e-6)
-    assert loss != pytest.approx(validation_loss(trained, 16, 2), abs=3e-5)
+    # fp32 loses 5e-6 in the sum of 50,000 exponentials
+    assert loss == pytest.approx(validation_loss(trained, 16, 64), abs=2e-5)
+    assert loss != pytest.approx(validation_loss(trained, 16, 2), abs=2e-4)
 
 
 def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data):
