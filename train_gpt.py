@@ -86,7 +86,6 @@ class Layer:
 
     window: str  # short, long (with the partial key offset), or none: no attention, an MLP alone
     value_table: int | None  # value embedding added to v
-    xsa: bool  # takes out of a head's output what lies along the token's own value
     head_gate: bool  # scales each head's output per token
     skip_from: int | None  # adds the gated output of that earlier layer
     attend_from: int | None  # attention reads the output of that earlier layer
@@ -104,18 +103,18 @@ SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning 
     Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_LAYERS = (
-    #     window   value  xsa    head_gate  skip_from  attend_from
-    Layer("short", None,  False, False,     None,      None),  # 0
-    Layer("short", 0,     True,  False,     None,      None),  # 1
-    Layer("short", 1,     False, False,     None,      None),  # 2
-    Layer("long",  None,  True,  True,      None,      None),  # 3
-    Layer("short", None,  True,  False,     None,      None),  # 4
-    Layer("short", None,  False, False,     None,      None),  # 5
-    Layer("none",  None,  False, False,     3,         None),  # 6
-    Layer("short", None,  True,  False,     None,      None),  # 7
-    Layer("short", 2,     False, False,     None,      7),     # 8
-    Layer("short", 3,     False, False,     None,      7),     # 9
-    Layer("long",  4,     False, True,      None,      7),     # 10, with the dynamic skips
+    #     window   value  head_gate  skip_from  attend_from
+    Layer("short", None,  False,     None,      None),  # 0
+    Layer("short", 0,     False,     None,      None),  # 1
+    Layer("short", 1,     False,     None,      None),  # 2
+    Layer("long",  None,  True,      None,      None),  # 3
+    Layer("short", None,  False,     None,      None),  # 4
+    Layer("short", None,  False,     None,      None),  # 5
+    Layer("none",  None,  False,     3,         None),  # 6
+    Layer("short", None,  False,     None,      None),  # 7
+    Layer("short", 2,     False,     None,      7),     # 8
+    Layer("short", 3,     False,     None,      7),     # 9
+    Layer("long",  4,     True,      None,      7),     # 10, with the dynamic skips
 )
 TINY_STAGES = (
     Stage(1 / 2,    1_024,    256,    64,  128, 1.00, 0.2, 0.0,  0.1,  0.0, 0.0,  0.0,  0),
@@ -125,12 +124,12 @@ TINY_EXTENSION = (
     Stage(1.0,      1_024,    512,   128,  512, 1.00, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 TINY_LAYERS = (
-    #     window   value  xsa    head_gate  skip_from  attend_from
-    Layer("short", 0,     False, False,     None,      None),  # 0
-    Layer("long",  None,  True,  True,      None,      None),  # 1
-    Layer("none",  None,  False, False,     1,         None),  # 2
-    Layer("short", None,  True,  False,     None,      None),  # 3
-    Layer("long",  1,     False, True,      None,      3),     # 4
+    #     window   value  head_gate  skip_from  attend_from
+    Layer("short", 0,     False,     None,      None),  # 0
+    Layer("long",  None,  True,      None,      None),  # 1
+    Layer("none",  None,  False,     1,         None),  # 2
+    Layer("short", None,  False,     None,      None),  # 3
+    Layer("long",  1,     True,      None,      3),     # 4
 )
 
 # Outputs of the two dynamic MLPs, name: (width, start). "first" is the residual stream entering
@@ -401,8 +400,8 @@ def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
                 source is None or 0 <= source < i,
                 f"--layers: {name} of layer {i} is no earlier one",
             )
-        extras = row.xsa or row.head_gate or row.value_table is not None
-        extras = extras or row.attend_from is not None or i == 0  # whose gates start the stream
+        extras = row.head_gate or row.value_table is not None or row.attend_from is not None
+        extras = extras or i == 0  # whose gates start the stream
         require(
             not (row.window == "none" and extras),
             f"--layers: layer {i} has window none, but what only attention can have, or is the "
@@ -414,7 +413,7 @@ def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
     for name in ("skip_from", "attend_from"):
         sources = {getattr(row, name) for row in layers} - {None}
         require(len(sources) == 1, f"--layers: {name} names {len(sources)} layers, not one")
-    complete = last.window == "long" and last.head_gate and not last.xsa
+    complete = last.window == "long" and last.head_gate
     complete = complete and last.value_table is not None and last.attend_from is not None
     require(
         complete, "--layers: the last one must be long, with value table, head gate and attend_from"
@@ -1246,127 +1245,6 @@ def _prepare_qkv_gradients(ctx, dq, dk, dv, _):
 
 
 prepare_qkv.register_autograd(_prepare_qkv_gradients, setup_context=_prepare_qkv_context)
-
-
-def plain_finish_attention(
-    y: Tensor, v: Tensor | None, alpha: Tensor | None, head_gate: Tensor | None
-) -> Tensor:
-    """What comes between attention and W_o, (T, dim), of y (T, heads, head_dim), of which at least
-    one is there: XSA with the values v, which takes tanh(alpha)·(y·v / |v|²)·v out; then head_gate
-    times all. v is shaped like y, the gates (T, heads) fp32 with rows any stride apart. Arithmetic
-    in fp32."""
-    out = widen(y)
-    if alpha is not None:
-        v = widen(v)
-        share = (out * v).sum(-1) / v.square().sum(-1).clamp_min(1e-12)
-        out = out - (alpha.tanh() * share)[:, :, None] * v
-    if head_gate is not None:
-        out = head_gate[:, :, None] * out
-    return out.type_as(y).flatten(1)
-
-
-@triton.jit
-def _finish_attention_kernel(
-    y, v, alpha, head_gate, out, num_tokens, alpha_stride, head_stride, HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0)
-    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    in_row = tokens < num_tokens
-    mask = in_row[:, None]
-    offsets = (tokens[:, None] * HEADS + head) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    kept = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-    if alpha is not None:
-        v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
-        # tanh by way of the sigmoid, which Triton has without a library
-        tanh = tl.load(alpha + tokens * alpha_stride + head, mask=in_row, other=0.0)
-        tanh = 2 * tl.sigmoid(2 * tanh) - 1
-        share = tl.sum(kept * v_tile, 1) / tl.maximum(tl.sum(v_tile * v_tile, 1), 1e-12)
-        kept -= (tanh * share)[:, None] * v_tile
-    if head_gate is not None:
-        gate = tl.load(head_gate + tokens * head_stride + head, mask=in_row, other=0.0)
-        kept *= gate[:, None]
-    tl.store(out + offsets, kept, mask=mask)
-
-
-@triton.jit
-def _finish_attention_backward_kernel(
-    grad, y, v, alpha, head_gate, dy, dv, d_alpha, d_gate, num_tokens, alpha_stride, head_stride,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0)
-    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    in_row = tokens < num_tokens
-    mask = in_row[:, None]
-    gates = tokens * HEADS + head
-    offsets = gates[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    dy_tile = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
-    kept = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-    if alpha is not None:
-        whole = kept
-        v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
-        tanh = tl.load(alpha + tokens * alpha_stride + head, mask=in_row, other=0.0)
-        tanh = 2 * tl.sigmoid(2 * tanh) - 1
-        inverse = 1 / tl.maximum(tl.sum(v_tile * v_tile, 1), 1e-12)
-        share = tl.sum(whole * v_tile, 1) * inverse
-        kept = whole - (tanh * share)[:, None] * v_tile
-    if head_gate is not None:
-        gate = tl.load(head_gate + tokens * head_stride + head, mask=in_row, other=0.0)
-        tl.store(d_gate + gates, tl.sum(dy_tile * kept, 1), mask=in_row)
-        dy_tile *= gate[:, None]
-    if alpha is not None:
-        along = tl.sum(dy_tile * v_tile, 1)
-        tl.store(d_alpha + gates, (tanh * tanh - 1) * along * share, mask=in_row)
-        along *= inverse
-        dv_tile = (2 * along * share)[:, None] * v_tile - along[:, None] * whole
-        dv_tile = tanh[:, None] * (dv_tile - share[:, None] * dy_tile)
-        tl.store(dv + offsets, dv_tile, mask=mask)
-        dy_tile -= (tanh * along)[:, None] * v_tile
-    tl.store(dy + offsets, dy_tile, mask=mask)
-
-
-@fused_op(plain_finish_attention)
-def finish_attention(
-    y: Tensor, v: Tensor | None, alpha: Tensor | None, head_gate: Tensor | None
-) -> Tensor:
-    num_tokens, heads, head_dim = y.shape
-    out = y.new_empty(num_tokens, heads * head_dim)
-    _finish_attention_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-        packed(y), packed(v), alpha, head_gate, out, num_tokens, row_stride(alpha),
-        row_stride(head_gate), heads, head_dim, TILE_TOKENS,
-    )  # fmt: skip
-    return out
-
-
-@fused_op(fake=lambda grad, *inputs: like(*inputs))
-def finish_attention_backward(
-    grad: Tensor, y: Tensor, v: Tensor | None, alpha: Tensor | None, head_gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the inputs in their order, empty for those that are not there."""
-    num_tokens, heads, head_dim = y.shape
-    inputs = (packed(y), packed(v), alpha, head_gate)
-    grads = like(*inputs)
-    _finish_attention_backward_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-        packed(grad), *inputs, *grads, num_tokens, row_stride(alpha), row_stride(head_gate), heads,
-        head_dim, TILE_TOKENS,
-    )  # fmt: skip
-    return grads
-
-
-def _finish_attention_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _finish_attention_gradients(ctx, grad):
-    grads = finish_attention_backward(grad, *ctx.saved_tensors)
-    return tuple(
-        None if x is None else grad for x, grad in zip(ctx.saved_tensors, grads, strict=True)
-    )
-
-
-finish_attention.register_autograd(
-    _finish_attention_gradients, setup_context=_finish_attention_context
-)
 
 
 # --- fp8 ------------------------------------------------------------------------------------------
@@ -2372,8 +2250,6 @@ def gate_layouts(config: Config) -> dict[str, dict[str, tuple[int, float]]]:
     layouts = {"early": {}, "late": {}, "last": LAST_LAYER_GATES, "output": OUTPUT_GATES}
     for i, row in enumerate(config.layers):
         layout = layouts["early" if i <= config.skip_from else "late"]
-        if row.xsa:
-            layout[f"xsa {i}"] = (heads, 0.0)
         if row.head_gate:
             layout[f"head {i}"] = (heads, 0.25)
         if row.window != "none" and i != last:
@@ -2690,11 +2566,9 @@ class GPT(nn.Module):
         options = fp8, row.window == "long", config.head_dim
         q, k, v, _ = prepare_qkv(normed, w_qkv, small["attention_in"][i], *turns, *values, *options)
         y = attention(q, k, v, batch.cu_seqlens, batch.max_seq_len, window, scale, self.backend)
-        alpha, head_gate = gates.get(f"xsa {i}"), gates.get(f"head {i}")
-        if alpha is not None or head_gate is not None:
-            v = None if alpha is None else v
-            y = finish_attention(y, v, alpha, head_gate)
-        return F.linear(y.flatten(1) if y.dim() == 3 else y, w_o)
+        if row.head_gate:
+            y = (gates[f"head {i}"][:, :, None] * y).type_as(y)
+        return F.linear(y.flatten(1), w_o)
 
     def forward(
         self,
@@ -4354,7 +4228,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         description=__doc__.split("\n")[0],
         epilog="Tables are rows of colon-separated fields with commas between the rows: a stage is "
         "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer "
-        "short:none:false:false:none:none",
+        "short:none:false:none:none",
         allow_abbrev=False,
     )
     parser.add_argument(

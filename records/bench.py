@@ -250,10 +250,9 @@ class Row:
         batch = random_batch(random, num_tokens, stage.max_seq_len, CONFIG, False)
         self.batch = train_gpt.to_device(batch, bench.device)
         self.stream = 2 * num_tokens * DIM  # bytes in bf16
-        self.gates = 4 * num_tokens * HEADS  # bytes of one gate a head
 
     def makers(self) -> list[Callable[[], Iterator[Case]]]:
-        around = self.combine, self.prepare_qkv, self.attention, self.finish_attention
+        around = self.combine, self.prepare_qkv, self.attention
         return [*around, self.mlp, self.head, self.quantize, self.tables]
 
     def wide(self, columns: int = DIM, dtype: torch.dtype = BF16) -> Tensor:
@@ -320,18 +319,6 @@ class Row:
             case = Case(f"attention, {kind} {window}", inputs, call, **needs)
             case.op, case.twin = train_gpt.attention_backend(self.device, BF16), "plain"
             yield case
-
-    def finish_attention(self) -> Iterator[Case]:
-        inputs = [self.random(self.T, HEADS, HEAD_DIM, grad=True) for _ in range(2)]
-        inputs += [self.wide(HEADS, FP32) for _ in range(2)]
-        for count, kind in (1, "XSA"), (2, "XSA + gate"):
-            moved = {"forward": 3 * self.stream + count * self.gates}
-            moved["backward"] = 5 * self.stream + 2 * count * self.gates
-
-            def call(op, y, v, alpha, gate=None):
-                return op(y, v, alpha, gate)
-
-            yield Case(f"finish_attention, {kind}", inputs[: 2 + count], call, **moved)
 
     def mlp(self) -> Iterator[Case]:
         bank = self.random(2, HIDDEN, DIM, std=0.02)

@@ -43,7 +43,7 @@ GROUPS = {
     "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp|head_loss",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
     "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|(add_?|table|ngram)rows|cumsum",
-    "element-wise": r"elementwise|reduce|combine|prepare_qkv|finish_attention|quantize|Rowwise"
+    "element-wise": r"elementwise|reduce|combine|prepare_qkv|quantize|Rowwise"
     r"|CatArray|triton_|aten::|autograd::",
     "other": r"",
 }

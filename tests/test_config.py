@@ -28,7 +28,7 @@ from train_gpt import (
 )
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
-LAST = Layer("long", 0, False, True, 1, 3)
+LAST = Layer("long", 0, True, 1, 3)
 
 
 def other_value(name: str) -> object:
@@ -37,7 +37,7 @@ def other_value(name: str) -> object:
     if kind is bool:
         return not getattr(PRESETS["speedrun"], name)
     if kind == tuple[Layer, ...]:
-        return (LAST, dataclasses.replace(LAST, window="none", skip_from=None, xsa=True))
+        return (LAST, dataclasses.replace(LAST, window="none", skip_from=None, head_gate=False))
     if kind == tuple[Stage, ...]:
         return (Stage(1 / 3, 64, *range(3, 14)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 6), 0))
     if kind == tuple[int, ...]:
@@ -79,15 +79,15 @@ def test_tables_parse():
         "--stages",
         "1/3:96:10:8:9:0.5:1:2:3:4:5:6:7, 2/3:192:20:16:18:1e-1:1/2:0:0:0:0:0:0",
     ]
-    arguments += ["--layers", "short:none:false:TRUE:none:2,long:0:true:False:11:none"]
+    arguments += ["--layers", "short:none:TRUE:none:2,long:0:False:11:none"]
     config = parse_args(arguments)
     assert config.stages == (
         Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7),
         Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0),
     )
     assert config.layers == (
-        Layer("short", None, False, True, None, 2),
-        Layer("long", 0, True, False, 11, None),
+        Layer("short", None, True, None, 2),
+        Layer("long", 0, False, 11, None),
     )
     assert type(config.stages[0].tokens_per_step) is int
     assert type(config.stages[0].second_start) is float
@@ -102,7 +102,7 @@ def test_field_names_are_those_of_the_tables():
     names = [field.name for field in dataclasses.fields(Stage)]
     assert names == [*sizes, *weights, "prefix_start", "prefix_end", "columns"]
     names = [field.name for field in dataclasses.fields(Layer)]
-    assert names == ["window", "value_table", "xsa", "head_gate", "skip_from", "attend_from"]
+    assert names == ["window", "value_table", "head_gate", "skip_from", "attend_from"]
 
 
 def test_scalars_parse():
@@ -228,14 +228,12 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"layers": layers(3, skip_from=0)}, "--layers: (skip_from names 2|.*layer 3)"),
         ({"layers": layers(4, attend_from=4)}, "--layers: attend_from of layer 4 is no earlier"),
         ({"layers": layers(3, attend_from=1)}, "--layers: attend_from names 2 layers"),
-        ({"layers": layers(2, xsa=True)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(2, head_gate=True)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(2, value_table=1)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(2, attend_from=1)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(0, window="none", value_table=None)}, "--layers: layer 0"),
         ({"layers": layers(4, window="short")}, "--layers: the last one must be long"),
         ({"layers": layers(4, head_gate=False)}, "--layers: the last one must be long"),
-        ({"layers": layers(4, xsa=True)}, "--layers: the last one must be long"),
         ({"layers": layers(4, value_table=None)}, "--layers: the last one must be long"),
         ({"vocab_size": 50_256}, "--vocab_size 50256 .*start token 50256"),
         ({"dtype": "float16"}, "--dtype 'float16' is not one of bfloat16, float32"),

@@ -64,7 +64,7 @@ def with_kernels(name: str) -> Callable:
     return twin
 
 
-DIFFERENTIABLE = "combine", "prepare_qkv", "finish_attention", "mlp"
+DIFFERENTIABLE = "combine", "prepare_qkv", "mlp"
 OTHERS = "head_loss", "next_token_loss", "find_matches"
 OPS = {name: with_kernels(name) for name in (*DIFFERENTIABLE, *OTHERS)}
 BACKWARD_OPS = {f"{name}_backward": with_kernels(f"{name}_backward") for name in DIFFERENTIABLE}
@@ -219,34 +219,6 @@ def test_prepare_qkv(case):
     assert abs(found[2].item() - exact[2].item()) < (1e-5 if GPU else 1e-6) * size
 
 
-FINISH = [(37, 4, 16, "xsa"), (19, 6, 32, "xsa gate"), (17, 6, 16, "gate"), (32, 4, 16, "gate")]
-FINISH += [(1, 2, 16, "xsa gate"), (35, 4, 8, "xsa gate")]
-REAL_FINISH = [(16384, 6, 128, "xsa"), (49152, 6, 128, "xsa gate"), (16391, 6, 128, "gate")]
-
-
-def finish_inputs(case: tuple) -> list:
-    tokens, heads, head_dim, present = case
-    gates = single(tokens, 2 * heads + 4)[:, 1:].split(heads, dim=1)
-    y, v = (random(tokens, heads, head_dim) for _ in range(2))
-    xsa = (v, gates[0]) if "xsa" in present else (None, None)
-    return [y, *xsa, gates[1] if "gate" in present else None]
-
-
-@pytest.mark.parametrize("case", cases(zip(FINISH), zip(REAL_FINISH)))
-def test_finish_attention(case):
-    agree("finish_attention", finish_inputs(case))
-
-
-@interpreted
-def test_xsa_of_a_value_of_zero():
-    y, v, alpha, *others = finish_inputs((8, 2, 16, "xsa"))
-    v[3, 1] = 0
-    out, grads = outcome(OPS["finish_attention"], [y, v, alpha, *others], [torch.ones(8, 32)], ())
-    assert torch.equal(out[0].view_as(y)[3, 1], y[3, 1])
-    assert all(torch.isfinite(grad).all() for grad in grads)
-    assert torch.count_nonzero(grads[1][3, 1]) == grads[2][3, 1] == 0
-
-
 # MLP and head ------------------------------------------------------------------------------------
 
 
@@ -333,14 +305,13 @@ def test_compiler_knows_the_ops():
     for name, inputs in (
         ("combine", combine_inputs(5, 32, 3, True)),
         ("prepare_qkv", prepare_inputs(PREPARE[3])),
-        ("finish_attention", finish_inputs(FINISH[1])),
         ("mlp", [random(8, 16), random(20, 16), random(20, 16), []]),
         ("head_loss", [x, head, *others, [], torch.randn(30)]),
         ("next_token_loss", [x, head, others[0][:, 0].contiguous()]),
         ("find_matches", match_inputs(40, 16, (1, 3))),
     ):
         torch.library.opcheck(OPS[name], inputs, test_utils=checks)
-        if name in ("combine", "prepare_qkv", "finish_attention", "mlp"):
+        if name in DIFFERENTIABLE:
             leaves = tree_map_only(Tensor, leaf, inputs)
             torch.library.opcheck(OPS[name], leaves, test_utils="test_aot_dispatch_static")
 

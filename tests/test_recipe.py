@@ -34,7 +34,6 @@ from train_gpt import (
     Windows,
     combine,
     draw_columns,
-    finish_attention,
     gate_layouts,
     gate_mlp,
     head_loss,
@@ -271,61 +270,28 @@ def test_extra_value_is_added_as_it_is(runtime):
     close(v - plain_v, extra.view(20, 4, 8))
 
 
-# XSA, head gates ---------------------------------------------------------------------------------
+# Head gates --------------------------------------------------------------------------------------
 
 
-def xsa(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
-    """finish_attention with nothing else, shaped like y."""
-    return finish_attention(y.float(), v.float(), alpha.float(), None).view_as(y)
-
-
-def test_xsa_takes_out_what_lies_along_the_own_value():
-    y, v, alpha = gaussian(7, 3, 8), gaussian(7, 3, 8, seed=1), gaussian(7, 3, seed=2)
-    value = xsa(y, v, alpha)
-    for t in range(7):
-        for h in range(3):
-            along = (y[t, h] @ v[t, h]) / (v[t, h] @ v[t, h])
-            close(value[t, h], y[t, h] - math.tanh(alpha[t, h]) * along * v[t, h])
-    large = xsa(y, v, torch.full((7, 3), 20.0))
-    assert (large.double() * v).sum(-1).abs().max() < 1e-4  # orthogonal
-    assert torch.equal(xsa(y, v, torch.zeros(7, 3)), y.float())
-    assert (xsa(y, v, -alpha) - value).abs().max() > 0.1
-    zero = xsa(y, torch.zeros(7, 3, 8), alpha)
-    assert torch.equal(zero, y.float())  # and no division by zero
-
-
-def test_behind_attention_step_by_step():
-    """XSA, head gate, in this order."""
-    y, v = (gaussian(10, 4, 8, seed=seed) for seed in range(2))
-    gate, alpha = (gaussian(10, 4, seed=seed) for seed in (5, 6))
-    expected = y.clone()
-    for t in range(10):
-        for h in range(4):
-            along = (expected[t, h] @ v[t, h]) / v[t, h].square().sum()
-            expected[t, h] -= math.tanh(alpha[t, h]) * along * v[t, h]
-            expected[t, h] *= gate[t, h]
-    value = finish_attention(*(x.float() for x in (y, v, alpha, gate)))
-    close(value, expected.flatten(1))
-
-
-def test_layer_finishes_attention_with_its_own_gates_and_projects_it(runtime, monkeypatch):
-    """Layer 1 of the tiny plan with XSA and a head gate, layer 3 with XSA alone, layer 4 with a
-    head gate alone."""
-    model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
-    calls, attended = recorded(monkeypatch, "finish_attention"), recorded(monkeypatch, "attention")
-    prepares = recorded(monkeypatch, "prepare_qkv")
-    names = "xsa 1", "head 1", "xsa 3", "head 4"
-    gates = {name: gaussian(64, 4, seed=i).float() for i, name in enumerate(names)}
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 5e-3)])
+def test_layer_scales_its_heads_and_projects_them(runtime, monkeypatch, dtype, error):
+    """By gates in fp32, and their gradients: layers 1 and 4 of the tiny plan have some, layer 3 has
+    none."""
+    model, batch = trained_like(tiny_config(dtype=dtype), runtime), random_batch(1, [40, 24])
+    n, grad = (gaussian(64, 32, seed=seed).to(model.head.dtype) for seed in range(2))
+    gates = {f"head {i}": gaussian(64, 4, seed=i).float().requires_grad_() for i in (1, 4)}
     for layer, entry in ((1, 1), (3, 2), (4, 3)):
-        n = gaussian(64, 32, seed=layer).float()
-        with torch.no_grad():
-            value = model.attend(layer, n, None, None, None, gates, batch, WINDOWS, [])
-        (y, v, alpha, head_gate), out = calls[-1]
-        assert y is attended[-1][1]
-        assert alpha is gates.get(f"xsa {layer}")
-        assert head_gate is gates.get(f"head {layer}")
-        assert v is (None if layer == 4 else prepares[-1][1][2])
-        close(value, out.double() @ model.attention_bank[entry, 96:].double().T, atol=1e-4)
+        y = gaussian(64, 4, 8, seed=10 + layer).to(model.head.dtype).requires_grad_()
+        monkeypatch.setattr(train_gpt, "attention", lambda *_, y=y: y)
+        value = model.attend(layer, n, None, None, None, gates, batch, WINDOWS, [])
+        inputs = [y] if layer == 3 else [y, gates[f"head {layer}"]]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        scaled = exact[0] if layer == 3 else exact[0] * exact[1][:, :, None]
+        expected = scaled.flatten(1) @ model.attention_bank[entry, 96:].detach().double().T
+        found = value, *torch.autograd.grad(value, inputs, grad)
+        references = expected, *torch.autograd.grad(expected, exact, grad.double())
+        for result, reference in zip(found, references, strict=True):
+            assert (result.double() - reference).norm() < error * reference.norm()
 
 
 # Gates and their starts --------------------------------------------------------------------------
@@ -345,19 +311,15 @@ def test_gate_mlp(learned):
 
 
 def test_gate_layouts_of_the_speedrun():
-    """Names, widths, starts: 26 and 29 outputs for the layers, 14 and 5 for the dynamic skips."""
+    """Names, widths, starts: 14 and 17 outputs for the layers, 14 and 5 for the dynamic skips."""
     layouts = gate_layouts(PRESETS["speedrun"])
     assert list(layouts) == ["early", "late", "last", "output"]
     expected = {"early": {}, "late": {}}
     for i in range(4):
         expected["early"] |= {f"first {i}": (1, 0.0), f"ngrams {i}": (1, 0.05)}
-    for i in (1, 3):
-        expected["early"][f"xsa {i}"] = (6, 0.0)
     expected["early"]["head 3"] = (6, 0.25)
     for i in (4, 5, 7, 8, 9):
         expected["late"] |= {f"first {i}": (1, 0.0), f"ngrams {i}": (1, 0.05)}
-    for i in (4, 7):
-        expected["late"][f"xsa {i}"] = (6, 0.0)
     expected["late"] |= {"skip 6": (1, 0.5), "head 10": (6, 0.25)}
     root = math.sqrt(1.1)
     zeros = ("value_first", "value_attend", "value_last", "x_first", "x_attend", "x_last", "first")
@@ -368,7 +330,7 @@ def test_gate_layouts_of_the_speedrun():
     expected["output"]["attend"] = (1, -0.5)
     assert layouts == expected
     widths = {name: sum(width for width, _ in layout.values()) for name, layout in layouts.items()}
-    assert widths == {"early": 26, "late": 29, "last": 14, "output": 5}
+    assert widths == {"early": 14, "late": 17, "last": 14, "output": 5}
 
 
 @pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
@@ -396,7 +358,7 @@ def test_small_parameters_start_as_written(runtime):
     shapes |= dict.fromkeys(names.split(), (11,))
     starts = {"attention_in": 0.5, "attention_out": 1.0, "residual": root, "mlp_residual": root}
     starts |= {"project": 1.0, "mlp_project": 1.0, "skip": -1.5}
-    for name, outputs in ("early", 26), ("late", 29), ("last", 14), ("output", 5):
+    for name, outputs in ("early", 14), ("late", 17), ("last", 14), ("output", 5):
         shapes |= {f"{name} w_1": (8, 48), f"{name} b_1": (8,)}
         shapes |= {f"{name} w_2": (outputs, 8), f"{name} b_2": (outputs,)}
     shapes |= {"early scale": (1,), "late scale": (1,)}

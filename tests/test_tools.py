@@ -360,21 +360,20 @@ def cpu_bench(monkeypatch, tmp_path) -> bench.Bench:
 
 def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
     """On short rows; products, quantizing and the head are too slow here."""
-    stage, names = bench.STAGES[16384], "combine prepare_qkv attention finish_attention"
-    row = bench.Row(cpu_bench, stage, 64)
-    makers = [getattr(row, name) for name in f"{names} tables".split()]
+    row = bench.Row(cpu_bench, bench.STAGES[16384], 64)
+    makers = [row.combine, row.prepare_qkv, row.attention]
     monkeypatch.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 800)})
     monkeypatch.setattr(bench, "VOCAB", 64)
     monkeypatch.setattr(bench, "CONFIG", tiny_config(ngram_rows=64))
     optimizer = bench.normuon, bench.adam, bench.ngrams
-    makers = [*makers[:-1], *(partial(maker, cpu_bench) for maker in optimizer)]
+    makers += [partial(maker, cpu_bench) for maker in optimizer]
     cpu_bench.section("64 tokens", makers)
     printed = capsys.readouterr().out
     assert cpu_bench.failures == 0, printed
     assert printed == cpu_bench.log.read_text()
     lines = printed.splitlines()[3:]
     assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
-    assert len(lines) == 2 * (1 + 4 + 2 + 2) + 2 * 4 + 2 + 1
+    assert len(lines) == 2 * (1 + 4 + 2) + 2 * 4 + 2 + 1
     assert all(line.split()[-2:] == ["2.000", "-"] for line in lines)
 
 

@@ -188,11 +188,6 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             y = [
                 probabilities(q[h], k[h], document, window, scale) @ v[h] for h in range(num_heads)
             ]
-            if row.xsa:
-                for h in range(num_heads):
-                    along = (y[h] * v[h]).sum(1) / (v[h] * v[h]).sum(1)
-                    removed = torch.tanh(gates[f"xsa {i}"][:, h]) * along
-                    y[h] = y[h] - removed[:, None] * v[h]
             if row.head_gate:
                 y = [gates[f"head {i}"][:, [h]] * y[h] for h in range(num_heads)]
             a = small["attention_out"][i] * torch.cat(y, dim=1) @ weights[3 * dim :].T
