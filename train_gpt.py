@@ -2566,9 +2566,10 @@ class GPT(nn.Module):
         options = fp8, row.window == "long", config.head_dim
         q, k, v, _ = prepare_qkv(normed, w_qkv, small["attention_in"][i], *turns, *values, *options)
         y = attention(q, k, v, batch.cu_seqlens, batch.max_seq_len, window, scale, self.backend)
-        if row.head_gate:
-            y = (gates[f"head {i}"][:, :, None] * y).type_as(y)
-        return F.linear(y.flatten(1), w_o)
+        if row.head_gate:  # a sum of one, of heads
+            gate = gates[f"head {i}"].reshape(-1, 1)
+            y, _ = combine([y.flatten(0, 1)], [gate], False, [], False)
+        return F.linear(y.view(normed.shape), w_o)
 
     def forward(
         self,

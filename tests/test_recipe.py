@@ -77,8 +77,8 @@ def streams_of(
     calls = recorded(monkeypatch, "combine")
     with torch.no_grad():
         model.hidden(batch, WINDOWS)
-    names = "smear,first,attention 0,mlp 0,attention 1,mlp 1,skip 2,mlp 2,attention 3,mlp 3"
-    names += ",extra value,enter 4,attention 4,mlp 4,output"
+    names = "smear,first,attention 0,mlp 0,heads 1,attention 1,mlp 1,skip 2,mlp 2,attention 3,mlp 3"
+    names += ",extra value,enter 4,heads 4,attention 4,mlp 4,output"
     return dict(zip(names.split(","), calls, strict=True))
 
 
@@ -385,7 +385,8 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls = streams_of(model, batch, monkeypatch)
     out = {name: stream.double() for name, (_, (stream, _)) in calls.items()}
-    layer = {name: args[0][1].double() for name, (args, _) in calls.items()}  # what it came to
+    layer = {name: args[0][1:] for name, (args, _) in calls.items()}  # what it came to
+    layer = {name: sources[0].double() for name, sources in layer.items() if sources}
     small, x0 = small_slices(model), calls["smear"][1][1].double()
     e = model.look_up(batch).ngrams.double()
     value = model.value_embed[batch.tokens.long()].double()
