@@ -261,6 +261,7 @@ def test_no_step_waits_for_its_ngrams():
     """Neither gathering nor updating lets the host wait for the device."""
     config = make_config(**NGRAMS)
     model = make_model(config)
+    model.ngrams.reset()
     optimizer = Optimizer(model, config, Runtime(0, 1, torch.device("cuda"), Log(None)))
     rows = torch.randint(0, 2**17, (2048,), device="cuda", dtype=torch.int32)
     grads = torch.randn(2048, config.ngram_dim, device="cuda", dtype=torch.bfloat16)
