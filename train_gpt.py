@@ -258,7 +258,6 @@ PRESETS = {
         head_dim=16,
         mlp_dim=256,
         gate_dim=16,
-        ngram_orders=(2,),
         ngram_rows=4096,
         ngram_dim=64,
         dtype="float32",
@@ -2569,7 +2568,7 @@ class GPT(nn.Module):
         if row.head_gate:  # a sum of one, of heads
             gate = gates[f"head {i}"].reshape(-1, 1)
             y, _ = combine([y.flatten(0, 1)], [gate], False, [], False)
-        return F.linear(y.view(normed.shape), w_o)
+        return F.linear(y.reshape(normed.shape), w_o)
 
     def forward(
         self,
