@@ -2668,86 +2668,15 @@ POLAR_EXPRESS = (
 # fmt: on
 
 
-@triton.jit
-def _symmetric_kernel(
-    x_ptr, out_ptr, size, inner, stride_batch, stride_row, stride_inner, linear, quadratic,
-    LINEAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    """out = quadratic·x xᵀ (+ linear·x if LINEAR: x is symmetric) for x (batch, size, inner).
+def compiled(function: Callable) -> Callable:
+    """One pass of what torch.compile makes of the function where its first argument is on a GPU."""
+    compile_once = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=False))
 
-    Grid: (blocks on and above the diagonal, batch); a block off the diagonal is stored twice. The
-    blocks of one matrix run together, so that it is read from L2 after the first time.
-    """
-    # Rows r and blocks - 1 - r of the triangle have blocks + 1 places together: count along both.
-    blocks = tl.cdiv(size, BLOCK)
-    pair, place = tl.program_id(0) // (blocks + 1), tl.program_id(0) % (blocks + 1)
-    in_first = place < blocks - pair
-    row_block = tl.where(in_first, pair, blocks - 1 - pair)
-    col_block = tl.where(in_first, pair + place, place - 1)
-    rows = row_block * BLOCK + tl.arange(0, BLOCK)
-    cols = col_block * BLOCK + tl.arange(0, BLOCK)
-    along = tl.arange(0, BLOCK_INNER)
-    x_ptr += tl.program_id(1) * stride_batch
-    left = x_ptr + rows[:, None] * stride_row + along[None, :] * stride_inner
-    right = x_ptr + cols[None, :] * stride_row + along[:, None] * stride_inner
-    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for start in range(0, inner, BLOCK_INNER):
-        inside = start + along < inner
-        a = tl.load(left, mask=(rows < size)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(right, mask=(cols < size)[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(a, b, total)
-        left += BLOCK_INNER * stride_inner
-        right += BLOCK_INNER * stride_inner
-    total *= quadratic
-    mask = (rows < size)[:, None] & (cols < size)[None, :]
-    if LINEAR:
-        tile = x_ptr + rows[:, None] * stride_row + cols[None, :] * stride_inner
-        total += linear * tl.load(tile, mask=mask, other=0.0).to(tl.float32)
-    total = total.to(out_ptr.dtype.element_ty)
-    out_ptr += tl.program_id(1) * size * size
-    tl.store(out_ptr + rows[:, None] * size + cols[None, :], total, mask=mask)
-    if row_block != col_block:
-        mirrored = out_ptr + cols[:, None] * size + rows[None, :]
-        tl.store(mirrored, tl.trans(total), mask=tl.trans(mask))
+    @functools.wraps(function)
+    def call(first: Tensor, *others: object) -> None:
+        return (compile_once() if first.is_cuda else function)(first, *others)
 
-
-def symmetric_product(
-    x: Tensor, transpose: bool, linear: float | None = None, quadratic: float = 1.0
-) -> Tensor:
-    """quadratic·x xᵀ + linear·x of x (batch, rows, cols), contiguous; of xᵀ if transpose."""
-    assert x.is_contiguous()
-    batch, rows, cols = x.shape
-    size, inner, strides = (cols, rows, (1, cols)) if transpose else (rows, cols, (cols, 1))
-    out = torch.empty((batch, size, size), dtype=x.dtype, device=x.device)
-
-    def programs(block: int) -> int:
-        blocks = triton.cdiv(size, block)
-        return blocks * (blocks + 1) // 2
-
-    # Blocks of 128 read half as much of L2 as blocks of 64, but must busy half or so of the 132
-    # SMs: on 8 GPUs a rank's three MLP matrices make 63, its twelve pairs of heads 36.
-    block = 128 if batch * programs(128) >= 60 else 64
-    _symmetric_kernel[programs(block), batch](
-        x, out, size, inner, rows * cols, *strides, linear or 0.0, quadratic,
-        LINEAR=linear is not None, BLOCK=block, BLOCK_INNER=64,
-        num_warps=8 if block == 128 else 4, num_stages=3 if block == 128 else 4,
-    )  # fmt: skip
-    return out
-
-
-def gram(x: Tensor) -> Tensor:
-    """The smaller of XXᵀ and XᵀX of each matrix in x, (batch, rows, cols), in its dtype."""
-    tall = x.size(1) > x.size(2)
-    if has_kernels(x.device):
-        return symmetric_product(x, transpose=tall)
-    return x.mT @ x if tall else x @ x.mT
-
-
-def symmetric_polynomial(a: Tensor, linear: float, quadratic: float) -> Tensor:
-    """linear·A + quadratic·A² of symmetric matrices, (batch, size, size)."""
-    if has_kernels(a.device):
-        return symmetric_product(a, False, linear, quadratic)
-    return torch.baddbmm(a, a, a, beta=linear, alpha=quadratic)
+    return call
 
 
 def polar_express(x: Tensor, norm: Tensor) -> Tensor:
@@ -2755,212 +2684,13 @@ def polar_express(x: Tensor, norm: Tensor) -> Tensor:
 
     norm: of Frobenius, (batch, 1, 1), fp32.
     """
-    x = x / (1.02 * norm + 1e-7).type_as(x)
+    x, tall = x / (1.02 * norm + 1e-7).type_as(x), x.size(1) > x.size(2)
     for a, b, c in POLAR_EXPRESS:
-        product = symmetric_polynomial(gram(x), b, c)
-        left, right = (x, product) if x.size(1) > x.size(2) else (product, x)
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        left, right = (x, polynomial) if tall else (polynomial, x)
         x = torch.baddbmm(x, left, right, beta=a)
     return x
-
-
-@triton.jit
-def _apply_update(high_ptr, low_ptr, at, mask, direction, lr, decay):
-    """apply_update_ to the weights at these places."""
-    high = tl.load(high_ptr + at, mask=mask, other=0).to(tl.int32) << 16
-    low = tl.load(low_ptr + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
-    weights = (high | low).to(tl.float32, bitcast=True)
-    shrinks = tl.where(direction * weights > 0, decay, 0.0)
-    weights = weights - lr * direction - shrinks * weights
-    bits = weights.to(tl.int32, bitcast=True)
-    tl.store(high_ptr + at, (bits >> 16).to(tl.int16), mask=mask)
-    tl.store(low_ptr + at, bits.to(tl.int16), mask=mask)
-
-
-# A view of a bank (entries, height, width) as its matrices is (entries, matrices of an entry, rows,
-# width): bank[:, first:last].unflatten(1, (-1, rows)), which copies nothing. The kernels read such
-# views in place and number the matrices through; what they make is (matrices, rows, cols).
-
-
-@triton.jit
-def _bank_offset(matrix, per_entry, stride_entry, numel):
-    """Where the matrix-th of a bank's matrices, of numel weights each, begins."""
-    return (matrix // per_entry) * stride_entry + (matrix % per_entry) * numel
-
-
-@triton.jit
-def _nesterov_kernel(
-    grad_ptr, momentum_ptr, update_ptr, norm_ptr, mu_ptr, per_entry, stride_entry, numel,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid: (parts of a matrix, matrices). norm_ptr: the norm of every part."""
-    part, matrix = tl.program_id(0), tl.program_id(1)
-    offsets = part * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
-    bank = _bank_offset(matrix, per_entry, stride_entry, numel) + offsets
-    grad = tl.load(grad_ptr + bank, mask=mask, other=0.0).to(tl.float32)
-    momentum = tl.load(momentum_ptr + bank, mask=mask, other=0.0)
-    weight = 1 - tl.load(mu_ptr)
-    momentum += weight * (grad - momentum)
-    tl.store(momentum_ptr + bank, momentum, mask=mask)
-    update = (momentum + weight * (grad - momentum)).to(update_ptr.dtype.element_ty)
-    tl.store(update_ptr + matrix * numel + offsets, update, mask=mask)
-    update = update.to(tl.float32)
-    tl.store(norm_ptr + matrix * tl.num_programs(0) + part, tl.sqrt(tl.sum(update * update)))
-
-
-def nesterov_kernel_(grad: Tensor, momentum: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-    entries, per_entry, rows, cols = momentum.shape
-    matrices, numel, block = entries * per_entry, rows * cols, 4096
-    assert grad.stride() == momentum.stride() == (momentum.stride(0), numel, cols, 1)
-    parts, device = triton.cdiv(numel, block), momentum.device
-    update = torch.empty((matrices, rows, cols), dtype=torch.bfloat16, device=device)
-    norms = torch.empty((matrices, parts, 1), dtype=torch.float32, device=device)
-    _nesterov_kernel[parts, matrices](
-        grad, momentum, update, norms, mu, per_entry, momentum.stride(0), numel,
-        BLOCK=block, num_warps=8,
-    )  # fmt: skip
-    return update, norms.norm(dim=1, keepdim=True)
-
-
-def nesterov_(grad: Tensor, momentum: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-    """Momentum, updated in place, then Nesterov's look ahead and its Frobenius norms.
-
-    grad, and momentum in fp32: a bank's matrices, (entries, matrices of an entry, rows, cols). mu:
-    0-d. Gives (matrices, rows, cols), in bf16 on a GPU, and (matrices, 1, 1) in fp32.
-    """
-    if has_kernels(grad.device):
-        return nesterov_kernel_(grad, momentum, mu)
-    grad = grad.float()
-    momentum.lerp_(grad, 1 - mu)
-    update = grad.lerp(momentum, mu).flatten(0, 1)
-    update = update.bfloat16() if grad.is_cuda else update
-    return update, update.float().norm(dim=(1, 2), keepdim=True)
-
-
-@triton.jit
-def _sum_squares_kernel(
-    x_ptr, out_ptr, numel, kept, summed, stride_kept, stride_summed,
-    BLOCK_KEPT: tl.constexpr, BLOCK_SUMMED: tl.constexpr,
-):  # fmt: skip
-    """Of each row, or each column, by the strides. Grid: (blocks of kept, matrices)."""
-    matrix = tl.program_id(1)
-    keep = tl.program_id(0) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
-    along = tl.arange(0, BLOCK_SUMMED)
-    x_ptr += matrix * numel + keep[:, None] * stride_kept + along[None, :] * stride_summed
-    squares = tl.zeros((BLOCK_KEPT, BLOCK_SUMMED), dtype=tl.float32)
-    for start in range(0, summed, BLOCK_SUMMED):
-        mask = (keep < kept)[:, None] & (start + along < summed)[None, :]
-        x = tl.load(x_ptr + start * stride_summed, mask=mask, other=0.0).to(tl.float32)
-        squares += x * x
-    tl.store(out_ptr + matrix * kept + keep, tl.sum(squares, axis=1), mask=keep < kept)
-
-
-@triton.jit
-def _normuon_scale_kernel(
-    squares_ptr, mean_square_ptr, step_scale_ptr, per_entry, kept, summed, beta2,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums of squares to what each row (or column) is multiplied by, in place. Grid: (matrices,)"""
-    matrix = tl.program_id(0)
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < kept
-    squares_ptr += matrix * kept + offsets
-    mean_square_ptr += matrix * kept + offsets
-    squares = tl.load(squares_ptr, mask=mask, other=0.0)
-    mean_square = tl.load(mean_square_ptr, mask=mask, other=0.0)
-    mean_square += (1 - beta2) * (squares / summed - mean_square)
-    tl.store(mean_square_ptr, mean_square, mask=mask)
-    scale = tl.rsqrt(tl.maximum(mean_square, 1e-12))
-    norm, evened_norm = tl.sqrt(tl.sum(squares)), tl.sqrt(tl.sum(squares * scale * scale))
-    restore = norm / tl.maximum(evened_norm, 1e-12) * tl.load(step_scale_ptr + matrix // per_entry)
-    tl.store(squares_ptr, scale * restore, mask=mask)
-
-
-@triton.jit
-def _normuon_apply_kernel(
-    direction_ptr, high_ptr, low_ptr, scale_ptr, lr_ptr, decay_ptr,
-    per_entry, stride_entry, num_rows, num_cols,
-    BY_ROW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """apply_update_ with the direction times its scales. Grid: (blocks across, down, matrices)."""
-    matrix = tl.program_id(2)
-    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    offsets = rows[:, None] * num_cols + cols[None, :]
-    numel = num_rows * num_cols
-    if BY_ROW:
-        scale = tl.load(scale_ptr + matrix * num_rows + rows, mask=rows < num_rows)[:, None]
-    else:
-        scale = tl.load(scale_ptr + matrix * num_cols + cols, mask=cols < num_cols)[None, :]
-    direction = tl.load(direction_ptr + matrix * numel + offsets, mask=mask).to(tl.float32) * scale
-    bank = _bank_offset(matrix, per_entry, stride_entry, numel) + offsets
-    lr, decay = tl.load(lr_ptr), tl.load(decay_ptr)
-    _apply_update(high_ptr, low_ptr, bank, mask, direction, lr, decay)
-
-
-def normuon_apply_kernel_(
-    high: Tensor, low: Tensor, direction: Tensor, mean_square: Tensor, step_scale: Tensor,
-    lr: Tensor, decay: Tensor, beta2: float,
-) -> None:  # fmt: skip
-    per_entry, (matrices, rows, cols) = high.size(1), direction.shape
-    numel, stride_entry = rows * cols, high.stride(0)
-    assert high.stride() == low.stride() == (stride_entry, numel, cols, 1)
-    assert direction.is_contiguous() and mean_square.is_contiguous()
-    by_row = mean_square.size(2) == 1
-    if by_row:
-        kept, summed, strides, blocks = rows, cols, (cols, 1), (16, 256)
-    else:
-        kept, summed, strides, blocks = cols, rows, (1, cols), (64, 64)
-    scale = torch.empty((matrices, kept), dtype=torch.float32, device=high.device)
-    _sum_squares_kernel[triton.cdiv(kept, blocks[0]), matrices](
-        direction, scale, numel, kept, summed, *strides,
-        BLOCK_KEPT=blocks[0], BLOCK_SUMMED=blocks[1], num_warps=8,
-    )  # fmt: skip
-    _normuon_scale_kernel[(matrices,)](
-        scale, mean_square, step_scale, per_entry, kept, summed, beta2,
-        BLOCK=triton.next_power_of_2(kept), num_warps=8,
-    )  # fmt: skip
-    _normuon_apply_kernel[triton.cdiv(cols, 256), triton.cdiv(rows, 16), matrices](
-        direction, high.view(torch.int16), low, scale, lr, decay,
-        per_entry, stride_entry, rows, cols,
-        BY_ROW=by_row, BLOCK_ROWS=16, BLOCK_COLS=256, num_warps=8,
-    )  # fmt: skip
-
-
-def normuon_apply_(
-    high: Tensor, low: Tensor | None, direction: Tensor, mean_square: Tensor, step_scale: Tensor,
-    lr: Tensor, decay: Tensor, beta2: float,
-) -> None:  # fmt: skip
-    """Even out the rows of the polar factors at their old norm, and move the weights by them.
-
-    high, and low int16 or None: a bank's matrices as in nesterov_. direction: (matrices, rows,
-    cols). mean_square: fp32, (matrices, rows, 1), or (matrices, 1, cols) to even out columns.
-    step_scale: fp32, (entries,), of the direction. lr, decay: 0-d. Changes high, low, mean_square.
-    """
-    if has_kernels(high.device) and low is not None:
-        normuon_apply_kernel_(high, low, direction, mean_square, step_scale, lr, decay, beta2)
-        return
-    direction = direction.float()
-    norm = direction.norm(dim=(1, 2), keepdim=True)
-    across = 2 if mean_square.size(2) == 1 else 1
-    mean_square.lerp_(direction.square().mean(dim=across, keepdim=True), 1 - beta2)
-    direction = direction * mean_square.clamp_min(1e-12).rsqrt()
-    direction = direction * (norm / direction.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12))
-    direction = direction.view(high.shape) * step_scale[:, None, None, None]
-    apply_update_(high, low, direction, lr, decay)
-
-
-def normuon_update_(
-    high: Tensor, low: Tensor | None, grad: Tensor, momentum: Tensor, mean_square: Tensor,
-    step_scale: Tensor, mu: Tensor, beta2: float, lr: Tensor, decay: Tensor,
-) -> None:  # fmt: skip
-    """One step of NorMuon, in place, for a bank's matrices of one kind; see the ops it calls.
-
-    Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1.
-    """
-    direction = polar_express(*nesterov_(grad, momentum, mu))
-    normuon_apply_(high, low, direction, mean_square, step_scale, lr, decay, beta2)
 
 
 def join_mantissa(high: Tensor, low: Tensor | None) -> Tensor:
@@ -2981,7 +2711,7 @@ def split_mantissa_(high: Tensor, low: Tensor | None, weights: Tensor) -> None:
 
 
 def apply_update_(
-    high: Tensor, low: Tensor | None, direction: Tensor, lr: float | Tensor, decay: float | Tensor
+    high: Tensor, low: Tensor | None, direction: Tensor, lr: Tensor, decay: Tensor
 ) -> None:
     """weights -= lr·direction, and decay·weights where that has the same sign (cautious decay)."""
     weights = join_mantissa(high, low)
@@ -2989,58 +2719,48 @@ def apply_update_(
     split_mantissa_(high, low, weights - lr * direction - decay * weights * shrinks)
 
 
-@triton.jit
-def _adam_kernel(
-    high, low, grad, mean, mean_square, numbers, count, beta_1: tl.constexpr, beta_2: tl.constexpr,
-    eps: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    lr, decay = tl.load(numbers), tl.load(numbers + 1)
-    correction_1, correction_2 = tl.load(numbers + 2), tl.load(numbers + 3)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(mean + at, mask=inside, other=0.0)
-    m += (1 - beta_1) * (g - m)
-    v = tl.load(mean_square + at, mask=inside, other=0.0)
-    v += (1 - beta_2) * (g * g - v)
-    tl.store(mean + at, m, mask=inside)
-    tl.store(mean_square + at, v, mask=inside)
-    direction = (m / correction_1) / (tl.sqrt(v / correction_2) + eps)
-    _apply_update(high, low, at, inside, direction, lr, decay)
-
-
-def adam_kernel_(
-    high: Tensor, low: Tensor, grad: Tensor, mean: Tensor, mean_square: Tensor,
-    betas: tuple[float, float], corrections: tuple[float, float], eps: float, lr: float,
-    decay: float,
+@compiled
+def normuon_update_(
+    high: Tensor, low: Tensor | None, grad: Tensor, momentum: Tensor, mean_square: Tensor,
+    step_scale: Tensor, mu: Tensor, beta2: float, lr: Tensor, decay: Tensor,
 ) -> None:  # fmt: skip
-    """adam_update_ in one pass."""
-    numbers = torch.tensor([lr, decay, *corrections])
-    if high.is_cuda:
-        numbers = numbers.pin_memory().to(high.device, non_blocking=True)
-    _adam_kernel[(triton.cdiv(high.numel(), 1024),)](
-        high.view(torch.int16), low, grad, mean, mean_square, numbers, high.numel(), *betas, eps,
-        BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    """One step of NorMuon, in place, for a bank's matrices of one kind.
+
+    high, low (int16 or None), grad, and momentum in fp32: (entries, matrices of an entry, rows,
+    cols). mean_square: fp32, (matrices, rows, 1), or (matrices, 1, cols) to even out columns.
+    step_scale: fp32, (entries,), of the direction. mu, lr, decay: 0-d.
+    Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1.
+    """
+    grad = grad.float()
+    momentum.lerp_(grad, 1 - mu)
+    update = grad.lerp(momentum, mu).flatten(0, 1)  # Nesterov's look ahead
+    update = update.bfloat16() if update.is_cuda else update
+    direction = polar_express(update, update.float().norm(dim=(1, 2), keepdim=True)).float()
+    # Even out the rows, and keep the norm.
+    across = 2 if mean_square.size(2) == 1 else 1
+    squares = direction.square().sum(dim=across, keepdim=True)
+    mean_square.lerp_(squares / direction.size(across), 1 - beta2)
+    scale = mean_square.clamp_min(1e-12).rsqrt()
+    norm, evened = (x.sum((1, 2), keepdim=True).sqrt() for x in (squares, squares * scale.square()))
+    direction = direction * (scale * norm / evened.clamp_min(1e-12))
+    apply_update_(high, low, direction.view(high.shape) * step_scale.view(-1, 1, 1, 1), lr, decay)
 
 
+@compiled
 def adam_update_(
     high: Tensor, low: Tensor | None, grad: Tensor, mean: Tensor, mean_square: Tensor,
-    betas: tuple[float, float] | tuple[Tensor, Tensor],
-    corrections: tuple[float, float] | tuple[Tensor, Tensor], eps: float, lr: float | Tensor,
-    decay: float | Tensor,
+    betas: tuple[float, float] | tuple[Tensor, Tensor], updates: Tensor, eps: float, lr: Tensor,
+    decay: Tensor,
 ) -> None:  # fmt: skip
     """One step of Adam (Kingma & Ba 2015, algorithm 1), in place.
 
-    betas, lr and decay are for all weights or one a weight. corrections: 1 - beta**t, both moments.
+    betas, lr and decay are for all weights or one a weight. updates: with this one, 0-d.
     """
-    if has_kernels(high.device) and low is not None:
-        adam_kernel_(high, low, grad, mean, mean_square, betas, corrections, eps, lr, decay)
-        return
     grad = grad.float()
     mean.lerp_(grad, 1 - betas[0])
     mean_square.lerp_(grad.square(), 1 - betas[1])
-    direction = (mean / corrections[0]) / ((mean_square / corrections[1]).sqrt() + eps)
+    first, second = (1 - beta**updates for beta in betas)
+    direction = (mean / first) / ((mean_square / second).sqrt() + eps)
     apply_update_(high, low, direction, lr, decay)
 
 
@@ -3050,19 +2770,16 @@ class ParamState:
     def __init__(self, group: ParamGroup, param: nn.Parameter, config: Config, runtime: Runtime):
         self.group, self.param = group, param
         self.num_shards = runtime.world_size if group.sharded else 1
-        rows = param.size(0) // self.num_shards
-        if param.size(0) % self.num_shards:
+        rows, rest = divmod(len(param), self.num_shards)
+        if rest:
             raise UserError(
-                f"{group.name} has {param.size(0)} rows, which {self.num_shards} processes cannot "
+                f"{group.name} has {len(param)} rows, which {self.num_shards} processes cannot "
                 "share evenly: start a number of processes that divides them"
             )
-        self.rank = runtime.rank if group.sharded else 0
-        self.shard = param.detach()[self.rank * rows : (self.rank + 1) * rows]
-        self.low = (
-            torch.zeros_like(self.shard, dtype=torch.int16)
-            if param.dtype == torch.bfloat16
-            else None
-        )
+        first = (runtime.rank if group.sharded else 0) * rows
+        self.shard = param.detach()[first : first + rows]
+        has_low = param.dtype == torch.bfloat16
+        self.low = torch.zeros_like(self.shard, dtype=torch.int16) if has_low else None
         self.mean = torch.zeros_like(self.shard, dtype=torch.float32)
         self.mean_squares: list[Tensor] = []
         # NorMuon: rows of a bank entry, rows of a matrix in them
@@ -3070,15 +2787,15 @@ class ParamState:
         self.step_scales: list[Tensor] = []  # of each block, one an entry
         self.lr, self.weight_decay, self.betas = group.lr, group.weight_decay, group.betas
         if group.name == "small":
-            rows = small_params(config).values()
-            sizes = torch.tensor([math.prod(row.shape) for row in rows])
+            layout = small_params(config).values()
+            sizes = torch.tensor([math.prod(row.shape) for row in layout])
 
             def spread(numbers: Iterable[float]) -> Tensor:  # one a parameter to one a weight
                 return torch.tensor(list(numbers)).repeat_interleave(sizes).to(param.device)
 
-            self.lr = spread(row.lr for row in rows)
-            self.weight_decay = spread(row.weight_decay for row in rows)
-            self.betas = tuple(spread(row.betas[i] for row in rows) for i in range(2))
+            self.lr = spread(row.lr for row in layout)
+            self.weight_decay = spread(row.weight_decay for row in layout)
+            self.betas = tuple(spread(row.betas[i] for row in layout) for i in range(2))
         if group.rule == "adam":
             self.mean_squares = [torch.zeros_like(self.mean)]
             return
@@ -3088,8 +2805,7 @@ class ParamState:
             scales = torch.ones(entries)
         else:  # W_1 as it is, W_2 with twice the step
             self.blocks = [(slice(0, height), height)]
-            index = torch.arange(entries) + self.rank * entries  # in the whole bank
-            scales = torch.where(index < len(config.layers), 1.0, 2.0)
+            scales = torch.where(torch.arange(first, first + rows) < len(config.layers), 1.0, 2.0)
         for rows_of_entry, matrix_rows in self.blocks:
             count = entries * (rows_of_entry.stop - rows_of_entry.start) // matrix_rows
             shape = (count, matrix_rows, 1) if matrix_rows >= width else (count, 1, width)
@@ -3098,9 +2814,8 @@ class ParamState:
             self.step_scales.append(step_scale.to(param.device))
 
     def tensors(self) -> list[Tensor]:
-        return [
-            tensor for tensor in (self.low, self.mean, *self.mean_squares) if tensor is not None
-        ]
+        low = [] if self.low is None else [self.low]
+        return [*low, self.mean, *self.mean_squares]
 
 
 class Optimizer:
@@ -3165,32 +2880,32 @@ class Optimizer:
 
         return finish
 
+    @torch.no_grad()
     def _update(
         self, state: ParamState, grad: Tensor, step: int, lr_scale: float, momentum: float
     ) -> None:
         config, group = self.config, state.group
+
+        def rates(base: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+            lr = torch.full((), base * lr_scale, device=grad.device) * state.lr
+            return lr, lr * lr * weight_decay * state.weight_decay
+
         if group.rule == "adam":
-            lr = config.adam_lr * lr_scale * state.lr
-            decay = lr * lr * config.adam_weight_decay * state.weight_decay
-            updates = (step + 1) // group.every
-            corrections = tuple(1 - beta**updates for beta in state.betas)
             moments = state.mean, state.mean_squares[0]
-            rates = state.betas, corrections, config.adam_eps, lr, decay
-            adam_update_(state.shard, state.low, grad, *moments, *rates)
+            updates = torch.full((), (step + 1) // group.every, device=grad.device)
+            numbers = config.adam_eps, *rates(config.adam_lr, config.adam_weight_decay)
+            adam_update_(state.shard, state.low, grad, *moments, state.betas, updates, *numbers)
             return
-        lr = config.muon_lr * group.lr * lr_scale
-        decay = lr * lr * config.muon_weight_decay * group.weight_decay
-        mu, lr, decay = (torch.full((), x, device=grad.device) for x in (momentum, lr, decay))
-        for (rows, matrix_rows), mean_square, step_scale in zip(
+        mu = torch.full((), momentum, device=grad.device)
+        numbers = mu, config.muon_beta2, *rates(config.muon_lr, config.muon_weight_decay)
+        for (rows, matrix_rows), *buffers in zip(
             state.blocks, state.mean_squares, state.step_scales
         ):
             high, low, grads, mean = (
                 None if bank is None else bank[:, rows].unflatten(1, (-1, matrix_rows))
                 for bank in (state.shard, state.low, grad, state.mean)
             )
-            normuon_update_(
-                high, low, grads, mean, mean_square, step_scale, mu, config.muon_beta2, lr, decay
-            )
+            normuon_update_(high, low, grads, mean, *buffers, *numbers)
 
 
 @contextlib.contextmanager

@@ -38,13 +38,13 @@ from train_gpt import PARAM_GROUPS, START_TOKEN, Batch, Config, Log, ParamGroup,
 # it. The library's products for head and optimizer look like all others and count as products.
 GROUPS = {
     "communication": r"nccl|c10d::|gloo",
-    "optimizer": r"_nesterov|_normuon|_sum_squares|_adam_|_symmetric_|_update_ngrams",
+    "optimizer": r"^triton_|_update_ngrams",  # torch.compile's kernels are the optimizer's
     "attention": r"flash|fmha|softmax",
     "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp|head_loss",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
     "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|(add_?|table|ngram)rows|cumsum",
     "element-wise": r"elementwise|reduce|combine|prepare_qkv|quantize|Rowwise"
-    r"|CatArray|triton_|aten::|autograd::",
+    r"|CatArray|aten::|autograd::",
     "other": r"",
 }
 TOTAL, OVERLAP, IDLE = "step", "less what overlaps", "idle"

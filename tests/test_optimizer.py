@@ -209,9 +209,8 @@ def test_adam_update_over_steps():
     betas, eps, lr, decay = (0.8, 0.95), 1e-3, 0.05, 0.01
     for t in range(1, 9):
         grad = gaussian(weights.shape, 20 + t, 0.1**t)  # falling, so that eps comes to matter
-        corrections = tuple(torch.tensor(1 - beta**t) for beta in betas)
-        numbers = eps, torch.tensor(lr), torch.tensor(decay)
-        adam_update_(weights, None, grad, mean, mean_square, betas, corrections, *numbers)
+        numbers = torch.tensor(t), eps, torch.tensor(lr), torch.tensor(decay)
+        adam_update_(weights, None, grad, mean, mean_square, betas, *numbers)
         reference.step(grad, betas, eps, lr, decay)
         torch.testing.assert_close(weights.double(), reference.weights, rtol=1e-5, atol=1e-6)
 

@@ -25,7 +25,7 @@ import bench
 
 KERNELS = {
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
-    "_normuon_apply_kernel": "optimizer",
+    "triton_red_fused_mul_pow_sum_3": "optimizer",
     "_update_ngrams_kernel": "optimizer",
     "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90": "attention",
     "_logits_gradient_kernel": "head",
