@@ -108,7 +108,7 @@ SPEEDRUN_LAYERS = (
     Layer("short", 0,     False,     None,      None),  # 1
     Layer("short", 1,     False,     None,      None),  # 2
     Layer("long",  None,  True,      None,      None),  # 3
-    Layer("short", None,  False,     None,      None),  # 4
+    Layer("none",  None,  False,     None,      None),  # 4
     Layer("short", None,  False,     None,      None),  # 5
     Layer("none",  None,  False,     3,         None),  # 6
     Layer("short", None,  False,     None,      None),  # 7
@@ -2324,8 +2324,7 @@ class GPT(nn.Module):
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
         def bank(entries: int, rows: int) -> nn.Parameter:
-            # A multiple of 8 keeps the shapes the same on 1, 2, 4 and 8 ranks.
-            return zeros(round_up(entries, math.lcm(8, runtime.world_size)), rows, dim)
+            return zeros(round_up(entries, runtime.world_size), rows, dim)
 
         self.attention_bank = bank(len(self.attention_layers), 4 * dim)  # rows of q, k, v, o
         self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2

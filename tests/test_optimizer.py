@@ -491,7 +491,8 @@ def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, t
         for rank in range(1, world_size):
             assert torch.equal(ranks[rank][0][name], ranks[0][0][name]), f"ranks differ in {name}"
             assert torch.equal(ranks[rank][1][name], ranks[0][1][name]), f"ranks differ in {name}"
-        compare_real(name, ranks[0][0][name], real[name])
+        used = slice(len(real[name]))  # behind it banks are padded
+        compare_real(name, ranks[0][0][name][used], real[name])
     for name in ("head", "value_embed"):  # elementwise: not a bit differs
         joined = torch.cat([rank[1][f"{name}.weights"] for rank in ranks])
         assert torch.equal(joined, exact[f"{name}.weights"]), name
@@ -499,7 +500,7 @@ def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, t
         assert torch.equal(ranks[0][1][name], exact[name]), name
     assert exact["ngrams.table"].any(1).sum() > 256
     for name in ("attention_bank.weights", "mlp_bank.weights"):  # products of matrices: rounding
-        joined = torch.cat([rank[1][name] for rank in ranks])
+        joined = torch.cat([rank[1][name] for rank in ranks])[: len(exact[name])]
         torch.testing.assert_close(joined, exact[name], rtol=0, atol=1e-5)
 
 
@@ -515,4 +516,4 @@ def compare_real(name: str, value: Tensor, expected: Tensor) -> None:
     difference = (value - expected).abs() / lr  # in steps
     assert difference.max() < 2, name
     assert (difference > 2e-3).sum() <= 3 + 1e-5 * value.numel(), name
-    assert difference.mean() < 1e-5, name
+    assert difference.mean() < 2e-5, name

@@ -210,18 +210,18 @@ def test_volumes_by_hand(runtime, capsys):
     rows = printed()
     assert rows["ranks"] == ["every", "MB", "1", "2", "4"]
     assert rows["rows of head"] == ["2", "6.4", "50,304", "25,152", "12,576"]
-    assert rows["rows of mlp_bank"] == ["1", "0.1", "16", "8", "4"]  # a multiple of 8
+    assert rows["rows of mlp_bank"] == ["1", "0.1", "10", "5", "3"]  # of 12
     assert rows["rows of value_embed"] == ["2", "12.9", "100,608", "50,304", "25,152"]
     assert [name for name in rows if "n-grams" in name] == ["GB sent, n-grams of 1,024 tokens"]
     assert rows["rows of small"][2:] == [f"{model.small.numel():,}"] * 3
-    banks = 16 * 64 * 32 + 8 * (4 * 32) * 32
-    sizes = {"even step": banks, "odd step": sum(param.numel() for param in model.parameters())}
-    for kind, size in sizes.items():
-        there_and_back = (0, 2 / 2, 2 * 3 / 4)  # what n bytes make on 1, 2 and 4 ranks
-        sent = [f"{4 * size * part / 1e9:.3f}" for part in there_and_back]
+    tables, small = model.head.numel() + model.value_embed.numel(), model.small.numel()
+    padded = {1: (10, 4), 2: (10, 4), 4: (12, 4)}  # entries of the two banks
+    banks = {n: mlp * 64 * 32 + attention * 128 * 32 for n, (mlp, attention) in padded.items()}
+    for kind, more, here in (("even step", 0, 0), ("odd step", tables, small)):
+        sizes = {n: bank + more for n, bank in banks.items()}  # shared out, unlike `here`
+        sent = [f"{4 * (size + here) * 2 * (n - 1) / n / 1e9:.3f}" for n, size in sizes.items()]
         assert rows[f"GB sent, {kind}"] == sent
-        here = model.small.numel() if size > banks else 0  # not shared out
-        updated = [f"{((size - here) / n + here) / 1e6:.1f}" for n in (1, 2, 4)]
+        updated = [f"{(size / n + here) / 1e6:.1f}" for n, size in sizes.items()]
         assert rows[f"M weights updated, {kind}"] == updated
     stage = "1:1000000:64:8:16:1" + 7 * ":0"
     many = printed("--stages", stage)
