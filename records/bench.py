@@ -35,7 +35,9 @@ DIM, HEADS, HEAD_DIM, HIDDEN = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_d
 VOCAB, BF16, FP32, INT16 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float32, torch.int16
 STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONFIG.stages}
 # NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
-BLOCKS = {"q, k": (16, 6, 2 * HEAD_DIM), "v, o": (16, 2, DIM), "mlp": (24, 1, HIDDEN)}
+ATTENTIONS = sum(row.window != "none" for row in CONFIG.layers)
+BLOCKS = {"q, k": (ATTENTIONS, DIM // HEAD_DIM, 2 * HEAD_DIM), "v, o": (ATTENTIONS, 2, DIM)}
+BLOCKS["mlp"] = 2 * len(CONFIG.layers), 1, HIDDEN
 COMPILE_SECONDS = 20  # longer, and a twin is not timed compiled
 
 
@@ -57,15 +59,16 @@ class Case:
     """An operation on some inputs. Those that require gradients get one in the backward.
 
     name: of the function in train_gpt, a comma, and what else tells the case from others. call:
-    how the function, or its twin, takes the inputs. captured: unless it makes tensors on the host.
-    needs: a Need, or bytes, for each direction: forward, backward, or both at once.
+    how the function, or its twin, takes the inputs. needs: a Need, or bytes, for each direction:
+    forward, backward, or both at once.
     """
 
-    def __init__(self, name: str, inputs: list[Tensor], call=None, captured=True, **needs):
+    def __init__(self, name: str, inputs: list[Tensor], call=None, **needs):
         function = name.split(",")[0]
         self.op = getattr(train_gpt, function)
-        self.twin = TWINS.get(function, self.op)  # None: it has none
-        self.name, self.inputs, self.captured = name, inputs, captured
+        plain = getattr(self.op, "__wrapped__", self.op)  # of what is compiled
+        self.twin = TWINS.get(function, plain)  # None: it has none
+        self.name, self.inputs = name, inputs
         self.call = call or (lambda op, *inputs: op(*inputs))
         self.needs = {key: n if isinstance(n, Need) else Need(n) for key, n in needs.items()}
 
@@ -215,7 +218,7 @@ class Bench:
     def row(self, case: Case, direction: str) -> list[str]:
         """A line of the table. Twins come last: some change their inputs."""
         need, prepare = case.needs[direction], functools.partial(case.prepare, case.op, direction)
-        ms = self.captured_ms(prepare) if case.captured else self.median_ms(prepare())
+        ms = self.captured_ms(prepare)
         floor_ms = 1000 * max(need.bytes / self.copy_rate, need.flops / self.bf16_rate)
         if need.products:
             library_ms = sum(self.library_ms(*product, need.dtype) for product in need.products)
@@ -379,40 +382,39 @@ class Row:
 # Operations of the optimizer ----------------------------------------------------------------------
 
 
-def normuon(bench: Bench) -> Iterator[Case]:
-    def number(value: float) -> Tensor:
-        return torch.tensor(value, device=bench.device)
+def numbers(bench: Bench, *values: float) -> list[Tensor]:
+    return [torch.tensor(value, device=bench.device) for value in values]
 
+
+def normuon(bench: Bench) -> Iterator[Case]:
     for name, (entries, per_entry, height) in BLOCKS.items():
         bank, count, size = (entries, per_entry, height, DIM), entries * per_entry, min(height, DIM)
-        x, square = bench.random(count, height, DIM), bench.random(count, size, size)
-        square = (square + square.mT).contiguous()
-        needs = []
-        for inner in max(height, DIM), size:
-            flops, products = count * size * (size + 1) * inner, [(count, size, size, inner)]
-            needs.append(Need(flops=flops, products=products))
-        yield Case(f"gram, {name}", [x], forward=needs[0])
-        call, title = lambda op, x: op(x, -2.8, 0.5), f"symmetric_polynomial, {name}"
-        yield Case(title, [square], call, forward=needs[1])
-        grad = bench.random(*bank)
-        inputs = [grad, bench.random(*bank, dtype=FP32), number(0.95)]
-        yield Case(f"nesterov_, {name}", inputs, forward=12 * grad.numel())
-        shape = (count, height, 1) if height >= DIM else (count, 1, DIM)
-        inputs = [grad, bench.random(*bank, dtype=INT16, std=1e4), x]
-        inputs += [bench.random(*shape, dtype=FP32).abs(), torch.ones(entries, device=bench.device)]
-        inputs += [number(1e-3), number(1e-6)]
-        call, moved = lambda op, *x: op(*x, CONFIG.muon_beta2), 10 * grad.numel()
-        yield Case(f"normuon_apply_, {name}", inputs, call, forward=moved)
+        products = [(count, size, size, max(height, DIM)), (count, size, size, size)]
+        products.append((count, height, DIM, size))
+        kept = (height, 1) if height >= DIM else (1, DIM)
+        inputs = [bench.random(*bank), bench.random(*bank, dtype=INT16, std=1e4)]
+        inputs += [bench.random(*bank), bench.random(*bank, dtype=FP32)]
+        inputs += [bench.random(count, *kept, dtype=FP32).abs(), bench.random(entries, dtype=FP32)]
+        mu, *rates = numbers(bench, 0.95, 1e-3, 1e-6)
+
+        def call(op, *x, mu=mu, rates=rates):
+            return op(*x, mu, CONFIG.muon_beta2, *rates)
+
+        need = Need(products=products * len(train_gpt.POLAR_EXPRESS))
+        yield Case(f"normuon_update_, {name}", inputs, call, forward=need)
 
 
 def adam(bench: Bench) -> Iterator[Case]:
-    numbers = (0.5, 0.95), (0.9, 0.9), CONFIG.adam_eps, 1e-4, 1e-8
+    updates, *rates = numbers(bench, 5.0, 1e-4, 1e-8)
     for name, rows in ("head", VOCAB), ("value_embed", CONFIG.num_value_tables * VOCAB):
         dtypes = BF16, INT16, BF16, FP32, FP32
         inputs = [bench.random(rows, DIM, dtype=dtype, std=100) for dtype in dtypes]
         inputs[-1].abs_()
-        call, moved = lambda op, *x: op(*x, *numbers), 26 * rows * DIM
-        yield Case(f"adam_update_, {name}", inputs, call, captured=False, forward=moved)
+
+        def call(op, *x):
+            return op(*x, (0.5, 0.95), updates, CONFIG.adam_eps, *rates)
+
+        yield Case(f"adam_update_, {name}", inputs, call, forward=26 * rows * DIM)
 
 
 def ngrams(bench: Bench) -> Iterator[Case]:

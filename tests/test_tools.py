@@ -306,7 +306,7 @@ def test_profile_of_two_ranks_says_what_they_send(tmp_path):
     numbers = r"([\d.]+) GB a rank on even steps, ([\d.]+) GB on odd ones, sent and received; "
     (found,) = re.findall(rf"^communication: {numbers}([\d.]+) ms a step exposed$", lines[-1])
     even, odd, exposed = map(float, found)
-    banks = 16 * 4096 * 16 + 8 * 64 * 16  # 2 n (W - 1)/W of n numbers of 4 bytes are n
+    banks = 10 * 4096 * 16 + 4 * 64 * 16  # 2 n (W - 1)/W of n numbers of 4 bytes are n
     assert even == round(banks * 4e-9, 3)
     assert odd > even + 50_304 * 16 * 4e-9
     (row,) = (line.split() for line in lines if line.startswith("communication exposed"))
@@ -335,7 +335,7 @@ def test_figures_count_operations_where_there_are_any():
     products = [(1, 1000, 1000, 500), (2, 10, 10, 10)]
     need = bench.Need(products=products)
     assert need.flops == need.library_flops == 1e9 + 4000
-    half = bench.Need(bytes=1, flops=5e8, products=products)  # a symmetric product
+    half = bench.Need(bytes=1, flops=5e8, products=products)  # where half is computed
     assert bench.figures(half, ms=0.002, floor_ms=0.001) == ["0.002", "250 TFLOP/s", "50%"]
     moved = bench.Need(3e9)
     assert bench.figures(moved, ms=1.5, floor_ms=1.0) == ["1.500", "2000 GB/s", "67%"]
@@ -373,7 +373,7 @@ def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
     assert printed == cpu_bench.log.read_text()
     lines = printed.splitlines()[3:]
     assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
-    assert len(lines) == 2 * (1 + 4 + 2) + 2 * 4 + 2 + 1
+    assert len(lines) == 2 * (1 + 4 + 2) + 2 + 2 + 1
     assert all(line.split()[-2:] == ["2.000", "-"] for line in lines)
 
 
