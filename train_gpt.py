@@ -216,10 +216,7 @@ class Config:
     cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
     compile: str = "none"  # by torch.compile: none; block: the gate MLPs; full: all layers in one
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
-    checkpoint: str = ""  # file the final weights are written to, or, with --sample, read from
-    sample: str = ""  # continue this text with the weights of --checkpoint instead of training
-    sample_tokens: int = 128  # length of the continuation
-    temperature: float = 0.8  # of the continuation; 0 takes the likeliest token
+    checkpoint: str = ""  # file the final weights are written to
 
     @property
     def num_heads(self) -> int:
@@ -541,8 +538,7 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
             **options,
         )
     run_id = f"{datetime.now():%Y-%m-%d_%H%M%S}_{uuid.uuid4().hex[:8]}"
-    writes_log = rank == 0 and not config.sample
-    return Runtime(rank, world_size, device, Log(config.log_dir if writes_log else None, run_id))
+    return Runtime(rank, world_size, device, Log(config.log_dir if rank == 0 else None, run_id))
 
 
 def keep_freed_memory() -> None:
@@ -4051,13 +4047,6 @@ def draw_curve(log: Log) -> Path:
     return path
 
 
-def byte_token_ids() -> list[int]:
-    """GPT-2's token of each single byte: printable bytes come first in its vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    order = printable + [byte for byte in range(256) if byte not in printable]
-    return [order.index(byte) for byte in range(256)]
-
-
 def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     """Weights, what was read, config, and whether the training text was cut in bytes (then so are
     prompts)."""
@@ -4080,79 +4069,6 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
             f"--checkpoint {config.checkpoint}: cannot be written ({error}): choose another"
         ) from None
     runtime.log.line(f"weights saved in {config.checkpoint}")
-
-
-@torch.no_grad()
-def continue_text(config: Config, runtime: Runtime) -> None:
-    """Load --checkpoint and print --sample with its continuation."""
-    if not config.checkpoint:
-        raise UserError(
-            "--sample needs --checkpoint FILE, the weights that a training run saved there"
-        )
-    if runtime.world_size > 1:
-        raise UserError(
-            f"--sample runs in one process, not in {runtime.world_size}: start it with python"
-        )
-    try:
-        saved = torch.load(config.checkpoint, map_location=runtime.device, weights_only=True)
-        trained = config_from_text(saved["config"] | {"compile": "none"})
-        weights, byte_tokens = saved["weights"], saved["byte_tokens"]
-    except OSError as error:
-        raise UserError(
-            f"--checkpoint {config.checkpoint}: cannot be read ({error.strerror})"
-        ) from None
-    except Exception:  # noqa: BLE001 (whatever the file does to the unpickler)
-        raise UserError(
-            f"--checkpoint {config.checkpoint}: not a checkpoint of this script: make one with "
-            "--checkpoint in a training run"
-        ) from None
-    model = GPT(trained, runtime)
-    for name, tensor in model.state_dict().items():
-        found = weights.get(name, tensor.new_empty(0))
-        first = int(name.endswith("_bank"))  # whose entries are padded to the number of ranks
-        if found.shape[first:] != tensor.shape[first:]:
-            raise UserError(
-                f"--checkpoint {config.checkpoint}: {name} is {list(found.shape)}, its options ask "
-                f"for {list(tensor.shape)}: make it again with --checkpoint in a training run"
-            )
-        rows = min(len(tensor), len(found))
-        tensor[:rows] = found[:rows]
-
-    ids = byte_token_ids()
-    if byte_tokens:
-        tokens = [ids[byte] for byte in config.sample.encode()]
-    else:
-        import tiktoken
-
-        try:
-            tokenizer = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # noqa: BLE001 (whatever the missing network makes it raise)
-            raise UserError(f"--sample needs GPT-2's vocabulary, and tiktoken: {error}") from None
-        tokens = tokenizer.encode_ordinary(config.sample)
-    tokens = [START_TOKEN, *tokens]
-    prompt_length = len(tokens)
-    generator = torch.Generator(runtime.device).manual_seed(config.seed)
-    windows = Windows(trained.extension[0].window_short, trained.final_window_long)
-    context = trained.val_row_tokens
-    while len(tokens) < prompt_length + config.sample_tokens:
-        row = torch.tensor(tokens[-context:], dtype=torch.int32, device=runtime.device)
-        ends = torch.tensor([0, len(row)], dtype=torch.int32, device=runtime.device)
-        x = model.hidden(Batch(row, row.long(), ends, len(row)), windows)
-        logits = softcap(F.linear(x[-1], model.head))[: trained.vocab_size]
-        if config.temperature > 0:
-            probabilities = (logits / config.temperature).softmax(dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-        else:
-            token = int(logits.argmax())
-        if token == START_TOKEN:  # the document has ended
-            break
-        tokens.append(token)
-    if byte_tokens:
-        byte_of = {token: byte for byte, token in enumerate(ids)}
-        text = bytes(byte_of.get(token, ord("?")) for token in tokens[1:]).decode(errors="replace")
-    else:
-        text = tokenizer.decode(tokens[1:])
-    print(text)
 
 
 # ==================================================================================================
@@ -4263,7 +4179,7 @@ def main(arguments: list[str] | None = None) -> int:
         store = connect()
         runtime = start_runtime(config, store)
         log = runtime.log
-        (continue_text if config.sample else train)(config, runtime)
+        train(config, runtime)
         if store is not None:
             dist.destroy_process_group()
         return 0
