@@ -279,141 +279,106 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+# fmt: off
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for values that cannot work together."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
-    positive = "num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
-    positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim "
-    positive += "gate_dim ngram_rows ngram_dim"
-    for name in positive.split():
-        value = getattr(config, name)
-        require(value > 0, f"--{name} {value} must be positive")
+    c, rows, vocab = config, config.rows_per_step, config.padded_vocab_size
+    positive = ("num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
+                "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim gate_dim ngram_rows "
+                "ngram_dim")
     not_negative = "extension_steps stop_step val_every momentum_cooldown_steps ngram_lr"
+    for name in positive.split():
+        require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
     for name in not_negative.split():
-        value = getattr(config, name)
-        require(value >= 0, f"--{name} {value} must not be negative")
-    require(
-        0 <= config.lr_decay_start < 1,
-        f"--lr_decay_start {config.lr_decay_start} must be a share of num_steps below 1",
-    )
-    require(
-        config.rows_per_step % world_size == 0,
-        f"--rows_per_step {config.rows_per_step} is not divisible by the {world_size} processes: "
-        "start 1, 2, 4 or 8 of them, or pass "
-        f"--rows_per_step {round_up(config.rows_per_step, world_size)}",
-    )
-    for option, stages in ("--stages", config.stages), ("--extension", config.extension):
+        require(getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must not be negative")
+    require(0 <= c.lr_decay_start < 1,
+            f"--lr_decay_start {c.lr_decay_start} must be a share of num_steps below 1")
+    require(rows % world_size == 0,
+            f"--rows_per_step {rows} is not divisible by the {world_size} processes: start 1, 2, 4 "
+            f"or 8 of them, or pass --rows_per_step {round_up(rows, world_size)}")
+    for option, stages in ("--stages", c.stages), ("--extension", c.extension):
         require(len(stages) > 0, f"{option} has no row: give at least one")
         shares = sum(stage.share for stage in stages)
-        require(
-            abs(shares - 1) < 1e-6,
-            f"{option}: the shares add up to {shares:g}: make them add up to 1",
-        )
+        require(abs(shares - 1) < 1e-6,
+                f"{option}: the shares add up to {shares:g}: make them add up to 1")
         for stage in stages:
-            require(
-                stage.tokens_per_step % (16 * config.rows_per_step) == 0,
-                f"{option}: {stage.tokens_per_step} tokens a step do not make "
-                f"{config.rows_per_step} rows of a multiple of 16 tokens: change them or "
-                "--rows_per_step",
-            )
-            require(
-                min(dataclasses.astuple(stage)[:6]) > 0,
-                f"{option}: share, tokens, max_seq_len, windows and lr must be positive: {stage}",
-            )
-            require(
-                stage.columns % 16 == 0 and 0 <= stage.columns <= config.padded_vocab_size,
-                f"{option}: {stage.columns} columns: make them 0, for all, or a multiple of 16 up "
-                f"to {config.padded_vocab_size}",
-            )
-    require(len(config.extension) == 1, f"--extension takes one row, found {len(config.extension)}")
-    require(
-        config.model_dim % config.head_dim == 0 and config.head_dim % 8 == 0,
-        f"--head_dim {config.head_dim} must be a multiple of 8 that divides "
-        f"--model_dim {config.model_dim}",
-    )
-    require(
-        config.num_heads % 2 == 0,
-        f"--model_dim {config.model_dim} holds {config.num_heads} heads: Muon takes query and key "
-        "heads in pairs, so make it an even number",
-    )
-    check_layers(config.layers, require)
+            require(stage.tokens_per_step % (16 * rows) == 0,
+                    f"{option}: {stage.tokens_per_step} tokens a step do not make {rows} rows of a "
+                    "multiple of 16 tokens: change them or --rows_per_step")
+            require(min(dataclasses.astuple(stage)[:6]) > 0,
+                    f"{option}: share, tokens, max_seq_len, windows and lr must be positive: "
+                    f"{stage}")
+            require(stage.columns % 16 == 0 and 0 <= stage.columns <= vocab,
+                    f"{option}: {stage.columns} columns: make them 0, for all, or a multiple of 16 "
+                    f"up to {vocab}")
+    require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
+    require(c.model_dim % c.head_dim == 0 and c.head_dim % 8 == 0,
+            f"--head_dim {c.head_dim} must be a multiple of 8 that divides --model_dim "
+            f"{c.model_dim}")
+    require(c.num_heads % 2 == 0,
+            f"--model_dim {c.model_dim} holds {c.num_heads} heads: Muon takes query and key heads "
+            "in pairs, so make it an even number")
+    check_layers(c.layers)
     for name in ("match_orders", "ngram_orders"):
-        orders = getattr(config, name)
-        require(
-            orders == tuple(sorted(set(orders))) and all(0 < order < 32 for order in orders),
-            f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order",
-        )
-    slots = config.match_slots
-    require(slots > 0 and slots & (slots - 1) == 0, f"--match_slots {slots} is no power of two")
-    count, lengths = len(config.ngram_orders), "one for each of --ngram_orders"
+        orders = getattr(c, name)
+        require(orders == tuple(sorted({*orders} & {*range(1, 32)})),
+                f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order")
+    require(c.match_slots > 0 and c.match_slots.bit_count() == 1,
+            f"--match_slots {c.match_slots} is no power of two")
+    count, lengths = len(c.ngram_orders), "one for each of --ngram_orders"
     require(count > 0, "--ngram_orders none: give at least one length, as 2")
-    require(config.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
-    require(
-        count * config.ngram_dim <= config.model_dim,
-        f"--ngram_dim {config.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
-        f"{config.model_dim}: take less",
-    )
-    require(
-        count * config.ngram_rows < 2**31,
-        f"--ngram_rows {config.ngram_rows}: {count} of them, {lengths}, must be below 2^31",
-    )
-    windows = [stage.window_long for stage in (*config.stages, *config.extension)]
-    windows = [window for window, _ in itertools.groupby([*windows, config.final_window_long])]
-    require(
-        len(set(windows)) == len(windows),
-        f"--stages, --extension, --final_window_long: the long window returns to an earlier one "
-        f"({', '.join(map(str, windows))}), for which the rotary frequencies were others",
-    )
-    require(
-        config.vocab_size > START_TOKEN,
-        f"--vocab_size {config.vocab_size} leaves out the start token {START_TOKEN}: raise it",
-    )
+    require(c.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
+    require(count * c.ngram_dim <= c.model_dim,
+            f"--ngram_dim {c.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
+            f"{c.model_dim}: take less")
+    require(count * c.ngram_rows < 2**31,
+            f"--ngram_rows {c.ngram_rows}: {count} of them, {lengths}, must be below 2^31")
+    windows = [*(stage.window_long for stage in c.stages + c.extension), c.final_window_long]
+    windows = [window for window, _ in itertools.groupby(windows)]
+    require(len({*windows}) == len(windows),
+            "--stages, --extension, --final_window_long: the long window returns to an earlier one "
+            f"({', '.join(map(str, windows))}), for which the rotary frequencies were others")
+    require(c.vocab_size > START_TOKEN,
+            f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
     for name, choices in (
         ("dtype", ("bfloat16", "float32")),
         ("compile", ("block", "full", "none")),
     ):
-        value = getattr(config, name)
+        value = getattr(c, name)
         require(value in choices, f"--{name} {value!r} is not one of {', '.join(choices)}")
-    require(config.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
+    require(c.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
 
 
-def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
+def check_layers(layers: tuple[Layer, ...]) -> None:
     """The shape that GPT.hidden expects of a plan."""
     require(len(layers) > 0, "--layers has no row: give at least one")
-    last = layers[-1]
+    last, sources = layers[-1], ("skip_from", "attend_from")
     for i, row in enumerate(layers):
-        known = ("short", "long", "none")
-        require(
-            row.window in known, f"--layers: window {row.window!r} is none of {', '.join(known)}"
-        )
-        for name in ("skip_from", "attend_from"):
+        require(row.window in ("short", "long", "none"),
+                f"--layers: window {row.window!r} is none of short, long, none")
+        for name in sources:
             source = getattr(row, name)
-            require(
-                source is None or 0 <= source < i,
-                f"--layers: {name} of layer {i} is no earlier one",
-            )
-        extras = row.head_gate or row.value_table is not None or row.attend_from is not None
-        extras = extras or i == 0  # whose gates start the stream
-        require(
-            not (row.window == "none" and extras),
-            f"--layers: layer {i} has window none, but what only attention can have, or is the "
-            "first: give it a window",
-        )
+            require(source is None or 0 <= source < i,
+                    f"--layers: {name} of layer {i} is no earlier one")
+        bare = not row.head_gate and row.value_table is None and row.attend_from is None
+        require(row.window != "none" or bare and i > 0,  # the first one's gates start the stream
+                f"--layers: layer {i} has window none, but what only attention can have, or is the "
+                "first: give it a window")
     tables = sorted({row.value_table for row in layers} - {None})
-    numbered = tables == list(range(len(tables))) and len(tables) > 0
-    require(numbered, f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
-    for name in ("skip_from", "attend_from"):
-        sources = {getattr(row, name) for row in layers} - {None}
-        require(len(sources) == 1, f"--layers: {name} names {len(sources)} layers, not one")
-    complete = last.window == "long" and last.head_gate
-    complete = complete and last.value_table is not None and last.attend_from is not None
-    require(
-        complete, "--layers: the last one must be long, with value table, head gate and attend_from"
-    )
+    require(len(tables) > 0 and tables == [*range(len(tables))],
+            f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
+    for name in sources:
+        count = len({getattr(row, name) for row in layers} - {None})
+        require(count == 1, f"--layers: {name} names {count} layers, not one")
+    complete = last.head_gate and last.value_table is not None and last.attend_from is not None
+    require(last.window == "long" and complete,
+            "--layers: the last one must be long, with value table, head gate and attend_from")
+# fmt: on
 
 
 # ==================================================================================================
