@@ -46,6 +46,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ==================================================================================================
@@ -393,10 +394,10 @@ class Log:
     """
 
     def __init__(self, folder: str | None, run_id: str = ""):
-        self.path = None if folder is None else Path(folder) / f"{run_id}.txt"
+        self.path = self.file = None
         self.data: dict = {"run_id": run_id, "steps": [], "validations": []}
-        self.file = None
-        if self.path is not None:
+        if folder is not None:
+            self.path = Path(folder, f"{run_id}.txt")
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = self.path.open("w", encoding="utf-8", buffering=1)  # a line at a time
@@ -406,19 +407,15 @@ class Log:
                 ) from None
 
     def line(self, text: str, screen: bool = True) -> None:
-        if self.file is None:
-            return
-        self.file.write(text + "\n")
-        if screen:
-            from tqdm import tqdm  # its write() leaves a progress bar below the text
-
-            tqdm.write(text)
+        if self.file is not None:
+            self.file.write(text + "\n")
+            if screen:
+                tqdm.write(text)  # leaves a progress bar below the text
 
     def step(self, step: int, train_loss: float, train_time: float, step_ms: float) -> None:
         """Times in seconds since the clock started, and milliseconds for this step."""
-        self.data["steps"].append(
-            {"step": step, "train_loss": train_loss, "train_time_s": train_time, "step_ms": step_ms}
-        )
+        row = {"step": step, "train_loss": train_loss, "train_time_s": train_time}
+        self.data["steps"].append(row | {"step_ms": step_ms})
         loss_and_time = f"train_loss {train_loss:.4f} train_time {train_time:.3f} s"
         self.line(f"step {step} {loss_and_time} step {step_ms:.1f} ms", screen=False)
 
@@ -458,27 +455,29 @@ def connect() -> dist.Store | None:
 
 def speaks_for_error(store: dist.Store | None) -> bool:
     """True on the first rank that asks: the one that tells the user what stopped the run."""
-    if store is None:
-        return True
     try:
-        return store.add("speedrun/errors", 1) == 1
+        return store is None or store.add("speedrun/errors", 1) == 1
     except RuntimeError:  # the store is gone with the launcher, so somebody has spoken
         return False
 
 
 def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
     """Choose the device, join the other processes, open the log."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     check_config(config, world_size)
+    device, backend, options = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
-                "visible. Start as many processes as GPUs (NPROC for run.sh, --nproc_per_node "
-                "for torchrun)"
-            )
+        count = torch.cuda.device_count()
+        require(
+            local_rank < count,
+            f"process {local_rank} of this machine has no GPU: {count} are visible. Start as many "
+            "processes as GPUs (NPROC for run.sh, --nproc_per_node for torchrun)",
+        )
         device = torch.device("cuda", local_rank)
+        backend, options = "nccl", {"device_id": device}
         torch.cuda.set_device(device)
         if not has_kernels(device):
             use_twins(device)
@@ -487,21 +486,12 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
         warnings.filterwarnings("ignore", message="Argument aux_data")
     else:
-        device = torch.device("cpu")
         keep_freed_memory()
     if store is not None:
         # torch 2.13 has new names for the two collectives, which 2.11 does not know
         warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter|all_gather)")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(minutes=10),
-            **options,
-        )
+        options |= {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **options)
     run_id = f"{datetime.now():%Y-%m-%d_%H%M%S}_{uuid.uuid4().hex[:8]}"
     return Runtime(rank, world_size, device, Log(config.log_dir if rank == 0 else None, run_id))
 
@@ -516,15 +506,15 @@ def keep_freed_memory() -> None:
 
 
 def describe_environment(runtime: Runtime) -> dict:
-    cuda = runtime.device.type == "cuda"
+    device, cuda = f"CPU {platform.machine()}", None
+    if runtime.device.type == "cuda":
+        device, cuda = torch.cuda.get_device_name(runtime.device), torch.version.cuda
     return {
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "devices": torch.cuda.get_device_name(runtime.device)
-        if cuda
-        else f"CPU {platform.machine()}",
+        "cuda": cuda,
+        "devices": device,
         "world_size": runtime.world_size,
         "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -3590,8 +3580,6 @@ class Progress:
     MAX_IN_FLIGHT = 3
 
     def __init__(self, runtime: Runtime, clock: Clock, total_steps: int):
-        from tqdm import tqdm
-
         self.runtime, self.clock = runtime, clock
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.last_time = 0.0
@@ -4043,18 +4031,15 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
 
 def parse_value(kind: object, text: str) -> object:
     """The value of an option or of a table's field from text; ValueError when it cannot be read."""
-    rows_of = next((row for row in (Stage, Layer) if kind == tuple[row, ...]), None)
-    if rows_of is not None:
-        hints = typing.get_type_hints(rows_of)
-        table = []
-        for row in text.split(","):
-            fields = row.strip().split(":")
-            if len(fields) != len(hints):
-                raise ValueError(
-                    f"row {row.strip()!r} has {len(fields)} fields, not {':'.join(hints)}"
-                )
-            table.append(rows_of(*map(parse_value, hints.values(), fields)))
-        return tuple(table)
+    for rows_of in Stage, Layer:
+        if kind == tuple[rows_of, ...]:
+            hints = typing.get_type_hints(rows_of)
+            rows = [row.strip().split(":") for row in text.split(",")]
+            for row in rows:
+                if len(row) != len(hints):
+                    count = f"row {':'.join(row)!r} has {len(row)} fields"
+                    raise ValueError(f"{count}, not {':'.join(hints)}")
+            return tuple(rows_of(*map(parse_value, hints.values(), row)) for row in rows)
     if kind == tuple[int, ...]:
         return tuple(int(number) for number in text.split(":") if number != "none")
     if kind is bool:
@@ -4072,9 +4057,7 @@ def format_value(value: object) -> str:
         return ":".join(map(str, value)) or "none"
     if isinstance(value, tuple):
         return ", ".join(":".join(map(format_value, dataclasses.astuple(row))) for row in value)
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def config_as_text(config: Config) -> dict[str, str]:
@@ -4087,50 +4070,41 @@ def config_from_text(fields: dict[str, str]) -> Config:
     return Config(**{name: parse_value(kinds[name], text) for name, text in fields.items()})
 
 
+class Parser(argparse.ArgumentParser):
+    """Speaks once, not once a process."""
+
+    def _print_message(self, message: str, file=None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super()._print_message(message, file)
+
+
 def parse_args(arguments: list[str] | None = None) -> Config:
     """Config from the command line; exits with code 2 and a message on what it cannot read."""
 
-    class Parser(argparse.ArgumentParser):
-        def _print_message(self, message: str, file=None) -> None:
-            if os.environ.get("RANK", "0") == "0":  # once, not once a process
-                super()._print_message(message, file)
+    def read(kind: object, text: str) -> object:
+        try:
+            return parse_value(kind, text)
+        except (ValueError, ArithmeticError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
 
-    def reader(name: str, kind: object) -> Callable:
-        def read(text: str) -> object:
-            try:
-                return parse_value(kind, text)
-            except (ValueError, ArithmeticError) as error:
-                raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
-
-        return read
-
-    default_preset = "speedrun" if torch.cuda.is_available() else "tiny"
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        epilog="Tables are rows of colon-separated fields with commas between the rows: a stage is "
-        "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer "
-        "short:none:false:none:none",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default=default_preset,
-        help="where the options not given come from",
-    )
+    tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
+    tables += "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer short:none:false:none:none"
+    parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
+    preset = "speedrun" if torch.cuda.is_available() else "tiny"
+    text = "where the options not given come from"
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help=text)
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    defaults, tiny = (config_as_text(PRESETS[name]) for name in ("speedrun", "tiny"))
     for name, kind in typing.get_type_hints(Config).items():
-        values = {preset: format_value(getattr(PRESETS[preset], name)) for preset in PRESETS}
-        default = values["speedrun"] or "none"
-        if values["tiny"] != values["speedrun"] and name not in ("layers", "stages", "extension"):
-            default += f"; tiny: {values['tiny']}"
-        text = f"{comments[name]} [{default}]".replace("%", "%%")
+        default = defaults[name] or "none"
+        if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
+            default += f"; tiny: {tiny[name]}"
         parser.add_argument(
             f"--{name}",
-            type=reader(name, kind),
+            type=functools.partial(read, kind),
             default=argparse.SUPPRESS,
             metavar=name.upper(),
-            help=text,
+            help=f"{comments[name]} [{default}]".replace("%", "%%"),
         )
     given = vars(parser.parse_args(arguments))
     return dataclasses.replace(PRESETS[given.pop("preset")], **given)
@@ -4138,8 +4112,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, and end every failure on all ranks with one message and a non-zero exit code."""
-    config = parse_args(arguments)
-    store, log = None, Log(None)
+    config, store, log = parse_args(arguments), None, Log(None)
     try:
         store = connect()
         runtime = start_runtime(config, store)
@@ -4151,13 +4124,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         code, message = 130, f"interrupted; the log so far is {log.path}"
-        speaks = log.path is not None
     except UserError as error:
         code, message = 1, f"error: {error}"
-        speaks = speaks_for_error(store)
     except Exception:  # noqa: BLE001 (reported with its traceback)
         code, message = 1, traceback.format_exc()
-        speaks = speaks_for_error(store)
+    # every rank is interrupted, and the main one speaks; other failures may be of one rank alone
+    speaks = log.path is not None if code == 130 else speaks_for_error(store)
     if speaks:
         print("\n" + message, file=sys.stderr, flush=True)
         log.line(message, screen=False)
