@@ -20,11 +20,10 @@ import json
 import math
 import os
 import platform
-import queue
 import re
+import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 import typing
@@ -32,7 +31,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -3174,28 +3173,21 @@ def read_shard_header(path: str) -> int:
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS).tolist()
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}): check --train_files and --val_file"
         ) from None
+    magic, version, num_tokens = header[:3] if len(header) == SHARD_HEADER_INTS else (0, 0, 0)
+    expected = header_bytes + 2 * num_tokens
     remedy = "fetch it again with data/cached_fineweb.py or make it with data/tokenize_text.py"
-    if len(header) < SHARD_HEADER_INTS:
-        raise UserError(
-            f"{path}: {size} bytes, shorter than a shard's header of {header_bytes}: {remedy}"
-        )
-    magic, version, num_tokens = (int(number) for number in header[:3])
-    if magic != SHARD_MAGIC:
-        raise UserError(
-            f"{path}: not a token shard (magic {magic}, expected {SHARD_MAGIC}): {remedy}"
-        )
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, expected {SHARD_VERSION}: {remedy}")
-    if size != header_bytes + 2 * num_tokens:
-        expected = (
-            f"{header_bytes + 2 * num_tokens} bytes for the {num_tokens} tokens of its header"
-        )
-        raise UserError(f"{path}: {size} bytes, expected {expected}: {remedy}")
+    for holds, found in (
+        (size >= header_bytes, f"{size} bytes, shorter than a shard's header of {header_bytes}"),
+        (magic == SHARD_MAGIC, f"not a token shard (magic {magic}, expected {SHARD_MAGIC})"),
+        (version == SHARD_VERSION, f"shard version {version}, expected {SHARD_VERSION}"),
+        (size == expected, f"{size} bytes, expected {expected} for its {num_tokens} tokens"),
+    ):
+        require(holds, f"{path}: {found}: {remedy}")
     return num_tokens
 
 
@@ -3213,12 +3205,37 @@ def read_tokens(path: str, count: int, vocab_size: int) -> np.ndarray:
 
 def find_files(option: str, pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern))
-    if not files:
-        raise UserError(
-            f"{option} {pattern}: no such file. Fetch FineWeb with data/cached_fineweb.py, make "
-            "shards with data/tokenize_text.py, or the built-in sample with data/sample.py"
-        )
+    require(
+        len(files) > 0,
+        f"{option} {pattern}: no such file. Fetch FineWeb with data/cached_fineweb.py, make "
+        "shards with data/tokenize_text.py, or the built-in sample with data/sample.py",
+    )
     return files
+
+
+def ahead(items: Iterator, depth: int) -> Iterator:
+    """The items, made by a thread, `depth` of them ahead, and then what making them raises."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+    coming = deque(thread.submit(next, items, None) for _ in range(depth))
+
+    def hand_on() -> Iterator:
+        while (item := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, items, None))
+            yield item
+
+    return hand_on()
+
+
+def load_shard(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Its tokens, and where in them documents start."""
+    tokens = read_tokens(path, read_shard_header(path), vocab_size)
+    starts = np.flatnonzero(tokens == START_TOKEN)
+    require(
+        len(starts) > 0,
+        f"{path}: no document begins in it (start token {START_TOKEN}): make it again with "
+        "data/tokenize_text.py",
+    )
+    return tokens, starts
 
 
 class TokenStream:
@@ -3226,71 +3243,41 @@ class TokenStream:
 
     Each row is a run of whole documents, cut at max_seq_len; the last one is cut so that the row
     holds exactly T + 1 tokens: T inputs and their next tokens. The next row begins with the next
-    document. While one shard is used, the next one is loaded and its start tokens are found in the
-    background.
+    document. While one shard is used, the next one is loaded.
     """
 
     def __init__(self, files: list[str], vocab_size: int, repeat: bool):
-        self.files, self.vocab_size, self.repeat = files, vocab_size, repeat
-        self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard")
-        self.next_file = self.rows_read = 0
-        self.pending: Future | None = self._load_next()
-        self.tokens = np.empty(0, dtype=np.uint16)
-        self.starts = np.empty(0, dtype=np.int64)  # where the unread documents begin in tokens
-        self._append_shard()
-
-    def _load_next(self) -> Future | None:
-        if self.next_file == len(self.files):
-            if not self.repeat:
-                return None
-            self.next_file = 0
-        path = self.files[self.next_file]
-        self.next_file += 1
-        return self.loader.submit(self._load, path)
-
-    def _load(self, path: str) -> tuple[np.ndarray, np.ndarray]:
-        tokens = read_tokens(path, read_shard_header(path), self.vocab_size)
-        starts = np.flatnonzero(tokens == START_TOKEN)
-        if len(starts) == 0:
-            raise UserError(
-                f"{path}: no document begins in it (start token {START_TOKEN}): make it again with "
-                "data/tokenize_text.py"
-            )
-        return tokens, starts
+        files = itertools.cycle(files) if repeat else iter(files)
+        self.shards = ahead((load_shard(path, vocab_size) for path in files), depth=1)
+        self.tokens, self.starts = next(self.shards)  # tokens, where unread documents start
+        self.rows_read, self.ended = 0, False
 
     def _append_shard(self) -> None:
-        """Put the next shard behind the unread documents: the last one may go on in it."""
-        assert self.pending is not None
-        tokens, starts = self.pending.result()
-        self.pending = self._load_next()
-        first = self.starts[0] if len(self.starts) else len(self.tokens)
-        rest = self.tokens[first:]
+        """Put the next shard behind the unread documents: the last one may go on in it. Behind the
+        last shard comes a start of nothing, where that document ends."""
+        require(
+            not self.ended,
+            f"--train_files: the training data ran out after {self.rows_read} rows, before the "
+            "schedule did (what max_seq_len cuts off a document is not read): add shards "
+            "(data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true",
+        )
+        rest, first = self.tokens[self.starts[0] :], self.starts[0]
+        tokens, starts = next(self.shards, (rest[:0], np.zeros(1, np.int64)))
+        self.ended = len(tokens) == 0
         self.tokens = np.concatenate([rest, tokens])
         self.starts = np.concatenate([self.starts - first, starts + len(rest)])
 
     def next_row(self, num_tokens: int, max_seq_len: int) -> list[np.ndarray]:
         """Documents of the next row, num_tokens + 1 tokens in all; UserError at the end."""
         while True:
-            ends = self.starts[1 : num_tokens + 2]
-            if self.pending is None and len(ends) < num_tokens + 1:
-                # the last document ends with the stream
-                ends = np.append(ends, len(self.tokens))
-            begins = self.starts[: len(ends)]
-            lengths = np.minimum(ends - begins, max_seq_len)
+            lengths = np.minimum(np.diff(self.starts[: num_tokens + 2]), max_seq_len)
             filled = np.cumsum(lengths)
-            if len(filled) and filled[-1] > num_tokens:
+            count = int(np.searchsorted(filled, num_tokens, side="right")) + 1
+            if count <= len(lengths):
                 break
-            if self.pending is None:
-                raise UserError(
-                    f"--train_files: the training data ran out after {self.rows_read} rows, before "
-                    "the schedule did (what max_seq_len cuts off a document is not read): add "
-                    "shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
-                )
             self._append_shard()
-        count = int(np.searchsorted(filled, num_tokens, side="right")) + 1
-        lengths = lengths[:count].copy()
-        lengths[-1] -= filled[count - 1] - (num_tokens + 1)
-        self.starts = self.starts[count:]
+        lengths[count - 1] -= filled[count - 1] - (num_tokens + 1)
+        begins, self.starts = self.starts[:count], self.starts[count:]
         self.rows_read += 1
         return [self.tokens[begin : begin + length] for begin, length in zip(begins, lengths)]
 
@@ -3300,23 +3287,19 @@ def make_batch(
 ) -> Batch:
     """Batch of T + 1 tokens and the positions where their documents start."""
     num_tokens = len(tokens) - 1
-    length = num_tokens // min_mean_doc_len + 2
+    room = num_tokens // min_mean_doc_len + 1
     starts = starts[starts < num_tokens]
-    if len(starts) >= length:
-        raise UserError(
-            f"a row of {num_tokens} tokens holds {len(starts)} documents, more than the "
-            f"{length - 1} that cu_seqlens has room for: set --min_mean_doc_len "
-            f"below {min_mean_doc_len}"
-        )
-    cu_seqlens = np.full(length, num_tokens, dtype=np.int32)
-    cu_seqlens[: len(starts)] = starts
-    batch = (
-        torch.from_numpy(tokens[:-1].astype(np.int32)),
-        torch.from_numpy(tokens[1:].astype(np.int64)),
-        torch.from_numpy(cu_seqlens),
+    require(
+        len(starts) <= room,
+        f"a row of {num_tokens} tokens holds {len(starts)} documents, more than the {room} that "
+        f"cu_seqlens has room for: set --min_mean_doc_len below {min_mean_doc_len}",
     )
+    cu_seqlens = np.full(room + 1, num_tokens, dtype=np.int32)
+    cu_seqlens[: len(starts)] = starts
+    arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
+    batch = [torch.from_numpy(array) for array in arrays]
     if pin:  # torch keeps pinned buffers and reuses one only when the copy out of it is done
-        batch = tuple(tensor.pin_memory() for tensor in batch)
+        batch = [tensor.pin_memory() for tensor in batch]
     return Batch(*batch, max_seq_len)
 
 
@@ -3334,13 +3317,10 @@ def training_rows(
     # what is read twice could be foretold
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for num_tokens, max_seq_len in shapes:
-        for owner in range(world_size):
-            documents = stream.next_row(num_tokens, max_seq_len)
-            if owner == rank:
-                starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
-                yield make_batch(
-                    np.concatenate(documents), starts, max_seq_len, config.min_mean_doc_len, pin
-                )
+        documents = [stream.next_row(num_tokens, max_seq_len) for _ in range(world_size)][rank]
+        starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
+        row = np.concatenate(documents), starts
+        yield make_batch(*row, max_seq_len, config.min_mean_doc_len, pin)
 
 
 def read_prefixes(config: Config, device: torch.device) -> Tensor:
@@ -3351,13 +3331,16 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
         table = np.load(path)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
-    if not isinstance(table, np.ndarray) or table.ndim != 1 or table.dtype != np.int32:
-        raise UserError(f"--prefix_file {path}: is no list of int32: {remedy}")
-    if not 0 < len(table) <= len(padded):
-        raise UserError(f"--prefix_file {path}: {len(table)} tokens, not {len(padded)}: {remedy}")
-    if table.min() < IGNORED_TARGET or table.max() >= len(table):
-        raise UserError(f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
-    padded[: len(table)] = table
+    is_list = isinstance(table, np.ndarray) and table.ndim == 1 and table.dtype == np.int32
+    require(is_list, f"--prefix_file {path}: is no list of int32: {remedy}")
+    count = len(table)
+    require(
+        0 < count <= len(padded),
+        f"--prefix_file {path}: {count} tokens, not {len(padded)}: {remedy}",
+    )
+    inside = table.min() >= IGNORED_TARGET and table.max() < count
+    require(inside, f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
+    padded[:count] = table
     return torch.from_numpy(padded).to(device)
 
 
@@ -3366,27 +3349,26 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     validation scores. shapes: (T, max_seq_len) of every row of all ranks."""
     files = find_files("--train_files", config.train_files)
     total = sum(read_shard_header(path) for path in files)
-    tokens_needed = sum(num_tokens for num_tokens, _ in shapes)
-    if total <= tokens_needed and not config.repeat_data:
-        raise UserError(
-            f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
-            f"{tokens_needed}: add shards (data/cached_fineweb.py), lower --num_steps, or pass "
-            "--repeat_data true"
-        )
-    if config.match_orders and not tokens_needed < min(total, 2**31):
-        raise UserError(
-            f"--match_orders: the schedule reads {tokens_needed} tokens, more than the {total} of "
-            "--train_files or than 2^31: matches would foretell what is repeated; add shards or "
-            "lower --num_steps"
-        )
-    if total < 2 * tokens_needed and (not config.repeat_data or config.match_orders):
+    needed = sum(num_tokens for num_tokens, _ in shapes)
+    require(
+        needed < total or config.repeat_data,
+        f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
+        f"{needed}: add shards (data/cached_fineweb.py), lower --num_steps, or pass "
+        "--repeat_data true",
+    )
+    require(
+        needed < min(total, 2**31) or not config.match_orders,
+        f"--match_orders: the schedule reads {needed} tokens, more than the {total} of "
+        "--train_files or than 2^31: matches would foretell what is repeated; add shards or "
+        "lower --num_steps",
+    )
+    if total < 2 * needed and (not config.repeat_data or config.match_orders):
         stream = TokenStream(files, config.vocab_size, repeat=False)
         for shape in shapes:  # two seconds for the whole schedule
             stream.next_row(*shape)
     path = find_files("--val_file", config.val_file)[0]
     available = read_shard_header(path) - 1
-    if available < 1:
-        raise UserError(f"{path}: too short to validate on: make a longer one")
+    require(available > 0, f"{path}: too short to validate on: make a longer one")
     return min(config.val_tokens, available)
 
 
@@ -3394,53 +3376,16 @@ def validation_rows(
     config: Config, rank: int, world_size: int, num_targets: int
 ) -> Iterator[Batch]:
     """This rank's rows of the validation stream as it is; every target once, documents masked."""
-    path = find_files("--val_file", config.val_file)[0]
+    path, size = find_files("--val_file", config.val_file)[0], config.val_row_tokens
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
-    size = config.val_row_tokens
-    for index in range(rank, -(-num_targets // size), world_size):
-        row = tokens[index * size : (index + 1) * size + 1]
+    for begin in range(rank * size, num_targets, world_size * size):
+        row = tokens[begin : begin + size + 1]
         real = len(row) - 1
-        padding = np.full(size - real, START_TOKEN, dtype=row.dtype)  # of the last row
-        row = np.concatenate([row, padding])
-        starts = np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN)
-        batch = make_batch(
-            row, np.union1d([0], starts), size, min(config.min_mean_doc_len, 32), pin=False
-        )
+        row = np.pad(row, (0, size - real), constant_values=START_TOKEN)  # the last one
+        starts = np.union1d([0], np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN))
+        batch = make_batch(row, starts, size, min(config.min_mean_doc_len, 32), pin=False)
         batch.targets[real:] = IGNORED_TARGET
         yield batch
-
-
-class Prefetcher:
-    """Runs an iterator in a thread, a few items ahead, and hands on what it raises."""
-
-    def __init__(self, items: Iterator, depth: int = 8):
-        self.queue: queue.Queue = queue.Queue(depth)
-        self.stopped = threading.Event()
-        threading.Thread(target=self._fill, args=(items,), name="prefetch", daemon=True).start()
-
-    def _put(self, item: object) -> None:
-        while not self.stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return self.queue.put(item, timeout=0.1)
-
-    def _fill(self, items: Iterator) -> None:
-        try:
-            for item in items:
-                self._put(item)
-                if self.stopped.is_set():
-                    return
-            self._put(StopIteration())
-        except Exception as error:  # noqa: BLE001 (raised again where the item is taken)
-            self._put(error)
-
-    def __next__(self) -> Batch:
-        item = self.queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        self.stopped.set()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -3451,24 +3396,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 # ==================================================================================================
 # 8. Schedule
 # ==================================================================================================
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step does."""
-
-    stage: Stage
-    lr_scale: float
-    momentum: float
-
-    @property
-    def windows(self) -> Windows:
-        return Windows(self.stage.window_short, self.stage.window_long)
-
-    def describe(self) -> str:
-        """What tells its rows from others of their length."""
-        columns = f", {self.stage.columns:,} columns" if self.stage.columns else ""
-        return f"{self.windows}{columns}"
 
 
 class Schedule:
@@ -3482,48 +3409,46 @@ class Schedule:
         self.stage_ends = [round(float(edge) * config.num_steps) for edge in edges]
 
     def stage(self, step: int) -> Stage:
-        for end, stage in zip(self.stage_ends, self.config.stages):
-            if step < end:
-                return stage
-        return self.config.extension[0]
+        stages = zip(self.stage_ends, self.config.stages)
+        return next((stage for end, stage in stages if step < end), self.config.extension[0])
+
+    def windows(self, step: int) -> Windows:
+        return Windows(self.stage(step).window_short, self.stage(step).window_long)
+
+    def row_shape(self, step: int) -> tuple[int, int]:
+        """Tokens of a row, and of the longest document in it."""
+        stage = self.stage(step)
+        return stage.tokens_per_step // self.config.rows_per_step, stage.max_seq_len
+
+    def describe(self, step: int) -> str:
+        """What tells its rows from others of their length."""
+        columns = self.stage(step).columns
+        return f"{self.windows(step)}" + (f", {columns:,} columns" if columns else "")
 
     def lr_scale(self, step: int) -> float:
         """The stage's multiplier, falling linearly to lr_end from lr_decay_start on."""
-        config, stage = self.config, self.stage(step)
+        config, lr = self.config, self.stage(step).lr
         left = max(0.0, 1 - step / config.num_steps) / (1 - config.lr_decay_start)
-        return stage.lr if left >= 1 else stage.lr * left + config.lr_end * (1 - left)
+        return lr if left >= 1 else lr * left + config.lr_end * (1 - left)
 
     def momentum(self, step: int) -> float:
         """Linear warm-up, plateau, linear cool-down over the last steps."""
-        config = self.config
-        up = step / config.momentum_warmup_steps
-        down = (
-            (self.total_steps - step) / config.momentum_cooldown_steps
-            if config.momentum_cooldown_steps
-            else 1
-        )
-        return config.momentum_start + min(up, down, 1.0) * (
-            config.momentum_peak - config.momentum_start
-        )
-
-    def __getitem__(self, step: int) -> StepPlan:
-        return StepPlan(self.stage(step), self.lr_scale(step), self.momentum(step))
+        start, peak = self.config.momentum_start, self.config.momentum_peak
+        up, cooldown = step / self.config.momentum_warmup_steps, self.config.momentum_cooldown_steps
+        down = (self.total_steps - step) / cooldown if cooldown else 1.0
+        return start + min(up, down, 1.0) * (peak - start)
 
     def loss_weights(self) -> list[list[float]]:
         """Weights of next, second, third and prefix token for every step, linear in a stage."""
         rows, begin = [], 0
-        ends = [*self.stage_ends, self.total_steps]
-        for end, stage in zip(ends, (*self.config.stages, *self.config.extension)):
-            for step in range(begin, end):
-                done = (step - begin) / (end - begin)
-                pairs = (stage.second_start, stage.second_end), (stage.third_start, stage.third_end)
-                pairs += ((stage.prefix_start, stage.prefix_end),)
-                rows.append([1.0] + [start + done * (stop - start) for start, stop in pairs])
+        stages = (*self.config.stages, *self.config.extension)
+        for end, stage in zip([*self.stage_ends, self.total_steps], stages):
+            starts = stage.second_start, stage.third_start, stage.prefix_start
+            stops = stage.second_end, stage.third_end, stage.prefix_end
+            for done in ((step - begin) / (end - begin) for step in range(begin, end)):
+                rows.append([1.0] + [a + done * (b - a) for a, b in zip(starts, stops)])
             begin = end
         return rows
-
-    def row_tokens(self, step: int) -> int:
-        return self.stage(step).tokens_per_step // self.config.rows_per_step
 
     def tokens_needed(self) -> int:
         return sum(self.stage(step).tokens_per_step for step in range(self.end_step))
@@ -3539,19 +3464,15 @@ class Clock:
 
     def __init__(self, runtime: Runtime):
         self.runtime, self.total = runtime, 0.0
-        self.started: float | None = None
-        self.begin: tuple[float, torch.cuda.Event | None] = 0.0, None  # total at the last start
 
     def start(self) -> None:
         self.runtime.synchronize()
-        self.begin, self.started = (self.total, self.mark()), time.perf_counter()
+        self.begin = self.total, self.mark()
+        self.started = time.perf_counter()
 
     def stop(self) -> None:
         self.runtime.synchronize()
-        self.total, self.started = self.now(), None
-
-    def now(self) -> float:
-        return self.total + (0.0 if self.started is None else time.perf_counter() - self.started)
+        self.total += time.perf_counter() - self.started
 
     def mark(self) -> torch.cuda.Event | None:
         """What the device reaches when it has done all that was launched so far."""
@@ -3562,11 +3483,12 @@ class Clock:
         return event
 
     def at(self, mark: torch.cuda.Event | None) -> float:
-        """When the device reached a mark made since the last start: the host may look later."""
-        if mark is None:
-            return self.now()
-        mark.synchronize()
+        """When the device reached a mark made since the last start: the host may look later. None
+        is now, while the clock runs."""
         total, begin = self.begin
+        if mark is None:
+            return total + time.perf_counter() - self.started
+        mark.synchronize()
         return total + begin.elapsed_time(mark) / 1000
 
 
@@ -3580,9 +3502,8 @@ class Progress:
     MAX_IN_FLIGHT = 3
 
     def __init__(self, runtime: Runtime, clock: Clock, total_steps: int):
-        self.runtime, self.clock = runtime, clock
+        self.runtime, self.clock, self.last_time = runtime, clock, 0.0
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        self.last_time = 0.0
         self.bar = tqdm(
             total=total_steps,
             disable=None if runtime.is_main else True,  # None: only on a terminal
@@ -3593,67 +3514,67 @@ class Progress:
     def launched(self, step: int, loss: Tensor) -> None:
         """loss: mean training loss of this rank's tokens, a scalar on the device."""
         self.pending.append((step, loss.to("cpu", non_blocking=True), self.clock.mark()))
-        while self.pending and (
-            len(self.pending) > self.MAX_IN_FLIGHT
-            or self.pending[0][2] is None
-            or self.pending[0][2].query()
-        ):
-            self._report()
+        self.report(self.MAX_IN_FLIGHT)
 
-    def drain(self) -> None:
+    def report(self, in_flight: int = 0) -> None:
+        """The steps that are done; waits for them if more than that many are not."""
         while self.pending:
-            self._report()
-
-    def _report(self) -> None:
-        step, loss, mark = self.pending.popleft()
-        now, value = self.clock.at(mark), loss.item()
-        if not math.isfinite(value):
-            raise UserError(
+            step, loss, mark = self.pending[0]
+            if len(self.pending) <= in_flight and mark is not None and not mark.query():
+                return
+            self.pending.popleft()
+            now, value = self.clock.at(mark), loss.item()
+            require(
+                math.isfinite(value),
                 f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
                 "lower --muon_lr or --adam_lr, check the data of --train_files, or raise the "
-                "columns of --stages if rows have more different targets than that"
+                "columns of --stages if rows have more different targets than that",
             )
-        step_ms, self.last_time = 1000 * (now - self.last_time), now
-        self.runtime.log.step(step + 1, value, now, step_ms)
-        self.bar.set_postfix_str(
-            f"loss {value:.3f} · {1000 * now / (step + 1):.1f} ms/step", refresh=False
-        )
-        self.bar.update()
+            step_ms, self.last_time = 1000 * (now - self.last_time), now
+            self.runtime.log.step(step + 1, value, now, step_ms)
+            mean_ms = f"{1000 * now / (step + 1):.1f} ms/step"
+            self.bar.set_postfix_str(f"loss {value:.3f} · {mean_ms}", refresh=False)
+            self.bar.update()
 
 
-class MicroStep:
-    """Forward and backward pass of one row, added to the gradients; on a GPU a CUDA graph.
+class Trainer:
+    """A model and what brings it on: optimizer, schedule, and the passes of rows.
 
-    A replay costs the host one launch in place of a thousand. Every kind of row (length, windows,
-    columns) has its graph and its own buffers for inputs; their memory is shared.
+    On a GPU the forward and backward pass of a row is a CUDA graph, whose replay costs the host one
+    launch in place of a thousand. Every kind of row (length, windows, columns) has its graph and
+    its own buffers for inputs; their memory is shared.
     """
 
-    def __init__(self, model: GPT, prefixes: Tensor, config: Config, runtime: Runtime):
-        self.model, self.prefixes, self.config = model, prefixes, config
-        self.uses_graphs = config.cuda_graphs and runtime.device.type == "cuda"
+    def __init__(self, model: GPT, runtime: Runtime):
+        self.model, self.config, self.runtime = model, model.config, runtime
+        self.optimizer = Optimizer(model, self.config, runtime)
+        self.schedule = Schedule(self.config)
+        self.loss_weights = torch.tensor(self.schedule.loss_weights(), device=runtime.device)
+        self.prefixes = read_prefixes(self.config, runtime.device)
+        self.grad_accum_steps = self.config.rows_per_step // runtime.world_size
+        self.position = 0  # in the stream, of the next step; it moves only where matches are noted
+        self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
         self.graphs: dict[tuple, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def kind(self, batch: Batch, windows: Windows, columns: int) -> tuple:
-        """What a graph is captured for."""
-        return len(batch.tokens), batch.max_seq_len, windows, columns
-
-    def compute(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
-    ) -> Tensor:
+    def compute(self, batch: Batch, step: int, loss_weights: Tensor) -> Tensor:
+        windows, columns = self.schedule.windows(step), self.schedule.stage(step).columns
         loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes, columns)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
         return next_token_loss
 
-    def __call__(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
-    ) -> Tensor:
-        """The sum of next-token losses, fp32, valid until the next call."""
-        ngrams = self.model.ngrams
+    def kind(self, batch: Batch, step: int) -> tuple:
+        """What a graph is captured for."""
+        return len(batch.tokens), batch.max_seq_len, self.schedule.describe(step)
+
+    def micro_step(self, batch: Batch, step: int) -> Tensor:
+        """Forward and backward pass of one row of a step, added to the gradients. Gives the sum of
+        its next-token losses, fp32, valid until the next call."""
+        loss_weights = self.loss_weights[step]
         if self.uses_graphs:
-            kind = self.kind(batch, windows, columns)
+            kind = self.kind(batch, step)
             if kind not in self.graphs:
                 raise RuntimeError(f"no graph was captured for rows of {kind}")
             graph, inputs, loss, left = self.graphs[kind]
@@ -3661,130 +3582,117 @@ class MicroStep:
                 mine.copy_(given, non_blocking=True)
             graph.replay()
         else:
-            batch = to_device(batch, loss_weights.device)
-            loss = self.compute(batch, windows, loss_weights, columns)
-            left = ngrams.left
-        ngrams.gather(*left)
+            loss = self.compute(to_device(batch, self.runtime.device), step, loss_weights)
+            left = self.model.ngrams.left
+        self.model.ngrams.gather(*left)
         return loss
 
-    def capture(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
-    ) -> None:
+    def capture(self, batch: Batch, step: int) -> None:
         """Make the graph for rows like this one; changes the gradients."""
-        batch = to_device(batch, loss_weights.device)
-        inputs = [tensor.clone() for tensor in (*batch[:3], loss_weights)]
+        batch = to_device(batch, self.runtime.device)
+        inputs = [tensor.clone() for tensor in (*batch[:3], self.loss_weights[step])]
         mine = Batch(*inputs[:3], batch.max_seq_len)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # compiles kernels, makes workspaces
-            self.compute(mine, windows, inputs[3], columns)
+            self.compute(mine, step, inputs[3])
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **how):
-            loss = self.compute(mine, windows, inputs[3], columns)
+            loss = self.compute(mine, step, inputs[3])
         left = self.model.ngrams.left  # memory that no other graph takes
-        self.graphs[self.kind(batch, windows, columns)] = graph, inputs, loss, left
+        self.graphs[self.kind(batch, step)] = graph, inputs, loss, left
 
+    def compile_kernels(self, batch: Batch, step: int) -> None:
+        """Run every kernel once on a short row; changes weights and gradients.
 
-def compile_kernels(
-    model: GPT,
-    optimizer: Optimizer,
-    micro_step: MicroStep,
-    batch: Batch,
-    windows: Windows,
-    loss_weights: Tensor,
-    columns: int,
-    runtime: Runtime,
-) -> None:
-    """Run every kernel once on a short row; changes weights and gradients.
+        Each rank begins at another place of the round and finds in the cache on disk what the
+        others have compiled by then.
+        """
+        model, config, device = self.model, self.config, self.runtime.device
+        windows, count = self.schedule.windows(step), len(batch.tokens)
+        batch = to_device(batch, device)
 
-    Each rank begins at another place of the round and finds in the cache on disk what the others
-    have compiled by then.
-    """
-    config, count = model.config, len(batch.tokens)
-    batch = to_device(batch, runtime.device)
+        def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
-    def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, device=runtime.device, dtype=dtype, requires_grad=True)
+        x = noise(count, config.model_dim, dtype=model.head.dtype)
+        layouts = model.gate_layouts.values()
+        gates = {name: noise(count, size) for row in layouts for name, (size, _) in row.items()}
 
-    x = noise(count, config.model_dim, dtype=model.head.dtype)
-    layouts = model.gate_layouts.values()
-    gates = {name: noise(count, size) for row in layouts for name, (size, _) in row.items()}
+        # flash-attn-4 has a kernel of its own for more than 256 documents, as long rows have room
+        many = batch._replace(cu_seqlens=F.pad(batch.cu_seqlens, (0, 256), value=count))
 
-    # flash-attn-4 has a kernel of its own for more than 256 documents, as long rows have room for
-    many = batch._replace(cu_seqlens=F.pad(batch.cu_seqlens, (0, 256), value=count))
+        def run_attention(i: int, batch: Batch) -> None:
+            row, extra = config.layers[i], (None, None)
+            if i == len(config.layers) - 1:
+                extra = noise(count, config.num_heads), x
+            value = None if row.value_table is None else x
+            fp8 = model.fp8.qkv(i, *model.fp8.stream(x)) if model.fp8 else []
+            model.attend(i, x, value, *extra, gates, batch, windows, fp8).sum().backward()
 
-    def run_attention(i: int, batch: Batch) -> None:
-        row, extra = config.layers[i], (None, None)
-        if i == len(config.layers) - 1:
-            extra = noise(count, config.num_heads), x
-        value = None if row.value_table is None else x
-        fp8 = model.fp8.qkv(i, *model.fp8.stream(x)) if model.fp8 else []
-        model.attend(i, x, value, *extra, gates, batch, windows, fp8).sum().backward()
+        def run_update(state: ParamState) -> None:
+            self.optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
 
-    def run_update(state: ParamState) -> None:
-        optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
+        attentions = itertools.product(model.attention_layers, (batch, many))
+        round_trip = [functools.partial(run_attention, *attention) for attention in attentions]
+        round_trip.append(lambda: self.compute(batch, step, self.loss_weights[step]))
+        round_trip += [functools.partial(run_update, state) for state in self.optimizer.states]
+        start = self.runtime.rank * len(round_trip) // self.runtime.world_size
+        for run in round_trip[start:] + round_trip[:start]:
+            run()
 
-    attentions = itertools.product(model.attention_layers, (batch, many))
-    round_trip = [functools.partial(run_attention, *attention) for attention in attentions]
-    round_trip.append(lambda: micro_step.compute(batch, windows, loss_weights, columns))
-    round_trip += [functools.partial(run_update, state) for state in optimizer.states]
-    start = runtime.rank * len(round_trip) // runtime.world_size
-    for run in round_trip[start:] + round_trip[:start]:
-        run()
+    def prepare(self) -> None:
+        """Compile, capture and warm up on every shape with random tokens, then put everything
+        back."""
+        config, schedule, begin = self.config, self.schedule, time.perf_counter()
+        random = np.random.default_rng(self.runtime.rank)
 
+        def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
+            tokens = random_tokens(random, num_tokens + 1)
+            starts = np.arange(0, num_tokens, max_seq_len)
+            return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
 
-def prepare(
-    model: GPT,
-    optimizer: Optimizer,
-    micro_step: MicroStep,
-    schedule: Schedule,
-    loss_weights: Tensor,
-    runtime: Runtime,
-) -> None:
-    """Compile, capture and warm up on every shape with random tokens, then put everything back."""
-    config, begin = model.config, time.perf_counter()
-    kinds = {}  # the last step of every kind of row
-    for step in range(schedule.end_step):
-        plan = schedule[step]
-        stage = plan.stage
-        kinds[stage.tokens_per_step, stage.max_seq_len, stage.columns, *plan.windows] = step
-    random = np.random.default_rng(runtime.rank)
+        def report(what: str) -> None:
+            self.runtime.synchronize()
+            self.runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
 
-    def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
-        tokens = random_tokens(random, num_tokens + 1)
-        starts = np.arange(0, num_tokens, max_seq_len)
-        return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
+        # the last step of every kind of row; the longest first: the graphs of shorter ones find
+        # room in their memory
+        steps = range(schedule.end_step)
+        kinds = {(*schedule.row_shape(step), schedule.describe(step)): step for step in steps}
+        kinds = dict(sorted(kinds.items(), key=lambda kind: kind[0][0], reverse=True))
+        with nothing_changes(self.model, self.optimizer):
+            if self.uses_graphs:
+                self.compile_kernels(random_batch(256, 256), 0)
+                report("kernels")
+            for (*shape, windows), last in kinds.items():
+                batch = random_batch(*shape)
+                if self.uses_graphs:
+                    self.capture(batch, last)
+                for update in range(2):  # an even and an odd one, so that every update runs
+                    self.run_step(last, [batch], update)
+                report(f"rows of {shape[0]:,} tokens, windows {windows}")
+            with torch.no_grad():
+                batch = random_batch(config.val_row_tokens, config.val_row_tokens)
+                self.model(to_device(batch, self.runtime.device), schedule.windows(last))
+            report(f"validation rows of {config.val_row_tokens:,} tokens")
+        self.position = 0
 
-    def report(what: str) -> None:
-        runtime.synchronize()
-        runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
-
-    with nothing_changes(model, optimizer):
-        if micro_step.uses_graphs:
-            plan = schedule[0]
-            row = random_batch(256, 256), plan.windows, loss_weights[0], plan.stage.columns
-            compile_kernels(model, optimizer, micro_step, *row, runtime)
-            report("kernels")
-        for last in sorted(kinds.values(), key=schedule.row_tokens, reverse=True):
-            # the longest rows first: the graphs of shorter ones find room in their memory
-            plan, num_tokens = schedule[last], schedule.row_tokens(last)
-            batch = random_batch(num_tokens, plan.stage.max_seq_len)
-            row = batch, plan.windows, loss_weights[last], plan.stage.columns
-            if micro_step.uses_graphs:
-                micro_step.capture(*row)
-            for step in range(2):  # an even and an odd one, so that every update runs
-                micro_step(*row)
-                if model.matches is not None:
-                    note_rows(model, [batch], 0, runtime)
-                optimizer.step(step, plan.lr_scale, plan.momentum)
-            report(f"rows of {num_tokens:,} tokens, windows {plan.describe()}")
-        with torch.no_grad():
-            batch = random_batch(config.val_row_tokens, config.val_row_tokens)
-            model(to_device(batch, runtime.device), plan.windows)
-        report(f"validation rows of {config.val_row_tokens:,} tokens")
+    def run_step(self, step: int, rows: Iterable[Batch], update: int | None = None) -> Tensor:
+        """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.
+        update: the optimizer's number of it, where it is not the schedule's."""
+        total, read = torch.zeros((), device=self.runtime.device), []
+        for row in rows:
+            total += self.micro_step(row, step)
+            read.append(row)
+        rates = self.schedule.lr_scale(step), self.schedule.momentum(step)
+        self.optimizer.step(step if update is None else update, *rates)
+        if self.model.matches is not None:
+            self.position = note_rows(self.model, read, self.position, self.runtime)
+        return total / sum(len(row.tokens) for row in read)
 
 
 @torch.no_grad()
@@ -3799,36 +3707,10 @@ def note_rows(model: GPT, rows: list[Batch], position: int, runtime: Runtime) ->
         if runtime.world_size > 1:
             everyone = own.new_empty(runtime.world_size, *own.shape)
             dist.all_gather_into_tensor(everyone.flatten(0, 1), own)
-        for tokens, starts, targets in everyone:
-            note_matches_(
-                model.matches, tokens, starts, targets, model.config.match_orders, position
-            )
-            position += len(tokens)
+        for of_rank in everyone:
+            note_matches_(model.matches, *of_rank, model.config.match_orders, position)
+            position += len(row.tokens)
     return position
-
-
-def run_step(
-    step: int, plan: StepPlan, loss_weights: Tensor, rows: Iterator[Batch], position: int,
-    micro_step: MicroStep, optimizer: Optimizer, runtime: Runtime,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Train on this rank's next rows; gives the mean of their next-token losses, 0-d, and the next
-    step's position.
-
-    loss_weights: (4,), as GPT.forward takes them. position: of the step's first row in the stream;
-    it moves only where matches are noted.
-    """
-    model, read = micro_step.model, []
-    grad_accum_steps = model.config.rows_per_step // runtime.world_size
-    train_loss = torch.zeros((), device=runtime.device)
-    for _ in range(grad_accum_steps):
-        row = next(rows)
-        loss = micro_step(row, plan.windows, loss_weights, plan.stage.columns)
-        train_loss += loss / (len(row.tokens) * grad_accum_steps)
-        read.append(row)
-    optimizer.step(step, plan.lr_scale, plan.momentum)
-    if model.matches is not None:
-        position = note_rows(model, read, position, runtime)
-    return train_loss, position
 
 
 @torch.no_grad()
@@ -3840,30 +3722,25 @@ def validate(
     for batch in validation_rows(config, runtime.rank, runtime.world_size, num_targets):
         total += model(to_device(batch, runtime.device), windows)
     loss = runtime.all_reduce(total).item() / num_targets
-    if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}: lower --muon_lr or --adam_lr")
+    message = f"the validation loss is {loss}: lower --muon_lr or --adam_lr"
+    require(math.isfinite(loss), message)
     return loss
 
 
 def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
-    steps = [
-        (schedule.row_tokens(step), schedule.stage(step).max_seq_len)
-        for step in range(schedule.end_step)
-    ]
-    num_targets = check_data(config, [row for row in steps for _ in range(config.rows_per_step)])
+    shapes = [schedule.row_shape(step) for step in range(schedule.end_step)]
+    num_targets = check_data(config, [row for row in shapes for _ in range(config.rows_per_step)])
     folder = Path(config.checkpoint).parent
-    if config.checkpoint and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(
-            f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder"
-        )
-    log.data |= {"environment": describe_environment(runtime), "config": config_as_text(config)}
-    log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
-    log.line(
-        json.dumps({key: log.data[key] for key in ("environment", "config")}, indent=1),
-        screen=False,
+    require(
+        not config.checkpoint or (folder.is_dir() and os.access(folder, os.W_OK)),
+        f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder",
     )
-    environment = log.data["environment"]
+    environment = describe_environment(runtime)
+    tables = {"environment": environment, "config": config_as_text(config)}
+    log.data |= tables
+    log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
+    log.line(json.dumps(tables, indent=1), screen=False)
     hardware = f"{runtime.world_size} x {environment['devices']}"
     log.line(f"{hardware}, torch {environment['torch']}, log {log.path}")
     if num_targets < config.val_tokens:
@@ -3872,67 +3749,55 @@ def train(config: Config, runtime: Runtime) -> None:
 
     begin = time.perf_counter()
     model = GPT(config, runtime)
-    optimizer = Optimizer(model, config, runtime)
+    trainer = Trainer(model, runtime)
     millions = sum(param.numel() for param in model.parameters()) / 1e6
     kernels = "Triton kernels" if has_kernels(runtime.device) else "plain PyTorch"
     dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
     log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
-    rows, dim = model.ngrams.table.shape
-    log.line(f"{rows:,} rows of hashed n-grams, {dim} wide: {rows * dim / 1e6:.1f} M weights")
-    loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
-    prefixes = read_prefixes(config, runtime.device)
-    micro_step = MicroStep(model, prefixes, config, runtime)
-    prepare(model, optimizer, micro_step, schedule, loss_weights, runtime)
+    count, dim = model.ngrams.table.shape
+    log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
+    trainer.prepare()
     preparation = time.perf_counter() - begin
 
-    grad_accum_steps = config.rows_per_step // runtime.world_size
-    shapes = (row for row in steps for _ in range(grad_accum_steps))
+    shapes = (row for row in shapes for _ in range(trainer.grad_accum_steps))
     pin = runtime.device.type == "cuda"
-    rows = Prefetcher(training_rows(config, runtime.rank, runtime.world_size, shapes, pin))
+    rows = ahead(training_rows(config, runtime.rank, runtime.world_size, shapes, pin), depth=8)
     clock = Clock(runtime)
     progress = Progress(runtime, clock, schedule.end_step)
-    position = 0  # in the stream, of the rows of all ranks
     clock.start()
     for step in range(schedule.end_step):
-        plan = schedule[step]
-        now = step, plan, loss_weights[step], rows, position
-        train_loss, position = run_step(*now, micro_step, optimizer, runtime)
-        progress.launched(step, train_loss)
+        loss = trainer.run_step(step, itertools.islice(rows, trainer.grad_accum_steps))
+        progress.launched(step, loss)
 
         done = step + 1
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
             clock.stop()
-            progress.drain()
-            windows = plan.windows
+            progress.report()
+            windows = schedule.windows(step)
             if done == schedule.total_steps:
                 windows = windows._replace(long=config.final_window_long)
             val_loss = validate(model, config, runtime, num_targets, windows)
-            log.data["validations"].append(
-                {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
-            )
+            row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
+            log.data["validations"].append(row)
             log.line(f"step {done} val_loss {val_loss:.4f} train_time {clock.total:.3f} s")
             clock.start()
     progress.bar.close()
-    rows.stop()
 
-    peak = peak_memory(runtime)
-    tokens_per_second = schedule.tokens_needed() / clock.total
     log.data["summary"] = {
         "val_loss": val_loss,
         "steps": done,
         "train_time_s": clock.total,
-        "mean_step_ms": 1000 * clock.total / done,
-        "tokens_per_s": tokens_per_second,
+        "mean_step_ms": (step_ms := 1000 * clock.total / done),
+        "tokens_per_s": (speed := schedule.tokens_needed() / clock.total),
         "preparation_s": preparation,
-        "peak_memory_gib": peak,
+        "peak_memory_gib": (peak := peak_memory(runtime)),
     }
     log.write_json()
     log.line(f"val loss {val_loss:.4f} after {done} steps, on {num_targets:,} targets")
     log.line(
-        f"trained {clock.total:.2f} s, {1000 * clock.total / done:.1f} ms a step, "
-        f"{tokens_per_second:,.0f} tokens/s, after {preparation:.0f} s of preparation; "
-        f"peak memory {peak:.1f} GiB a process"
+        f"trained {clock.total:.2f} s, {step_ms:.1f} ms a step, {speed:,.0f} tokens/s, "
+        f"after {preparation:.0f} s of preparation; peak memory {peak:.1f} GiB a process"
     )
     if runtime.is_main:
         log.line(f"log {log.path}, curve {draw_curve(log)}")
@@ -3942,12 +3807,9 @@ def train(config: Config, runtime: Runtime) -> None:
 
 def peak_memory(runtime: Runtime) -> float:
     """GiB: the most any rank's allocator held on its GPU, or any process resident on the CPU."""
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(runtime.device)
-    else:
-        import resource
-
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = torch.zeros(runtime.world_size, dtype=torch.float64, device=runtime.device)
     peaks[runtime.rank] = peak / 2**30
     return runtime.all_reduce(peaks).max().item()
@@ -3955,48 +3817,31 @@ def peak_memory(runtime: Runtime) -> float:
 
 def draw_curve(log: Log) -> Path:
     """Training and validation loss against steps, as a PNG beside the log."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    steps, validations = log.data["steps"], log.data["validations"]
-    axes.plot(
-        [row["step"] for row in steps],
-        [row["train_loss"] for row in steps],
-        color="0.7",
-        linewidth=0.8,
-        label="training (rows of rank 0)",
-    )
-    val_steps, val_losses = (
-        [row["step"] for row in validations],
-        [row["val_loss"] for row in validations],
-    )
-    axes.plot(val_steps, val_losses, "o-", color="C0", label="validation")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, summary = figure.subplots(), log.data["summary"]
+    steps, losses = zip(*((row["step"], row["train_loss"]) for row in log.data["steps"]))
+    axes.plot(steps, losses, color="0.7", linewidth=0.8, label="training (rows of rank 0)")
+    scored = [(row["step"], row["val_loss"]) for row in log.data["validations"]]
+    axes.plot(*zip(*scored), "o-", color="C0", label="validation")
     labelled = math.inf
-    for step, loss in reversed(list(zip(val_steps, val_losses))):
-        if labelled - step > 0.06 * val_steps[-1]:  # room for its label
-            offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{loss:.3f}", (step, loss), **offset)
+    for step, loss in reversed(scored):
+        if labelled - step > 0.06 * steps[-1]:  # room for its label
+            place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{loss:.3f}", (step, loss), **place)
             labelled = step
-    losses = sorted([row["train_loss"] for row in steps] + val_losses)
+    losses = sorted([*losses, *(loss for _, loss in scored)])
     top = losses[int(0.97 * (len(losses) - 1))]  # leaves the first steps' fall out of the picture
-    axes.set_ylim(
-        losses[0] - 0.05 * (top - losses[0]) - 0.02, top + 0.05 * (top - losses[0]) + 0.02
-    )
-    summary = log.data["summary"]
-    axes.set_title(
-        f"{log.path.stem}: {summary['val_loss']:.4f} in {summary['train_time_s']:.1f} s",
-        fontsize=10,
-    )
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
+    margin = 0.05 * (top - losses[0]) + 0.02
+    axes.set_ylim(losses[0] - margin, top + margin)
+    result = f"{summary['val_loss']:.4f} in {summary['train_time_s']:.1f} s"
+    axes.set_title(f"{log.path.stem}: {result}", fontsize=10)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     path = log.path.with_suffix(".png")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
@@ -4005,17 +3850,16 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     prompts)."""
     if not runtime.is_main:
         return
-    head = read_tokens(
-        find_files("--train_files", config.train_files)[0], 100_000, config.vocab_size
-    )
-    byte_tokens = bool(((head < 256) | (head == START_TOKEN)).all())
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    path = find_files("--train_files", config.train_files)[0]
+    head = read_tokens(path, 100_000, config.vocab_size)
+    saved = {
+        "config": config_as_text(config),
+        "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "byte_tokens": bool(((head < 256) | (head == START_TOKEN)).all()),
+    }
     temporary = f"{config.checkpoint}.part"
     try:
-        torch.save(
-            {"config": config_as_text(config), "weights": weights, "byte_tokens": byte_tokens},
-            temporary,
-        )
+        torch.save(saved, temporary)
         os.replace(temporary, config.checkpoint)
     except (OSError, RuntimeError) as error:
         raise UserError(

@@ -30,8 +30,8 @@ from train_gpt import (
     START_TOKEN,
     Batch,
     Config,
-    MicroStep,
     Optimizer,
+    Trainer,
     UserError,
     Windows,
     check_config,
@@ -236,19 +236,19 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     config = matching_config(
         **write_few_tokens(tmp_path), num_steps=4, extension_steps=1, rows_per_step=4, val_every=1
     )
-    seen, matches, compute = [], [], MicroStep.__call__
+    seen, matches, compute = [], [], Trainer.micro_step
 
     def find_and_keep(*args: object) -> tuple[Tensor, Tensor]:
         matches.append(find_matches(*args))
         return matches[-1]
 
-    def compute_and_keep(self: MicroStep, batch: Batch, *args: object) -> Tensor:
-        loss = compute(self, batch, *args)
+    def compute_and_keep(self: Trainer, batch: Batch, step: int) -> Tensor:
+        loss = compute(self, batch, step)
         seen.append((batch, *(x.tolist() for x in matches[-1])))
         return loss
 
     monkeypatch.setattr(train_gpt, "find_matches", find_and_keep)
-    monkeypatch.setattr(MicroStep, "__call__", compute_and_keep)
+    monkeypatch.setattr(Trainer, "micro_step", compute_and_keep)
     monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
     train(config, runtime)
     assert all(math.isfinite(row["train_loss"]) for row in runtime.log.data["steps"])

@@ -23,9 +23,9 @@ from train_gpt import (
     START_TOKEN,
     Batch,
     Config,
-    MicroStep,
     Optimizer,
     Schedule,
+    Trainer,
     Windows,
     config_from_text,
     training_rows,
@@ -353,17 +353,17 @@ def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
 def test_micro_step_adds_its_share_of_the_gradient(runtime):
     """That of the loss in nats a row, over the rows of a step; on a CPU without any graph."""
     config = tiny_config(rows_per_step=4)
-    model, batch, windows = trained_like(config, runtime), random_batch(1, [20, 44]), Windows(8, 24)
-    prefixes, weights = torch.arange(config.padded_vocab_size) - 1, torch.tensor([1, 0.5, 0.25, 0])
-    loss, plain = model(batch, windows, weights, prefixes)
+    model, batch = trained_like(config, runtime), random_batch(1, [20, 44])
+    trainer = Trainer(model, runtime)
+    weights = torch.tensor([1, 0.5, 0.25, 0.25])
+    loss, plain = model(batch, Windows(8, 24), weights, trainer.prefixes)
     loss.backward()
     expected = {name: param.grad.clone() for name, param in model.named_parameters()}
     for param in model.parameters():
         param.grad.zero_()
-    micro_step = MicroStep(model, prefixes, config, runtime)
-    assert not micro_step.uses_graphs
+    assert not trainer.uses_graphs
     for rows in (1, 2, 3):
-        assert micro_step(batch, windows, weights).item() == plain.item()
+        assert trainer.micro_step(batch, 0).item() == plain.item()
         for name, param in model.named_parameters():
             torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
 
