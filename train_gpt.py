@@ -236,43 +236,26 @@ class Config:
         return next(row.skip_from for row in self.layers if row.skip_from is not None)
 
 
+# fmt: off
 PRESETS = {
     "speedrun": Config(),
     "matching": Config(
         match_orders=(3, 4, 5, 6, 8, 12, 16, 24),
-        ngram_orders=(2, 3, 4),
-        ngram_rows=2**23,
-        ngram_dim=256,
+        ngram_orders=(2, 3, 4), ngram_rows=2**23, ngram_dim=256,
     ),
     "tiny": Config(
-        train_files="data/sample/sample_train_*.bin",
-        val_file="data/sample/sample_val_*.bin",
-        val_tokens=16_384,
-        repeat_data=True,
-        min_mean_doc_len=8,
-        layers=TINY_LAYERS,
-        model_dim=64,
-        head_dim=16,
-        mlp_dim=256,
-        gate_dim=16,
-        ngram_rows=4096,
-        ngram_dim=64,
-        dtype="float32",
-        num_steps=80,
-        stages=TINY_STAGES,
-        extension_steps=4,
-        extension=TINY_EXTENSION,
-        final_window_long=512,
-        rows_per_step=2,
-        momentum_warmup_steps=25,
-        momentum_cooldown_steps=10,
+        train_files="data/sample/sample_train_*.bin", val_file="data/sample/sample_val_*.bin",
+        val_tokens=16_384, repeat_data=True, min_mean_doc_len=8,
+        layers=TINY_LAYERS, model_dim=64, head_dim=16, mlp_dim=256, gate_dim=16,
+        ngram_rows=4096, ngram_dim=64, dtype="float32",
+        num_steps=80, stages=TINY_STAGES, extension_steps=4, extension=TINY_EXTENSION,
+        final_window_long=512, rows_per_step=2, momentum_warmup_steps=25,
+        momentum_cooldown_steps=10, val_every=40, val_row_tokens=512, ngram_lr=30.0,
         adam_lr=0.07,  # few tokens, each of them often; from 0.1 on early losses may leap to 23
-        ngram_lr=30.0,
-        val_every=40,
-        val_row_tokens=512,
         compile="none",
     ),
 }
+# fmt: on
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -311,18 +294,14 @@ def check_config(config: Config, world_size: int) -> None:
                     f"{option}: {stage.tokens_per_step} tokens a step do not make {rows} rows of a "
                     "multiple of 16 tokens: change them or --rows_per_step")
             require(min(dataclasses.astuple(stage)[:6]) > 0,
-                    f"{option}: share, tokens, max_seq_len, windows and lr must be positive: "
-                    f"{stage}")
-            require(stage.columns % 16 == 0 and 0 <= stage.columns <= vocab,
-                    f"{option}: {stage.columns} columns: make them 0, for all, or a multiple of 16 "
-                    f"up to {vocab}")
+                    f"{option}: share, tokens, max_seq_len, windows and lr must be > 0: {stage}")
+            require(stage.columns in range(0, vocab + 1, 16),
+                    f"{option}: {stage.columns} columns: take 0, for all, or 16, 32, … to {vocab}")
     require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
     require(c.model_dim % c.head_dim == 0 and c.head_dim % 8 == 0,
-            f"--head_dim {c.head_dim} must be a multiple of 8 that divides --model_dim "
-            f"{c.model_dim}")
-    require(c.num_heads % 2 == 0,
-            f"--model_dim {c.model_dim} holds {c.num_heads} heads: Muon takes query and key heads "
-            "in pairs, so make it an even number")
+            f"--head_dim {c.head_dim} is no multiple of 8 that divides --model_dim {c.model_dim}")
+    require(c.num_heads % 2 == 0,  # Muon takes query and key heads in pairs
+            f"--model_dim {c.model_dim} holds {c.num_heads} heads: make it an even number of them")
     check_layers(c.layers)
     for name in ("match_orders", "ngram_orders"):
         orders = getattr(c, name)
@@ -3309,15 +3288,14 @@ def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
     return (START_TOKEN ** random.random(count)).astype(np.uint16) - 1
 
 
-def training_rows(
-    config: Config, rank: int, world_size: int, shapes: Iterable[tuple[int, int]], pin: bool
-) -> Iterator[Batch]:
+def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[Batch]:
     """This rank's rows, one of every world_size. shapes: (T, max_seq_len) of each micro-step."""
+    ranks, pin = range(runtime.world_size), runtime.device.type == "cuda"
     files = find_files("--train_files", config.train_files)
     # what is read twice could be foretold
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for num_tokens, max_seq_len in shapes:
-        documents = [stream.next_row(num_tokens, max_seq_len) for _ in range(world_size)][rank]
+        documents = [stream.next_row(num_tokens, max_seq_len) for _ in ranks][runtime.rank]
         starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
         row = np.concatenate(documents), starts
         yield make_batch(*row, max_seq_len, config.min_mean_doc_len, pin)
@@ -3333,11 +3311,8 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
         raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
     is_list = isinstance(table, np.ndarray) and table.ndim == 1 and table.dtype == np.int32
     require(is_list, f"--prefix_file {path}: is no list of int32: {remedy}")
-    count = len(table)
-    require(
-        0 < count <= len(padded),
-        f"--prefix_file {path}: {count} tokens, not {len(padded)}: {remedy}",
-    )
+    count, room = len(table), len(padded)
+    require(0 < count <= room, f"--prefix_file {path}: {count} tokens, not {room}: {remedy}")
     inside = table.min() >= IGNORED_TARGET and table.max() < count
     require(inside, f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
     padded[:count] = table
@@ -3372,13 +3347,11 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     return min(config.val_tokens, available)
 
 
-def validation_rows(
-    config: Config, rank: int, world_size: int, num_targets: int
-) -> Iterator[Batch]:
+def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
     """This rank's rows of the validation stream as it is; every target once, documents masked."""
     path, size = find_files("--val_file", config.val_file)[0], config.val_row_tokens
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
-    for begin in range(rank * size, num_targets, world_size * size):
+    for begin in range(runtime.rank * size, num_targets, runtime.world_size * size):
         row = tokens[begin : begin + size + 1]
         real = len(row) - 1
         row = np.pad(row, (0, size - real), constant_values=START_TOKEN)  # the last one
@@ -3661,9 +3634,8 @@ class Trainer:
 
         # the last step of every kind of row; the longest first: the graphs of shorter ones find
         # room in their memory
-        steps = range(schedule.end_step)
+        steps = sorted(range(schedule.end_step), key=lambda step: -schedule.row_shape(step)[0])
         kinds = {(*schedule.row_shape(step), schedule.describe(step)): step for step in steps}
-        kinds = dict(sorted(kinds.items(), key=lambda kind: kind[0][0], reverse=True))
         with nothing_changes(self.model, self.optimizer):
             if self.uses_graphs:
                 self.compile_kernels(random_batch(256, 256), 0)
@@ -3719,7 +3691,7 @@ def validate(
 ) -> float:
     """Mean cross-entropy in nats over the first `num_targets` targets of the validation file."""
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for batch in validation_rows(config, runtime.rank, runtime.world_size, num_targets):
+    for batch in validation_rows(config, runtime, num_targets):
         total += model(to_device(batch, runtime.device), windows)
     loss = runtime.all_reduce(total).item() / num_targets
     message = f"the validation loss is {loss}: lower --muon_lr or --adam_lr"
@@ -3761,8 +3733,7 @@ def train(config: Config, runtime: Runtime) -> None:
     preparation = time.perf_counter() - begin
 
     shapes = (row for row in shapes for _ in range(trainer.grad_accum_steps))
-    pin = runtime.device.type == "cuda"
-    rows = ahead(training_rows(config, runtime.rank, runtime.world_size, shapes, pin), depth=8)
+    rows = ahead(training_rows(config, runtime, shapes), depth=8)
     clock = Clock(runtime)
     progress = Progress(runtime, clock, schedule.end_step)
     clock.start()

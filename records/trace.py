@@ -260,7 +260,7 @@ def rows_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]
     """Rows of the training files or, where there are none, random ones."""
     pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
     if glob.glob(config.train_files):
-        return train_gpt.training_rows(config, runtime.rank, runtime.world_size, shapes, pin)
+        return train_gpt.training_rows(config, runtime, shapes)
     runtime.log.line(f"no file matches --train_files {config.train_files}: the rows are random")
     return (random_batch(random, *shape, config, pin) for shape in shapes)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_documents, tiny_config, write_shard
+from conftest import cpu_runtime, random_documents, tiny_config, write_shard
 
 from train_gpt import (
     IGNORED_TARGET,
@@ -98,7 +98,7 @@ def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders
     expected = list(reference_rows(tokens.tolist(), [shape for shape in SHAPES for _ in range(4)]))
     assert len(expected) == 4 * len(SHAPES)
     ranks = [
-        list(training_rows(config, rank, world_size, rounds, pin=False))
+        list(training_rows(config, cpu_runtime(rank, world_size), rounds))
         for rank in range(world_size)
     ]
     rows = [batch for one_of_each in zip(*ranks, strict=True) for batch in one_of_each]
@@ -148,7 +148,7 @@ def test_row_ends_with_the_data(tmp_path):
     for missing in (0, 1):
         pattern = write_shards(tmp_path, tokens[: len(tokens) - missing], [45])
         config = tiny_config(train_files=pattern)
-        rows = training_rows(config, 0, 1, [(64, 64)], pin=False)
+        rows = training_rows(config, cpu_runtime(), [(64, 64)])
         if missing:
             with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
                 next(rows)
@@ -162,7 +162,7 @@ def test_end_of_data_and_repetition(tmp_path):
     shapes = [(48, 40)] * 60
     once = list(reference_rows(tokens.tolist(), shapes))
     assert 5 < len(once) < 60
-    rows = training_rows(tiny_config(train_files=pattern), 0, 1, shapes, pin=False)
+    rows = training_rows(tiny_config(train_files=pattern), cpu_runtime(), shapes)
     for row, _ in once:
         assert row_of(next(rows)) == row
     with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
@@ -171,7 +171,7 @@ def test_end_of_data_and_repetition(tmp_path):
     config = tiny_config(train_files=pattern, repeat_data=True)
     endless = list(reference_rows(tokens.tolist() * 10, shapes))
     assert len(endless) == 60
-    rows = list(training_rows(config, 0, 1, shapes, pin=False))
+    rows = list(training_rows(config, cpu_runtime(), shapes))
     assert [row_of(batch) for batch in rows] == [row for row, _ in endless]
 
 
@@ -220,7 +220,8 @@ def test_validation_scores_every_target_once(tmp_path, world_size, num_targets):
     path = write_shard(tmp_path / "val.bin", tokens)
     config = tiny_config(val_file=str(path))
     ranks = [
-        list(validation_rows(config, rank, world_size, num_targets)) for rank in range(world_size)
+        list(validation_rows(config, cpu_runtime(rank, world_size), num_targets))
+        for rank in range(world_size)
     ]
     num_rows = sum(map(len, ranks))
     assert num_rows == -(-num_targets // 64)

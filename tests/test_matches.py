@@ -255,7 +255,7 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     validated = len(runtime.log.data["validations"]) * math.ceil(200 / config.val_row_tokens)
     assert len(matches) == len(seen) + validated + 1  # the preparation's row of a validation
     shapes = [(64, 48)] * 16 + [(64, 64)] * 4
-    memory, stream, others = Memory(ORDERS), training_rows(config, 0, 1, shapes, pin=False), 0
+    memory, stream, others = Memory(ORDERS), training_rows(config, cpu_runtime(), shapes), 0
     for step in range(5):
         rows = seen[len(seen) - 20 + 4 * step :][:4]
         for batch, found, which in rows:
@@ -302,7 +302,7 @@ def read_stream(folder: str, rank: int, world_size: int) -> tuple[Tensor, int]:
     config = matching_config(train_files=f"{folder}/train.bin", match_slots=64)
     count = 4 // world_size
     shapes = [shape for shape in STEPS for _ in range(count)]
-    rows, position = training_rows(config, rank, world_size, shapes, pin=False), 0
+    rows, position = training_rows(config, cpu_runtime(rank, world_size), shapes), 0
     model = SimpleNamespace(config=config, matches=empty_tables(slots=64))
     runtime = cpu_runtime(rank, world_size)
     for _ in STEPS:

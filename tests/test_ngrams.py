@@ -327,7 +327,7 @@ def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
     runtime, count = cpu_runtime(rank, world_size), 4 // world_size
     model = empty_model(config, runtime)
     trainer = Trainer(model, runtime)
-    rows = training_rows(config, rank, world_size, [(64, 48)] * 3 * count, pin=False)
+    rows = training_rows(config, cpu_runtime(rank, world_size), [(64, 48)] * 3 * count)
     for step in range(3):
         for _ in range(count):
             trainer.micro_step(next(rows), 0)

@@ -281,7 +281,7 @@ def test_run_is_the_plain_loop(trained):
     first, second, last = *config.stages, config.extension[0]
     stages = [first] * 12 + [second] * 12 + [last] * 2
     shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages for _ in "ab"]
-    rows = training_rows(config, 0, 1, shapes, pin=False)
+    rows = training_rows(config, cpu_runtime(), shapes)
     prefixes = torch.full((50_304,), -1)
     prefixes[:50_257] = torch.from_numpy(np.load(trained / "prefixes.npy"))
     schedule, losses = Schedule(config), []
