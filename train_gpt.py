@@ -3147,6 +3147,9 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
 # ==================================================================================================
 
 
+MORE_DATA = "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
+
+
 def read_shard_header(path: str) -> int:
     """Number of tokens in a shard. Raises UserError unless header and file length agree."""
     header_bytes = 4 * SHARD_HEADER_INTS
@@ -3237,8 +3240,7 @@ class TokenStream:
         require(
             not self.ended,
             f"--train_files: the training data ran out after {self.rows_read} rows, before the "
-            "schedule did (what max_seq_len cuts off a document is not read): add shards "
-            "(data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true",
+            f"schedule did (what max_seq_len cuts off a document is not read): {MORE_DATA}",
         )
         rest, first = self.tokens[self.starts[0] :], self.starts[0]
         tokens, starts = next(self.shards, (rest[:0], np.zeros(1, np.int64)))
@@ -3328,8 +3330,7 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     require(
         needed < total or config.repeat_data,
         f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
-        f"{needed}: add shards (data/cached_fineweb.py), lower --num_steps, or pass "
-        "--repeat_data true",
+        f"{needed}: {MORE_DATA}",
     )
     require(
         needed < min(total, 2**31) or not config.match_orders,
@@ -3422,9 +3423,6 @@ class Schedule:
                 rows.append([1.0] + [a + done * (b - a) for a, b in zip(starts, stops)])
             begin = end
         return rows
-
-    def tokens_needed(self) -> int:
-        return sum(self.stage(step).tokens_per_step for step in range(self.end_step))
 
 
 # ==================================================================================================
@@ -3584,42 +3582,22 @@ class Trainer:
         Each rank begins at another place of the round and finds in the cache on disk what the
         others have compiled by then.
         """
-        model, config, device = self.model, self.config, self.runtime.device
-        windows, count = self.schedule.windows(step), len(batch.tokens)
-        batch = to_device(batch, device)
-
-        def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-        x = noise(count, config.model_dim, dtype=model.head.dtype)
-        layouts = model.gate_layouts.values()
-        gates = {name: noise(count, size) for row in layouts for name, (size, _) in row.items()}
-
+        batch, loss_weights = to_device(batch, self.runtime.device), self.loss_weights[step]
         # flash-attn-4 has a kernel of its own for more than 256 documents, as long rows have room
-        many = batch._replace(cu_seqlens=F.pad(batch.cu_seqlens, (0, 256), value=count))
-
-        def run_attention(i: int, batch: Batch) -> None:
-            row, extra = config.layers[i], (None, None)
-            if i == len(config.layers) - 1:
-                extra = noise(count, config.num_heads), x
-            value = None if row.value_table is None else x
-            fp8 = model.fp8.qkv(i, *model.fp8.stream(x)) if model.fp8 else []
-            model.attend(i, x, value, *extra, gates, batch, windows, fp8).sum().backward()
+        ends = F.pad(batch.cu_seqlens, (0, 256), value=len(batch.tokens))
 
         def run_update(state: ParamState) -> None:
             self.optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
 
-        attentions = itertools.product(model.attention_layers, (batch, many))
-        round_trip = [functools.partial(run_attention, *attention) for attention in attentions]
-        round_trip.append(lambda: self.compute(batch, step, self.loss_weights[step]))
+        rows = batch, batch._replace(cu_seqlens=ends)
+        round_trip = [functools.partial(self.compute, row, step, loss_weights) for row in rows]
         round_trip += [functools.partial(run_update, state) for state in self.optimizer.states]
         start = self.runtime.rank * len(round_trip) // self.runtime.world_size
         for run in round_trip[start:] + round_trip[:start]:
             run()
 
     def prepare(self) -> None:
-        """Compile, capture and warm up on every shape with random tokens, then put everything
-        back."""
+        """Compile, capture and warm up on random rows of every kind, then put everything back."""
         config, schedule, begin = self.config, self.schedule, time.perf_counter()
         random = np.random.default_rng(self.runtime.rank)
 
@@ -3702,7 +3680,8 @@ def validate(
 def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
     shapes = [schedule.row_shape(step) for step in range(schedule.end_step)]
-    num_targets = check_data(config, [row for row in shapes for _ in range(config.rows_per_step)])
+    all_rows = [shape for shape in shapes for _ in range(config.rows_per_step)]
+    num_targets = check_data(config, all_rows)
     folder = Path(config.checkpoint).parent
     require(
         not config.checkpoint or (folder.is_dir() and os.access(folder, os.W_OK)),
@@ -3755,14 +3734,16 @@ def train(config: Config, runtime: Runtime) -> None:
             clock.start()
     progress.bar.close()
 
+    step_ms, peak = 1000 * clock.total / done, peak_memory(runtime)
+    speed = sum(num_tokens for num_tokens, _ in all_rows) / clock.total
     log.data["summary"] = {
         "val_loss": val_loss,
         "steps": done,
         "train_time_s": clock.total,
-        "mean_step_ms": (step_ms := 1000 * clock.total / done),
-        "tokens_per_s": (speed := schedule.tokens_needed() / clock.total),
+        "mean_step_ms": step_ms,
+        "tokens_per_s": speed,
         "preparation_s": preparation,
-        "peak_memory_gib": (peak := peak_memory(runtime)),
+        "peak_memory_gib": peak,
     }
     log.write_json()
     log.line(f"val loss {val_loss:.4f} after {done} steps, on {num_targets:,} targets")
@@ -3914,13 +3895,9 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         default = defaults[name] or "none"
         if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
             default += f"; tiny: {tiny[name]}"
-        parser.add_argument(
-            f"--{name}",
-            type=functools.partial(read, kind),
-            default=argparse.SUPPRESS,
-            metavar=name.upper(),
-            help=f"{comments[name]} [{default}]".replace("%", "%%"),
-        )
+        text = f"{comments[name]} [{default}]".replace("%", "%%")
+        how = {"type": functools.partial(read, kind), "metavar": name.upper(), "help": text}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(arguments))
     return dataclasses.replace(PRESETS[given.pop("preset")], **given)
 
