@@ -441,14 +441,11 @@ def speaks_for_error(store: dist.Store | None) -> bool:
 
 def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
     """Choose the device, join the other processes, open the log."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_config(config, world_size)
     device, backend, options = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
+        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         require(
             local_rank < count,
             f"process {local_rank} of this machine has no GPU: {count} are visible. Start as many "
@@ -3146,7 +3143,7 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
 # 7. Data
 # ==================================================================================================
 
-
+GET_DATA = "data/cached_fineweb.py fetches one, data/tokenize_text.py or data/sample.py makes one"
 MORE_DATA = "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
 
 
@@ -3162,14 +3159,13 @@ def read_shard_header(path: str) -> int:
         ) from None
     magic, version, num_tokens = header[:3] if len(header) == SHARD_HEADER_INTS else (0, 0, 0)
     expected = header_bytes + 2 * num_tokens
-    remedy = "fetch it again with data/cached_fineweb.py or make it with data/tokenize_text.py"
     for holds, found in (
         (size >= header_bytes, f"{size} bytes, shorter than a shard's header of {header_bytes}"),
         (magic == SHARD_MAGIC, f"not a token shard (magic {magic}, expected {SHARD_MAGIC})"),
         (version == SHARD_VERSION, f"shard version {version}, expected {SHARD_VERSION}"),
         (size == expected, f"{size} bytes, expected {expected} for its {num_tokens} tokens"),
     ):
-        require(holds, f"{path}: {found}: {remedy}")
+        require(holds, f"{path}: {found}: {GET_DATA}")
     return num_tokens
 
 
@@ -3178,20 +3174,14 @@ def read_tokens(path: str, count: int, vocab_size: int) -> np.ndarray:
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * SHARD_HEADER_INTS)
     if len(tokens) and tokens.max() >= vocab_size:
         index = int(np.argmax(tokens >= vocab_size))
-        raise UserError(
-            f"{path}: token {tokens[index]} at position {index} is outside the vocabulary of "
-            f"{vocab_size}: it needs GPT-2 tokens (data/tokenize_text.py makes them)"
-        )
+        found = f"token {tokens[index]} at position {index} is outside the vocabulary"
+        raise UserError(f"{path}: {found} of {vocab_size} (GPT-2's): {GET_DATA}")
     return tokens
 
 
 def find_files(option: str, pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern))
-    require(
-        len(files) > 0,
-        f"{option} {pattern}: no such file. Fetch FineWeb with data/cached_fineweb.py, make "
-        "shards with data/tokenize_text.py, or the built-in sample with data/sample.py",
-    )
+    require(len(files) > 0, f"{option} {pattern}: no such file: {GET_DATA}")
     return files
 
 
@@ -3212,11 +3202,8 @@ def load_shard(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Its tokens, and where in them documents start."""
     tokens = read_tokens(path, read_shard_header(path), vocab_size)
     starts = np.flatnonzero(tokens == START_TOKEN)
-    require(
-        len(starts) > 0,
-        f"{path}: no document begins in it (start token {START_TOKEN}): make it again with "
-        "data/tokenize_text.py",
-    )
+    found = f"no document begins in it (start token {START_TOKEN})"
+    require(len(starts) > 0, f"{path}: {found}: {GET_DATA}")
     return tokens, starts
 
 
@@ -3672,8 +3659,8 @@ def validate(
     for batch in validation_rows(config, runtime, num_targets):
         total += model(to_device(batch, runtime.device), windows)
     loss = runtime.all_reduce(total).item() / num_targets
-    message = f"the validation loss is {loss}: lower --muon_lr or --adam_lr"
-    require(math.isfinite(loss), message)
+    found = f"the validation loss is {loss}"
+    require(math.isfinite(loss), f"{found}: lower --muon_lr or --adam_lr")
     return loss
 
 
@@ -3866,16 +3853,13 @@ def config_from_text(fields: dict[str, str]) -> Config:
     return Config(**{name: parse_value(kinds[name], text) for name, text in fields.items()})
 
 
-class Parser(argparse.ArgumentParser):
-    """Speaks once, not once a process."""
-
-    def _print_message(self, message: str, file=None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            super()._print_message(message, file)
-
-
 def parse_args(arguments: list[str] | None = None) -> Config:
     """Config from the command line; exits with code 2 and a message on what it cannot read."""
+
+    class Parser(argparse.ArgumentParser):
+        def _print_message(self, message: str, file=None) -> None:
+            if os.environ.get("RANK", "0") == "0":  # once, not once a process
+                super()._print_message(message, file)
 
     def read(kind: object, text: str) -> object:
         try:
