@@ -11,6 +11,7 @@ usage='./run.sh [--option value ...]   train; the options are those of train_gpt
 ./run.sh history                records/README.md and history.png from all records
 ./run.sh check SCRIPT           does it predict from earlier tokens only, and score honestly?
 ./run.sh eval CHECKPOINT        HellaSwag accuracy of saved weights
+./run.sh generate CHECKPOINT TEXT [--tokens N]            the text continued with saved weights
 ./run.sh bench                  every kernel beside ceilings and plain PyTorch, one GPU
 ./run.sh profile                where the time of a few steps of each stage goes; --help on each says more
 
@@ -48,7 +49,7 @@ launch() {  # a script, on the GPUs there are, with the data it needs
   gpus=$("$python" -c 'import torch; n = torch.cuda.device_count(); print(max(p for p in (0, 1, 2, 4, 8) if p <= n))')
   nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
   case " $* " in
-    *" --train_files"* | *" --sample"* | *" --help "* | *" -h "*) ;;  # the data is the caller's affair
+    *" --train_files"* | *" --help "* | *" -h "*) ;;  # the data is the caller's affair
     *)
       if [ "$gpus" -eq 0 ] || [[ " $* " =~ " --preset"[=\ ]"tiny " ]]; then
         [ "$gpus" -gt 0 ] || echo "no GPU: training the small preset on the built-in sample, on the CPU"
@@ -72,6 +73,7 @@ case ${1:-} in
   record | reproduce | compare | history) set_up; exec "$python" records/report.py "$@" ;;
   check) set_up; shift; exec "$python" records/check.py "$@" ;;
   eval) set_up; shift; exec "$python" records/hellaswag.py "$@" ;;
+  generate) set_up; shift; exec "$python" records/generate.py "$@" ;;
   bench) set_up; shift; exec "$python" records/bench.py "$@" ;;
   profile) set_up; shift; launch records/trace.py "$@" ;;
   "" | --*) set_up; launch train_gpt.py "$@" ;;

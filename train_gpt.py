@@ -20,11 +20,10 @@ import json
 import math
 import os
 import platform
-import queue
 import re
+import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 import typing
@@ -32,7 +31,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -46,6 +45,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ==================================================================================================
@@ -216,10 +216,7 @@ class Config:
     cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
     compile: str = "none"  # by torch.compile: none; block: the gate MLPs; full: all layers in one
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
-    checkpoint: str = ""  # file the final weights are written to, or, with --sample, read from
-    sample: str = ""  # continue this text with the weights of --checkpoint instead of training
-    sample_tokens: int = 128  # length of the continuation
-    temperature: float = 0.8  # of the continuation; 0 takes the likeliest token
+    checkpoint: str = ""  # file the final weights are written to
 
     @property
     def num_heads(self) -> int:
@@ -239,184 +236,128 @@ class Config:
         return next(row.skip_from for row in self.layers if row.skip_from is not None)
 
 
+# fmt: off
 PRESETS = {
     "speedrun": Config(),
     "matching": Config(
         match_orders=(3, 4, 5, 6, 8, 12, 16, 24),
-        ngram_orders=(2, 3, 4),
-        ngram_rows=2**23,
-        ngram_dim=256,
+        ngram_orders=(2, 3, 4), ngram_rows=2**23, ngram_dim=256,
     ),
     "tiny": Config(
-        train_files="data/sample/sample_train_*.bin",
-        val_file="data/sample/sample_val_*.bin",
-        val_tokens=16_384,
-        repeat_data=True,
-        min_mean_doc_len=8,
-        layers=TINY_LAYERS,
-        model_dim=64,
-        head_dim=16,
-        mlp_dim=256,
-        gate_dim=16,
-        ngram_rows=4096,
-        ngram_dim=64,
-        dtype="float32",
-        num_steps=80,
-        stages=TINY_STAGES,
-        extension_steps=4,
-        extension=TINY_EXTENSION,
-        final_window_long=512,
-        rows_per_step=2,
-        momentum_warmup_steps=25,
-        momentum_cooldown_steps=10,
+        train_files="data/sample/sample_train_*.bin", val_file="data/sample/sample_val_*.bin",
+        val_tokens=16_384, repeat_data=True, min_mean_doc_len=8,
+        layers=TINY_LAYERS, model_dim=64, head_dim=16, mlp_dim=256, gate_dim=16,
+        ngram_rows=4096, ngram_dim=64, dtype="float32",
+        num_steps=80, stages=TINY_STAGES, extension_steps=4, extension=TINY_EXTENSION,
+        final_window_long=512, rows_per_step=2, momentum_warmup_steps=25,
+        momentum_cooldown_steps=10, val_every=40, val_row_tokens=512, ngram_lr=30.0,
         adam_lr=0.07,  # few tokens, each of them often; from 0.1 on early losses may leap to 23
-        ngram_lr=30.0,
-        val_every=40,
-        val_row_tokens=512,
         compile="none",
     ),
 }
+# fmt: on
 
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+# fmt: off
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for values that cannot work together."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
-    positive = "num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
-    positive += "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim "
-    positive += "gate_dim ngram_rows ngram_dim"
-    for name in positive.split():
-        value = getattr(config, name)
-        require(value > 0, f"--{name} {value} must be positive")
+    c, rows, vocab = config, config.rows_per_step, config.padded_vocab_size
+    positive = ("num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
+                "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim gate_dim ngram_rows "
+                "ngram_dim")
     not_negative = "extension_steps stop_step val_every momentum_cooldown_steps ngram_lr"
+    for name in positive.split():
+        require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
     for name in not_negative.split():
-        value = getattr(config, name)
-        require(value >= 0, f"--{name} {value} must not be negative")
-    require(
-        0 <= config.lr_decay_start < 1,
-        f"--lr_decay_start {config.lr_decay_start} must be a share of num_steps below 1",
-    )
-    require(
-        config.rows_per_step % world_size == 0,
-        f"--rows_per_step {config.rows_per_step} is not divisible by the {world_size} processes: "
-        "start 1, 2, 4 or 8 of them, or pass "
-        f"--rows_per_step {round_up(config.rows_per_step, world_size)}",
-    )
-    for option, stages in ("--stages", config.stages), ("--extension", config.extension):
+        require(getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must not be negative")
+    require(0 <= c.lr_decay_start < 1,
+            f"--lr_decay_start {c.lr_decay_start} must be a share of num_steps below 1")
+    require(rows % world_size == 0,
+            f"--rows_per_step {rows} is not divisible by the {world_size} processes: start 1, 2, 4 "
+            f"or 8 of them, or pass --rows_per_step {round_up(rows, world_size)}")
+    for option, stages in ("--stages", c.stages), ("--extension", c.extension):
         require(len(stages) > 0, f"{option} has no row: give at least one")
         shares = sum(stage.share for stage in stages)
-        require(
-            abs(shares - 1) < 1e-6,
-            f"{option}: the shares add up to {shares:g}: make them add up to 1",
-        )
+        require(abs(shares - 1) < 1e-6,
+                f"{option}: the shares add up to {shares:g}: make them add up to 1")
         for stage in stages:
-            require(
-                stage.tokens_per_step % (16 * config.rows_per_step) == 0,
-                f"{option}: {stage.tokens_per_step} tokens a step do not make "
-                f"{config.rows_per_step} rows of a multiple of 16 tokens: change them or "
-                "--rows_per_step",
-            )
-            require(
-                min(dataclasses.astuple(stage)[:6]) > 0,
-                f"{option}: share, tokens, max_seq_len, windows and lr must be positive: {stage}",
-            )
-            require(
-                stage.columns % 16 == 0 and 0 <= stage.columns <= config.padded_vocab_size,
-                f"{option}: {stage.columns} columns: make them 0, for all, or a multiple of 16 up "
-                f"to {config.padded_vocab_size}",
-            )
-    require(len(config.extension) == 1, f"--extension takes one row, found {len(config.extension)}")
-    require(
-        config.model_dim % config.head_dim == 0 and config.head_dim % 8 == 0,
-        f"--head_dim {config.head_dim} must be a multiple of 8 that divides "
-        f"--model_dim {config.model_dim}",
-    )
-    require(
-        config.num_heads % 2 == 0,
-        f"--model_dim {config.model_dim} holds {config.num_heads} heads: Muon takes query and key "
-        "heads in pairs, so make it an even number",
-    )
-    check_layers(config.layers, require)
+            require(stage.tokens_per_step % (16 * rows) == 0,
+                    f"{option}: {stage.tokens_per_step} tokens a step do not make {rows} rows of a "
+                    "multiple of 16 tokens: change them or --rows_per_step")
+            require(min(dataclasses.astuple(stage)[:6]) > 0,
+                    f"{option}: share, tokens, max_seq_len, windows and lr must be > 0: {stage}")
+            require(stage.columns in range(0, vocab + 1, 16),
+                    f"{option}: {stage.columns} columns: take 0, for all, or 16, 32, … to {vocab}")
+    require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
+    require(c.model_dim % c.head_dim == 0 and c.head_dim % 8 == 0,
+            f"--head_dim {c.head_dim} is no multiple of 8 that divides --model_dim {c.model_dim}")
+    require(c.num_heads % 2 == 0,  # Muon takes query and key heads in pairs
+            f"--model_dim {c.model_dim} holds {c.num_heads} heads: make it an even number of them")
+    check_layers(c.layers)
     for name in ("match_orders", "ngram_orders"):
-        orders = getattr(config, name)
-        require(
-            orders == tuple(sorted(set(orders))) and all(0 < order < 32 for order in orders),
-            f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order",
-        )
-    slots = config.match_slots
-    require(slots > 0 and slots & (slots - 1) == 0, f"--match_slots {slots} is no power of two")
-    count, lengths = len(config.ngram_orders), "one for each of --ngram_orders"
+        orders = getattr(c, name)
+        require(orders == tuple(sorted({*orders} & {*range(1, 32)})),
+                f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order")
+    require(c.match_slots > 0 and c.match_slots.bit_count() == 1,
+            f"--match_slots {c.match_slots} is no power of two")
+    count, lengths = len(c.ngram_orders), "one for each of --ngram_orders"
     require(count > 0, "--ngram_orders none: give at least one length, as 2")
-    require(config.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
-    require(
-        count * config.ngram_dim <= config.model_dim,
-        f"--ngram_dim {config.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
-        f"{config.model_dim}: take less",
-    )
-    require(
-        count * config.ngram_rows < 2**31,
-        f"--ngram_rows {config.ngram_rows}: {count} of them, {lengths}, must be below 2^31",
-    )
-    windows = [stage.window_long for stage in (*config.stages, *config.extension)]
-    windows = [window for window, _ in itertools.groupby([*windows, config.final_window_long])]
-    require(
-        len(set(windows)) == len(windows),
-        f"--stages, --extension, --final_window_long: the long window returns to an earlier one "
-        f"({', '.join(map(str, windows))}), for which the rotary frequencies were others",
-    )
-    require(
-        config.vocab_size > START_TOKEN,
-        f"--vocab_size {config.vocab_size} leaves out the start token {START_TOKEN}: raise it",
-    )
+    require(c.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
+    require(count * c.ngram_dim <= c.model_dim,
+            f"--ngram_dim {c.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
+            f"{c.model_dim}: take less")
+    require(count * c.ngram_rows < 2**31,
+            f"--ngram_rows {c.ngram_rows}: {count} of them, {lengths}, must be below 2^31")
+    windows = [*(stage.window_long for stage in c.stages + c.extension), c.final_window_long]
+    windows = [window for window, _ in itertools.groupby(windows)]
+    require(len({*windows}) == len(windows),
+            "--stages, --extension, --final_window_long: the long window returns to an earlier one "
+            f"({', '.join(map(str, windows))}), for which the rotary frequencies were others")
+    require(c.vocab_size > START_TOKEN,
+            f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
     for name, choices in (
         ("dtype", ("bfloat16", "float32")),
         ("compile", ("block", "full", "none")),
     ):
-        value = getattr(config, name)
+        value = getattr(c, name)
         require(value in choices, f"--{name} {value!r} is not one of {', '.join(choices)}")
-    require(config.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
+    require(c.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
 
 
-def check_layers(layers: tuple[Layer, ...], require: Callable) -> None:
+def check_layers(layers: tuple[Layer, ...]) -> None:
     """The shape that GPT.hidden expects of a plan."""
     require(len(layers) > 0, "--layers has no row: give at least one")
-    last = layers[-1]
+    last, sources = layers[-1], ("skip_from", "attend_from")
     for i, row in enumerate(layers):
-        known = ("short", "long", "none")
-        require(
-            row.window in known, f"--layers: window {row.window!r} is none of {', '.join(known)}"
-        )
-        for name in ("skip_from", "attend_from"):
+        require(row.window in ("short", "long", "none"),
+                f"--layers: window {row.window!r} is none of short, long, none")
+        for name in sources:
             source = getattr(row, name)
-            require(
-                source is None or 0 <= source < i,
-                f"--layers: {name} of layer {i} is no earlier one",
-            )
-        extras = row.head_gate or row.value_table is not None or row.attend_from is not None
-        extras = extras or i == 0  # whose gates start the stream
-        require(
-            not (row.window == "none" and extras),
-            f"--layers: layer {i} has window none, but what only attention can have, or is the "
-            "first: give it a window",
-        )
+            require(source is None or 0 <= source < i,
+                    f"--layers: {name} of layer {i} is no earlier one")
+        bare = not row.head_gate and row.value_table is None and row.attend_from is None
+        require(row.window != "none" or bare and i > 0,  # the first one's gates start the stream
+                f"--layers: layer {i} has window none, but what only attention can have, or is the "
+                "first: give it a window")
     tables = sorted({row.value_table for row in layers} - {None})
-    numbered = tables == list(range(len(tables))) and len(tables) > 0
-    require(numbered, f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
-    for name in ("skip_from", "attend_from"):
-        sources = {getattr(row, name) for row in layers} - {None}
-        require(len(sources) == 1, f"--layers: {name} names {len(sources)} layers, not one")
-    complete = last.window == "long" and last.head_gate
-    complete = complete and last.value_table is not None and last.attend_from is not None
-    require(
-        complete, "--layers: the last one must be long, with value table, head gate and attend_from"
-    )
+    require(len(tables) > 0 and tables == [*range(len(tables))],
+            f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
+    for name in sources:
+        count = len({getattr(row, name) for row in layers} - {None})
+        require(count == 1, f"--layers: {name} names {count} layers, not one")
+    complete = last.head_gate and last.value_table is not None and last.attend_from is not None
+    require(last.window == "long" and complete,
+            "--layers: the last one must be long, with value table, head gate and attend_from")
+# fmt: on
 
 
 # ==================================================================================================
@@ -431,10 +372,10 @@ class Log:
     """
 
     def __init__(self, folder: str | None, run_id: str = ""):
-        self.path = None if folder is None else Path(folder) / f"{run_id}.txt"
+        self.path = self.file = None
         self.data: dict = {"run_id": run_id, "steps": [], "validations": []}
-        self.file = None
-        if self.path is not None:
+        if folder is not None:
+            self.path = Path(folder, f"{run_id}.txt")
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = self.path.open("w", encoding="utf-8", buffering=1)  # a line at a time
@@ -444,19 +385,15 @@ class Log:
                 ) from None
 
     def line(self, text: str, screen: bool = True) -> None:
-        if self.file is None:
-            return
-        self.file.write(text + "\n")
-        if screen:
-            from tqdm import tqdm  # its write() leaves a progress bar below the text
-
-            tqdm.write(text)
+        if self.file is not None:
+            self.file.write(text + "\n")
+            if screen:
+                tqdm.write(text)  # leaves a progress bar below the text
 
     def step(self, step: int, train_loss: float, train_time: float, step_ms: float) -> None:
         """Times in seconds since the clock started, and milliseconds for this step."""
-        self.data["steps"].append(
-            {"step": step, "train_loss": train_loss, "train_time_s": train_time, "step_ms": step_ms}
-        )
+        row = {"step": step, "train_loss": train_loss, "train_time_s": train_time}
+        self.data["steps"].append(row | {"step_ms": step_ms})
         loss_and_time = f"train_loss {train_loss:.4f} train_time {train_time:.3f} s"
         self.line(f"step {step} {loss_and_time} step {step_ms:.1f} ms", screen=False)
 
@@ -496,10 +433,8 @@ def connect() -> dist.Store | None:
 
 def speaks_for_error(store: dist.Store | None) -> bool:
     """True on the first rank that asks: the one that tells the user what stopped the run."""
-    if store is None:
-        return True
     try:
-        return store.add("speedrun/errors", 1) == 1
+        return store is None or store.add("speedrun/errors", 1) == 1
     except RuntimeError:  # the store is gone with the launcher, so somebody has spoken
         return False
 
@@ -508,15 +443,16 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
     """Choose the device, join the other processes, open the log."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_config(config, world_size)
+    device, backend, options = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
-                "visible. Start as many processes as GPUs (NPROC for run.sh, --nproc_per_node "
-                "for torchrun)"
-            )
+        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        require(
+            local_rank < count,
+            f"process {local_rank} of this machine has no GPU: {count} are visible. Start as many "
+            "processes as GPUs (NPROC for run.sh, --nproc_per_node for torchrun)",
+        )
         device = torch.device("cuda", local_rank)
+        backend, options = "nccl", {"device_id": device}
         torch.cuda.set_device(device)
         if not has_kernels(device):
             use_twins(device)
@@ -525,24 +461,14 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
         warnings.filterwarnings("ignore", message="Argument aux_data")
     else:
-        device = torch.device("cpu")
         keep_freed_memory()
     if store is not None:
         # torch 2.13 has new names for the two collectives, which 2.11 does not know
         warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter|all_gather)")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(minutes=10),
-            **options,
-        )
+        options |= {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **options)
     run_id = f"{datetime.now():%Y-%m-%d_%H%M%S}_{uuid.uuid4().hex[:8]}"
-    writes_log = rank == 0 and not config.sample
-    return Runtime(rank, world_size, device, Log(config.log_dir if writes_log else None, run_id))
+    return Runtime(rank, world_size, device, Log(config.log_dir if rank == 0 else None, run_id))
 
 
 def keep_freed_memory() -> None:
@@ -555,15 +481,15 @@ def keep_freed_memory() -> None:
 
 
 def describe_environment(runtime: Runtime) -> dict:
-    cuda = runtime.device.type == "cuda"
+    device, cuda = f"CPU {platform.machine()}", None
+    if runtime.device.type == "cuda":
+        device, cuda = torch.cuda.get_device_name(runtime.device), torch.version.cuda
     return {
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "devices": torch.cuda.get_device_name(runtime.device)
-        if cuda
-        else f"CPU {platform.machine()}",
+        "cuda": cuda,
+        "devices": device,
         "world_size": runtime.world_size,
         "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -2931,34 +2857,29 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
 # 7. Data
 # ==================================================================================================
 
+GET_DATA = "data/cached_fineweb.py fetches one, data/tokenize_text.py or data/sample.py makes one"
+MORE_DATA = "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
+
 
 def read_shard_header(path: str) -> int:
     """Number of tokens in a shard. Raises UserError unless header and file length agree."""
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS).tolist()
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}): check --train_files and --val_file"
         ) from None
-    remedy = "fetch it again with data/cached_fineweb.py or make it with data/tokenize_text.py"
-    if len(header) < SHARD_HEADER_INTS:
-        raise UserError(
-            f"{path}: {size} bytes, shorter than a shard's header of {header_bytes}: {remedy}"
-        )
-    magic, version, num_tokens = (int(number) for number in header[:3])
-    if magic != SHARD_MAGIC:
-        raise UserError(
-            f"{path}: not a token shard (magic {magic}, expected {SHARD_MAGIC}): {remedy}"
-        )
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, expected {SHARD_VERSION}: {remedy}")
-    if size != header_bytes + 2 * num_tokens:
-        expected = (
-            f"{header_bytes + 2 * num_tokens} bytes for the {num_tokens} tokens of its header"
-        )
-        raise UserError(f"{path}: {size} bytes, expected {expected}: {remedy}")
+    magic, version, num_tokens = header[:3] if len(header) == SHARD_HEADER_INTS else (0, 0, 0)
+    expected = header_bytes + 2 * num_tokens
+    for holds, found in (
+        (size >= header_bytes, f"{size} bytes, shorter than a shard's header of {header_bytes}"),
+        (magic == SHARD_MAGIC, f"not a token shard (magic {magic}, expected {SHARD_MAGIC})"),
+        (version == SHARD_VERSION, f"shard version {version}, expected {SHARD_VERSION}"),
+        (size == expected, f"{size} bytes, expected {expected} for its {num_tokens} tokens"),
+    ):
+        require(holds, f"{path}: {found}: {GET_DATA}")
     return num_tokens
 
 
@@ -2967,21 +2888,37 @@ def read_tokens(path: str, count: int, vocab_size: int) -> np.ndarray:
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * SHARD_HEADER_INTS)
     if len(tokens) and tokens.max() >= vocab_size:
         index = int(np.argmax(tokens >= vocab_size))
-        raise UserError(
-            f"{path}: token {tokens[index]} at position {index} is outside the vocabulary of "
-            f"{vocab_size}: it needs GPT-2 tokens (data/tokenize_text.py makes them)"
-        )
+        found = f"token {tokens[index]} at position {index} is outside the vocabulary"
+        raise UserError(f"{path}: {found} of {vocab_size} (GPT-2's): {GET_DATA}")
     return tokens
 
 
 def find_files(option: str, pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern))
-    if not files:
-        raise UserError(
-            f"{option} {pattern}: no such file. Fetch FineWeb with data/cached_fineweb.py, make "
-            "shards with data/tokenize_text.py, or the built-in sample with data/sample.py"
-        )
+    require(len(files) > 0, f"{option} {pattern}: no such file: {GET_DATA}")
     return files
+
+
+def ahead(items: Iterator, depth: int) -> Iterator:
+    """The items, made by a thread, `depth` of them ahead, and then what making them raises."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+    coming = deque(thread.submit(next, items, None) for _ in range(depth))
+
+    def hand_on() -> Iterator:
+        while (item := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, items, None))
+            yield item
+
+    return hand_on()
+
+
+def load_shard(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Its tokens, and where in them documents start."""
+    tokens = read_tokens(path, read_shard_header(path), vocab_size)
+    starts = np.flatnonzero(tokens == START_TOKEN)
+    found = f"no document begins in it (start token {START_TOKEN})"
+    require(len(starts) > 0, f"{path}: {found}: {GET_DATA}")
+    return tokens, starts
 
 
 class TokenStream:
@@ -2989,71 +2926,40 @@ class TokenStream:
 
     Each row is a run of whole documents, cut at max_seq_len; the last one is cut so that the row
     holds exactly T + 1 tokens: T inputs and their next tokens. The next row begins with the next
-    document. While one shard is used, the next one is loaded and its start tokens are found in the
-    background.
+    document. While one shard is used, the next one is loaded.
     """
 
     def __init__(self, files: list[str], vocab_size: int, repeat: bool):
-        self.files, self.vocab_size, self.repeat = files, vocab_size, repeat
-        self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard")
-        self.next_file = self.rows_read = 0
-        self.pending: Future | None = self._load_next()
-        self.tokens = np.empty(0, dtype=np.uint16)
-        self.starts = np.empty(0, dtype=np.int64)  # where the unread documents begin in tokens
-        self._append_shard()
-
-    def _load_next(self) -> Future | None:
-        if self.next_file == len(self.files):
-            if not self.repeat:
-                return None
-            self.next_file = 0
-        path = self.files[self.next_file]
-        self.next_file += 1
-        return self.loader.submit(self._load, path)
-
-    def _load(self, path: str) -> tuple[np.ndarray, np.ndarray]:
-        tokens = read_tokens(path, read_shard_header(path), self.vocab_size)
-        starts = np.flatnonzero(tokens == START_TOKEN)
-        if len(starts) == 0:
-            raise UserError(
-                f"{path}: no document begins in it (start token {START_TOKEN}): make it again with "
-                "data/tokenize_text.py"
-            )
-        return tokens, starts
+        files = itertools.cycle(files) if repeat else iter(files)
+        self.shards = ahead((load_shard(path, vocab_size) for path in files), depth=1)
+        self.tokens, self.starts = next(self.shards)  # tokens, where unread documents start
+        self.rows_read, self.ended = 0, False
 
     def _append_shard(self) -> None:
-        """Put the next shard behind the unread documents: the last one may go on in it."""
-        assert self.pending is not None
-        tokens, starts = self.pending.result()
-        self.pending = self._load_next()
-        first = self.starts[0] if len(self.starts) else len(self.tokens)
-        rest = self.tokens[first:]
+        """Put the next shard behind the unread documents: the last one may go on in it. Behind the
+        last shard comes a start of nothing, where that document ends."""
+        require(
+            not self.ended,
+            f"--train_files: the training data ran out after {self.rows_read} rows, before the "
+            f"schedule did (what max_seq_len cuts off a document is not read): {MORE_DATA}",
+        )
+        rest, first = self.tokens[self.starts[0] :], self.starts[0]
+        tokens, starts = next(self.shards, (rest[:0], np.zeros(1, np.int64)))
+        self.ended = len(tokens) == 0
         self.tokens = np.concatenate([rest, tokens])
         self.starts = np.concatenate([self.starts - first, starts + len(rest)])
 
     def next_row(self, num_tokens: int, max_seq_len: int) -> list[np.ndarray]:
         """Documents of the next row, num_tokens + 1 tokens in all; UserError at the end."""
         while True:
-            ends = self.starts[1 : num_tokens + 2]
-            if self.pending is None and len(ends) < num_tokens + 1:
-                # the last document ends with the stream
-                ends = np.append(ends, len(self.tokens))
-            begins = self.starts[: len(ends)]
-            lengths = np.minimum(ends - begins, max_seq_len)
+            lengths = np.minimum(np.diff(self.starts[: num_tokens + 2]), max_seq_len)
             filled = np.cumsum(lengths)
-            if len(filled) and filled[-1] > num_tokens:
+            count = int(np.searchsorted(filled, num_tokens, side="right")) + 1
+            if count <= len(lengths):
                 break
-            if self.pending is None:
-                raise UserError(
-                    f"--train_files: the training data ran out after {self.rows_read} rows, before "
-                    "the schedule did (what max_seq_len cuts off a document is not read): add "
-                    "shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
-                )
             self._append_shard()
-        count = int(np.searchsorted(filled, num_tokens, side="right")) + 1
-        lengths = lengths[:count].copy()
-        lengths[-1] -= filled[count - 1] - (num_tokens + 1)
-        self.starts = self.starts[count:]
+        lengths[count - 1] -= filled[count - 1] - (num_tokens + 1)
+        begins, self.starts = self.starts[:count], self.starts[count:]
         self.rows_read += 1
         return [self.tokens[begin : begin + length] for begin, length in zip(begins, lengths)]
 
@@ -3063,23 +2969,19 @@ def make_batch(
 ) -> Batch:
     """Batch of T + 1 tokens and the positions where their documents start."""
     num_tokens = len(tokens) - 1
-    length = num_tokens // min_mean_doc_len + 2
+    room = num_tokens // min_mean_doc_len + 1
     starts = starts[starts < num_tokens]
-    if len(starts) >= length:
-        raise UserError(
-            f"a row of {num_tokens} tokens holds {len(starts)} documents, more than the "
-            f"{length - 1} that cu_seqlens has room for: set --min_mean_doc_len "
-            f"below {min_mean_doc_len}"
-        )
-    cu_seqlens = np.full(length, num_tokens, dtype=np.int32)
-    cu_seqlens[: len(starts)] = starts
-    batch = (
-        torch.from_numpy(tokens[:-1].astype(np.int32)),
-        torch.from_numpy(tokens[1:].astype(np.int64)),
-        torch.from_numpy(cu_seqlens),
+    require(
+        len(starts) <= room,
+        f"a row of {num_tokens} tokens holds {len(starts)} documents, more than the {room} that "
+        f"cu_seqlens has room for: set --min_mean_doc_len below {min_mean_doc_len}",
     )
+    cu_seqlens = np.full(room + 1, num_tokens, dtype=np.int32)
+    cu_seqlens[: len(starts)] = starts
+    arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
+    batch = [torch.from_numpy(array) for array in arrays]
     if pin:  # torch keeps pinned buffers and reuses one only when the copy out of it is done
-        batch = tuple(tensor.pin_memory() for tensor in batch)
+        batch = [tensor.pin_memory() for tensor in batch]
     return Batch(*batch, max_seq_len)
 
 
@@ -3089,21 +2991,17 @@ def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
     return (START_TOKEN ** random.random(count)).astype(np.uint16) - 1
 
 
-def training_rows(
-    config: Config, rank: int, world_size: int, shapes: Iterable[tuple[int, int]], pin: bool
-) -> Iterator[Batch]:
+def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[Batch]:
     """This rank's rows, one of every world_size. shapes: (T, max_seq_len) of each micro-step."""
+    ranks, pin = range(runtime.world_size), runtime.device.type == "cuda"
     files = find_files("--train_files", config.train_files)
     # what is read twice could be foretold
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for num_tokens, max_seq_len in shapes:
-        for owner in range(world_size):
-            documents = stream.next_row(num_tokens, max_seq_len)
-            if owner == rank:
-                starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
-                yield make_batch(
-                    np.concatenate(documents), starts, max_seq_len, config.min_mean_doc_len, pin
-                )
+        documents = [stream.next_row(num_tokens, max_seq_len) for _ in ranks][runtime.rank]
+        starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
+        row = np.concatenate(documents), starts
+        yield make_batch(*row, max_seq_len, config.min_mean_doc_len, pin)
 
 
 def read_prefixes(config: Config, device: torch.device) -> Tensor:
@@ -3114,13 +3012,13 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
         table = np.load(path)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
-    if not isinstance(table, np.ndarray) or table.ndim != 1 or table.dtype != np.int32:
-        raise UserError(f"--prefix_file {path}: is no list of int32: {remedy}")
-    if not 0 < len(table) <= len(padded):
-        raise UserError(f"--prefix_file {path}: {len(table)} tokens, not {len(padded)}: {remedy}")
-    if table.min() < IGNORED_TARGET or table.max() >= len(table):
-        raise UserError(f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
-    padded[: len(table)] = table
+    is_list = isinstance(table, np.ndarray) and table.ndim == 1 and table.dtype == np.int32
+    require(is_list, f"--prefix_file {path}: is no list of int32: {remedy}")
+    count, room = len(table), len(padded)
+    require(0 < count <= room, f"--prefix_file {path}: {count} tokens, not {room}: {remedy}")
+    inside = table.min() >= IGNORED_TARGET and table.max() < count
+    require(inside, f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
+    padded[:count] = table
     return torch.from_numpy(padded).to(device)
 
 
@@ -3129,81 +3027,40 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     validation scores. shapes: (T, max_seq_len) of every row of all ranks."""
     files = find_files("--train_files", config.train_files)
     total = sum(read_shard_header(path) for path in files)
-    tokens_needed = sum(num_tokens for num_tokens, _ in shapes)
-    if total <= tokens_needed and not config.repeat_data:
-        raise UserError(
-            f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
-            f"{tokens_needed}: add shards (data/cached_fineweb.py), lower --num_steps, or pass "
-            "--repeat_data true"
-        )
-    if config.match_orders and not tokens_needed < min(total, 2**31):
-        raise UserError(
-            f"--match_orders: the schedule reads {tokens_needed} tokens, more than the {total} of "
-            "--train_files or than 2^31: matches would foretell what is repeated; add shards or "
-            "lower --num_steps"
-        )
-    if total < 2 * tokens_needed and (not config.repeat_data or config.match_orders):
+    needed = sum(num_tokens for num_tokens, _ in shapes)
+    require(
+        needed < total or config.repeat_data,
+        f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
+        f"{needed}: {MORE_DATA}",
+    )
+    require(
+        needed < min(total, 2**31) or not config.match_orders,
+        f"--match_orders: the schedule reads {needed} tokens, more than the {total} of "
+        "--train_files or than 2^31: matches would foretell what is repeated; add shards or "
+        "lower --num_steps",
+    )
+    if total < 2 * needed and (not config.repeat_data or config.match_orders):
         stream = TokenStream(files, config.vocab_size, repeat=False)
         for shape in shapes:  # two seconds for the whole schedule
             stream.next_row(*shape)
     path = find_files("--val_file", config.val_file)[0]
     available = read_shard_header(path) - 1
-    if available < 1:
-        raise UserError(f"{path}: too short to validate on: make a longer one")
+    require(available > 0, f"{path}: too short to validate on: make a longer one")
     return min(config.val_tokens, available)
 
 
-def validation_rows(
-    config: Config, rank: int, world_size: int, num_targets: int
-) -> Iterator[Batch]:
+def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
     """This rank's rows of the validation stream as it is; every target once, documents masked."""
-    path = find_files("--val_file", config.val_file)[0]
+    path, size = find_files("--val_file", config.val_file)[0], config.val_row_tokens
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
-    size = config.val_row_tokens
-    for index in range(rank, -(-num_targets // size), world_size):
-        row = tokens[index * size : (index + 1) * size + 1]
+    for begin in range(runtime.rank * size, num_targets, runtime.world_size * size):
+        row = tokens[begin : begin + size + 1]
         real = len(row) - 1
-        padding = np.full(size - real, START_TOKEN, dtype=row.dtype)  # of the last row
-        row = np.concatenate([row, padding])
-        starts = np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN)
-        batch = make_batch(
-            row, np.union1d([0], starts), size, min(config.min_mean_doc_len, 32), pin=False
-        )
+        row = np.pad(row, (0, size - real), constant_values=START_TOKEN)  # the last one
+        starts = np.union1d([0], np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN))
+        batch = make_batch(row, starts, size, min(config.min_mean_doc_len, 32), pin=False)
         batch.targets[real:] = IGNORED_TARGET
         yield batch
-
-
-class Prefetcher:
-    """Runs an iterator in a thread, a few items ahead, and hands on what it raises."""
-
-    def __init__(self, items: Iterator, depth: int = 8):
-        self.queue: queue.Queue = queue.Queue(depth)
-        self.stopped = threading.Event()
-        threading.Thread(target=self._fill, args=(items,), name="prefetch", daemon=True).start()
-
-    def _put(self, item: object) -> None:
-        while not self.stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return self.queue.put(item, timeout=0.1)
-
-    def _fill(self, items: Iterator) -> None:
-        try:
-            for item in items:
-                self._put(item)
-                if self.stopped.is_set():
-                    return
-            self._put(StopIteration())
-        except Exception as error:  # noqa: BLE001 (raised again where the item is taken)
-            self._put(error)
-
-    def __next__(self) -> Batch:
-        item = self.queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        self.stopped.set()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -3214,24 +3071,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 # ==================================================================================================
 # 8. Schedule
 # ==================================================================================================
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step does."""
-
-    stage: Stage
-    lr_scale: float
-    momentum: float
-
-    @property
-    def windows(self) -> Windows:
-        return Windows(self.stage.window_short, self.stage.window_long)
-
-    def describe(self) -> str:
-        """What tells its rows from others of their length."""
-        columns = f", {self.stage.columns:,} columns" if self.stage.columns else ""
-        return f"{self.windows}{columns}"
 
 
 class Schedule:
@@ -3245,51 +3084,46 @@ class Schedule:
         self.stage_ends = [round(float(edge) * config.num_steps) for edge in edges]
 
     def stage(self, step: int) -> Stage:
-        for end, stage in zip(self.stage_ends, self.config.stages):
-            if step < end:
-                return stage
-        return self.config.extension[0]
+        stages = zip(self.stage_ends, self.config.stages)
+        return next((stage for end, stage in stages if step < end), self.config.extension[0])
+
+    def windows(self, step: int) -> Windows:
+        return Windows(self.stage(step).window_short, self.stage(step).window_long)
+
+    def row_shape(self, step: int) -> tuple[int, int]:
+        """Tokens of a row, and of the longest document in it."""
+        stage = self.stage(step)
+        return stage.tokens_per_step // self.config.rows_per_step, stage.max_seq_len
+
+    def describe(self, step: int) -> str:
+        """What tells its rows from others of their length."""
+        columns = self.stage(step).columns
+        return f"{self.windows(step)}" + (f", {columns:,} columns" if columns else "")
 
     def lr_scale(self, step: int) -> float:
         """The stage's multiplier, falling linearly to lr_end from lr_decay_start on."""
-        config, stage = self.config, self.stage(step)
+        config, lr = self.config, self.stage(step).lr
         left = max(0.0, 1 - step / config.num_steps) / (1 - config.lr_decay_start)
-        return stage.lr if left >= 1 else stage.lr * left + config.lr_end * (1 - left)
+        return lr if left >= 1 else lr * left + config.lr_end * (1 - left)
 
     def momentum(self, step: int) -> float:
         """Linear warm-up, plateau, linear cool-down over the last steps."""
-        config = self.config
-        up = step / config.momentum_warmup_steps
-        down = (
-            (self.total_steps - step) / config.momentum_cooldown_steps
-            if config.momentum_cooldown_steps
-            else 1
-        )
-        return config.momentum_start + min(up, down, 1.0) * (
-            config.momentum_peak - config.momentum_start
-        )
-
-    def __getitem__(self, step: int) -> StepPlan:
-        return StepPlan(self.stage(step), self.lr_scale(step), self.momentum(step))
+        start, peak = self.config.momentum_start, self.config.momentum_peak
+        up, cooldown = step / self.config.momentum_warmup_steps, self.config.momentum_cooldown_steps
+        down = (self.total_steps - step) / cooldown if cooldown else 1.0
+        return start + min(up, down, 1.0) * (peak - start)
 
     def loss_weights(self) -> list[list[float]]:
         """Weights of next, second, third and prefix token for every step, linear in a stage."""
         rows, begin = [], 0
-        ends = [*self.stage_ends, self.total_steps]
-        for end, stage in zip(ends, (*self.config.stages, *self.config.extension)):
-            for step in range(begin, end):
-                done = (step - begin) / (end - begin)
-                pairs = (stage.second_start, stage.second_end), (stage.third_start, stage.third_end)
-                pairs += ((stage.prefix_start, stage.prefix_end),)
-                rows.append([1.0] + [start + done * (stop - start) for start, stop in pairs])
+        stages = (*self.config.stages, *self.config.extension)
+        for end, stage in zip([*self.stage_ends, self.total_steps], stages):
+            starts = stage.second_start, stage.third_start, stage.prefix_start
+            stops = stage.second_end, stage.third_end, stage.prefix_end
+            for done in ((step - begin) / (end - begin) for step in range(begin, end)):
+                rows.append([1.0] + [a + done * (b - a) for a, b in zip(starts, stops)])
             begin = end
         return rows
-
-    def row_tokens(self, step: int) -> int:
-        return self.stage(step).tokens_per_step // self.config.rows_per_step
-
-    def tokens_needed(self) -> int:
-        return sum(self.stage(step).tokens_per_step for step in range(self.end_step))
 
 
 # ==================================================================================================
@@ -3302,19 +3136,15 @@ class Clock:
 
     def __init__(self, runtime: Runtime):
         self.runtime, self.total = runtime, 0.0
-        self.started: float | None = None
-        self.begin: tuple[float, torch.cuda.Event | None] = 0.0, None  # total at the last start
 
     def start(self) -> None:
         self.runtime.synchronize()
-        self.begin, self.started = (self.total, self.mark()), time.perf_counter()
+        self.begin = self.total, self.mark()
+        self.started = time.perf_counter()
 
     def stop(self) -> None:
         self.runtime.synchronize()
-        self.total, self.started = self.now(), None
-
-    def now(self) -> float:
-        return self.total + (0.0 if self.started is None else time.perf_counter() - self.started)
+        self.total += time.perf_counter() - self.started
 
     def mark(self) -> torch.cuda.Event | None:
         """What the device reaches when it has done all that was launched so far."""
@@ -3325,11 +3155,12 @@ class Clock:
         return event
 
     def at(self, mark: torch.cuda.Event | None) -> float:
-        """When the device reached a mark made since the last start: the host may look later."""
-        if mark is None:
-            return self.now()
-        mark.synchronize()
+        """When the device reached a mark made since the last start: the host may look later. None
+        is now, while the clock runs."""
         total, begin = self.begin
+        if mark is None:
+            return total + time.perf_counter() - self.started
+        mark.synchronize()
         return total + begin.elapsed_time(mark) / 1000
 
 
@@ -3343,11 +3174,8 @@ class Progress:
     MAX_IN_FLIGHT = 3
 
     def __init__(self, runtime: Runtime, clock: Clock, total_steps: int):
-        from tqdm import tqdm
-
-        self.runtime, self.clock = runtime, clock
+        self.runtime, self.clock, self.last_time = runtime, clock, 0.0
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        self.last_time = 0.0
         self.bar = tqdm(
             total=total_steps,
             disable=None if runtime.is_main else True,  # None: only on a terminal
@@ -3358,67 +3186,67 @@ class Progress:
     def launched(self, step: int, loss: Tensor) -> None:
         """loss: mean training loss of this rank's tokens, a scalar on the device."""
         self.pending.append((step, loss.to("cpu", non_blocking=True), self.clock.mark()))
-        while self.pending and (
-            len(self.pending) > self.MAX_IN_FLIGHT
-            or self.pending[0][2] is None
-            or self.pending[0][2].query()
-        ):
-            self._report()
+        self.report(self.MAX_IN_FLIGHT)
 
-    def drain(self) -> None:
+    def report(self, in_flight: int = 0) -> None:
+        """The steps that are done; waits for them if more than that many are not."""
         while self.pending:
-            self._report()
-
-    def _report(self) -> None:
-        step, loss, mark = self.pending.popleft()
-        now, value = self.clock.at(mark), loss.item()
-        if not math.isfinite(value):
-            raise UserError(
+            step, loss, mark = self.pending[0]
+            if len(self.pending) <= in_flight and mark is not None and not mark.query():
+                return
+            self.pending.popleft()
+            now, value = self.clock.at(mark), loss.item()
+            require(
+                math.isfinite(value),
                 f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
                 "lower --muon_lr or --adam_lr, check the data of --train_files, or raise the "
-                "columns of --stages if rows have more different targets than that"
+                "columns of --stages if rows have more different targets than that",
             )
-        step_ms, self.last_time = 1000 * (now - self.last_time), now
-        self.runtime.log.step(step + 1, value, now, step_ms)
-        self.bar.set_postfix_str(
-            f"loss {value:.3f} · {1000 * now / (step + 1):.1f} ms/step", refresh=False
-        )
-        self.bar.update()
+            step_ms, self.last_time = 1000 * (now - self.last_time), now
+            self.runtime.log.step(step + 1, value, now, step_ms)
+            mean_ms = f"{1000 * now / (step + 1):.1f} ms/step"
+            self.bar.set_postfix_str(f"loss {value:.3f} · {mean_ms}", refresh=False)
+            self.bar.update()
 
 
-class MicroStep:
-    """Forward and backward pass of one row, added to the gradients; on a GPU a CUDA graph.
+class Trainer:
+    """A model and what brings it on: optimizer, schedule, and the passes of rows.
 
-    A replay costs the host one launch in place of a thousand. Every kind of row (length, windows,
-    columns) has its graph and its own buffers for inputs; their memory is shared.
+    On a GPU the forward and backward pass of a row is a CUDA graph, whose replay costs the host one
+    launch in place of a thousand. Every kind of row (length, windows, columns) has its graph and
+    its own buffers for inputs; their memory is shared.
     """
 
-    def __init__(self, model: GPT, prefixes: Tensor, config: Config, runtime: Runtime):
-        self.model, self.prefixes, self.config = model, prefixes, config
-        self.uses_graphs = config.cuda_graphs and runtime.device.type == "cuda"
+    def __init__(self, model: GPT, runtime: Runtime):
+        self.model, self.config, self.runtime = model, model.config, runtime
+        self.optimizer = Optimizer(model, self.config, runtime)
+        self.schedule = Schedule(self.config)
+        self.loss_weights = torch.tensor(self.schedule.loss_weights(), device=runtime.device)
+        self.prefixes = read_prefixes(self.config, runtime.device)
+        self.grad_accum_steps = self.config.rows_per_step // runtime.world_size
+        self.position = 0  # in the stream, of the next step; it moves only where matches are noted
+        self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
         self.graphs: dict[tuple, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def kind(self, batch: Batch, windows: Windows, columns: int) -> tuple:
-        """What a graph is captured for."""
-        return len(batch.tokens), batch.max_seq_len, windows, columns
-
-    def compute(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
-    ) -> Tensor:
+    def compute(self, batch: Batch, step: int, loss_weights: Tensor) -> Tensor:
+        windows, columns = self.schedule.windows(step), self.schedule.stage(step).columns
         loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes, columns)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
         return next_token_loss
 
-    def __call__(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
-    ) -> Tensor:
-        """The sum of next-token losses, fp32, valid until the next call."""
-        ngrams = self.model.ngrams
+    def kind(self, batch: Batch, step: int) -> tuple:
+        """What a graph is captured for."""
+        return len(batch.tokens), batch.max_seq_len, self.schedule.describe(step)
+
+    def micro_step(self, batch: Batch, step: int) -> Tensor:
+        """Forward and backward pass of one row of a step, added to the gradients. Gives the sum of
+        its next-token losses, fp32, valid until the next call."""
+        loss_weights = self.loss_weights[step]
         if self.uses_graphs:
-            kind = self.kind(batch, windows, columns)
+            kind = self.kind(batch, step)
             if kind not in self.graphs:
                 raise RuntimeError(f"no graph was captured for rows of {kind}")
             graph, inputs, loss, left = self.graphs[kind]
@@ -3426,130 +3254,96 @@ class MicroStep:
                 mine.copy_(given, non_blocking=True)
             graph.replay()
         else:
-            batch = to_device(batch, loss_weights.device)
-            loss = self.compute(batch, windows, loss_weights, columns)
-            left = ngrams.left
-        ngrams.gather(*left)
+            loss = self.compute(to_device(batch, self.runtime.device), step, loss_weights)
+            left = self.model.ngrams.left
+        self.model.ngrams.gather(*left)
         return loss
 
-    def capture(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor, columns: int = 0
-    ) -> None:
+    def capture(self, batch: Batch, step: int) -> None:
         """Make the graph for rows like this one; changes the gradients."""
-        batch = to_device(batch, loss_weights.device)
-        inputs = [tensor.clone() for tensor in (*batch[:3], loss_weights)]
+        batch = to_device(batch, self.runtime.device)
+        inputs = [tensor.clone() for tensor in (*batch[:3], self.loss_weights[step])]
         mine = Batch(*inputs[:3], batch.max_seq_len)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # compiles kernels, makes workspaces
-            self.compute(mine, windows, inputs[3], columns)
+            self.compute(mine, step, inputs[3])
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **how):
-            loss = self.compute(mine, windows, inputs[3], columns)
+            loss = self.compute(mine, step, inputs[3])
         left = self.model.ngrams.left  # memory that no other graph takes
-        self.graphs[self.kind(batch, windows, columns)] = graph, inputs, loss, left
+        self.graphs[self.kind(batch, step)] = graph, inputs, loss, left
 
+    def compile_kernels(self, batch: Batch, step: int) -> None:
+        """Run every kernel once on a short row; changes weights and gradients.
 
-def compile_kernels(
-    model: GPT,
-    optimizer: Optimizer,
-    micro_step: MicroStep,
-    batch: Batch,
-    windows: Windows,
-    loss_weights: Tensor,
-    columns: int,
-    runtime: Runtime,
-) -> None:
-    """Run every kernel once on a short row; changes weights and gradients.
+        Each rank begins at another place of the round and finds in the cache on disk what the
+        others have compiled by then.
+        """
+        batch, loss_weights = to_device(batch, self.runtime.device), self.loss_weights[step]
+        # flash-attn-4 has a kernel of its own for more than 256 documents, as long rows have room
+        ends = F.pad(batch.cu_seqlens, (0, 256), value=len(batch.tokens))
 
-    Each rank begins at another place of the round and finds in the cache on disk what the others
-    have compiled by then.
-    """
-    config, count = model.config, len(batch.tokens)
-    batch = to_device(batch, runtime.device)
+        def run_update(state: ParamState) -> None:
+            self.optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
 
-    def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, device=runtime.device, dtype=dtype, requires_grad=True)
+        rows = batch, batch._replace(cu_seqlens=ends)
+        round_trip = [functools.partial(self.compute, row, step, loss_weights) for row in rows]
+        round_trip += [functools.partial(run_update, state) for state in self.optimizer.states]
+        start = self.runtime.rank * len(round_trip) // self.runtime.world_size
+        for run in round_trip[start:] + round_trip[:start]:
+            run()
 
-    x = noise(count, config.model_dim, dtype=model.head.dtype)
-    layouts = model.gate_layouts.values()
-    gates = {name: noise(count, size) for row in layouts for name, (size, _) in row.items()}
+    def prepare(self) -> None:
+        """Compile, capture and warm up on random rows of every kind, then put everything back."""
+        config, schedule, begin = self.config, self.schedule, time.perf_counter()
+        random = np.random.default_rng(self.runtime.rank)
 
-    # flash-attn-4 has a kernel of its own for more than 256 documents, as long rows have room for
-    many = batch._replace(cu_seqlens=F.pad(batch.cu_seqlens, (0, 256), value=count))
+        def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
+            tokens = random_tokens(random, num_tokens + 1)
+            starts = np.arange(0, num_tokens, max_seq_len)
+            return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
 
-    def run_attention(i: int, batch: Batch) -> None:
-        row, extra = config.layers[i], (None, None)
-        if i == len(config.layers) - 1:
-            extra = noise(count, config.num_heads), x
-        value = None if row.value_table is None else x
-        fp8 = model.fp8.qkv(i, *model.fp8.stream(x)) if model.fp8 else []
-        model.attend(i, x, value, *extra, gates, batch, windows, fp8).sum().backward()
+        def report(what: str) -> None:
+            self.runtime.synchronize()
+            self.runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
 
-    def run_update(state: ParamState) -> None:
-        optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
+        # the last step of every kind of row; the longest first: the graphs of shorter ones find
+        # room in their memory
+        steps = sorted(range(schedule.end_step), key=lambda step: -schedule.row_shape(step)[0])
+        kinds = {(*schedule.row_shape(step), schedule.describe(step)): step for step in steps}
+        with nothing_changes(self.model, self.optimizer):
+            if self.uses_graphs:
+                self.compile_kernels(random_batch(256, 256), 0)
+                report("kernels")
+            for (*shape, windows), last in kinds.items():
+                batch = random_batch(*shape)
+                if self.uses_graphs:
+                    self.capture(batch, last)
+                for update in range(2):  # an even and an odd one, so that every update runs
+                    self.run_step(last, [batch], update)
+                report(f"rows of {shape[0]:,} tokens, windows {windows}")
+            with torch.no_grad():
+                batch = random_batch(config.val_row_tokens, config.val_row_tokens)
+                self.model(to_device(batch, self.runtime.device), schedule.windows(last))
+            report(f"validation rows of {config.val_row_tokens:,} tokens")
+        self.position = 0
 
-    attentions = itertools.product(model.attention_layers, (batch, many))
-    round_trip = [functools.partial(run_attention, *attention) for attention in attentions]
-    round_trip.append(lambda: micro_step.compute(batch, windows, loss_weights, columns))
-    round_trip += [functools.partial(run_update, state) for state in optimizer.states]
-    start = runtime.rank * len(round_trip) // runtime.world_size
-    for run in round_trip[start:] + round_trip[:start]:
-        run()
-
-
-def prepare(
-    model: GPT,
-    optimizer: Optimizer,
-    micro_step: MicroStep,
-    schedule: Schedule,
-    loss_weights: Tensor,
-    runtime: Runtime,
-) -> None:
-    """Compile, capture and warm up on every shape with random tokens, then put everything back."""
-    config, begin = model.config, time.perf_counter()
-    kinds = {}  # the last step of every kind of row
-    for step in range(schedule.end_step):
-        plan = schedule[step]
-        stage = plan.stage
-        kinds[stage.tokens_per_step, stage.max_seq_len, stage.columns, *plan.windows] = step
-    random = np.random.default_rng(runtime.rank)
-
-    def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
-        tokens = random_tokens(random, num_tokens + 1)
-        starts = np.arange(0, num_tokens, max_seq_len)
-        return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
-
-    def report(what: str) -> None:
-        runtime.synchronize()
-        runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
-
-    with nothing_changes(model, optimizer):
-        if micro_step.uses_graphs:
-            plan = schedule[0]
-            row = random_batch(256, 256), plan.windows, loss_weights[0], plan.stage.columns
-            compile_kernels(model, optimizer, micro_step, *row, runtime)
-            report("kernels")
-        for last in sorted(kinds.values(), key=schedule.row_tokens, reverse=True):
-            # the longest rows first: the graphs of shorter ones find room in their memory
-            plan, num_tokens = schedule[last], schedule.row_tokens(last)
-            batch = random_batch(num_tokens, plan.stage.max_seq_len)
-            row = batch, plan.windows, loss_weights[last], plan.stage.columns
-            if micro_step.uses_graphs:
-                micro_step.capture(*row)
-            for step in range(2):  # an even and an odd one, so that every update runs
-                micro_step(*row)
-                if model.matches is not None:
-                    note_rows(model, [batch], 0, runtime)
-                optimizer.step(step, plan.lr_scale, plan.momentum)
-            report(f"rows of {num_tokens:,} tokens, windows {plan.describe()}")
-        with torch.no_grad():
-            batch = random_batch(config.val_row_tokens, config.val_row_tokens)
-            model(to_device(batch, runtime.device), plan.windows)
-        report(f"validation rows of {config.val_row_tokens:,} tokens")
+    def run_step(self, step: int, rows: Iterable[Batch], update: int | None = None) -> Tensor:
+        """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.
+        update: the optimizer's number of it, where it is not the schedule's."""
+        total, read = torch.zeros((), device=self.runtime.device), []
+        for row in rows:
+            total += self.micro_step(row, step)
+            read.append(row)
+        rates = self.schedule.lr_scale(step), self.schedule.momentum(step)
+        self.optimizer.step(step if update is None else update, *rates)
+        if self.model.matches is not None:
+            self.position = note_rows(self.model, read, self.position, self.runtime)
+        return total / sum(len(row.tokens) for row in read)
 
 
 @torch.no_grad()
@@ -3564,36 +3358,10 @@ def note_rows(model: GPT, rows: list[Batch], position: int, runtime: Runtime) ->
         if runtime.world_size > 1:
             everyone = own.new_empty(runtime.world_size, *own.shape)
             dist.all_gather_into_tensor(everyone.flatten(0, 1), own)
-        for tokens, starts, targets in everyone:
-            note_matches_(
-                model.matches, tokens, starts, targets, model.config.match_orders, position
-            )
-            position += len(tokens)
+        for of_rank in everyone:
+            note_matches_(model.matches, *of_rank, model.config.match_orders, position)
+            position += len(row.tokens)
     return position
-
-
-def run_step(
-    step: int, plan: StepPlan, loss_weights: Tensor, rows: Iterator[Batch], position: int,
-    micro_step: MicroStep, optimizer: Optimizer, runtime: Runtime,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Train on this rank's next rows; gives the mean of their next-token losses, 0-d, and the next
-    step's position.
-
-    loss_weights: (4,), as GPT.forward takes them. position: of the step's first row in the stream;
-    it moves only where matches are noted.
-    """
-    model, read = micro_step.model, []
-    grad_accum_steps = model.config.rows_per_step // runtime.world_size
-    train_loss = torch.zeros((), device=runtime.device)
-    for _ in range(grad_accum_steps):
-        row = next(rows)
-        loss = micro_step(row, plan.windows, loss_weights, plan.stage.columns)
-        train_loss += loss / (len(row.tokens) * grad_accum_steps)
-        read.append(row)
-    optimizer.step(step, plan.lr_scale, plan.momentum)
-    if model.matches is not None:
-        position = note_rows(model, read, position, runtime)
-    return train_loss, position
 
 
 @torch.no_grad()
@@ -3602,33 +3370,29 @@ def validate(
 ) -> float:
     """Mean cross-entropy in nats over the first `num_targets` targets of the validation file."""
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for batch in validation_rows(config, runtime.rank, runtime.world_size, num_targets):
+    for batch in validation_rows(config, runtime, num_targets):
         total += model(to_device(batch, runtime.device), windows)
     loss = runtime.all_reduce(total).item() / num_targets
-    if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}: lower --muon_lr or --adam_lr")
+    found = f"the validation loss is {loss}"
+    require(math.isfinite(loss), f"{found}: lower --muon_lr or --adam_lr")
     return loss
 
 
 def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
-    steps = [
-        (schedule.row_tokens(step), schedule.stage(step).max_seq_len)
-        for step in range(schedule.end_step)
-    ]
-    num_targets = check_data(config, [row for row in steps for _ in range(config.rows_per_step)])
+    shapes = [schedule.row_shape(step) for step in range(schedule.end_step)]
+    all_rows = [shape for shape in shapes for _ in range(config.rows_per_step)]
+    num_targets = check_data(config, all_rows)
     folder = Path(config.checkpoint).parent
-    if config.checkpoint and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(
-            f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder"
-        )
-    log.data |= {"environment": describe_environment(runtime), "config": config_as_text(config)}
-    log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
-    log.line(
-        json.dumps({key: log.data[key] for key in ("environment", "config")}, indent=1),
-        screen=False,
+    require(
+        not config.checkpoint or (folder.is_dir() and os.access(folder, os.W_OK)),
+        f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder",
     )
-    environment = log.data["environment"]
+    environment = describe_environment(runtime)
+    tables = {"environment": environment, "config": config_as_text(config)}
+    log.data |= tables
+    log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
+    log.line(json.dumps(tables, indent=1), screen=False)
     hardware = f"{runtime.world_size} x {environment['devices']}"
     log.line(f"{hardware}, torch {environment['torch']}, log {log.path}")
     if num_targets < config.val_tokens:
@@ -3637,67 +3401,56 @@ def train(config: Config, runtime: Runtime) -> None:
 
     begin = time.perf_counter()
     model = GPT(config, runtime)
-    optimizer = Optimizer(model, config, runtime)
+    trainer = Trainer(model, runtime)
     millions = sum(param.numel() for param in model.parameters()) / 1e6
     kernels = "Triton kernels" if has_kernels(runtime.device) else "plain PyTorch"
     dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
     log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
-    rows, dim = model.ngrams.table.shape
-    log.line(f"{rows:,} rows of hashed n-grams, {dim} wide: {rows * dim / 1e6:.1f} M weights")
-    loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
-    prefixes = read_prefixes(config, runtime.device)
-    micro_step = MicroStep(model, prefixes, config, runtime)
-    prepare(model, optimizer, micro_step, schedule, loss_weights, runtime)
+    count, dim = model.ngrams.table.shape
+    log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
+    trainer.prepare()
     preparation = time.perf_counter() - begin
 
-    grad_accum_steps = config.rows_per_step // runtime.world_size
-    shapes = (row for row in steps for _ in range(grad_accum_steps))
-    pin = runtime.device.type == "cuda"
-    rows = Prefetcher(training_rows(config, runtime.rank, runtime.world_size, shapes, pin))
+    shapes = (row for row in shapes for _ in range(trainer.grad_accum_steps))
+    rows = ahead(training_rows(config, runtime, shapes), depth=8)
     clock = Clock(runtime)
     progress = Progress(runtime, clock, schedule.end_step)
-    position = 0  # in the stream, of the rows of all ranks
     clock.start()
     for step in range(schedule.end_step):
-        plan = schedule[step]
-        now = step, plan, loss_weights[step], rows, position
-        train_loss, position = run_step(*now, micro_step, optimizer, runtime)
-        progress.launched(step, train_loss)
+        loss = trainer.run_step(step, itertools.islice(rows, trainer.grad_accum_steps))
+        progress.launched(step, loss)
 
         done = step + 1
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
             clock.stop()
-            progress.drain()
-            windows = plan.windows
+            progress.report()
+            windows = schedule.windows(step)
             if done == schedule.total_steps:
                 windows = windows._replace(long=config.final_window_long)
             val_loss = validate(model, config, runtime, num_targets, windows)
-            log.data["validations"].append(
-                {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
-            )
+            row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
+            log.data["validations"].append(row)
             log.line(f"step {done} val_loss {val_loss:.4f} train_time {clock.total:.3f} s")
             clock.start()
     progress.bar.close()
-    rows.stop()
 
-    peak = peak_memory(runtime)
-    tokens_per_second = schedule.tokens_needed() / clock.total
+    step_ms, peak = 1000 * clock.total / done, peak_memory(runtime)
+    speed = sum(num_tokens for num_tokens, _ in all_rows) / clock.total
     log.data["summary"] = {
         "val_loss": val_loss,
         "steps": done,
         "train_time_s": clock.total,
-        "mean_step_ms": 1000 * clock.total / done,
-        "tokens_per_s": tokens_per_second,
+        "mean_step_ms": step_ms,
+        "tokens_per_s": speed,
         "preparation_s": preparation,
         "peak_memory_gib": peak,
     }
     log.write_json()
     log.line(f"val loss {val_loss:.4f} after {done} steps, on {num_targets:,} targets")
     log.line(
-        f"trained {clock.total:.2f} s, {1000 * clock.total / done:.1f} ms a step, "
-        f"{tokens_per_second:,.0f} tokens/s, after {preparation:.0f} s of preparation; "
-        f"peak memory {peak:.1f} GiB a process"
+        f"trained {clock.total:.2f} s, {step_ms:.1f} ms a step, {speed:,.0f} tokens/s, "
+        f"after {preparation:.0f} s of preparation; peak memory {peak:.1f} GiB a process"
     )
     if runtime.is_main:
         log.line(f"log {log.path}, curve {draw_curve(log)}")
@@ -3707,12 +3460,9 @@ def train(config: Config, runtime: Runtime) -> None:
 
 def peak_memory(runtime: Runtime) -> float:
     """GiB: the most any rank's allocator held on its GPU, or any process resident on the CPU."""
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(runtime.device)
-    else:
-        import resource
-
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = torch.zeros(runtime.world_size, dtype=torch.float64, device=runtime.device)
     peaks[runtime.rank] = peak / 2**30
     return runtime.all_reduce(peaks).max().item()
@@ -3720,56 +3470,32 @@ def peak_memory(runtime: Runtime) -> float:
 
 def draw_curve(log: Log) -> Path:
     """Training and validation loss against steps, as a PNG beside the log."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    steps, validations = log.data["steps"], log.data["validations"]
-    axes.plot(
-        [row["step"] for row in steps],
-        [row["train_loss"] for row in steps],
-        color="0.7",
-        linewidth=0.8,
-        label="training (rows of rank 0)",
-    )
-    val_steps, val_losses = (
-        [row["step"] for row in validations],
-        [row["val_loss"] for row in validations],
-    )
-    axes.plot(val_steps, val_losses, "o-", color="C0", label="validation")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, summary = figure.subplots(), log.data["summary"]
+    steps, losses = zip(*((row["step"], row["train_loss"]) for row in log.data["steps"]))
+    axes.plot(steps, losses, color="0.7", linewidth=0.8, label="training (rows of rank 0)")
+    scored = [(row["step"], row["val_loss"]) for row in log.data["validations"]]
+    axes.plot(*zip(*scored), "o-", color="C0", label="validation")
     labelled = math.inf
-    for step, loss in reversed(list(zip(val_steps, val_losses))):
-        if labelled - step > 0.06 * val_steps[-1]:  # room for its label
-            offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{loss:.3f}", (step, loss), **offset)
+    for step, loss in reversed(scored):
+        if labelled - step > 0.06 * steps[-1]:  # room for its label
+            place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{loss:.3f}", (step, loss), **place)
             labelled = step
-    losses = sorted([row["train_loss"] for row in steps] + val_losses)
+    losses = sorted([*losses, *(loss for _, loss in scored)])
     top = losses[int(0.97 * (len(losses) - 1))]  # leaves the first steps' fall out of the picture
-    axes.set_ylim(
-        losses[0] - 0.05 * (top - losses[0]) - 0.02, top + 0.05 * (top - losses[0]) + 0.02
-    )
-    summary = log.data["summary"]
-    axes.set_title(
-        f"{log.path.stem}: {summary['val_loss']:.4f} in {summary['train_time_s']:.1f} s",
-        fontsize=10,
-    )
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
+    margin = 0.05 * (top - losses[0]) + 0.02
+    axes.set_ylim(losses[0] - margin, top + margin)
+    result = f"{summary['val_loss']:.4f} in {summary['train_time_s']:.1f} s"
+    axes.set_title(f"{log.path.stem}: {result}", fontsize=10)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     path = log.path.with_suffix(".png")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
-
-
-def byte_token_ids() -> list[int]:
-    """GPT-2's token of each single byte: printable bytes come first in its vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    order = printable + [byte for byte in range(256) if byte not in printable]
-    return [order.index(byte) for byte in range(256)]
 
 
 def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
@@ -3777,96 +3503,22 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     prompts)."""
     if not runtime.is_main:
         return
-    head = read_tokens(
-        find_files("--train_files", config.train_files)[0], 100_000, config.vocab_size
-    )
-    byte_tokens = bool(((head < 256) | (head == START_TOKEN)).all())
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    path = find_files("--train_files", config.train_files)[0]
+    head = read_tokens(path, 100_000, config.vocab_size)
+    saved = {
+        "config": config_as_text(config),
+        "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "byte_tokens": bool(((head < 256) | (head == START_TOKEN)).all()),
+    }
     temporary = f"{config.checkpoint}.part"
     try:
-        torch.save(
-            {"config": config_as_text(config), "weights": weights, "byte_tokens": byte_tokens},
-            temporary,
-        )
+        torch.save(saved, temporary)
         os.replace(temporary, config.checkpoint)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"--checkpoint {config.checkpoint}: cannot be written ({error}): choose another"
         ) from None
     runtime.log.line(f"weights saved in {config.checkpoint}")
-
-
-@torch.no_grad()
-def continue_text(config: Config, runtime: Runtime) -> None:
-    """Load --checkpoint and print --sample with its continuation."""
-    if not config.checkpoint:
-        raise UserError(
-            "--sample needs --checkpoint FILE, the weights that a training run saved there"
-        )
-    if runtime.world_size > 1:
-        raise UserError(
-            f"--sample runs in one process, not in {runtime.world_size}: start it with python"
-        )
-    try:
-        saved = torch.load(config.checkpoint, map_location=runtime.device, weights_only=True)
-        trained = config_from_text(saved["config"] | {"compile": "none"})
-        weights, byte_tokens = saved["weights"], saved["byte_tokens"]
-    except OSError as error:
-        raise UserError(
-            f"--checkpoint {config.checkpoint}: cannot be read ({error.strerror})"
-        ) from None
-    except Exception:  # noqa: BLE001 (whatever the file does to the unpickler)
-        raise UserError(
-            f"--checkpoint {config.checkpoint}: not a checkpoint of this script: make one with "
-            "--checkpoint in a training run"
-        ) from None
-    model = GPT(trained, runtime)
-    for name, tensor in model.state_dict().items():
-        found = weights.get(name, tensor.new_empty(0))
-        first = int(name.endswith("_bank"))  # whose entries are padded to the number of ranks
-        if found.shape[first:] != tensor.shape[first:]:
-            raise UserError(
-                f"--checkpoint {config.checkpoint}: {name} is {list(found.shape)}, its options ask "
-                f"for {list(tensor.shape)}: make it again with --checkpoint in a training run"
-            )
-        rows = min(len(tensor), len(found))
-        tensor[:rows] = found[:rows]
-
-    ids = byte_token_ids()
-    if byte_tokens:
-        tokens = [ids[byte] for byte in config.sample.encode()]
-    else:
-        import tiktoken
-
-        try:
-            tokenizer = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # noqa: BLE001 (whatever the missing network makes it raise)
-            raise UserError(f"--sample needs GPT-2's vocabulary, and tiktoken: {error}") from None
-        tokens = tokenizer.encode_ordinary(config.sample)
-    tokens = [START_TOKEN, *tokens]
-    prompt_length = len(tokens)
-    generator = torch.Generator(runtime.device).manual_seed(config.seed)
-    windows = Windows(trained.extension[0].window_short, trained.final_window_long)
-    context = trained.val_row_tokens
-    while len(tokens) < prompt_length + config.sample_tokens:
-        row = torch.tensor(tokens[-context:], dtype=torch.int32, device=runtime.device)
-        ends = torch.tensor([0, len(row)], dtype=torch.int32, device=runtime.device)
-        x = model.hidden(Batch(row, row.long(), ends, len(row)), windows)
-        logits = softcap(F.linear(x[-1], model.head))[: trained.vocab_size]
-        if config.temperature > 0:
-            probabilities = (logits / config.temperature).softmax(dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-        else:
-            token = int(logits.argmax())
-        if token == START_TOKEN:  # the document has ended
-            break
-        tokens.append(token)
-    if byte_tokens:
-        byte_of = {token: byte for byte, token in enumerate(ids)}
-        text = bytes(byte_of.get(token, ord("?")) for token in tokens[1:]).decode(errors="replace")
-    else:
-        text = tokenizer.decode(tokens[1:])
-    print(text)
 
 
 # ==================================================================================================
@@ -3876,18 +3528,15 @@ def continue_text(config: Config, runtime: Runtime) -> None:
 
 def parse_value(kind: object, text: str) -> object:
     """The value of an option or of a table's field from text; ValueError when it cannot be read."""
-    rows_of = next((row for row in (Stage, Layer) if kind == tuple[row, ...]), None)
-    if rows_of is not None:
-        hints = typing.get_type_hints(rows_of)
-        table = []
-        for row in text.split(","):
-            fields = row.strip().split(":")
-            if len(fields) != len(hints):
-                raise ValueError(
-                    f"row {row.strip()!r} has {len(fields)} fields, not {':'.join(hints)}"
-                )
-            table.append(rows_of(*map(parse_value, hints.values(), fields)))
-        return tuple(table)
+    for rows_of in Stage, Layer:
+        if kind == tuple[rows_of, ...]:
+            hints = typing.get_type_hints(rows_of)
+            rows = [row.strip().split(":") for row in text.split(",")]
+            for row in rows:
+                if len(row) != len(hints):
+                    count = f"row {':'.join(row)!r} has {len(row)} fields"
+                    raise ValueError(f"{count}, not {':'.join(hints)}")
+            return tuple(rows_of(*map(parse_value, hints.values(), row)) for row in rows)
     if kind == tuple[int, ...]:
         return tuple(int(number) for number in text.split(":") if number != "none")
     if kind is bool:
@@ -3905,9 +3554,7 @@ def format_value(value: object) -> str:
         return ":".join(map(str, value)) or "none"
     if isinstance(value, tuple):
         return ", ".join(":".join(map(format_value, dataclasses.astuple(row))) for row in value)
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def config_as_text(config: Config) -> dict[str, str]:
@@ -3928,69 +3575,51 @@ def parse_args(arguments: list[str] | None = None) -> Config:
             if os.environ.get("RANK", "0") == "0":  # once, not once a process
                 super()._print_message(message, file)
 
-    def reader(name: str, kind: object) -> Callable:
-        def read(text: str) -> object:
-            try:
-                return parse_value(kind, text)
-            except (ValueError, ArithmeticError) as error:
-                raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
+    def read(kind: object, text: str) -> object:
+        try:
+            return parse_value(kind, text)
+        except (ValueError, ArithmeticError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
 
-        return read
-
-    default_preset = "speedrun" if torch.cuda.is_available() else "tiny"
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        epilog="Tables are rows of colon-separated fields with commas between the rows: a stage is "
-        "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer "
-        "short:none:false:none:none",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default=default_preset,
-        help="where the options not given come from",
-    )
+    tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
+    tables += "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer short:none:false:none:none"
+    parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
+    preset = "speedrun" if torch.cuda.is_available() else "tiny"
+    text = "where the options not given come from"
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help=text)
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    defaults, tiny = (config_as_text(PRESETS[name]) for name in ("speedrun", "tiny"))
     for name, kind in typing.get_type_hints(Config).items():
-        values = {preset: format_value(getattr(PRESETS[preset], name)) for preset in PRESETS}
-        default = values["speedrun"] or "none"
-        if values["tiny"] != values["speedrun"] and name not in ("layers", "stages", "extension"):
-            default += f"; tiny: {values['tiny']}"
+        default = defaults[name] or "none"
+        if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
+            default += f"; tiny: {tiny[name]}"
         text = f"{comments[name]} [{default}]".replace("%", "%%")
-        parser.add_argument(
-            f"--{name}",
-            type=reader(name, kind),
-            default=argparse.SUPPRESS,
-            metavar=name.upper(),
-            help=text,
-        )
+        how = {"type": functools.partial(read, kind), "metavar": name.upper(), "help": text}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(arguments))
     return dataclasses.replace(PRESETS[given.pop("preset")], **given)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, and end every failure on all ranks with one message and a non-zero exit code."""
-    config = parse_args(arguments)
-    store, log = None, Log(None)
+    config, store, log = parse_args(arguments), None, Log(None)
     try:
         store = connect()
         runtime = start_runtime(config, store)
         log = runtime.log
-        (continue_text if config.sample else train)(config, runtime)
+        train(config, runtime)
         if store is not None:
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         code, message = 130, f"interrupted; the log so far is {log.path}"
-        speaks = log.path is not None
     except UserError as error:
         code, message = 1, f"error: {error}"
-        speaks = speaks_for_error(store)
     except Exception:  # noqa: BLE001 (reported with its traceback)
         code, message = 1, traceback.format_exc()
-        speaks = speaks_for_error(store)
+    # every rank is interrupted, and the main one speaks; other failures may be of one rank alone
+    speaks = log.path is not None if code == 130 else speaks_for_error(store)
     if speaks:
         print("\n" + message, file=sys.stderr, flush=True)
         log.line(message, screen=False)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
-from train_gpt import E4M3, TWINS, Config, Log, Runtime, Schedule, Stage
+from train_gpt import E4M3, TWINS, Config, Log, Runtime, Stage
 
 CONFIG = Config()
 DIM, HEADS, HEAD_DIM, HIDDEN = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim, CONFIG.mlp_dim
@@ -437,45 +437,41 @@ def ngrams(bench: Bench) -> Iterator[Case]:
 def micro_steps(bench: Bench, chosen: list[int]) -> None:
     """A row's forward and backward pass at each stage, as training replays it, and the optimizer's
     step behind it."""
-    runtime, schedule = Runtime(0, 1, bench.device, Log(None)), Schedule(CONFIG)
-    model = train_gpt.GPT(CONFIG, runtime)
-    optimizer = train_gpt.Optimizer(model, CONFIG, runtime)
-    prefixes = train_gpt.read_prefixes(CONFIG, bench.device)
-    micro_step = train_gpt.MicroStep(model, prefixes, CONFIG, runtime)
-    all_weights, random = schedule.loss_weights(), np.random.default_rng(0)
+    runtime, random = Runtime(0, 1, bench.device, Log(None)), np.random.default_rng(0)
+    trainer = train_gpt.Trainer(train_gpt.GPT(CONFIG, runtime), runtime)
+    schedule = trainer.schedule
     groups = [group for group in GROUPS if group not in ("communication", "optimizer")]
     lines = [["tokens", "columns", "micro-step", *groups, IDLE, "optimizer, even", "odd"]]
     for first in (0, *schedule.stage_ends[:-1]):
-        plan, num_tokens = schedule[first], schedule.row_tokens(first)
+        num_tokens, max_seq_len = schedule.row_shape(first)
         if num_tokens not in chosen:
             continue
         with bench.attempt(f"micro-step of {num_tokens:,} tokens"):
-            sizes, updates = (num_tokens, plan.stage.max_seq_len), []
+            sizes, updates = (num_tokens, max_seq_len), []
             rows = [random_batch(random, *sizes, CONFIG, False) for _ in range(4)]
             rows = itertools.cycle([train_gpt.to_device(row, bench.device) for row in rows])
-            weights = torch.tensor(all_weights[first], device=bench.device)
-            rest = plan.windows, weights, plan.stage.columns
-            micro_step.capture(next(rows), *rest)
+            trainer.capture(next(rows), first)
 
-            def run(rows=rows, rest=rest, count=1) -> None:
-                model.ngrams.filled = 0  # there is room for those of one step
+            def run(rows=rows, first=first, count=1) -> None:
+                trainer.model.ngrams.filled = 0  # there is room for those of one step
                 for _ in range(count):
-                    micro_step(next(rows), *rest)
+                    trainer.micro_step(next(rows), first)
 
             ms = bench.median_ms(run, 300)
             with tempfile.TemporaryDirectory() as folder:
                 times = profile(run, 4, bench.device, Path(folder, "trace.json.gz"))
+            rates = schedule.lr_scale(first), schedule.momentum(first)
             for step in range(8):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 run(count=CONFIG.rows_per_step)  # behind which the host gets ahead, as in training
                 begin.record()
-                optimizer.step(step, plan.lr_scale, plan.momentum)
+                trainer.optimizer.step(step, *rates)
                 end.record()
                 torch.cuda.synchronize()
                 updates.append(begin.elapsed_time(end))
             parts = [times[name][0] for name in (*groups, IDLE)]
             parts = [ms, *parts, np.median(updates[2::2]), np.median(updates[3::2])]
-            columns = plan.stage.columns or CONFIG.padded_vocab_size
+            columns = schedule.stage(first).columns or CONFIG.padded_vocab_size
             cells = [f"{num_tokens:,}", f"{columns:,}"]
             lines.append(cells + [f"{part:.2f}" for part in parts])
     bench.line(f"\nmicro-steps and optimizer, ms\n{table(lines)}")

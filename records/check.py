@@ -35,12 +35,13 @@ SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8}
 SIZES |= {"ngram_rows": 512, "ngram_dim": 32}
 SIZES |= {"bigram_rows": 512}  # of the table that scripts of older records have
 SIZES |= {"dtype": "float32", "compile": "none", "min_mean_doc_len": 1}
+GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
 
 
 class Unjudgeable(Exception):
-    """The script lacks what a check needs, or fails in it."""
+    """The script, or what it saved, lacks what is needed. The message names the file."""
 
 
 class Failed(Exception):
@@ -70,20 +71,41 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
         def all_reduce(self, tensor: Tensor) -> Tensor:
             return tensor
 
-    return Alone(rank, world_size, torch.device(device), script.Log(None))
+    place = torch.device(device)
+    if place.type == "cuda" and hasattr(script, "use_twins") and not script.has_kernels(place):
+        script.use_twins(place)
+    return Alone(rank, world_size, place, script.Log(None))
 
 
 def load_checkpoint(script: ModuleType, path: str, device: str):
     """The model that --checkpoint saved, its config, and whether its tokens are bytes."""
-    saved = torch.load(path, map_location=device, weights_only=True)
-    config = script.config_from_text(saved["config"] | {"compile": "none"})
-    model = script.GPT(config, start_runtime(script, device))
+    known = {field.name for field in dataclasses.fields(script.Config)}
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        fields = saved["config"] | {"compile": "none"}
+        fields = {name: text for name, text in fields.items() if name in known or name not in GONE}
+        config, byte_tokens = script.config_from_text(fields), saved["byte_tokens"]
+        model, weights = script.GPT(config, start_runtime(script, device)), saved["weights"]
+    except OSError as error:
+        raise Unjudgeable(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception:  # noqa: BLE001 (whatever the file does to the unpickler)
+        raise Unjudgeable(
+            f"{path}: not a checkpoint of {script.__file__}: make one with --checkpoint in a "
+            "training run, or see whether ./run.sh eval --script has the script that did"
+        ) from None
     for name, tensor in model.state_dict().items():
-        rows = min(len(tensor), len(saved["weights"][name]))  # banks are padded to the ranks
-        tensor[:rows] = saved["weights"][name][:rows]
+        found = weights.get(name, tensor.new_empty(0))
+        first = int(name.endswith("_bank"))  # whose entries are padded to the number of ranks
+        if found.shape[first:] != tensor.shape[first:]:
+            raise Unjudgeable(
+                f"{path}: {name} is {list(found.shape)}, its options ask for "
+                f"{list(tensor.shape)}: make it again with --checkpoint in a training run"
+            )
+        rows = min(len(tensor), len(found))
+        tensor[:rows] = found[:rows]
     if hasattr(model, "tied"):  # scripts of older records part embedding and head
         model.tied = False  # a checkpoint has both matrices
-    return model, config, saved["byte_tokens"]
+    return model, config, byte_tokens
 
 
 def as_windows(script: ModuleType, short: int, long: int) -> tuple:

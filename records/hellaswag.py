@@ -9,12 +9,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from check import ROOT, Unjudgeable, as_windows, load_checkpoint, load_script
+from generate import Tokenizer
 
 REPOSITORY, FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
 NUM_QUESTIONS = 10_042  # in it; another number would be another split
@@ -56,36 +56,13 @@ def read_questions(path: Path | None) -> list[dict]:
         ) from None
 
 
-def make_encoder(script, byte_tokens: bool) -> Callable[[str], list[int]]:
-    """Text to tokens as the model has learnt them."""
-    if byte_tokens:
-        ids = script.byte_token_ids()
-        return lambda text: [ids[byte] for byte in text.encode()]
-    import tiktoken
-
-    try:
-        return tiktoken.get_encoding("gpt2").encode_ordinary
-    except Exception as error:  # noqa: BLE001 (whatever the missing network makes it raise)
-        raise EvalError(
-            f"GPT-2's vocabulary cannot be had, which tiktoken fetches once: {error}"
-        ) from None
-
-
 class Scorer:
     """A saved model and what it takes to ask it for the log-probability of a text."""
 
     def __init__(self, script, checkpoint: Path, device: str):
-        try:
-            self.model, self.config, byte_tokens = load_checkpoint(script, str(checkpoint), device)
-        except OSError as error:
-            raise EvalError(f"{checkpoint}: cannot be read ({error.strerror})") from None
-        except Exception:  # noqa: BLE001 (whatever the file does to the unpickler)
-            raise EvalError(
-                f"{checkpoint}: not a checkpoint of {script.__file__}: make one with --checkpoint, "
-                "or name its script with --script"
-            ) from None
+        self.model, self.config, byte_tokens = load_checkpoint(script, str(checkpoint), device)
         self.script, self.device = script, device
-        self.encode = make_encoder(script, byte_tokens)
+        self.encode = Tokenizer(byte_tokens).encode
         short, long = self.config.extension[0].window_short, self.config.final_window_long
         self.windows = as_windows(script, short, long)
 

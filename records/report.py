@@ -40,7 +40,7 @@ PUBLIC_SECONDS = 73.8  # the public record on 8 x H100
 DIFF_LINES = 100  # shown at most
 SEPARATOR = "=" * 100 + "\n"  # between the script and the log proper
 OWN_FIELDS = ("seed", "log_dir")  # what the runs of one record may differ in
-OUTPUT_FIELDS = ("checkpoint", "sample")  # and what repeating a run leaves out besides
+OUTPUT_FIELDS = ("checkpoint",)  # and what repeating a run leaves out besides
 AUTHOR = "<!-- the author's words: kept when this file is written again -->"
 AUTHOR_END = "<!-- the end of the author's words -->"
 PLACEHOLDER = "What changed against the previous record, and why."

@@ -260,36 +260,30 @@ def rows_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]
     """Rows of the training files or, where there are none, random ones."""
     pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
     if glob.glob(config.train_files):
-        return train_gpt.training_rows(config, runtime.rank, runtime.world_size, shapes, pin)
+        return train_gpt.training_rows(config, runtime, shapes)
     runtime.log.line(f"no file matches --train_files {config.train_files}: the rows are random")
     return (random_batch(random, *shape, config, pin) for shape in shapes)
 
 
 def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     """Build what train() builds and profile `count` steps at the beginning of every stage."""
-    log, schedule = runtime.log, train_gpt.Schedule(config)
-    model = train_gpt.GPT(config, runtime)
-    optimizer = train_gpt.Optimizer(model, config, runtime)
-    loss_weights = torch.tensor(schedule.loss_weights(), device=runtime.device)
-    prefixes = train_gpt.read_prefixes(config, runtime.device)
-    micro_step = train_gpt.MicroStep(model, prefixes, config, runtime)
-    train_gpt.prepare(model, optimizer, micro_step, schedule, loss_weights, runtime)
+    trainer = train_gpt.Trainer(train_gpt.GPT(config, runtime), runtime)
+    trainer.prepare()
+    log, schedule = runtime.log, trainer.schedule
 
     begins = [step for step in sorted({0, *schedule.stage_ends}) if step < schedule.end_step]
-    grad_accum_steps, warm_up = config.rows_per_step // runtime.world_size, 2
+    grad_accum_steps, warm_up = trainer.grad_accum_steps, 2
     shapes = (
-        (schedule.row_tokens(begin), schedule.stage(begin).max_seq_len)
+        schedule.row_shape(begin)
         for begin in begins
         for _ in range((warm_up + count + count + 2) * grad_accum_steps)
     )
-    rows, steps = train_gpt.Prefetcher(rows_like(config, runtime, shapes)), itertools.count()
+    rows, updates = train_gpt.ahead(rows_like(config, runtime, shapes), depth=8), itertools.count()
 
     def run(begin: int) -> None:
-        now = next(steps), schedule[begin], loss_weights[begin], rows, 0
-        train_gpt.run_step(*now, micro_step, optimizer, runtime)
+        trainer.run_step(begin, itertools.islice(rows, grad_accum_steps), next(updates))
 
     for number, begin in enumerate(begins, 1):
-        plan = schedule[begin]
         for _ in range(warm_up):
             run(begin)
         runtime.synchronize()
@@ -302,14 +296,13 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         times = profile(functools.partial(run, begin), count, runtime.device, path)
         if not runtime.is_main:
             path.unlink()
-        rows_are = f"{grad_accum_steps} x {schedule.row_tokens(begin):,} tokens"
-        rows_are += f" a process, {plan.describe()}"
+        rows_are = f"{grad_accum_steps} x {schedule.row_shape(begin)[0]:,} tokens"
+        rows_are += f" a process, {schedule.describe(begin)}"
         log.line(f"\nstage {number} of {len(begins)}: {rows_are}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
         if runtime.world_size > 1:
-            sizes = runtime.world_size, plan.stage.tokens_per_step
-            log.line(communication_line(model, *sizes, times[EXPOSED][0]))
-    rows.stop()
+            sizes = runtime.world_size, schedule.stage(begin).tokens_per_step
+            log.line(communication_line(trainer.model, *sizes, times[EXPOSED][0]))
 
 
 def main(arguments: list[str] | None = None) -> int:

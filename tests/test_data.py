@@ -1,21 +1,22 @@
 """Room 7: the loader against a walk over the documents in plain Python."""
 
+import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_documents, tiny_config, write_shard
+from conftest import cpu_runtime, random_documents, tiny_config, write_shard
 
 from train_gpt import (
     IGNORED_TARGET,
     START_TOKEN,
     Batch,
-    Prefetcher,
     TokenStream,
     UserError,
+    ahead,
     check_data,
     find_files,
     make_batch,
@@ -97,7 +98,7 @@ def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders
     expected = list(reference_rows(tokens.tolist(), [shape for shape in SHAPES for _ in range(4)]))
     assert len(expected) == 4 * len(SHAPES)
     ranks = [
-        list(training_rows(config, rank, world_size, rounds, pin=False))
+        list(training_rows(config, cpu_runtime(rank, world_size), rounds))
         for rank in range(world_size)
     ]
     rows = [batch for one_of_each in zip(*ranks, strict=True) for batch in one_of_each]
@@ -147,7 +148,7 @@ def test_row_ends_with_the_data(tmp_path):
     for missing in (0, 1):
         pattern = write_shards(tmp_path, tokens[: len(tokens) - missing], [45])
         config = tiny_config(train_files=pattern)
-        rows = training_rows(config, 0, 1, [(64, 64)], pin=False)
+        rows = training_rows(config, cpu_runtime(), [(64, 64)])
         if missing:
             with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
                 next(rows)
@@ -161,7 +162,7 @@ def test_end_of_data_and_repetition(tmp_path):
     shapes = [(48, 40)] * 60
     once = list(reference_rows(tokens.tolist(), shapes))
     assert 5 < len(once) < 60
-    rows = training_rows(tiny_config(train_files=pattern), 0, 1, shapes, pin=False)
+    rows = training_rows(tiny_config(train_files=pattern), cpu_runtime(), shapes)
     for row, _ in once:
         assert row_of(next(rows)) == row
     with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
@@ -170,7 +171,7 @@ def test_end_of_data_and_repetition(tmp_path):
     config = tiny_config(train_files=pattern, repeat_data=True)
     endless = list(reference_rows(tokens.tolist() * 10, shapes))
     assert len(endless) == 60
-    rows = list(training_rows(config, 0, 1, shapes, pin=False))
+    rows = list(training_rows(config, cpu_runtime(), shapes))
     assert [row_of(batch) for batch in rows] == [row for row, _ in endless]
 
 
@@ -219,7 +220,8 @@ def test_validation_scores_every_target_once(tmp_path, world_size, num_targets):
     path = write_shard(tmp_path / "val.bin", tokens)
     config = tiny_config(val_file=str(path))
     ranks = [
-        list(validation_rows(config, rank, world_size, num_targets)) for rank in range(world_size)
+        list(validation_rows(config, cpu_runtime(rank, world_size), num_targets))
+        for rank in range(world_size)
     ]
     num_rows = sum(map(len, ranks))
     assert num_rows == -(-num_targets // 64)
@@ -317,72 +319,53 @@ def test_files_come_in_the_order_of_their_names(tmp_path):
     assert [Path(path).stem for path in files] == ["a", "b", "c"]
 
 
-# Prefetcher --------------------------------------------------------------------------------------
+# Ahead -------------------------------------------------------------------------------------------
 
 
-def threads_named(name: str) -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == name}
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)
 
 
-def next_of(items: Prefetcher) -> object:
-    """next(items), but an error after ten seconds where it would wait for ever."""
-    results = []
-
-    def take() -> None:
-        try:
-            results.append(next(items))
-        except Exception as error:  # noqa: BLE001 (raised again below)
-            results.append(error)
-
-    thread = threading.Thread(target=take, daemon=True)
-    thread.start()
-    thread.join(timeout=10)
-    assert results, "nothing came"
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
-
-
-def test_prefetcher_hands_items_on_in_order_and_stays_a_few_ahead():
-    taken = []
+def test_items_come_in_order_and_a_few_are_made_ahead():
+    made = []
 
     def count() -> Iterator[int]:
         for number in range(100):
-            taken.append(number)
+            made.append(number)
             yield number
 
-    items = Prefetcher(count(), depth=3)
-    assert next_of(items) == 0
-    deadline = time.monotonic() + 5
-    while len(taken) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    items = ahead(count(), depth=3)
+    wait_until(lambda: len(made) == 3)  # before any is asked for
+    assert next(items) == 0
+    wait_until(lambda: len(made) == 4)
     time.sleep(0.1)
-    assert len(taken) == 5  # one handed on, three in the queue, one waiting for room
-    assert [next_of(items) for _ in range(99)] == list(range(1, 100))
-    with pytest.raises(StopIteration):
-        next_of(items)
+    assert len(made) == 4
+    assert list(items) == list(range(1, 100))
 
 
-def test_prefetcher_hands_on_an_error_after_the_items_before_it():
+def test_an_error_comes_after_the_items_before_it():
     def broken() -> Iterator[int]:
         yield 1
         yield 2
         raise UserError("the third is bad")
 
-    items = Prefetcher(broken(), depth=8)
-    assert [next_of(items), next_of(items)] == [1, 2]
+    items = ahead(broken(), depth=8)
+    assert [next(items), next(items)] == [1, 2]
     with pytest.raises(UserError, match="the third is bad"):
-        next_of(items)
+        next(items)
 
 
 @pytest.mark.parametrize("taken", [0, 5])
-def test_stop_ends_the_thread(taken):
-    before = threads_named("prefetch")
-    items = Prefetcher(iter(range(10**9)), depth=2)
-    (thread,) = threads_named("prefetch") - before
+def test_the_thread_ends_with_its_items(taken):
+    before = set(threading.enumerate())
+    items = ahead(itertools.count(), depth=2)
     for _ in range(taken):
-        next_of(items)
+        next(items)
+    (thread,) = set(threading.enumerate()) - before
     assert thread.is_alive()
-    items.stop()
+    del items
     thread.join(timeout=5)
     assert not thread.is_alive()

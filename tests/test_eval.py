@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config, trained_like, write_shard
-from test_train import environment
+from test_train import BYTE_TO_ID, environment
 
 import train_gpt
-from train_gpt import GPT, START_TOKEN, byte_token_ids, save_checkpoint
+from train_gpt import GPT, START_TOKEN, save_checkpoint
 
 sys.path.insert(0, str(ROOT / "records"))
 import hellaswag
@@ -41,7 +41,7 @@ def alphabet(tmp_path: Path) -> Path:
     """A checkpoint whose model finds the letter behind this one likeliest, and all others alike:
     embeddings are one-hot, attention adds nothing to them, the last MLP the next letter's."""
     model = GPT(tiny_config(val_row_tokens=256), cpu_runtime())
-    ids = [byte_token_ids()[ord(letter)] for letter in LETTERS]
+    ids = [int(BYTE_TO_ID[ord(letter)]) for letter in LETTERS]
     with torch.no_grad():
         for table in (model.attention_bank, model.mlp_bank, model.value_embed, model.head):
             table.zero_()
@@ -94,7 +94,7 @@ def test_parquet_and_limit(loaded, alphabet, tmp_path, capsys):
 def test_log_probability_is_that_of_the_ending_alone(tmp_path):
     """By the models loss with one target at a time, in a row without padding."""
     model = trained_like(tiny_config(val_row_tokens=64), cpu_runtime())
-    ids = byte_token_ids()
+    ids = BYTE_TO_ID.tolist()
     path = checkpoint_of(model, tmp_path, [START_TOKEN, *ids])
     scorer = hellaswag.Scorer(train_gpt, path, "cpu")
     context, ending = "Some context.", "An end"
@@ -130,7 +130,7 @@ def test_other_tokens_than_bytes_are_gpt2s(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(hellaswag.EvalError, match=r"tiktoken fetches once: no network"):
+    with pytest.raises(hellaswag.Unjudgeable, match=r"tiktoken fetches once: no network"):
         hellaswag.Scorer(train_gpt, path, "cpu")
 
 

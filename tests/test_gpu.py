@@ -1,6 +1,7 @@
 """What only a GPU can show: the attention backends agree, full-graph compilation takes the model,
 fp8 is near bf16, graphs replay what they captured, and n-grams keep nothing waiting."""
 
+import dataclasses
 import time
 
 import pytest
@@ -14,10 +15,10 @@ from train_gpt import (
     Clock,
     Config,
     Log,
-    MicroStep,
     Optimizer,
     Runtime,
     Stage,
+    Trainer,
     Windows,
     attention,
     attention_backend,
@@ -196,24 +197,26 @@ def test_fp8_is_near_bf16():
 def test_replayed_graph_is_what_it_captured(fp8):
     """For other tokens, documents, loss weights and parameters than those captured; gradients add
     up; and a kind of row that has no graph is refused."""
-    config = make_config(fp8=fp8)
-    model = make_model(config)
-    runtime = Runtime(0, 1, torch.device("cuda"), Log(None))
-    micro_step = MicroStep(model, prefixes_of(config), config, runtime)
-    assert micro_step.uses_graphs
-    weights = torch.tensor([WEIGHTS, (1.0, 0.0, 0.0, 0.5)], device="cuda")
-    micro_step.capture(ROW, WINDOWS, weights[0])
+    # steps 0 and 1 differ in loss weights alone, step 2 in its windows
+    fade = dataclasses.replace(STAGE, share=0.5, second_end=0.0, third_end=0.0, prefix_end=0.75)
+    wide = dataclasses.replace(STAGE, share=0.5, window_long=512)
+    model = make_model(make_config(fp8=fp8, num_steps=4, stages=(fade, wide), extension=(wide,)))
+    trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
+    assert trainer.uses_graphs
+    weights = trainer.loss_weights
+    assert weights[:2].tolist() == [list(WEIGHTS), [1.0, 0.25, 0.125, 0.5]]
+    trainer.capture(ROW, 0)
     rows = ROW, make_row(2, [0, 17, 400, 401, 402, 900]), make_row(3, [0, 512])
     losses = []
-    for row, loss_weights in zip(rows, weights[[0, 1, 0]]):
+    for row, step in zip(rows, (0, 1, 0)):
         settle(model)
-        loss = micro_step.compute(to_device(row, weights.device), WINDOWS, loss_weights)
+        loss = trainer.compute(to_device(row, weights.device), step, weights[step])
         expected = {"loss": loss.clone(), **gradients(model)}
         for param in model.parameters():
             param.grad.zero_()
-        value = {"loss": micro_step(row, WINDOWS, loss_weights).clone(), **gradients(model)}
+        value = {"loss": trainer.micro_step(row, step).clone(), **gradients(model)}
         assert_near(value, expected, 1e-3, 1e-2)
-        micro_step(row, WINDOWS, loss_weights)
+        trainer.micro_step(row, step)
         twice = {name: 2 * grad for name, grad in expected.items() if name != "loss"}
         assert_near(gradients(model), twice, 0, 1e-2)
         losses.append(value["loss"].item())
@@ -222,9 +225,9 @@ def test_replayed_graph_is_what_it_captured(fp8):
             model.head.mul_(1.1)
     assert len(set(losses)) == 3
     other = ROW._replace(max_seq_len=1024)
-    for call in ((other, WINDOWS), (ROW, WINDOWS._replace(long=512))):
+    for row, step in (other, 0), (ROW, 2):
         with pytest.raises(RuntimeError, match="no graph"):
-            micro_step(*call, weights[0])
+            trainer.micro_step(row, step)
 
 
 NGRAMS = {"ngram_orders": (3, 4), "ngram_rows": 2**16, "ngram_dim": 256, "fp8": False}
@@ -233,22 +236,21 @@ NGRAMS = {"ngram_orders": (3, 4), "ngram_rows": 2**16, "ngram_dim": 256, "fp8": 
 def test_replays_leave_the_gradients_of_their_ngrams():
     """Graphs of two kinds, whose memory is shared, replayed in turn on other rows than those they
     were captured on: a step has what eager passes leave, row behind row."""
-    config = make_config(**NGRAMS)
-    model, runtime = make_model(config), Runtime(0, 1, torch.device("cuda"), Log(None))
-    micro_step, ngrams = MicroStep(model, prefixes_of(config), config, runtime), model.ngrams
+    stages = [dataclasses.replace(STAGE, share=0.5, window_short=short) for short in (128, 64)]
+    model = make_model(make_config(**NGRAMS, num_steps=2, stages=tuple(stages)))
+    trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
+    ngrams, weights = model.ngrams, trainer.loss_weights
     ngrams.table.normal_(0, 0.02)
-    weights = torch.tensor(WEIGHTS, device="cuda")
-    kinds = WINDOWS, WINDOWS._replace(short=64)
-    for windows in kinds:
-        micro_step.capture(ROW, windows, weights)
+    for step in range(2):
+        trainer.capture(ROW, step)
     rows, expected = [make_row(seed, [0, 17, 400, 900]) for seed in range(4)], []
     for i, row in enumerate(rows):
         settle(model)
-        micro_step.compute(to_device(row, weights.device), kinds[i % 2], weights)
+        trainer.compute(to_device(row, weights.device), i % 2, weights[i % 2])
         expected.append(ngrams.left)
     settle(model)
     for i, row in enumerate(rows):
-        micro_step(row, kinds[i % 2], weights)
+        trainer.micro_step(row, i % 2)
     assert ngrams.filled == 4 * 2048
     for i, (row, (numbers, grads)) in enumerate(zip(rows, expected)):
         part = slice(2048 * i, 2048 * (i + 1))

@@ -30,8 +30,8 @@ from train_gpt import (
     START_TOKEN,
     Batch,
     Config,
-    MicroStep,
     Optimizer,
+    Trainer,
     UserError,
     Windows,
     check_config,
@@ -236,26 +236,26 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     config = matching_config(
         **write_few_tokens(tmp_path), num_steps=4, extension_steps=1, rows_per_step=4, val_every=1
     )
-    seen, matches, compute = [], [], MicroStep.__call__
+    seen, matches, compute = [], [], Trainer.micro_step
 
     def find_and_keep(*args: object) -> tuple[Tensor, Tensor]:
         matches.append(find_matches(*args))
         return matches[-1]
 
-    def compute_and_keep(self: MicroStep, batch: Batch, *args: object) -> Tensor:
-        loss = compute(self, batch, *args)
+    def compute_and_keep(self: Trainer, batch: Batch, step: int) -> Tensor:
+        loss = compute(self, batch, step)
         seen.append((batch, *(x.tolist() for x in matches[-1])))
         return loss
 
     monkeypatch.setattr(train_gpt, "find_matches", find_and_keep)
-    monkeypatch.setattr(MicroStep, "__call__", compute_and_keep)
+    monkeypatch.setattr(Trainer, "micro_step", compute_and_keep)
     monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
     train(config, runtime)
     assert all(math.isfinite(row["train_loss"]) for row in runtime.log.data["steps"])
     validated = len(runtime.log.data["validations"]) * math.ceil(200 / config.val_row_tokens)
     assert len(matches) == len(seen) + validated + 1  # the preparation's row of a validation
     shapes = [(64, 48)] * 16 + [(64, 64)] * 4
-    memory, stream, others = Memory(ORDERS), training_rows(config, 0, 1, shapes, pin=False), 0
+    memory, stream, others = Memory(ORDERS), training_rows(config, cpu_runtime(), shapes), 0
     for step in range(5):
         rows = seen[len(seen) - 20 + 4 * step :][:4]
         for batch, found, which in rows:
@@ -302,7 +302,7 @@ def read_stream(folder: str, rank: int, world_size: int) -> tuple[Tensor, int]:
     config = matching_config(train_files=f"{folder}/train.bin", match_slots=64)
     count = 4 // world_size
     shapes = [shape for shape in STEPS for _ in range(count)]
-    rows, position = training_rows(config, rank, world_size, shapes, pin=False), 0
+    rows, position = training_rows(config, cpu_runtime(rank, world_size), shapes), 0
     model = SimpleNamespace(config=config, matches=empty_tables(slots=64))
     runtime = cpu_runtime(rank, world_size)
     for _ in STEPS:

@@ -23,14 +23,16 @@ from train_gpt import (
     START_TOKEN,
     Batch,
     Config,
-    MicroStep,
     Optimizer,
     Schedule,
+    Trainer,
     Windows,
-    byte_token_ids,
     config_from_text,
     training_rows,
 )
+
+sys.path.insert(0, str(ROOT / "data"))
+from shards import BYTE_TO_ID
 
 SCRIPT = ROOT / "train_gpt.py"
 OPTIONS = {
@@ -67,7 +69,7 @@ def letters(seed: int, num_tokens: int) -> list[int]:
     """Documents of byte tokens over 16 letters: nine in ten times the letter five further on is
     next."""
     random = np.random.default_rng(seed)
-    ids = [byte_token_ids()[ord(letter)] for letter in ALPHABET]
+    ids = [int(BYTE_TO_ID[ord(letter)]) for letter in ALPHABET]
     tokens: list[int] = []
     while len(tokens) < num_tokens:
         tokens.append(START_TOKEN)
@@ -92,7 +94,7 @@ def read_shard(path: Path) -> np.ndarray:
 def write_data(folder: Path) -> Path:
     """Two training shards, one for validation, and a prefix token for every other letter."""
     prefixes = np.full(50_257, -1, dtype=np.int32)
-    ids = [byte_token_ids()[ord(letter)] for letter in ALPHABET]
+    ids = [int(BYTE_TO_ID[ord(letter)]) for letter in ALPHABET]
     prefixes[ids[1::2]] = ids[::2]
     np.save(folder / "prefixes.npy", prefixes)
     tokens = letters(1, 8000)
@@ -279,7 +281,7 @@ def test_run_is_the_plain_loop(trained):
     first, second, last = *config.stages, config.extension[0]
     stages = [first] * 12 + [second] * 12 + [last] * 2
     shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages for _ in "ab"]
-    rows = training_rows(config, 0, 1, shapes, pin=False)
+    rows = training_rows(config, cpu_runtime(), shapes)
     prefixes = torch.full((50_304,), -1)
     prefixes[:50_257] = torch.from_numpy(np.load(trained / "prefixes.npy"))
     schedule, losses = Schedule(config), []
@@ -303,41 +305,6 @@ def test_run_is_the_plain_loop(trained):
     for name, value in saved.state_dict().items():
         error = (model.state_dict()[name] - value).norm() / value.norm()
         assert error < 0.005, name
-
-
-def test_sample_continues_a_text(trained):
-    """With temperature 0 by what the saved weights find likeliest, otherwise by chance and seed."""
-    prompt, length = "dins", 24
-    options = {
-        "checkpoint": trained / "weights.pt",
-        "sample": prompt,
-        "sample_tokens": length,
-    }
-    result = run(trained, **options, temperature=0)
-    assert result.returncode == 0, result.stderr
-    (sampled,) = result.stdout.splitlines()
-    assert sampled.startswith(prompt)
-    assert len(sampled) > len(prompt)
-    likeliest = likeliest_next_letters(trained / "weights.pt", sampled)[len(prompt) :]
-    assert likeliest[:-1] == sampled[len(prompt) :]
-    assert len(sampled) == len(prompt) + length or likeliest[-1] == "\n"  # a document's end
-    texts = [run(trained, **options, seed=seed).stdout for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    assert len(list((trained / "logs").iterdir())) == 3  # sampling writes no log
-
-
-def likeliest_next_letters(checkpoint: Path, text: str) -> str:
-    """What the saved weights find likeliest at each place of the text, the start token's included;
-    a new document is a line feed."""
-    config, model = load(checkpoint)
-    ids = byte_token_ids()
-    tokens = torch.tensor([START_TOKEN] + [ids[byte] for byte in text.encode()])
-    ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    windows = Windows(config.extension[0].window_short, config.final_window_long)
-    with torch.no_grad():
-        hidden = model.hidden(Batch(tokens.int(), tokens, ends, len(tokens)), windows)
-    best = (hidden @ model.head.T).argmax(dim=1).tolist()
-    return "".join("\n" if token == START_TOKEN else chr(ids.index(token)) for token in best)
 
 
 def validation_losses(folder: Path) -> list[float]:
@@ -386,17 +353,17 @@ def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
 def test_micro_step_adds_its_share_of_the_gradient(runtime):
     """That of the loss in nats a row, over the rows of a step; on a CPU without any graph."""
     config = tiny_config(rows_per_step=4)
-    model, batch, windows = trained_like(config, runtime), random_batch(1, [20, 44]), Windows(8, 24)
-    prefixes, weights = torch.arange(config.padded_vocab_size) - 1, torch.tensor([1, 0.5, 0.25, 0])
-    loss, plain = model(batch, windows, weights, prefixes)
+    model, batch = trained_like(config, runtime), random_batch(1, [20, 44])
+    trainer = Trainer(model, runtime)
+    weights = torch.tensor([1, 0.5, 0.25, 0.25])
+    loss, plain = model(batch, Windows(8, 24), weights, trainer.prefixes)
     loss.backward()
     expected = {name: param.grad.clone() for name, param in model.named_parameters()}
     for param in model.parameters():
         param.grad.zero_()
-    micro_step = MicroStep(model, prefixes, config, runtime)
-    assert not micro_step.uses_graphs
+    assert not trainer.uses_graphs
     for rows in (1, 2, 3):
-        assert micro_step(batch, windows, weights).item() == plain.item()
+        assert trainer.micro_step(batch, 0).item() == plain.item()
         for name, param in model.named_parameters():
             torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
 
@@ -446,10 +413,7 @@ def remove_shards(folder: Path) -> None:
         (None, {"adam_lr": "1e30"}, r"loss is nan.*--muon_lr or --adam_lr"),
         (None, {"stages": FEW_COLUMNS}, r"loss is nan at step 1 .*raise the columns of --stages"),
         (None, {"rows_per_step": 5}, r"--stages: 128 tokens a step do not make 5 rows"),
-        (None, {"checkpoint": "none.pt", "sample": "a"}, r"--checkpoint none\.pt: cannot be read"),
-        (None, {"checkpoint": "val.bin", "sample": "a"}, r"--checkpoint val\.bin: not a check"),
         (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
-        (None, {"sample": "a"}, r"--sample needs --checkpoint FILE"),
         (None, {"prefix_file": "gone.npy"}, r"--prefix_file gone\.npy: cannot be read"),
     ],
 )
@@ -478,7 +442,6 @@ def many_documents_in_the_second_ranks_row(folder: Path) -> None:
         (None, {"rows_per_step": 5}, "--rows_per_step 5 is not divisible by the 2 processes"),
         (many_documents_in_the_second_ranks_row, {}, "a row of 64 tokens holds 64 documents"),
         (spoil_token, {}, r"token 60000 at position 4498"),
-        (None, {"sample": "a", "checkpoint": "none.pt"}, "--sample runs in one process, not in 2"),
     ],
 )
 def test_two_ranks_end_quickly_with_one_message(data, spoil, changes, message):

@@ -42,13 +42,14 @@ def digest(model: train_gpt.GPT) -> str:
 def main() -> int:
     """train_gpt.main(); when it went well, what this rank saw goes to rank<n>.json."""
     seen: dict[str, list] = {"rows": [], "losses": [], "val_losses": [], "weights": []}
-    next_row, launched = train_gpt.Prefetcher.__next__, train_gpt.Progress.launched
+    ahead, launched = train_gpt.ahead, train_gpt.Progress.launched
     validate = train_gpt.validate
 
-    def note_row(self):
-        batch = next_row(self)
-        seen["rows"].append(row_of(batch))
-        return batch
+    def note_rows(items, depth):
+        for item in ahead(items, depth):
+            if isinstance(item, train_gpt.Batch):  # and not a shard
+                seen["rows"].append(row_of(item))
+            yield item
 
     def note_loss(self, step, loss):
         assert step == len(seen["losses"])
@@ -60,7 +61,7 @@ def main() -> int:
         seen["val_losses"].append(validate(model, *arguments))
         return seen["val_losses"][-1]
 
-    train_gpt.Prefetcher.__next__ = note_row
+    train_gpt.ahead = note_rows
     train_gpt.Progress.launched = note_loss
     train_gpt.validate = note_validation
     code = train_gpt.main()
