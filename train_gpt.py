@@ -214,7 +214,6 @@ class Config:
     val_row_tokens: int = 32_768  # tokens of one validation row
     fp8: bool = True  # products of QKV, MLP and head in fp8 where the GPU has it
     cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
-    compile: str = "none"  # by torch.compile: none; block: the gate MLPs; full: all layers in one
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
     checkpoint: str = ""  # file the final weights are written to, or, with --sample, read from
     sample: str = ""  # continue this text with the weights of --checkpoint instead of training
@@ -273,7 +272,6 @@ PRESETS = {
         ngram_lr=30.0,
         val_every=40,
         val_row_tokens=512,
-        compile="none",
     ),
 }
 
@@ -375,12 +373,10 @@ def check_config(config: Config, world_size: int) -> None:
         config.vocab_size > START_TOKEN,
         f"--vocab_size {config.vocab_size} leaves out the start token {START_TOKEN}: raise it",
     )
-    for name, choices in (
-        ("dtype", ("bfloat16", "float32")),
-        ("compile", ("block", "full", "none")),
-    ):
-        value = getattr(config, name)
-        require(value in choices, f"--{name} {value!r} is not one of {', '.join(choices)}")
+    require(
+        config.dtype in ("bfloat16", "float32"),
+        f"--dtype {config.dtype!r} is not one of bfloat16, float32",
+    )
     require(config.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
 
 
@@ -1945,7 +1941,6 @@ class FirstColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.count = count
-        # a copy in fp32 too: a view would have no gradient where torch 2.11 compiles this
         return x.view_as(x), x[:, :count].to(torch.float32, copy=True)
 
     @staticmethod
@@ -2294,18 +2289,6 @@ def small_params(config: Config) -> dict[str, SmallParam]:
     return table
 
 
-def compiler(enabled: bool) -> Callable[[Callable], Callable]:
-    """torch.compile with fixed shapes, or what leaves a function as it is."""
-    if not enabled:
-        return lambda function: function
-    from torch._inductor.exc import OperatorIssue
-
-    # Up to torch 2.12 inductor spells out all that led to the arguments of an op when it first
-    # meets it, for a log that is off: ten times as much a layer, without end at the last one.
-    OperatorIssue.operator_str = staticmethod(lambda target, *_: str(target))
-    return functools.partial(torch.compile, fullgraph=True, dynamic=False)
-
-
 class GPT(nn.Module):
     """Decoder-only transformer. Weights of one kind are stacked in a bank, so that the optimizer
     can share a whole kind out over the ranks at once; banks are padded with zeros to a multiple
@@ -2367,8 +2350,6 @@ class GPT(nn.Module):
             banks, layers = (self.mlp_bank, self.attention_bank, self.head), self.attention_layers
             self.fp8 = Fp8Copies(*banks, layers, len(config.layers))
         self.register_buffer("one", torch.ones(1, device=device), persistent=False)
-        self.gate_mlp = compiler(config.compile == "block")(gate_mlp)
-        self.run_layers = compiler(config.compile == "full")(self.run_layers)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -2461,7 +2442,7 @@ class GPT(nn.Module):
 
         def gates_of(name: str, x: Tensor) -> dict[str, Tensor]:
             weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
-            outputs = self.gate_mlp(x, *weights, small.get(f"{name} scale"))
+            outputs = gate_mlp(x, *weights, small.get(f"{name} scale"))
             widths = [width for width, _ in self.gate_layouts[name].values()]
             return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
 
@@ -2476,8 +2457,7 @@ class GPT(nn.Module):
         x0 = combine([embedded, before], [one, smear], True, [], False)[1]
         gates = gates_of("early", x0)
         sums = []
-        # full's compiler wants functions without effects
-        if has_kernels(x0.device) and torch.is_grad_enabled() and self.config.compile != "full":
+        if has_kernels(x0.device) and torch.is_grad_enabled():
             sums = [torch.zeros_like(x0), torch.zeros_like(x0)]
         x, normed = add([x0, ngrams], [one, gates["ngrams 0"]], True, sums, True)
         first, kept, kept_normed = x, {}, {}  # outputs of layers
@@ -4095,7 +4075,7 @@ def continue_text(config: Config, runtime: Runtime) -> None:
         )
     try:
         saved = torch.load(config.checkpoint, map_location=runtime.device, weights_only=True)
-        trained = config_from_text(saved["config"] | {"compile": "none"})
+        trained = config_from_text(saved["config"])
         weights, byte_tokens = saved["weights"], saved["byte_tokens"]
     except OSError as error:
         raise UserError(

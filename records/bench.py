@@ -1,10 +1,10 @@
 """Every operation of train_gpt.py beside what this GPU can do: `./run.sh bench [--tokens LIST]`.
 
 A time is the median of some runs on random data, each behind a read of more than the L2 holds.
-Operations replay from a CUDA graph; their plain twins run eagerly and, with --compiled, under
-torch.compile. Rates count what must be computed or moved, each input and output once. The share
-is of a ceiling measured in the same run: the library's product of the same shape and dtype, for
-attention the large bf16 product, else a copy. The head's backward is part of its forward.
+Operations replay from a CUDA graph; their plain twins run eagerly. Rates count what must be
+computed or moved, each input and output once. The share is of a ceiling measured in the same run:
+the library's product of the same shape and dtype, for attention the large bf16 product, else a
+copy. The head's backward is part of its forward.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import contextlib
 import functools
 import itertools
 import math
-import signal
 import sys
 import tempfile
 import traceback
@@ -36,7 +35,6 @@ VOCAB, BF16, FP32, INT16 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float
 STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONFIG.stages}
 # NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
 BLOCKS = {"q, k": (16, 6, 2 * HEAD_DIM), "v, o": (16, 2, DIM), "mlp": (24, 1, HIDDEN)}
-COMPILE_SECONDS = 20  # longer, and a twin is not timed compiled
 
 
 @dataclass
@@ -94,19 +92,6 @@ def without_kernels() -> Iterator[None]:
         train_gpt.has_kernels = kept
 
 
-@contextlib.contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    def stop(*_) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
 def figures(need: Need, ms: float, floor_ms: float) -> list[str]:
     """Time, rate, and share of the ceiling."""
     amount, unit = (need.flops, "TFLOP/s") if need.flops else (1000 * need.bytes, "GB/s")
@@ -116,8 +101,8 @@ def figures(need: Need, ms: float, floor_ms: float) -> list[str]:
 class Bench:
     """Measures cases, prints and keeps the lines, and goes on behind what fails."""
 
-    def __init__(self, device: torch.device, compiled: bool = False, log: Path | None = None):
-        self.device, self.compiled, self.log, self.failures = device, compiled, log, 0
+    def __init__(self, device: torch.device, log: Path | None = None):
+        self.device, self.log, self.failures = device, log, 0
         self.copy_rate, self.bf16_rate = math.nan, math.nan  # bytes and operations a second
         self.more_than_l2 = torch.zeros(2**26, device=device)  # 256 MiB
 
@@ -193,24 +178,15 @@ class Bench:
                 self.bf16_rate = 2000 * 8192**3 / self.library_ms(1, 8192, 8192, 8192, dtype)
                 self.line(f"{name} product of 8192^3: {self.bf16_rate / 1e12:.0f} TFLOP/s")
 
-    def twin_ms(self, case: Case, direction: str, compiled: bool) -> str:
-        """'-' where there is none, it is too large for the memory, or compiles too long."""
-        twin = case.twin
-        if twin is None or (compiled and not self.compiled):
+    def twin_ms(self, case: Case, direction: str) -> str:
+        """'-' where there is none, or it is too large for the memory."""
+        if case.twin is None:
             return "-"
         try:
             with without_kernels():
-                if compiled:
-                    torch._dynamo.reset()  # it stops compiling after a few shapes
-                    torch._functorch.config.donated_buffer = False  # backwards run repeatedly
-                    twin = torch.compile(twin, dynamic=False)
-                    with time_limit(COMPILE_SECONDS):
-                        case.prepare(twin, direction)()
-                return f"{self.median_ms(case.prepare(twin, direction)):.3f}"
-        except Exception as error:
-            if compiled or isinstance(error, torch.OutOfMemoryError):
-                return "-"
-            raise
+                return f"{self.median_ms(case.prepare(case.twin, direction)):.3f}"
+        except torch.OutOfMemoryError:
+            return "-"
 
     def row(self, case: Case, direction: str) -> list[str]:
         """A line of the table. Twins come last: some change their inputs."""
@@ -220,14 +196,13 @@ class Bench:
         if need.products:
             library_ms = sum(self.library_ms(*product, need.dtype) for product in need.products)
             floor_ms = library_ms * need.flops / need.library_flops
-        twins = ["failed", "failed"]
-        for i in range(2):
-            with self.attempt(f"twin of {case.name} {direction}"):
-                twins[i] = self.twin_ms(case, direction, compiled=i == 1)
-        return [case.name, direction, *figures(need, ms, floor_ms), *twins]
+        twin_ms = "failed"
+        with self.attempt(f"twin of {case.name} {direction}"):
+            twin_ms = self.twin_ms(case, direction)
+        return [case.name, direction, *figures(need, ms, floor_ms), twin_ms]
 
     def section(self, title: str, makers: list[Callable[[], Iterator[Case]]]) -> None:
-        rows = [["", "direction", "ms", "rate", "share", "twin ms", "compiled ms"]]
+        rows = [["", "direction", "ms", "rate", "share", "twin ms"]]
         for maker in makers:
             with self.attempt(getattr(maker, "__name__", title)):
                 for case in maker():
@@ -483,8 +458,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__.split("\n")[0])
     sizes = ",".join(map(str, STAGES))
     parser.add_argument("--tokens", default=sizes, metavar="LIST", help=f"rows [{sizes}]")
-    text = "time the plain twins under torch.compile too"
-    parser.add_argument("--compiled", action="store_true", help=text)
     parser.add_argument("--log", type=Path, metavar="FILE", help="write the lines here too")
     args = parser.parse_args(arguments)
     for size in args.tokens.split(","):
@@ -499,7 +472,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--log {args.log}: cannot be written: {error}")
     warnings.filterwarnings("ignore", message="Argument aux_data")  # from flash-attn-4
-    bench = Bench(torch.device("cuda", 0), args.compiled, args.log)
+    bench = Bench(torch.device("cuda", 0), args.log)
     bench.line(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     bench.measure_ceilings()
     chosen = [int(size) for size in args.tokens.split(",")]

@@ -33,8 +33,8 @@ TOLERANCE = 1e-5  # nats: what rounding may change in a loss of about ten
 # How large the judged model is; its layer plan is the speedrun's.
 SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8}
 SIZES |= {"ngram_rows": 512, "ngram_dim": 32}
-SIZES |= {"bigram_rows": 512}  # of the table that scripts of older records have
-SIZES |= {"dtype": "float32", "compile": "none", "min_mean_doc_len": 1}
+SIZES |= {"dtype": "float32", "min_mean_doc_len": 1}
+SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
 
@@ -76,7 +76,9 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
 def load_checkpoint(script: ModuleType, path: str, device: str):
     """The model that --checkpoint saved, its config, and whether its tokens are bytes."""
     saved = torch.load(path, map_location=device, weights_only=True)
-    config = script.config_from_text(saved["config"] | {"compile": "none"})
+    if "compile" in saved["config"]:  # in older records
+        saved["config"]["compile"] = "none"
+    config = script.config_from_text(saved["config"])
     model = script.GPT(config, start_runtime(script, device))
     for name, tensor in model.state_dict().items():
         rows = min(len(tensor), len(saved["weights"][name]))  # banks are padded to the ranks
