@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
-from train_gpt import E4M3, TWINS, Config, Log, Runtime, Schedule, Stage
+from train_gpt import E4M3, Config, Log, Runtime, Schedule, Stage
 
 CONFIG = Config()
 DIM, HEADS, HEAD_DIM, HIDDEN = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim, CONFIG.mlp_dim
@@ -60,9 +60,8 @@ class Case:
     """
 
     def __init__(self, name: str, inputs: list[Tensor], call=None, captured=True, **needs):
-        function = name.split(",")[0]
-        self.op = getattr(train_gpt, function)
-        self.twin = TWINS.get(function, self.op)  # None: it has none
+        self.op = getattr(train_gpt, name.split(",")[0])
+        self.twin = self.op  # without kernels; None: it has none
         self.name, self.inputs, self.captured = name, inputs, captured
         self.call = call or (lambda op, *inputs: op(*inputs))
         self.needs = {key: n if isinstance(n, Need) else Need(n) for key, n in needs.items()}
@@ -84,7 +83,7 @@ class Case:
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Operations of optimizer and tables take their plain branch."""
+    """Operations are their plain twins."""
     kept, train_gpt.has_kernels = train_gpt.has_kernels, lambda device: False
     try:
         yield
@@ -240,7 +239,7 @@ class Row:
         sums = [torch.zeros_like(x) for x in inputs[2:4]]  # two sources are shared, as in a layer
 
         def call(op, *x):
-            return op(list(x[:4]), list(x[4:]), True, sums, False)
+            return op(x[:4], x[4:], True, sums)
 
         moved = {"forward": 6 * self.stream, "backward": 12 * self.stream}
         yield Case("combine, 4 terms", inputs, call, **moved)
@@ -251,7 +250,7 @@ class Row:
         w_qkv = self.random(3 * DIM, DIM, std=0.02, grad=True)
         inputs = [self.wide(), w_qkv, torch.ones((), device=self.device, requires_grad=True)]
         value = [self.wide(), self.wide(HEADS, FP32)]
-        fp8 = []
+        fp8 = None
         if self.device.type == "cuda":
             bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
             copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
@@ -259,13 +258,13 @@ class Row:
         forward = [(1, self.T, 3 * DIM, DIM)]
         backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
         for kind, more, own in (
-            ("bf16", [], []), ("fp8", [], fp8), ("fp8, value", value, fp8),
+            ("bf16", [], None), ("fp8", [], fp8), ("fp8, value", value, fp8),
             ("fp8, key offset", [], fp8),
         ):  # fmt: skip
 
             def call(op, *x, kind=kind, own=own):
                 values = *(x[3:] or (None, None)), None
-                return op(*x[:3], *tables, *values, own, "key" in kind, HEAD_DIM)[:3]
+                return op(*x[:3], *tables, *values, own, "key" in kind, HEAD_DIM)
 
             needs = {"forward": Need(products=forward, dtype=E4M3 if own else BF16)}
             needs["backward"] = Need(products=backward, dtype=E4M3 if own else BF16)
@@ -301,13 +300,13 @@ class Row:
         forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
         backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
         for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
-            fp8 = []
+            fp8 = None
             if kind == "fp8":
                 copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
                 fp8 = copies.mlp(0, *copies.stream(inputs[0]))
             needs = {"forward": Need(products=forward, dtype=dtype)}
             needs["backward"] = Need(products=backward, dtype=dtype)
-            yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8)[0], **needs)
+            yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8), **needs)
 
     def head(self) -> Iterator[Case]:
         targets, weights = self.batch.targets, torch.tensor([1.0, 0.5, 0.25, 0.25])
@@ -318,22 +317,24 @@ class Row:
         needs = {"forward": Need(products=products[:1])}
         yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
         for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
-            bank = self.random(2, 128, DIM)
-            fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head() if kind == "fp8" else []
+            fp8 = None
+            if kind == "fp8":
+                bank = self.random(2, 128, DIM)
+                fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head()
 
             def call(op, *x, fp8=fp8):
-                return op(*x, *terms, fp8, None)[0][0]
+                return op(*x, *terms, fp8)[0]
 
             need = Need(products=products, dtype=dtype)
             yield Case(f"head_loss, {kind}", inputs, call, both=need)
 
     def quantize(self) -> Iterator[Case]:
-        def plain_quantize(x: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            out = (x.float() / unit[0]).clamp(-448, 448).to(dtype)
+        def plain_quantize(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+            out = (x.float() / unit[0]).clamp(-448, 448).to(E4M3)
             return out, out.mT.contiguous()
 
         inputs = [self.wide(), torch.full((4,), 28 / 448, device=self.device)]
-        case = Case("quantize", inputs, lambda op, *x: op(*x, E4M3), forward=2 * self.stream)
+        case = Case("quantize", inputs, forward=2 * self.stream)
         case.twin = plain_quantize
         yield case
 

@@ -21,7 +21,6 @@ from train_gpt import (
     attention,
     attention_backend,
     ngram_hash,
-    plain_attention,
     to_device,
 )
 
@@ -60,12 +59,9 @@ def test_backends_agree_with_the_definition(backend, num_tokens, window, max_seq
     q, k, v, grad = (torch.randn(num_tokens, 6, 128, device="cuda") for _ in range(4))
     q, k = F.rms_norm(q, (128,)), F.rms_norm(k, (128,))
     results = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, kind in ((torch.float32, "plain"), (torch.bfloat16, backend)):
         inputs = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in (q, k, v)]
-        if dtype == torch.float32:
-            out = plain_attention(*inputs, cu_seqlens, window, 0.1)
-        else:
-            out = attention(*inputs, cu_seqlens, max_seq_len, window, 0.1, backend)
+        out = attention(*inputs, cu_seqlens, max_seq_len, window, 0.1, kind)
         gradients = torch.autograd.grad(out, inputs, grad.bfloat16().to(dtype))
         results.append((out, *gradients))
     for name, reference, value in zip(("out", "dq", "dk", "dv"), *results):
