@@ -724,10 +724,29 @@ class Combine(torch.autograd.Function):
 
 
 # --- fp8 ------------------------------------------------------------------------------------------
-#
-# A unit is what 1.0 in fp8 stands for: fp32, padded to the 16 bytes at which cuBLAS wants each to
-# begin. Products in fp8 read rows of both factors, so whatever is multiplied from both sides is
-# kept both ways round.
+
+
+class Fp8(NamedTuple):
+    """A matrix in fp8. Products read rows of both factors, so what is multiplied from both sides is
+    kept both ways round."""
+
+    rows: Tensor
+    columns: Tensor  # its transpose
+    unit: Tensor  # what 1.0 stands for: fp32, padded to the 16 bytes at which cuBLAS wants it
+
+    @property
+    def T(self) -> "Fp8":
+        return Fp8(self.columns, self.rows, self.unit)
+
+
+def fp8_like(x: Tensor, unit: Tensor) -> Fp8:
+    """Room for x."""
+    return Fp8(x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3), unit)
+
+
+def fp8_product(a: Fp8, b: Fp8) -> Tensor:
+    """a bᵀ in bf16 for a (rows, inner) and b (cols, inner)."""
+    return torch._scaled_mm(a.rows, b.rows.mT, a.unit[0], b.unit[0], out_dtype=torch.bfloat16)
 
 
 @triton.jit
@@ -751,74 +770,54 @@ def _quantize_kernel(
     tl.store(out_t + at_t, tl.trans(values), mask=tl.trans(inside))
 
 
-def fp8_pair(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for x and its transpose in fp8."""
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3)
+def quantize(x: Tensor, out: Fp8, largest: Tensor | None = None) -> Fp8:
+    """Write x to `out`, saturated; raise largest (1,) to that of |x|.
 
-
-def quantize(
-    x: Tensor, unit: Tensor, out: tuple[Tensor, Tensor] | None = None, largest: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x/unit, saturated, and its transpose, in `out` if given; raise largest (1,) to that of |x|.
-
-    x: (rows, cols) with unit (4,), or (batch, rows, cols), the first rows of larger matrices or
+    x: (rows, cols) with one unit (4,), or (batch, rows, cols), the first rows of larger matrices or
     all, with units (batch, 4).
     """
     *batch, rows, columns = x.shape
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
-    out, out_t = out or fp8_pair(x)
     x = x.flatten(-2) if batch else packed(x)  # a view
     _quantize_kernel[grid](
-        x, unit, out, out_t, largest, rows, columns, x.stride(0),
-        LIMIT=torch.finfo(out.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
+        x, out.unit, out.rows, out.columns, largest, rows, columns, x.stride(0),
+        LIMIT=torch.finfo(out.rows.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
     )  # fmt: skip
-    return out, out_t
-
-
-def fp8_product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor) -> Tensor:
-    """a bᵀ in bf16 for fp8 a (rows, inner) and b (cols, inner)."""
-    return torch._scaled_mm(a, b.mT, unit_a[0], unit_b[0], out_dtype=torch.bfloat16)
+    return out
 
 
 class QkvFp8(NamedTuple):
-    """The factors of the QKV product in fp8, and the units of all that is fp8 there."""
+    """The factors of the QKV product, and what its gradient in fp8 takes."""
 
-    x: Tensor  # (T, dim), for the forward pass alone
-    x_t: Tensor
-    w: Tensor  # (3 dim, dim)
-    w_t: Tensor
-    unit_x: Tensor
-    unit_w: Tensor
+    x: Fp8  # (T, dim)
+    w: Fp8  # (3 dim, dim)
     unit_grad: Tensor  # of the product
     largest: Tensor  # (1,) of this gradient, seen since the last update
 
 
 class MlpFp8(NamedTuple):
-    """The input and the weights of an MLP in fp8, and the units of all that is fp8 in it."""
+    """The input and the weights of an MLP, and what the rest in fp8 takes."""
 
-    x: Tensor  # (T, dim), for the forward pass alone
-    x_t: Tensor
-    w_1: Tensor  # (hidden, dim)
-    w_1_t: Tensor
-    w_2: Tensor
-    w_2_t: Tensor
-    unit_w_1: Tensor
-    unit_w_2: Tensor
-    unit_x: Tensor
+    x: Fp8  # (T, dim)
+    w_1: Fp8  # (hidden, dim)
+    w_2: Fp8
     unit_square: Tensor
     unit_grad: Tensor  # of the MLP's result
     unit_hidden: Tensor  # of the gradient in front of relu
-    largest: Tensor  # (3,) square and numbers of these two, seen since the last update
+    largest: Tensor  # (3,) of these, seen since the last update
 
 
 class HeadFp8(NamedTuple):
-    """The head in fp8, and the units of all that is fp8 there."""
+    """The head, and the units of its input and of the gradient of the logits."""
 
-    weight: Tensor  # (vocab, dim)
-    weight_t: Tensor
-    unit_w: Tensor
+    weight: Fp8  # (vocab, dim)
     unit_x: Tensor
     unit_grad: Tensor
+
+
+def for_backward(x: Tensor, fp8: QkvFp8 | MlpFp8 | None) -> tuple[Tensor, QkvFp8 | MlpFp8 | None]:
+    """What the gradient of weights takes of the input x, and the rest of fp8."""
+    return (fp8.x.columns, fp8._replace(x=Fp8(None, None, fp8.x.unit))) if fp8 else (x, None)
 
 
 class Fp8Copies:
@@ -836,14 +835,14 @@ class Fp8Copies:
             return torch.full((*shape, 4), value, device=head.device)
 
         banks = mlp_bank[: 2 * num_layers], attention_bank[: len(attention_layers), :rows]
-        self.banks = [(bank.detach(), unit(1.0, len(bank)), fp8_pair(bank)) for bank in banks]
-        self.head_copies = fp8_pair(self.head_weight)
+        self.banks = [(bank.detach(), fp8_like(bank, unit(1.0, len(bank)))) for bank in banks]
+        self.head_copy = fp8_like(self.head_weight, unit(1.6 / 448))
         self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
         # The others' units follow from the largest in the step before, with room to grow: of each
         # layer's squares, gradients of its result, of what is in front of relu and of QKV.
         self.units = unit(0.0, 4, num_layers)
         self.largest = torch.zeros(4, num_layers, device=head.device)
-        self.head_units = unit(1.6 / 448), unit(100 / 448), unit(0.75 / 448)
+        self.head_units = unit(100 / 448), unit(0.75 / 448)
         self.reset()
 
     def reset(self) -> None:
@@ -856,47 +855,38 @@ class Fp8Copies:
     @torch.no_grad()
     def refresh(self, head: bool = True) -> None:
         """Copy the weights as they are now, the head only if it has changed."""
-        for bank, units, copies in self.banks:
+        for bank, copy in self.banks:
             largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
-            units.copy_(largest.clamp_min(1e-12)[:, None] / 448)
-            quantize(bank, units, copies)
+            copy.unit.copy_(largest.clamp_min(1e-12)[:, None] / 448)
+            quantize(bank, copy)
         if head:
-            quantize(self.head_weight, self.head_units[0], self.head_copies)
+            quantize(self.head_weight, self.head_copy)
         largest = self.largest[:, :, None]
         self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
         self.largest.zero_()
 
-    def stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of a normed stream."""
-        return quantize(x, self.unit_x)
+    def stream(self, x: Tensor) -> Fp8:
+        """A copy of a normed stream."""
+        return quantize(x, fp8_like(x, self.unit_x))
 
-    def qkv(self, layer: int, x: Tensor, x_t: Tensor) -> QkvFp8:
-        """For this layer, given copies of the stream."""
-        entry, (_, unit_w, (copy, copy_t)) = self.entries[layer], self.banks[1]
-        units = self.unit_x, unit_w[entry], self.units[3, layer]
-        return QkvFp8(x, x_t, copy[entry], copy_t[entry], *units, self.largest[3:, layer])
+    def qkv(self, layer: int, x: Fp8) -> QkvFp8:
+        """For this layer, given a copy of the stream."""
+        w = Fp8(*(tensor[self.entries[layer]] for tensor in self.banks[1][1]))
+        return QkvFp8(x, w, self.units[3, layer], self.largest[3:, layer])
 
-    def mlp(self, layer: int, x: Tensor, x_t: Tensor) -> MlpFp8:
-        """For this layer, given copies of the stream."""
-        first, second = layer, self.num_layers + layer
-        _, unit_w, (copy, copy_t) = self.banks[0]
-        weights = copy[first], copy_t[first], copy[second], copy_t[second]
-        units = unit_w[first], unit_w[second], self.unit_x, *self.units[:3, layer]
-        return MlpFp8(x, x_t, *weights, *units, self.largest[:3, layer])
+    def mlp(self, layer: int, x: Fp8) -> MlpFp8:
+        """For this layer, given a copy of the stream."""
+        entries = layer, self.num_layers + layer
+        weights = (Fp8(*(tensor[entry] for tensor in self.banks[0][1])) for entry in entries)
+        return MlpFp8(x, *weights, *self.units[:3, layer], self.largest[:3, layer])
 
     def head(self, tokens: Tensor | None = None) -> HeadFp8:
         """Of these rows of the head, or of all."""
-        copy, copy_t = self.head_copies
+        weight = self.head_copy
         if tokens is not None:
-            rows = copy.view(torch.uint8)[tokens]
-            copy, copy_t = rows.view(E4M3), rows.mT.contiguous().view(E4M3)
-        return HeadFp8(copy, copy_t, *self.head_units)
-
-
-def for_backward(x: Tensor, fp8: QkvFp8 | MlpFp8 | None) -> tuple[Tensor, QkvFp8 | MlpFp8 | None]:
-    """The rows of x that a gradient of weights is made from, in bf16 or, transposed, in fp8; and
-    what else the backward pass takes of fp8."""
-    return (fp8.x_t, fp8._replace(x=None, x_t=None)) if fp8 else (x, None)
+            rows = weight.rows.view(torch.uint8)[tokens]
+            weight = Fp8(rows.view(E4M3), rows.mT.contiguous().view(E4M3), weight.unit)
+        return HeadFp8(weight, *self.head_units)
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -1204,10 +1194,9 @@ def product_gradient(
     grads: Sequence[Tensor], qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor,
     value: Tensor | None, value_share: Tensor | None, key_offset: bool, head_dim: int,
     unit: Tensor | None = None, largest: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of the product qkv, its transpose, and those of scale, value and value_share. With
-    a unit the first two are in fp8 and largest (1,) is raised to the largest; else there is no
-    transpose.
+) -> tuple[Fp8 | Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the product qkv, with a unit in fp8, and of scale, value and value_share; raises
+    largest (1,) to the largest of the first.
 
     The norm takes scale out of q and k again, so its gradient comes from v alone: what q and k
     would add is EPS / (mean square of the scaled head) of the size of their own terms.
@@ -1215,17 +1204,18 @@ def product_gradient(
     num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
     tile, num_warps = (TILE_TOKENS, 4) if unit is None else FP8_TILE
     tiles = triton.cdiv(num_tokens, tile)
-    dqkv, dqkv_t = (qkv.new_empty(qkv.shape), None) if unit is None else fp8_pair(qkv)
+    dqkv = (torch.empty_like(qkv), None, None) if unit is None else fp8_like(qkv, unit)
     dvalue, dvalue_share = (
         None if x is None else x.new_empty(x.shape) for x in (value, value_share)
     )
     partial = torch.empty((tiles, heads), dtype=torch.float32, device=qkv.device)
     _prepare_qkv_backward_kernel[heads, tiles](
-        *map(packed, grads), qkv, scale, cos, sin, value, value_share, dqkv, dqkv_t, unit, largest,
-        partial, dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share),
-        heads, head_dim, key_offset, torch.finfo(dqkv.dtype).max, tile, num_warps=num_warps,
+        *map(packed, grads), qkv, scale, cos, sin, value, value_share, *dqkv, largest, partial,
+        dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share), heads,
+        head_dim, key_offset, torch.finfo(dqkv[0].dtype).max, tile, num_warps=num_warps,
     )  # fmt: skip
-    return dqkv, dqkv_t, partial.sum().view_as(scale), dvalue, dvalue_share
+    dqkv = dqkv[0] if unit is None else dqkv
+    return dqkv, partial.sum().view_as(scale), dvalue, dvalue_share
 
 
 class PrepareQkv(torch.autograd.Function):
@@ -1237,10 +1227,7 @@ class PrepareQkv(torch.autograd.Function):
         value: Tensor | None, value_share: Tensor | None, extra_value: Tensor | None,
         fp8: QkvFp8 | None, key_offset: bool, head_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if fp8:
-            qkv = fp8_product(fp8.x, fp8.w, fp8.unit_x, fp8.unit_w)
-        else:
-            qkv = x @ w_qkv.mT
+        qkv = fp8_product(fp8.x, fp8.w) if fp8 else x @ w_qkv.mT
         num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
         q, k, v = (qkv.new_empty(num_tokens, heads, head_dim) for _ in range(3))
         _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
@@ -1257,13 +1244,12 @@ class PrepareQkv(torch.autograd.Function):
         x, w_qkv, *inputs = ctx.saved_tensors
         inputs, fp8 = ((dq, dk, dv), *inputs, *ctx.options), ctx.fp8
         if fp8:
-            dqkv, dqkv_t, *others = product_gradient(*inputs, fp8.unit_grad, fp8.largest)
-            dx = fp8_product(dqkv, fp8.w_t, fp8.unit_grad, fp8.unit_w)
-            dw = fp8_product(dqkv_t, x, fp8.unit_grad, fp8.unit_x)
+            x = fp8.x._replace(columns=x)
+            dqkv, dscale, *dvalues = product_gradient(*inputs, fp8.unit_grad, fp8.largest)
+            dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, x.T)
         else:
-            dqkv, _, *others = product_gradient(*inputs)
+            dqkv, dscale, *dvalues = product_gradient(*inputs)
             dx, dw = dqkv @ w_qkv, dqkv.mT @ x
-        dscale, *dvalues = others
         d_extra = dv.flatten(1) if ctx.has_extra else None
         return dx, dw, dscale, None, None, *dvalues, d_extra, None, None, None
 
@@ -1353,9 +1339,9 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None) -> Tensor:
         if fp8:
-            units = fp8.unit_x, fp8.unit_w_1, fp8.unit_square, fp8.unit_square
-            square, square_t = mlp_product(fp8.x, fp8.w_1, None, units, fp8.largest[:1])
-            out = fp8_product(square, fp8.w_2_t, fp8.unit_square, fp8.unit_w_2)
+            units = fp8.x.unit, fp8.w_1.unit, fp8.unit_square, fp8.unit_square
+            square, square_t = mlp_product(fp8.x.rows, fp8.w_1.rows, None, units, fp8.largest[:1])
+            out = fp8_product(Fp8(square, square_t, fp8.unit_square), fp8.w_2.T)
         else:
             square, square_t = mlp_product(x, w_1)
             out = square @ w_2
@@ -1370,15 +1356,13 @@ class Mlp(torch.autograd.Function):
             grad = packed(grad)
             hidden, _ = mlp_product(grad, w_2, square)
             return hidden @ w_1, hidden.mT @ x, square.mT @ grad, None
-        grad, grad_t = quantize(grad, fp8.unit_grad, largest=fp8.largest[1:2])
-        units = fp8.unit_grad, fp8.unit_w_2, fp8.unit_square, fp8.unit_hidden
-        hidden, hidden_t = mlp_product(grad, fp8.w_2, square, units, fp8.largest[2:])
-        return (
-            fp8_product(hidden, fp8.w_1_t, fp8.unit_hidden, fp8.unit_w_1),
-            fp8_product(hidden_t, x, fp8.unit_hidden, fp8.unit_x),
-            fp8_product(square_t, grad_t, fp8.unit_square, fp8.unit_grad),
-            None,
-        )
+        x, square = fp8.x._replace(columns=x), Fp8(square, square_t, fp8.unit_square)
+        grad = quantize(grad, fp8_like(grad, fp8.unit_grad), fp8.largest[1:2])
+        units = grad.unit, fp8.w_2.unit, square.unit, fp8.unit_hidden
+        hidden = mlp_product(grad.rows, fp8.w_2.rows, square.rows, units, fp8.largest[2:])
+        hidden = Fp8(*hidden, fp8.unit_hidden)
+        d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, x.T)
+        return d_x, d_w_1, fp8_product(square.T, grad.T), None
 
 
 # --- Head -----------------------------------------------------------------------------------------
@@ -1521,9 +1505,9 @@ class HeadLoss(torch.autograd.Function):
         num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
         losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
         grad = x.new_empty((num_rows, vocab), dtype=E5M2 if fp8 else x.dtype)
-        grad_t = x_t = None  # layouts that the products in fp8 read
+        grad_t = None
         if fp8:
-            x8, x_t = quantize(x, fp8.unit_x)
+            x8 = quantize(x, fp8_like(x, fp8.unit_x))
             grad_t = x.new_empty((vocab, num_rows), dtype=E5M2)
         unit = fp8.unit_grad if fp8 else torch.ones(4, device=device)
         kinds = {"TERMS": targets.size(1), "APPROXIMATE": x.is_cuda}
@@ -1531,7 +1515,7 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(start, min(start + HEAD_ROWS, num_rows))
             count = rows.stop - start
             if fp8:
-                logits = fp8_product(x8[rows], fp8.weight, fp8.unit_x, fp8.unit_w)
+                logits = fp8_product(x8._replace(rows=x8.rows[rows]), fp8.weight)
             else:
                 logits = x[rows] @ head.mT
             _lse_kernel[(count,)](
@@ -1545,7 +1529,7 @@ class HeadLoss(torch.autograd.Function):
                 *inputs, *outputs, **kinds, ROWS=128, COLUMNS=64, num_warps=4
             )
             _targets_kernel[grid[:1]](*inputs, losses[:, rows], *outputs, **kinds, ROWS=128)
-        ctx.save_for_backward(x_t if fp8 else x, head, grad, grad_t)
+        ctx.save_for_backward(x8.columns if fp8 else x, head, grad, grad_t)
         ctx.fp8 = fp8
         weighted, first = losses.sum(1).unbind()
         ctx.mark_non_differentiable(first)
@@ -1556,9 +1540,9 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         (x, head, slope, slope_t), fp8 = ctx.saved_tensors, ctx.fp8
         if fp8:  # the loss's own gradient goes into the unit
-            unit = fp8.unit_grad * grad
-            d_x = fp8_product(slope, fp8.weight_t, unit, fp8.unit_w)
-            d_head = fp8_product(slope_t, x, unit, fp8.unit_x)
+            slope = Fp8(slope, slope_t, fp8.unit_grad * grad)
+            x = Fp8(None, x, fp8.unit_x)
+            d_x, d_head = fp8_product(slope, fp8.weight.T), fp8_product(slope.T, x.T)
         else:
             d_x, d_head = grad * (slope @ head), grad * (slope.mT @ x)
         return d_x, d_head, None, None, None, None
@@ -2217,10 +2201,10 @@ class GPT(nn.Module):
             widths = [width for width, _ in self.gate_layouts[name].values()]
             return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
 
-        def add(*arguments: object) -> tuple[Tensor, list[Tensor]]:
-            """combine, with the copies in fp8 behind the norm"""
+        def add(*arguments: object) -> tuple[Tensor, tuple[Tensor | None, Fp8 | None]]:
+            """combine, with a copy in fp8 of the norm"""
             x, normed = combine(*arguments)
-            return x, [normed, *(fp8.stream(normed) if fp8 and normed is not None else [])]
+            return x, (normed, fp8.stream(normed) if fp8 and normed is not None else None)
 
         embedded, start = FirstColumns.apply(lookups.embedded, 12)
         smear = small["smear"] * torch.sigmoid(F.linear(start, small["smear_gate"]))
@@ -2251,11 +2235,11 @@ class GPT(nn.Module):
                 scales = [own["residual"], own["project"] * small["attention_out"][i]]
                 mlp_scales = [own["mlp_residual"], own["mlp_project"]]
             if row.window != "none":
-                source = normed if row.attend_from is None else kept_normed[row.attend_from]
-                copies = fp8.qkv(i, *source[1:]) if fp8 else None
+                source, copy = normed if row.attend_from is None else kept_normed[row.attend_from]
+                own_fp8 = fp8.qkv(i, copy) if fp8 else None
                 value = None if row.value_table is None else lookups.values[row.value_table]
                 values = value, value_share, extra_value
-                y = self.attend(i, source[0], *values, gates, batch, windows, copies)
+                y = self.attend(i, source, *values, gates, batch, windows, own_fp8)
                 if i == last:
                     sources, shares = [first, ngrams], [own["first"], own["ngrams"]]
                 elif i == 0:  # which has had its share of the n-grams
@@ -2265,7 +2249,7 @@ class GPT(nn.Module):
                 shared = sums[1:] if i == last else sums[: len(sources)]
                 x, normed = add([x, y, *sources], [*scales, *shares], True, shared)
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
-            y = mlp(normed[0], w_1, w_2, fp8.mlp(i, *normed[1:]) if fp8 else None)
+            y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
             behind = layers[i + 1] if i < last else row
             norm = behind.attend_from is None and behind.skip_from is None or i in attended
             x, normed = add([x, y], mlp_scales, norm)
@@ -3506,7 +3490,7 @@ def compile_kernels(
         if i == len(config.layers) - 1:
             extra = noise(count, config.num_heads), x
         value = None if row.value_table is None else x
-        fp8 = model.fp8.qkv(i, *model.fp8.stream(x)) if model.fp8 else None
+        fp8 = model.fp8.qkv(i, model.fp8.stream(x)) if model.fp8 else None
         model.attend(i, x, value, *extra, gates, batch, windows, fp8).sum().backward()
 
     def run_update(state: ParamState) -> None:

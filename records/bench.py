@@ -160,7 +160,8 @@ class Bench:
             a, b = a[0], b[0]
         if dtype == E4M3:
             a, b, unit = a.to(E4M3), b.to(E4M3), torch.ones(4, device=self.device)
-            return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b, unit, unit))
+            a, b = train_gpt.Fp8(a, None, unit), train_gpt.Fp8(b, None, unit)
+            return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b))
         return self.captured_ms(lambda: lambda: a @ b.mT)
 
     def measure_ceilings(self) -> None:
@@ -254,7 +255,7 @@ class Row:
         if self.device.type == "cuda":
             bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
             copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-            fp8 = copies.qkv(0, *copies.stream(inputs[0]))
+            fp8 = copies.qkv(0, copies.stream(inputs[0]))
         forward = [(1, self.T, 3 * DIM, DIM)]
         backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
         for kind, more, own in (
@@ -303,7 +304,7 @@ class Row:
             fp8 = None
             if kind == "fp8":
                 copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-                fp8 = copies.mlp(0, *copies.stream(inputs[0]))
+                fp8 = copies.mlp(0, copies.stream(inputs[0]))
             needs = {"forward": Need(products=forward, dtype=dtype)}
             needs["backward"] = Need(products=backward, dtype=dtype)
             yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8), **needs)
@@ -329,12 +330,16 @@ class Row:
             yield Case(f"head_loss, {kind}", inputs, call, both=need)
 
     def quantize(self) -> Iterator[Case]:
-        def plain_quantize(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-            out = (x.float() / unit[0]).clamp(-448, 448).to(E4M3)
+        def plain_quantize(x: Tensor, out: train_gpt.Fp8) -> tuple[Tensor, Tensor]:
+            out = (x.float() / out.unit[0]).clamp(-448, 448).to(E4M3)
             return out, out.mT.contiguous()
 
         inputs = [self.wide(), torch.full((4,), 28 / 448, device=self.device)]
-        case = Case("quantize", inputs, forward=2 * self.stream)
+
+        def call(op, x, unit):
+            return op(x, train_gpt.fp8_like(x, unit))
+
+        case = Case("quantize", inputs, call, forward=2 * self.stream)
         case.twin = plain_quantize
         yield case
 

@@ -1,7 +1,6 @@
 """Every kernel against its definition in float64: without a GPU small shapes in fp32, by Triton's
 interpreter; on a GPU the shapes of a run, in bf16 and fp8."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,6 +17,7 @@ from train_gpt import (
     E5M2,
     IGNORED_TARGET,
     FirstColumns,
+    Fp8,
     Fp8Copies,
     HeadFp8,
     MlpFp8,
@@ -26,6 +26,8 @@ from train_gpt import (
     Windows,
     add_rows_,
     document_starts,
+    fp8_like,
+    fp8_product,
     join_mantissa,
     mlp_product,
     product_gradient,
@@ -321,16 +323,16 @@ def unit_of(value: float) -> Tensor:
 def fp32_for_fp8(monkeypatch) -> None:
     """Everything that would be fp8 is fp32, in units all the same."""
 
-    def product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor) -> Tensor:
-        return a @ b.mT * (unit_a[0] * unit_b[0])
+    def product(a: Fp8, b: Fp8) -> Tensor:
+        return a.rows @ b.rows.mT * (a.unit[0] * b.unit[0])
 
     monkeypatch.setattr(train_gpt, "E4M3", torch.float32)
     monkeypatch.setattr(train_gpt, "E5M2", torch.float32)
     monkeypatch.setattr(train_gpt, "fp8_product", product)
 
 
-def room(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.mT.shape, dtype=dtype)
+def in_fp8(x: Tensor, unit: Tensor) -> Fp8:
+    return quantize(x, fp8_like(x, unit))
 
 
 @pytest.mark.parametrize(
@@ -338,12 +340,13 @@ def room(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     cases(zip([(64, 128), (70, 150), (3, 33, 140), (1, 1)]), zip([(16384, 768), (22, 3072, 768)])),
 )
 @pytest.mark.parametrize("dtype", [E4M3, E5M2] if GPU else [torch.float32])
-def test_quantize(shape, dtype):
+def test_quantize(monkeypatch, shape, dtype):
     """Both ways round, saturated, every matrix with its own unit; in the interpreter to fp32, as
     its casts to fp8 are not torch's."""
+    monkeypatch.setattr(train_gpt, "E4M3", dtype)
     x, units = random(*shape, std=100.0), torch.rand((*shape[:-2], 4), device=DEVICE) + 0.5
     x.view(-1)[0], largest = 3e4, torch.zeros(1, device=DEVICE)
-    out, out_t = quantize(x, units, room(x, dtype), largest)
+    out, out_t, _ = copy = quantize(x, fp8_like(x, units), largest)
     unit = units[..., :1, None] if len(shape) == 3 else units[0]
     values = x.float() / unit
     if dtype != torch.float32:
@@ -351,46 +354,42 @@ def test_quantize(shape, dtype):
     assert relative_error(out.float(), values) < (1e-3 if GPU else 1e-6)  # ties may differ
     assert torch.equal(out.mT.float(), out_t.float()) and out_t.is_contiguous()
     assert largest.item() == x.abs().max()
-    quantize(x / 2, units, (out, out_t), largest)
+    quantize(x / 2, copy, largest)
     assert largest.item() == x.abs().max()  # it is raised only
     if len(shape) == 3:  # of larger matrices the first rows
         rows = shape[1] // 3
-        first, first_t = quantize(x[:, :rows], units, room(x[:, :rows], dtype))
-        assert torch.equal(first, quantize(x, units, room(x, dtype))[0][:, :rows])
+        first, first_t, _ = in_fp8(x[:, :rows], units)
+        assert torch.equal(first, in_fp8(x, units).rows[:, :rows])
         assert torch.equal(first.mT.float(), first_t.float())
 
 
 @interpreted
 def test_units_follow_the_largest_numbers(monkeypatch):
     """Of weights now, of squares and gradients in the step before; guesses before the first one."""
-    monkeypatch.setattr(train_gpt, "quantize", lambda x, unit, *_: calls.append((x, unit)))
+    monkeypatch.setattr(train_gpt, "quantize", lambda *call: calls.append(call))
     bank, attention, head, calls = random(8, 16, 8), random(8, 32, 8), random(32, 8), []
     fp8 = Fp8Copies(bank, attention, head, [0, 2], 3)
     assert [x.shape for x, _ in calls] == [(6, 16, 8), (2, 24, 8), (32, 8)]
-    (x, unit_w), (y, unit_qkv), (z, unit_head) = calls
+    (x, w), (y, w_qkv), (z, w_head) = calls
     for copied, source in (x, bank), (y, attention), (z, head):
         assert copied.data_ptr() == source.data_ptr()
-    torch.testing.assert_close(unit_w[:, 0], bank[:6].abs().amax((1, 2)) / 448)
-    torch.testing.assert_close(unit_qkv[:, 0], attention[:2, :24].abs().amax((1, 2)) / 448)
-    assert unit_head is fp8.head().unit_w
+    torch.testing.assert_close(w.unit[:, 0], bank[:6].abs().amax((1, 2)) / 448)
+    torch.testing.assert_close(w_qkv.unit[:, 0], attention[:2, :24].abs().amax((1, 2)) / 448)
+    assert w_head is fp8.head().weight
     start = fp8.units.clone()
     assert (start > 0).all()
-    own = fp8.mlp(1, x, y)
-    assert own.x is x and own.x_t is y
-    assert own.w_1.data_ptr() == fp8.banks[0][2][0][1].data_ptr()
-    assert own.w_2_t.data_ptr() == fp8.banks[0][2][1][4].data_ptr()
-    assert own.w_1.shape == (16, 8) and own.w_2_t.shape == (8, 16)
-    qkv = fp8.qkv(2, x, y)
-    assert qkv.x is x and qkv.x_t is y
-    assert qkv.w.data_ptr() == fp8.banks[1][2][0][1].data_ptr()
-    assert qkv.w.shape == (24, 8) and qkv.w_t.shape == (8, 24)
-    assert torch.equal(qkv.unit_w, unit_qkv[1]) and qkv.unit_grad is not own.unit_grad
+    own, qkv = fp8.mlp(1, x), fp8.qkv(2, x)
+    assert own.x is qkv.x is x
+    for copy, bank_copy, entry in (own.w_1, w, 1), (own.w_2, w, 4), (qkv.w, w_qkv, 1):
+        for tensor, of_all in zip(copy, bank_copy, strict=True):
+            assert tensor.data_ptr() == of_all[entry].data_ptr()
+            assert tensor.shape == of_all.shape[1:]
+    assert qkv.unit_grad is not own.unit_grad
     qkv.largest.fill_(0.5)
-    assert torch.equal(own.unit_w_1, unit_w[1]) and torch.equal(own.unit_w_2, unit_w[4])
     own.largest.copy_(torch.tensor([3.0, 0.25, 0.125]))
     bank *= 2
     fp8.refresh()
-    torch.testing.assert_close(unit_w[:, 0], bank[:6].abs().amax((1, 2)) / 448)
+    torch.testing.assert_close(w.unit[:, 0], bank[:6].abs().amax((1, 2)) / 448)
     factor = 1.8 / 448
     torch.testing.assert_close(fp8.units[:3, 1, 0], factor * torch.tensor([3.0, 0.25, 0.125]))
     torch.testing.assert_close(fp8.units[3, 2], factor * torch.full((4,), 0.5))
@@ -425,7 +424,8 @@ def test_gradient_of_the_qkv_product_both_ways_round(monkeypatch, case):
     qkv, arguments = x @ w_qkv.T, (*others, offset, head_dim)
     grads = [random(*x.shape) for x in twin(train_gpt.prepare_qkv)(*inputs)]
     unit, largest = unit_of(1 / 16), torch.zeros(1, device=DEVICE)
-    dqkv, dqkv_t, dscale, *d_value = product_gradient(grads, qkv, *arguments, unit, largest)
+    dqkv, dscale, *d_value = product_gradient(grads, qkv, *arguments, unit, largest)
+    dqkv, dqkv_t, _ = dqkv
     exact, exact_scale, exact_value = exact_qkv_gradients(inputs, grads, qkv)
     expected = quantized(exact, unit) if GPU else exact
     assert relative_error(dqkv.float() * unit[0], expected) < (1e-2 if GPU else 1e-5)
@@ -449,15 +449,13 @@ def test_units_of_fp8_cancel(monkeypatch):
     fp32_for_fp8(monkeypatch)
     inputs, largest = prepare_inputs(PREPARE[3]), torch.zeros(4)
     x, w, units = *inputs[:2], [unit_of(value) for value in (0.5, 2.0, 0.25, 0.125, 4.0, 8.0)]
-    copies = *quantize(x, units[0]), *quantize(w, units[1])
-    inputs[8] = QkvFp8(*copies, *units[:3], largest[3:])
+    inputs[8] = QkvFp8(in_fp8(x, units[0]), in_fp8(w, units[1]), units[2], largest[3:])
     grads, *_ = agree(train_gpt.prepare_qkv, inputs, (3, 4, 8), 1e-3)  # transposed by way of fp16
     dqkv = exact_qkv_gradients(inputs, grads, x @ w.T)[0]
     assert largest[3].item() == pytest.approx(dqkv.abs().max().item(), rel=1e-4)
 
     x, w_1, w_2 = random(140, 96), random(200, 96, std=0.1), random(200, 96, std=0.1)
-    copies = [quantize(z, unit) for z, unit in zip((x, w_1, w_2), units)]
-    fp8 = MlpFp8(*itertools.chain(*copies), *units[1:3], units[0], *units[3:], largest[:3])
+    fp8 = MlpFp8(*map(in_fp8, (x, w_1, w_2), units), *units[3:], largest[:3])
     ((grad,), *_) = agree(train_gpt.mlp, [x, w_1, w_2, fp8], (3,))
     hidden = (x @ w_1.T).relu()
     seen = hidden.square(), grad, 2 * hidden * (grad @ w_2.T)
@@ -466,7 +464,7 @@ def test_units_of_fp8_cancel(monkeypatch):
 
     monkeypatch.setattr(train_gpt, "HEAD_ROWS", 64)
     x, head, *others = head_inputs(70, 300, 32, 0.5)
-    fp8 = HeadFp8(*quantize(head, units[0]), *units[:3])
+    fp8 = HeadFp8(in_fp8(head, units[0]), *units[1:3])
     exact = exact_head_loss(x, head, *others, None)
     leaves = x.requires_grad_(), head.requires_grad_()
     losses = train_gpt.head_loss(*leaves, *others, fp8)
@@ -485,10 +483,10 @@ def test_prepare_qkv_in_fp8(case):
     x, w = inputs[:2]
     unit_x, unit_w = unit_of(28 / 448), unit_of(w.abs().max().item() / 448)
     unit_grad, largest = unit_of(1 / 448), torch.zeros(1, device=DEVICE)
-    fp8 = QkvFp8(*quantize(x, unit_x), *quantize(w, unit_w), unit_x, unit_w, unit_grad, largest)
+    fp8 = QkvFp8(in_fp8(x, unit_x), in_fp8(w, unit_w), unit_grad, largest)
     x8, w8 = quantized(x, unit_x), quantized(w, unit_w)
     inputs[8] = fp8
-    qkv = train_gpt.fp8_product(fp8.x, fp8.w, unit_x, unit_w)
+    qkv = fp8_product(fp8.x, fp8.w)
     grads = [random(*x.shape, std=1e-3) for x in train_gpt.prepare_qkv(*inputs)]
     assert relative_error(qkv, x8 @ w8.T) < 1e-2
     assert relative_error(qkv, x.float() @ w.float().T) < 6e-2
@@ -510,23 +508,19 @@ def test_mlp_in_fp8(tokens):
     """Every product against that of its exact factors and that of its fp8 factors."""
     x, grad = rms_norm(random(tokens, 768)), random(tokens, 768, std=1e-3)
     w_1, w_2 = random(3072, 768, std=0.02), random(3072, 768, std=0.02)
-    units = [unit_of(w.abs().max().item() / 448) for w in (w_1, w_2)] + [unit_of(28 / 448)]
+    units = [unit_of(28 / 448)] + [unit_of(w.abs().max().item() / 448) for w in (w_1, w_2)]
     units += [unit_of(value / 448) for value in (20.0, 1e-2, 2e-2)]
     largest = torch.zeros(3, device=DEVICE)
-    weights = [*quantize(w_1, units[0]), *quantize(w_2, units[1])]
-    copies = quantize(x, units[2])
-    fp8 = MlpFp8(*copies, *weights, *units, largest)
-    x8, w_18, w_28, grad8 = (
-        quantized(*pair)
-        for pair in zip((x, w_1, w_2, grad), (units[2], units[0], units[1], units[4]))
-    )
+    fp8 = MlpFp8(*map(in_fp8, (x, w_1, w_2), units), *units[3:], largest)
+    x8, w_18, w_28 = map(quantized, (x, w_1, w_2), units)
+    grad8 = quantized(grad, units[4])
     leaves = [z.requires_grad_() for z in (x, w_1, w_2)]
     out = train_gpt.mlp(*leaves, fp8)
     found = torch.autograd.grad(out, leaves, grad)
     x, w_1, w_2 = (z.detach().float() for z in leaves)
 
-    kinds = units[2], units[0], units[3], units[3]
-    square, square_t = mlp_product(fp8.x, fp8.w_1, None, kinds, torch.zeros_like(largest[:1]))
+    kinds, other = (units[0], units[1], units[3], units[3]), torch.zeros_like(largest[:1])
+    square, square_t = mlp_product(fp8.x.rows, fp8.w_1.rows, None, kinds, other)
     own = square.float() * units[3][0]  # what the op multiplied with, in place of ours
     assert torch.equal(square.mT.float(), square_t.float())
     hidden = (x8 @ w_18.T).relu()
@@ -536,8 +530,8 @@ def test_mlp_in_fp8(tokens):
     assert relative_error(out, own @ w_28) < 1e-2
     assert relative_error(out, own @ w_2) < 6e-2
 
-    kinds = units[4], units[1], units[3], units[5]
-    inputs = quantize(grad, units[4])[0], fp8.w_2, square, kinds, torch.zeros_like(largest[:1])
+    kinds = units[4], units[2], units[3], units[5]
+    inputs = in_fp8(grad, units[4]).rows, fp8.w_2.rows, square, kinds, other
     hidden8, hidden8_t = mlp_product(*inputs)
     assert torch.equal(hidden8.mT.float(), hidden8_t.float())
     d_hidden = grad8 @ w_28.T * 2 * own.sqrt()
@@ -560,7 +554,7 @@ def test_head_loss_in_fp8(monkeypatch, tokens, head_rows, with_offsets):
     monkeypatch.setattr(train_gpt, "HEAD_ROWS", head_rows)
     x, head, targets, weights = head_inputs(tokens, 50304, 768, 0.05)
     unit_w, unit_x, unit_grad = (unit_of(value / 448) for value in (1.6, 100.0, 0.75))
-    fp8 = HeadFp8(*quantize(head, unit_w), unit_w, unit_x, unit_grad)
+    fp8 = HeadFp8(in_fp8(head, unit_w), unit_x, unit_grad)
     leaves = x.requires_grad_(), head.requires_grad_()
     offsets = random_offsets(50304) if with_offsets else None
     losses = train_gpt.head_loss(*leaves, targets, weights, fp8, offsets)
