@@ -1512,12 +1512,12 @@ class HeadLoss(torch.autograd.Function):
         unit = fp8.unit_grad if fp8 else torch.ones(4, device=device)
         kinds = {"TERMS": targets.size(1), "APPROXIMATE": x.is_cuda}
         for start in range(0, num_rows, HEAD_ROWS):
-            rows = slice(start, min(start + HEAD_ROWS, num_rows))
-            count = rows.stop - start
+            rows = slice(start, start + HEAD_ROWS)
             if fp8:
                 logits = fp8_product(x8._replace(rows=x8.rows[rows]), fp8.weight)
             else:
                 logits = x[rows] @ head.mT
+            count = len(logits)
             _lse_kernel[(count,)](
                 logits, offsets, lse[rows], vocab, APPROXIMATE=x.is_cuda, BLOCK=2048, num_warps=8
             )
@@ -1601,8 +1601,9 @@ def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     num_rows, vocab, targets = len(x), len(head), packed(targets)
     losses, lse = torch.empty(2, num_rows, device=x.device), torch.empty(num_rows, device=x.device)
     for start in range(0, num_rows, HEAD_ROWS):
-        rows = slice(start, min(start + HEAD_ROWS, num_rows))
-        logits, count = x[rows] @ head.mT, rows.stop - start
+        rows = slice(start, start + HEAD_ROWS)
+        logits = x[rows] @ head.mT
+        count = len(logits)
         _lse_kernel[(count,)](
             logits, None, lse[rows], vocab, APPROXIMATE=False, BLOCK=2048, num_warps=8
         )
@@ -1705,7 +1706,7 @@ class FirstColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.count = count
-        return x.view_as(x), x[:, :count].to(torch.float32, copy=True)
+        return x.view_as(x), x[:, :count].float()
 
     @staticmethod
     def backward(ctx, grad: Tensor, grad_columns: Tensor) -> tuple[Tensor, None]:
@@ -2148,8 +2149,8 @@ class GPT(nn.Module):
         positions = max(longest, config.val_row_tokens)
         windows = [stage.window_long for stage in stages] + [config.final_window_long]
         frequencies, scale = rotary_frequencies(config.head_dim), config.attention_scale
-        tables = {windows[0]: (*rotary_tables(frequencies, positions, device), scale)}
-        for old, new in itertools.pairwise(windows):
+        tables = {}
+        for old, new in itertools.pairwise([windows[0], *windows]):
             frequencies, scale = yarn(frequencies, scale, old, new)
             tables[new] = (*rotary_tables(frequencies, positions, device), scale)
         return tables
@@ -2211,9 +2212,7 @@ class GPT(nn.Module):
         before = F.pad(embedded, (0, 0, 1, 0))[:-1]
         x0 = combine([embedded, before], [one, smear], True)[1]
         gates = gates_of("early", x0)
-        sums = []
-        if has_kernels(x0.device) and torch.is_grad_enabled():
-            sums = [torch.zeros_like(x0), torch.zeros_like(x0)]
+        sums = [torch.zeros_like(x0) for _ in range(2)] if torch.is_grad_enabled() else []
         x, normed = add([x0, ngrams], [one, gates["ngrams 0"]], True, sums, True)
         first, kept, kept_normed = x, {}, {}  # outputs of layers
 
