@@ -607,22 +607,20 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def combine(
-    sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False,
-    sums: Sequence[Tensor] = (), collect: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The sum of coefficient·source and, if asked for, its RMS norm; (T, dim) each.
+    sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False
+) -> tuple[Tensor | None, ...]:
+    """The sum of coefficient·source; its RMS norm, if asked for; and the sources. (T, dim) each.
 
     sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
-    happens on the residual stream is such a sum; it is formed in fp32 and rounded once.
-    sums: for the last sources, which many sums share. Their gradients are added to these buffers
-    and leave them where `collect` says so, in the first of these sums: autograd would make a
-    tensor of each and add it in another pass. Plain PyTorch leaves it to autograd.
+    happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
+    reads a source again takes it from here: its gradient from there is added in the pass that makes
+    the one from here, for which autograd would need another pass.
     """
     if has_kernels(sources[0].device):
-        return Combine.apply(norm, tuple(sums), collect, *sources, *coefficients)
+        return Combine.apply(norm, *sources, *coefficients)
     total = sum(c.view(-1, 1) * source for c, source in zip(coefficients, sources))
     normed = rms_norm(total).type_as(sources[0]) if norm else None
-    return total.type_as(sources[0]), normed
+    return total.type_as(sources[0]), normed, *sources
 
 
 @triton.jit
@@ -649,9 +647,10 @@ def _combine_kernel(sources, coefficients, rows, steps, stream, normed, dim, BLO
 
 @triton.jit
 def _combine_backward_kernel(
-    sources, coefficients, rows, steps, sums, grad_stream, grad_normed, grad_sources,
-    grad_coefficients, dim, BLOCK: tl.constexpr,
+    sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
+    grad_coefficients, dim, LATER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """LATER: bit i is set if source i has a gradient from later on."""
     t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < dim
@@ -668,9 +667,9 @@ def _combine_backward_kernel(
         source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
         coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
         grad_source = coefficient * grad
-        if i >= len(sources) - len(sums):
-            summed = sums[i - len(sources) + len(sums)] + t * dim + column
-            grad_source += tl.load(summed, mask=inside, other=0.0).to(tl.float32)
+        if (LATER >> i) & 1:
+            later = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
+            grad_source += later.to(tl.float32)
         tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
         tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
 
@@ -687,9 +686,7 @@ class Combine(torch.autograd.Function):
     """combine by kernels; sources and coefficients come one by one, as autograd sees them."""
 
     @staticmethod
-    def forward(
-        ctx, norm: bool, sums: tuple[Tensor, ...], collect: bool, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx, norm: bool, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         num_tokens, dim = tensors[0].shape
         stream = tensors[0].new_empty(num_tokens, dim)
         normed = torch.empty_like(stream) if norm else None
@@ -699,28 +696,26 @@ class Combine(torch.autograd.Function):
             BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(*tensors)
-        ctx.sums, ctx.collect = sums, collect
         ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
-        return stream, normed
+        return stream, normed, *tensors[: len(tensors) // 2]
 
     @staticmethod
     def backward(
-        ctx, grad_stream: Tensor | None, grad_normed: Tensor | None
+        ctx, grad_stream: Tensor | None, grad_normed: Tensor | None, *later: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         sources, coefficients, *_ = arguments = combine_arguments(ctx.saved_tensors)
-        count, (num_tokens, dim) = len(sources), sources[0].shape
-        own = count if ctx.collect else count - len(ctx.sums)
-        grads = [source.new_empty(num_tokens, dim) for source in sources[:own]]
-        per_token = sources[0].new_empty((count, num_tokens), dtype=torch.float32)
+        num_tokens, dim = sources[0].shape
+        grads = tuple(source.new_empty(num_tokens, dim) for source in sources)
+        per_token = sources[0].new_empty((len(sources), num_tokens), dtype=torch.float32)
+        present = sum(1 << i for i, grad in enumerate(later) if grad is not None)
+        later = tuple(grad if x is None else packed(x) for grad, x in zip(grads, later))
         _combine_backward_kernel[(num_tokens,)](
-            *arguments, ctx.sums, packed(grad_stream), packed(grad_normed),
-            (*grads, *ctx.sums)[:count], per_token, dim,
-            BLOCK=triton.next_power_of_2(dim), num_warps=1,
+            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
+            LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
         total = per_token.sum(1) if any(c.numel() == 1 for c in coefficients) else per_token
         terms = [(total if c.numel() == 1 else per_token)[i] for i, c in enumerate(coefficients)]
-        terms = [term.view_as(c) for term, c in zip(terms, coefficients)]
-        return None, None, None, *grads, *[None] * (count - own), *terms
+        return None, *grads, *(term.view_as(c) for term, c in zip(terms, coefficients))
 
 
 # --- fp8 ------------------------------------------------------------------------------------------
@@ -2183,18 +2178,18 @@ class GPT(nn.Module):
             which = order[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
             gain = (which.float() @ self.small_weights["match"])[:, None]
             match = read([self.value_tables[-1]], found)[0]
-            ngrams, _ = combine([ngrams, match], [self.one, gain])
+            ngrams = combine([ngrams, match], [self.one, gain])[0]
         return Lookups(embedded, values, ngrams)
 
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
         """The normed residual stream in front of the head, (T, dim)."""
         lookups = self.look_up(batch)
         layers, small, one = self.config.layers, self.small_weights, self.one
-        ngrams = lookups.ngrams
         last, attended = len(layers) - 1, {row.attend_from for row in layers}
         residual, mlp_residual = small["residual"].unbind(), small["mlp_residual"].unbind()
         project = (small["project"] * small["attention_out"]).unbind()
         mlp_project = small["mlp_project"].unbind()
+        streams = {"ngrams": lookups.ngrams, "value": lookups.values[0]}  # that many sums read
 
         def gates_of(name: str, x: Tensor) -> dict[str, Tensor]:
             weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
@@ -2202,9 +2197,11 @@ class GPT(nn.Module):
             widths = [width for width, _ in self.gate_layouts[name].values()]
             return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
 
-        def add(*arguments: object) -> tuple[Tensor, tuple[Tensor | None, Fp8 | None]]:
-            """combine, with a copy in fp8 of the norm"""
-            x, normed = combine(*arguments)
+        def add(sources: list[Tensor], *arguments: object) -> tuple[Tensor, tuple]:
+            """combine, with a copy in fp8 of the norm; later sums read the sources that it gives"""
+            x, normed, *again = combine(sources, *arguments)
+            again = dict(zip(map(id, sources), again))
+            streams.update((name, again.get(id(old), old)) for name, old in streams.items())
             return x, (normed, fp8.stream(normed) if fp8 and normed is not None else None)
 
         embedded, start = FirstColumns.apply(lookups.embedded, 12)
@@ -2212,53 +2209,53 @@ class GPT(nn.Module):
         before = F.pad(embedded, (0, 0, 1, 0))[:-1]
         x0 = combine([embedded, before], [one, smear], True)[1]
         gates = gates_of("early", x0)
-        sums = [torch.zeros_like(x0) for _ in range(2)] if torch.is_grad_enabled() else []
-        x, normed = add([x0, ngrams], [one, gates["ngrams 0"]], True, sums, True)
-        first, kept, kept_normed = x, {}, {}  # outputs of layers
+        streams["x0"] = x0
+        x, normed = add([x0, streams["ngrams"]], [one, gates["ngrams 0"]], True)
+        streams["first"], attended_normed = x, None
 
         for i, row in enumerate(layers):
             scales, mlp_scales = [residual[i], project[i]], [mlp_residual[i], mlp_project[i]]
             value_share = extra_value = None
             if row.skip_from is not None:
                 gate = torch.sigmoid(small["skip"]) * gates[f"skip {i}"]
-                x, normed = add([x, kept[row.skip_from]], [one, gate], True)
+                x, normed = add([x, streams["skip"]], [one, gate], True)
             if i == last:
-                kept |= {"attend": kept[row.attend_from], "last": x}
+                streams["last"] = x
                 own = gates_of("last", x)
-                skips = [first, kept["attend"], x]
+                skips = "first", "attend", "last"
                 shares = [own["value_first"], own["value_attend"], own["value_last"]]
-                extra_value, _ = combine(skips, shares)
+                extra_value, _ = add([streams[name] for name in skips], shares)
                 shares = [own["x_first"], own["x_attend"], 1 + own["x_last"]]
-                x, _ = combine(skips, shares)
+                x, _ = add([streams[name] for name in skips], shares)
                 value_share = own["value_gate"].repeat_interleave(self.config.num_heads // 2, dim=1)
                 scales = [own["residual"], own["project"] * small["attention_out"][i]]
                 mlp_scales = [own["mlp_residual"], own["mlp_project"]]
             if row.window != "none":
-                source, copy = normed if row.attend_from is None else kept_normed[row.attend_from]
+                source, copy = normed if row.attend_from is None else attended_normed
                 own_fp8 = fp8.qkv(i, copy) if fp8 else None
                 value = None if row.value_table is None else lookups.values[row.value_table]
                 values = value, value_share, extra_value
                 y = self.attend(i, source, *values, gates, batch, windows, own_fp8)
                 if i == last:
-                    sources, shares = [first, ngrams], [own["first"], own["ngrams"]]
-                elif i == 0:  # which has had its share of the n-grams
-                    sources, shares = [x0], [gates["first 0"]]
+                    shares = {"first": own["first"], "ngrams": own["ngrams"]}
                 else:
-                    sources, shares = [x0, ngrams], [gates[f"first {i}"], gates[f"ngrams {i}"]]
-                shared = sums[1:] if i == last else sums[: len(sources)]
-                x, normed = add([x, y, *sources], [*scales, *shares], True, shared)
+                    shares = {"x0": gates[f"first {i}"], "ngrams": gates[f"ngrams {i}"]}
+                if i == 0:  # which has had its share of them
+                    del shares["ngrams"]
+                sources = [x, y, *(streams[name] for name in shares)]
+                x, normed = add(sources, [*scales, *shares.values()], True)
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
             y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
             behind = layers[i + 1] if i < last else row
             norm = behind.attend_from is None and behind.skip_from is None or i in attended
             x, normed = add([x, y], mlp_scales, norm)
-            kept[i], kept_normed[i] = x, normed
             if i == self.config.skip_from:
-                kept["skip"] = x
+                streams["skip"] = x
                 gates |= gates_of("late", x)
+            if i in attended:
+                streams["attend"], attended_normed = x, normed
         own = gates_of("output", x)
-        sources = {"first": first, "value": lookups.values[0], **kept}
-        sources, shares = zip(*((sources[name], own[name]) for name in OUTPUT_GATES))
+        sources, shares = zip(*((streams[name], own[name]) for name in OUTPUT_GATES))
         return combine([x, *sources], [one, *shares], True)[1]
 
     def attend(
@@ -2289,7 +2286,7 @@ class GPT(nn.Module):
         y = attention(q, k, v, batch.cu_seqlens, batch.max_seq_len, window, scale, self.backend)
         if row.head_gate:  # a sum of one, of heads
             gate = gates[f"head {i}"].reshape(-1, 1)
-            y, _ = combine([y.flatten(0, 1)], [gate])
+            y = combine([y.flatten(0, 1)], [gate])[0]
         return F.linear(y.reshape(normed.shape), w_o)
 
     def forward(

@@ -88,7 +88,7 @@ def streams_of(
 def test_smear_takes_a_gated_share_of_the_previous_embedding(runtime, monkeypatch):
     """The previous embedding as it was, not as it has been smeared; the first one stays."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
-    _, (stream, x0) = streams_of(model, batch, monkeypatch)["smear"]
+    _, (stream, x0, *_) = streams_of(model, batch, monkeypatch)["smear"]
     embedded, small = model.head[batch.tokens.long()].double(), small_slices(model)
     expected = embedded.clone()
     for t in range(1, 64):
@@ -108,10 +108,11 @@ def test_sum_of_streams():
     for t in range(9):
         for source, c in zip(sources, coefficients):
             expected[t] += c.flatten()[t if c.numel() > 1 else 0] * source[t]
-    stream, normed = combine(*singles, True)
+    stream, normed, *sources = combine(*singles, True)
+    assert all(x is y for x, y in zip(sources, singles[0], strict=True))
     close(stream, expected)
     close(normed, rms(expected))
-    stream, normed = combine(*singles)
+    stream, normed, *_ = combine(*singles)
     close(stream, expected)
     assert normed is None
 
@@ -384,7 +385,7 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     attention, the dynamic skips into the last layer and to the end."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls = streams_of(model, batch, monkeypatch)
-    out = {name: stream.double() for name, (_, (stream, _)) in calls.items()}
+    out = {name: stream.double() for name, (_, (stream, *_)) in calls.items()}
     layer = {name: args[0][1:] for name, (args, _) in calls.items()}  # what it came to
     layer = {name: sources[0].double() for name, sources in layer.items() if sources}
     small, x0 = small_slices(model), calls["smear"][1][1].double()
