@@ -2184,11 +2184,11 @@ class GPT(nn.Module):
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
         """The normed residual stream in front of the head, (T, dim)."""
         lookups = self.look_up(batch)
-        layers, small, one = self.config.layers, self.small_weights, self.one
+        layers, small, one = self.config.layers, dict(self.small_weights), self.one
+        for name in ("attention_in", "value_gate", "residual", "mlp_residual", "mlp_project"):
+            small[name] = small[name].unbind()  # at once: by index each has a gradient of its size
         last, attended = len(layers) - 1, {row.attend_from for row in layers}
-        residual, mlp_residual = small["residual"].unbind(), small["mlp_residual"].unbind()
         project = (small["project"] * small["attention_out"]).unbind()
-        mlp_project = small["mlp_project"].unbind()
         streams = {"ngrams": lookups.ngrams, "value": lookups.values[0]}  # that many sums read
 
         def gates_of(name: str, x: Tensor) -> dict[str, Tensor]:
@@ -2214,7 +2214,8 @@ class GPT(nn.Module):
         streams["first"], attended_normed = x, None
 
         for i, row in enumerate(layers):
-            scales, mlp_scales = [residual[i], project[i]], [mlp_residual[i], mlp_project[i]]
+            scales = [small["residual"][i], project[i]]
+            mlp_scales = [small["mlp_residual"][i], small["mlp_project"][i]]
             value_share = extra_value = None
             if row.skip_from is not None:
                 gate = torch.sigmoid(small["skip"]) * gates[f"skip {i}"]
@@ -2235,7 +2236,7 @@ class GPT(nn.Module):
                 own_fp8 = fp8.qkv(i, copy) if fp8 else None
                 value = None if row.value_table is None else lookups.values[row.value_table]
                 values = value, value_share, extra_value
-                y = self.attend(i, source, *values, gates, batch, windows, own_fp8)
+                y = self.attend(i, source, *values, small, gates, batch, windows, own_fp8)
                 if i == last:
                     shares = {"first": own["first"], "ngrams": own["ngrams"]}
                 else:
@@ -2260,15 +2261,15 @@ class GPT(nn.Module):
 
     def attend(
         self, i: int, normed: Tensor, value: Tensor | None, value_share: Tensor | None,
-        extra_value: Tensor | None, gates: dict[str, Tensor], batch: Batch, windows: Windows,
-        fp8: QkvFp8 | None,
+        extra_value: Tensor | None, small: dict[str, Sequence[Tensor]], gates: dict[str, Tensor],
+        batch: Batch, windows: Windows, fp8: QkvFp8 | None,
     ) -> Tensor:  # fmt: skip
         """Attention of layer i to the normed stream (T, dim), with its projections; (T, dim).
 
         value (T, dim) is added to the values times value_share (T, heads), by default times what
         the value gates make of the first columns; extra_value (T, dim) as it is.
         """
-        config, small, row = self.config, self.small_weights, self.config.layers[i]
+        config, row = self.config, self.config.layers[i]
         w_qkv, w_o = self.attention_weights[i]
         if value is not None and value_share is None:
             normed, start = FirstColumns.apply(normed, 6)
@@ -3487,7 +3488,8 @@ def compile_kernels(
             extra = noise(count, config.num_heads), x
         value = None if row.value_table is None else x
         fp8 = model.fp8.qkv(i, model.fp8.stream(x)) if model.fp8 else None
-        model.attend(i, x, value, *extra, gates, batch, windows, fp8).sum().backward()
+        small = model.small_weights
+        model.attend(i, x, value, *extra, small, gates, batch, windows, fp8).sum().backward()
 
     def run_update(state: ParamState) -> None:
         optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)

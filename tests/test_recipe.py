@@ -222,7 +222,7 @@ def test_value_embedding_with_a_gate_from_twelve_features(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [20, 44])
     n, value = rms(gaussian(64, 32)).float(), gaussian(64, 32, seed=1).float()
     calls, weights = recorded(monkeypatch, "prepare_qkv"), model.unpack_small()["value_gate"][0]
-    model.attend(0, n, value, None, None, {}, batch, WINDOWS, None)
+    model.attend(0, n, value, None, None, model.small_weights, {}, batch, WINDOWS, None)
     ((_, (_, _, v)),) = calls
     without = prepared(model, n, 0)[2]
     difference = (v - without).double()
@@ -284,7 +284,8 @@ def test_layer_scales_its_heads_and_projects_them(runtime, monkeypatch, dtype, e
     for layer, entry in ((1, 1), (3, 2), (4, 3)):
         y = gaussian(64, 4, 8, seed=10 + layer).to(model.head.dtype).requires_grad_()
         monkeypatch.setattr(train_gpt, "attention", lambda *_, y=y: y)
-        value = model.attend(layer, n, None, None, None, gates, batch, WINDOWS, None)
+        small = model.small_weights
+        value = model.attend(layer, n, None, None, None, small, gates, batch, WINDOWS, None)
         inputs = [y] if layer == 3 else [y, gates[f"head {layer}"]]
         exact = [x.detach().double().requires_grad_() for x in inputs]
         scaled = exact[0] if layer == 3 else exact[0] * exact[1][:, :, None]
