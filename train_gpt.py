@@ -214,7 +214,6 @@ class Config:
     val_row_tokens: int = 32_768  # tokens of one validation row
     fp8: bool = True  # products of QKV, MLP and head in fp8 where the GPU has it
     cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
-    compile: str = "none"  # by torch.compile: none; block: the gate MLPs; full: all layers in one
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
     checkpoint: str = ""  # file the final weights are written to
 
@@ -252,7 +251,6 @@ PRESETS = {
         final_window_long=512, rows_per_step=2, momentum_warmup_steps=25,
         momentum_cooldown_steps=10, val_every=40, val_row_tokens=512, ngram_lr=30.0,
         adam_lr=0.07,  # few tokens, each of them often; from 0.1 on early losses may leap to 23
-        compile="none",
     ),
 }
 # fmt: on
@@ -324,12 +322,8 @@ def check_config(config: Config, world_size: int) -> None:
             f"({', '.join(map(str, windows))}), for which the rotary frequencies were others")
     require(c.vocab_size > START_TOKEN,
             f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
-    for name, choices in (
-        ("dtype", ("bfloat16", "float32")),
-        ("compile", ("block", "full", "none")),
-    ):
-        value = getattr(c, name)
-        require(value in choices, f"--{name} {value!r} is not one of {', '.join(choices)}")
+    require(c.dtype in ("bfloat16", "float32"),
+            f"--dtype {c.dtype!r} is not one of bfloat16, float32")
     require(c.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
 
 
@@ -454,8 +448,6 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
         device = torch.device("cuda", local_rank)
         backend, options = "nccl", {"device_id": device}
         torch.cuda.set_device(device)
-        if not has_kernels(device):
-            use_twins(device)
         # flash-attn-4 keeps what it compiled on disk only if asked; its compiler warns of an
         # argument left out here
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -499,50 +491,20 @@ def describe_environment(runtime: Runtime) -> dict:
 # ==================================================================================================
 # 4. Operations
 # ==================================================================================================
+#
+# A fused operation is one name with two bodies: kernels where has_kernels says so, and a few lines
+# of plain PyTorch, which define it, elsewhere.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # of every RMS norm, what F.rms_norm takes
 MIX_1, MIX_2 = tl.constexpr(-7046029254386353131), tl.constexpr(-4658895280553007687)  # a hash's
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LIBRARY = torch.library.Library("speedrun", "FRAGMENT")
-TWINS: dict[str, Callable] = {}  # plain PyTorch of every fused op, by name
-
-
-def fused_op(
-    twin: Callable | None = None, fake: Callable | None = None, mutates: tuple[str, ...] = ()
-) -> Callable:
-    """Make a launcher of kernels the op speedrun::<its name>, which full-graph compilation takes.
-
-    On the CPU the op is its twin, a few lines of plain PyTorch of the same signature that define
-    it, differentiated by autograd. Ops of a backward have none. fake gives the outputs' shapes.
-    """
-
-    def register(launcher: Callable) -> Callable:
-        name = launcher.__name__
-        op = torch.library.custom_op(
-            f"speedrun::{name}", launcher, mutates_args=mutates, device_types="cuda"
-        )
-        op.register_fake(fake or twin)
-        if twin is not None:
-            TWINS[name] = twin
-            op.register_kernel("cpu")(twin)
-            LIBRARY.impl(name, twin, "AutogradCPU")
-        op.launcher = launcher
-        return op
-
-    return register
 
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels of this file run here: they are written for Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def use_twins(device: torch.device) -> None:
-    """Run plain PyTorch in place of every kernel on a GPU that they are not made for."""
-    for name, twin in TWINS.items():
-        LIBRARY.impl(name, twin, f"Autograd{device.type.upper()}")
 
 
 def widen(x: Tensor) -> Tensor:
@@ -561,15 +523,6 @@ def row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Uninitialised contiguous gradients of these tensors, empty for None."""
-    some = next(x for x in tensors if x is not None)
-    return tuple(
-        some.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in tensors
-    )
-
-
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS.value)
 
@@ -577,16 +530,21 @@ def rms_norm(x: Tensor) -> Tensor:
 # --- Sums of streams ------------------------------------------------------------------------------
 
 
-def plain_combine(
-    sources: list[Tensor],
-    coefficients: list[Tensor],
-    norm: bool,
-    sums: list[Tensor],
-    collect: bool,
-) -> tuple[Tensor, Tensor]:
+def combine(
+    sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False
+) -> tuple[Tensor | None, ...]:
+    """The sum of coefficient·source; its RMS norm, if asked for; and the sources. (T, dim) each.
+
+    sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
+    happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
+    reads a source again takes it from here: its gradient from there is added in the pass that makes
+    the one from here, for which autograd would need another pass.
+    """
+    if has_kernels(sources[0].device):
+        return Combine.apply(norm, *sources, *coefficients)
     total = sum(c.view(-1, 1) * source for c, source in zip(coefficients, sources))
-    normed = rms_norm(total) if norm else total[:0]
-    return total.to(sources[0].dtype, copy=True), normed.to(sources[0].dtype, copy=True)
+    normed = rms_norm(total).type_as(sources[0]) if norm else None
+    return total.type_as(sources[0]), normed, *sources
 
 
 @triton.jit
@@ -600,25 +558,23 @@ def _combine_row(sources, coefficients, rows, steps, t, column, inside):
 
 
 @triton.jit
-def _combine_kernel(
-    sources, coefficients, rows, steps, stream, normed, dim, BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-):  # fmt: skip
+def _combine_kernel(sources, coefficients, rows, steps, stream, normed, dim, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < dim
     total = _combine_row(sources, coefficients, rows, steps, t, column, inside)
     tl.store(stream + t * dim + column, total, mask=inside)
-    if NORM:
+    if normed is not None:
         scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
         tl.store(normed + t * dim + column, total * scale, mask=inside)
 
 
 @triton.jit
 def _combine_backward_kernel(
-    sources, coefficients, rows, steps, sums, grad_stream, grad_normed, grad_sources,
-    grad_coefficients, dim, BLOCK: tl.constexpr,
+    sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
+    grad_coefficients, dim, LATER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """LATER: bit i is set if source i has a gradient from later on."""
     t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < dim
@@ -635,100 +591,221 @@ def _combine_backward_kernel(
         source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
         coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
         grad_source = coefficient * grad
-        if i >= len(sources) - len(sums):
-            summed = sums[i - len(sources) + len(sums)] + t * dim + column
-            grad_source += tl.load(summed, mask=inside, other=0.0).to(tl.float32)
+        if (LATER >> i) & 1:
+            later = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
+            grad_source += later.to(tl.float32)
         tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
         tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
 
 
-def combine_arguments(sources: list[Tensor], coefficients: list[Tensor]) -> tuple[tuple, ...]:
+def combine_arguments(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
+    """Sources, coefficients, and how far apart the rows of each are."""
+    sources, coefficients = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
     # Odd numbers from 3 on: of 0, 1 and multiples of 16 Triton would make kernels of their own.
     steps = tuple(3 + 2 * (0 if c.numel() == 1 else c.stride(0)) for c in coefficients)
-    return tuple(sources), tuple(coefficients), tuple(map(row_stride, sources)), steps
+    return sources, coefficients, tuple(map(row_stride, sources)), steps
 
 
-@fused_op(plain_combine)
-def combine(
-    sources: list[Tensor],
-    coefficients: list[Tensor],
-    norm: bool,
-    sums: list[Tensor],
-    collect: bool,
-) -> tuple[Tensor, Tensor]:
-    """The sum of coefficient·source, and its RMS norm (empty unless `norm`); (T, dim) each.
+class Combine(torch.autograd.Function):
+    """combine by kernels; sources and coefficients come one by one, as autograd sees them."""
 
-    sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
-    happens on the residual stream is such a sum; it is formed in fp32 and rounded once.
-    sums: for the last sources, which many sums share. Their gradients are added to these buffers
-    and leave them where `collect` says so, in the first of these sums: autograd would make a
-    tensor of each and add it in another pass. Plain PyTorch leaves it to autograd.
+    @staticmethod
+    def forward(ctx, norm: bool, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        num_tokens, dim = tensors[0].shape
+        stream = tensors[0].new_empty(num_tokens, dim)
+        normed = torch.empty_like(stream) if norm else None
+        # a row a warp: its sums need no shared memory
+        _combine_kernel[(num_tokens,)](
+            *combine_arguments(tensors), stream, normed, dim,
+            BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
+        return stream, normed, *tensors[: len(tensors) // 2]
+
+    @staticmethod
+    def backward(
+        ctx, grad_stream: Tensor | None, grad_normed: Tensor | None, *later: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        sources, coefficients, *_ = arguments = combine_arguments(ctx.saved_tensors)
+        num_tokens, dim = sources[0].shape
+        grads = tuple(source.new_empty(num_tokens, dim) for source in sources)
+        per_token = sources[0].new_empty((len(sources), num_tokens), dtype=torch.float32)
+        present = sum(1 << i for i, grad in enumerate(later) if grad is not None)
+        later = tuple(grad if x is None else packed(x) for grad, x in zip(grads, later))
+        _combine_backward_kernel[(num_tokens,)](
+            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
+            LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
+        total = per_token.sum(1) if any(c.numel() == 1 for c in coefficients) else per_token
+        terms = [(total if c.numel() == 1 else per_token)[i] for i, c in enumerate(coefficients)]
+        return None, *grads, *(term.view_as(c) for term, c in zip(terms, coefficients))
+
+
+# --- fp8 ------------------------------------------------------------------------------------------
+
+
+class Fp8(NamedTuple):
+    """A matrix in fp8. Products read rows of both factors, so what is multiplied from both sides is
+    kept both ways round."""
+
+    rows: Tensor
+    columns: Tensor  # its transpose
+    unit: Tensor  # what 1.0 stands for: fp32, padded to the 16 bytes at which cuBLAS wants it
+
+    @property
+    def T(self) -> "Fp8":
+        return Fp8(self.columns, self.rows, self.unit)
+
+
+def fp8_like(x: Tensor, unit: Tensor) -> Fp8:
+    """Room for x."""
+    return Fp8(x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3), unit)
+
+
+def fp8_product(a: Fp8, b: Fp8) -> Tensor:
+    """a bᵀ in bf16 for a (rows, inner) and b (cols, inner)."""
+    return torch._scaled_mm(a.rows, b.rows.mT, a.unit[0], b.unit[0], out_dtype=torch.bfloat16)
+
+
+@triton.jit
+def _quantize_kernel(
+    x, unit, out, out_t, largest, num_rows, num_columns, matrix_stride, LIMIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
+    x += tl.program_id(2).to(tl.int64) * matrix_stride - matrix
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    at = matrix + row[:, None] * num_columns + column[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if largest is not None:
+        tl.atomic_max(largest, tl.max(tl.abs(values)))
+    values *= 1 / tl.load(unit + 4 * tl.program_id(2))
+    values = tl.clamp(values, -LIMIT, LIMIT).to(out.dtype.element_ty)
+    tl.store(out + at, values, mask=inside)
+    at_t = matrix + column[:, None] * num_rows + row[None, :]
+    tl.store(out_t + at_t, tl.trans(values), mask=tl.trans(inside))
+
+
+def quantize(x: Tensor, out: Fp8, largest: Tensor | None = None) -> Fp8:
+    """Write x to `out`, saturated; raise largest (1,) to that of |x|.
+
+    x: (rows, cols) with one unit (4,), or (batch, rows, cols), the first rows of larger matrices or
+    all, with units (batch, 4).
     """
-    num_tokens, dim = sources[0].shape
-    stream = sources[0].new_empty(num_tokens, dim)
-    normed = sources[0].new_empty(num_tokens if norm else 0, dim)
-    # a row a warp: its sums need no shared memory
-    _combine_kernel[(num_tokens,)](
-        *combine_arguments(sources, coefficients), stream, normed, dim,
-        BLOCK=triton.next_power_of_2(dim), NORM=norm, num_warps=1,
+    *batch, rows, columns = x.shape
+    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
+    x = x.flatten(-2) if batch else packed(x)  # a view
+    _quantize_kernel[grid](
+        x, out.unit, out.rows, out.columns, largest, rows, columns, x.stride(0),
+        LIMIT=torch.finfo(out.rows.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
     )  # fmt: skip
-    return stream, normed
+    return out
 
 
-def launch_combine_backward(
-    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor | None,
-    grad_normed: Tensor | None, sums: list[Tensor], collect: bool,
-) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    """Gradients of the sources (of those without a sum unless `collect`) and, (terms, T) fp32, of
-    their coefficients token by token."""
-    num_tokens, dim = sources[0].shape
-    own = len(sources) if collect else len(sources) - len(sums)
-    grad_sources = [source.new_empty(num_tokens, dim) for source in sources[:own]]
-    per_token = sources[0].new_empty((len(sources), num_tokens), dtype=torch.float32)
-    _combine_backward_kernel[(num_tokens,)](
-        *combine_arguments(sources, coefficients), tuple(sums), packed(grad_stream),
-        packed(grad_normed), (*grad_sources, *sums)[: len(sources)], per_token, dim,
-        BLOCK=triton.next_power_of_2(dim), num_warps=1,
-    )  # fmt: skip
-    return grad_sources, per_token
+class QkvFp8(NamedTuple):
+    """The factors of the QKV product, and what its gradient in fp8 takes."""
+
+    x: Fp8  # (T, dim)
+    w: Fp8  # (3 dim, dim)
+    unit_grad: Tensor  # of the product
+    largest: Tensor  # (1,) of this gradient, seen since the last update
 
 
-def combine_backward_fake(sources, coefficients, *_):
-    per_token = sources[0].new_empty((len(sources), len(sources[0])), dtype=torch.float32)
-    return [source.new_empty(source.shape) for source in sources], per_token
+class MlpFp8(NamedTuple):
+    """The input and the weights of an MLP, and what the rest in fp8 takes."""
+
+    x: Fp8  # (T, dim)
+    w_1: Fp8  # (hidden, dim)
+    w_2: Fp8
+    unit_square: Tensor
+    unit_grad: Tensor  # of the MLP's result
+    unit_hidden: Tensor  # of the gradient in front of relu
+    largest: Tensor  # (3,) of these, seen since the last update
 
 
-@fused_op(fake=combine_backward_fake)
-def combine_backward(
-    sources: list[Tensor], coefficients: list[Tensor], grad_stream: Tensor | None,
-    grad_normed: Tensor | None,
-) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    """Without sums, and without effects: the one that full-graph compilation takes."""
-    return launch_combine_backward(sources, coefficients, grad_stream, grad_normed, [], False)
+class HeadFp8(NamedTuple):
+    """The head, and the units of its input and of the gradient of the logits."""
+
+    weight: Fp8  # (vocab, dim)
+    unit_x: Tensor
+    unit_grad: Tensor
 
 
-def _combine_context(ctx, inputs, output):
-    sources, coefficients, ctx.norm, ctx.sums, ctx.collect = inputs
-    ctx.save_for_backward(*sources, *coefficients)
-    ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
+def for_backward(x: Tensor, fp8: QkvFp8 | MlpFp8 | None) -> tuple[Tensor, QkvFp8 | MlpFp8 | None]:
+    """What the gradient of weights takes of the input x, and the rest of fp8."""
+    return (fp8.x.columns, fp8._replace(x=Fp8(None, None, fp8.x.unit))) if fp8 else (x, None)
 
 
-def _combine_gradients(ctx, grad_stream, grad_normed):
-    half = len(ctx.saved_tensors) // 2
-    sources, coefficients = list(ctx.saved_tensors[:half]), list(ctx.saved_tensors[half:])
-    arguments = sources, coefficients, grad_stream, grad_normed if ctx.norm else None
-    if ctx.sums:
-        grad_sources, per_token = launch_combine_backward(*arguments, ctx.sums, ctx.collect)
-    else:
-        grad_sources, per_token = combine_backward(*arguments)
-    grad_sources += [None] * (half - len(grad_sources))
-    total = per_token.sum(1) if any(c.numel() == 1 for c in coefficients) else per_token
-    grads = [(total if c.numel() == 1 else per_token)[i] for i, c in enumerate(coefficients)]
-    grads = [grad.view_as(c) for grad, c in zip(grads, coefficients)]
-    return grad_sources, grads, None, [None] * len(ctx.sums), None
+class Fp8Copies:
+    """fp8 copies of the MLP bank, of the QKV rows and of the head, made anew after every update."""
 
+    def __init__(
+        self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, attention_layers: list[int],
+        num_layers: int,
+    ):  # fmt: skip
+        self.num_layers, self.head_weight = num_layers, head.detach()
+        self.entries = {layer: entry for entry, layer in enumerate(attention_layers)}
+        rows = attention_bank.size(1) // 4 * 3
 
-combine.register_autograd(_combine_gradients, setup_context=_combine_context)
+        def unit(value: float, *shape: int) -> Tensor:
+            return torch.full((*shape, 4), value, device=head.device)
+
+        banks = mlp_bank[: 2 * num_layers], attention_bank[: len(attention_layers), :rows]
+        self.banks = [(bank.detach(), fp8_like(bank, unit(1.0, len(bank)))) for bank in banks]
+        self.head_copy = fp8_like(self.head_weight, unit(1.6 / 448))
+        self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
+        # The others' units follow from the largest in the step before, with room to grow: of each
+        # layer's squares, gradients of its result, of what is in front of relu and of QKV.
+        self.units = unit(0.0, 4, num_layers)
+        self.largest = torch.zeros(4, num_layers, device=head.device)
+        self.head_units = unit(100 / 448), unit(0.75 / 448)
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first step: nothing is known of a layer's numbers yet."""
+        for units, guess in zip(self.units, (16.0, 2.0**-6, 2.0**-6, 2.0**-6)):
+            units.fill_(guess / 448)
+        self.largest.zero_()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self, head: bool = True) -> None:
+        """Copy the weights as they are now, the head only if it has changed."""
+        for bank, copy in self.banks:
+            largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
+            copy.unit.copy_(largest.clamp_min(1e-12)[:, None] / 448)
+            quantize(bank, copy)
+        if head:
+            quantize(self.head_weight, self.head_copy)
+        largest = self.largest[:, :, None]
+        self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
+        self.largest.zero_()
+
+    def stream(self, x: Tensor) -> Fp8:
+        """A copy of a normed stream."""
+        return quantize(x, fp8_like(x, self.unit_x))
+
+    def qkv(self, layer: int, x: Fp8) -> QkvFp8:
+        """For this layer, given a copy of the stream."""
+        w = Fp8(*(tensor[self.entries[layer]] for tensor in self.banks[1][1]))
+        return QkvFp8(x, w, self.units[3, layer], self.largest[3:, layer])
+
+    def mlp(self, layer: int, x: Fp8) -> MlpFp8:
+        """For this layer, given a copy of the stream."""
+        entries = layer, self.num_layers + layer
+        weights = (Fp8(*(tensor[entry] for tensor in self.banks[0][1])) for entry in entries)
+        return MlpFp8(x, *weights, *self.units[:3, layer], self.largest[:3, layer])
+
+    def head(self, tokens: Tensor | None = None) -> HeadFp8:
+        """Of these rows of the head, or of all."""
+        weight = self.head_copy
+        if tokens is not None:
+            rows = weight.rows.view(torch.uint8)[tokens]
+            weight = Fp8(rows.view(E4M3), rows.mT.contiguous().view(E4M3), weight.unit)
+        return HeadFp8(weight, *self.head_units)
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -788,19 +865,13 @@ def attention(
     Returns (T, heads, head_dim).
     """
     if backend == "flash-attn-4":
-        return flash_attention(q, k, v, cu_seqlens, max_seq_len, window, scale)[0]
+        return FlashAttention.apply(q, k, v, cu_seqlens, max_seq_len, window, scale)
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
         lengths = (cu_seqlens, cu_seqlens, max_seq_len, max_seq_len)
         return varlen_attn(q, k, v, *lengths, window_size=(window, 0), scale=scale)
-    return plain_attention(q, k, v, cu_seqlens, window, scale)
-
-
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float
-) -> Tensor:
-    """The definition, a block of queries at a time so that memory grows with T and not with T²."""
+    # the definition, a block of queries at a time so that memory grows with T and not with T²
     position = torch.arange(q.size(0), device=q.device)
     document = torch.searchsorted(cu_seqlens, position.int(), right=True)
     outputs = []
@@ -816,81 +887,38 @@ def plain_attention(
     return torch.cat(outputs)
 
 
-@torch.library.custom_op("speedrun::flash_attention", mutates_args=())
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq_len: int, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """flash-attn-4 as one opaque op, which full-graph compilation takes; also gives the LSEs."""
-    from flash_attn.cute.interface import _flash_attn_fwd
+class FlashAttention(torch.autograd.Function):
+    """attention by flash-attn-4."""
 
-    out, lse, *_ = _flash_attn_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seq_len,
-        max_seqlen_k=max_seq_len,
-        softmax_scale=scale,
-        causal=True,
-        window_size_left=window,
-        window_size_right=0,
-        return_lse=True,
-    )
-    return out, lse
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq_len: int, window: int,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        from flash_attn.cute.interface import _flash_attn_fwd
 
+        ctx.options = {
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens,
+            "max_seqlen_q": max_seq_len,
+            "max_seqlen_k": max_seq_len,
+            "softmax_scale": scale,
+            "causal": True,
+            "window_size_left": window,
+            "window_size_right": 0,
+        }
+        out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **ctx.options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
 
-@flash_attention.register_fake
-def _(q, k, v, cu_seqlens, max_seq_len, window, scale):
-    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from flash_attn.cute.interface import _flash_attn_bwd
 
-
-@torch.library.custom_op("speedrun::flash_attention_backward", mutates_args=())
-def flash_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-    max_seq_len: int, window: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    return _flash_attn_bwd(
-        q,
-        k,
-        v,
-        out,
-        grad.contiguous(),
-        lse,
-        softmax_scale=scale,
-        causal=True,
-        window_size_left=window,
-        window_size_right=0,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seq_len,
-        max_seqlen_k=max_seq_len,
-        dq=q.new_empty(q.shape),
-        dk=k.new_empty(k.shape),
-        dv=v.new_empty(v.shape),
-    )
-
-
-@flash_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, max_seq_len, window, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _flash_attention_context(ctx, inputs, output):
-    q, k, v, cu_seqlens, *ctx.numbers = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-
-
-def _flash_attention_gradients(ctx, grad, _grad_lse):
-    return *flash_attention_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None, None
-
-
-flash_attention.register_autograd(
-    _flash_attention_gradients, setup_context=_flash_attention_context
-)
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = {f"d{name}": x.new_empty(x.shape) for name, x in zip("qkv", (q, k, v))}
+        grads = _flash_attn_bwd(q, k, v, out, packed(grad), lse, **ctx.options, **grads)
+        return *grads, None, None, None, None
 
 
 def shift(x: Tensor) -> Tensor:
@@ -904,21 +932,24 @@ TILE_TOKENS = 16  # a program: half a head of 128 is a 16-byte load for each thr
 FP8_TILE = 64, 8  # tokens and warps: a transposed row is two sectors of memory
 
 
-def plain_prepare_qkv(
+def prepare_qkv(
     x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
-    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], key_offset: bool,
+    value_share: Tensor | None, extra_value: Tensor | None, fp8: QkvFp8 | None, key_offset: bool,
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys and values, (T, heads, head_dim), of the normed stream x (T, dim) and the
-    weights w_qkv (3 dim, dim); and, for the backward, their product. What follows the product is
-    computed in fp32; results are in x's dtype.
+    weights w_qkv (3 dim, dim). What follows their product is computed in fp32; results are in x's
+    dtype.
 
     scale: fp32 scalar on the product. cos, sin: (positions, 1, head_dim / 4) fp32. value (T, dim),
     its rows any stride apart, is added to the values times value_share (T, heads) fp32, extra_value
-    (T, dim) as it is. With the fields of QkvFp8 the product and those of its gradient run in fp8.
+    (T, dim) as it is. With fp8 the product and those of its gradient run in fp8.
     """
-    qkv = x @ w_qkv.mT
-    q, k, v = (scale * widen(qkv)).view(len(qkv), 3, -1, head_dim).unbind(1)
+    if has_kernels(x.device):
+        return PrepareQkv.apply(
+            x, w_qkv, scale, cos, sin, value, value_share, extra_value, fp8, key_offset, head_dim
+        )
+    q, k, v = (scale * widen(x @ w_qkv.mT)).view(len(x), 3, -1, head_dim).unbind(1)
     q, k = rms_norm(q), rms_norm(k)
     if key_offset:
         k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :])], dim=-1)
@@ -927,7 +958,7 @@ def plain_prepare_qkv(
     if extra_value is not None:
         v = v + extra_value.view_as(v)
     q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-    return q.type_as(x), k.type_as(x), v.type_as(x).contiguous(), qkv
+    return q.type_as(x), k.type_as(x), v.type_as(x)
 
 
 @triton.jit
@@ -989,10 +1020,10 @@ def _prepare_qkv_kernel(
         share = tl.load(value_share + tokens * share_stride + head, mask=in_row, other=0.0)
         inputs = row * value_stride + head * HEAD_DIM + columns
         v_tile += share[:, None] * tl.load(value + inputs, mask=mask, other=0.0).to(tl.float32)
+    outputs = row * DIM + head * HEAD_DIM + columns
     if extra_value is not None:
-        inputs = row * DIM + head * HEAD_DIM + columns
-        v_tile += tl.load(extra_value + inputs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(v + row * DIM + head * HEAD_DIM + columns, v_tile, mask=mask)
+        v_tile += tl.load(extra_value + outputs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(v + outputs, v_tile, mask=mask)
 
     outputs = row * DIM + head * HEAD_DIM + lanes
     norm = _norm_factor(q_turned, q_still, factor)
@@ -1078,293 +1109,79 @@ def _prepare_qkv_backward_kernel(
         tl.atomic_max(largest, largest_here * tl.load(unit))
 
 
-@fused_op(plain_prepare_qkv)
-def prepare_qkv(
-    x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
-    value_share: Tensor | None, extra_value: Tensor | None, fp8: list[Tensor], key_offset: bool,
-    head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if fp8:
-        copies = QkvFp8(*fp8)
-        qkv = fp8_product(copies.x, copies.w, copies.unit_x, copies.unit_w)
-    else:
-        qkv = x @ w_qkv.mT
-    num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
-    q, k, v = (qkv.new_empty(num_tokens, heads, head_dim) for _ in range(3))
-    _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-        qkv, scale, cos, sin, value, value_share, packed(extra_value), q, k, v, num_tokens,
-        row_stride(value), row_stride(value_share), heads, head_dim, key_offset, TILE_TOKENS,
-    )  # fmt: skip
-    return q, k, v, qkv
-
-
 def product_gradient(
-    grads: Sequence[Tensor], qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor
-    | None, value_share: Tensor | None, options: tuple[bool, int], dtype: torch.dtype,
+    grads: Sequence[Tensor], qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor,
+    value: Tensor | None, value_share: Tensor | None, key_offset: bool, head_dim: int,
     unit: Tensor | None = None, largest: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the product qkv, in dtype, and of scale, value and value_share, the last two
-    empty without a value. With a unit the first is saturated in it, the second its transpose,
-    and largest (1,) is raised to the largest.
+) -> tuple[Fp8 | Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the product qkv, with a unit in fp8, and of scale, value and value_share; raises
+    largest (1,) to the largest of the first.
 
     The norm takes scale out of q and k again, so its gradient comes from v alone: what q and k
     would add is EPS / (mean square of the scaled head) of the size of their own terms.
     """
-    key_offset, head_dim = options
     num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
     tile, num_warps = (TILE_TOKENS, 4) if unit is None else FP8_TILE
     tiles = triton.cdiv(num_tokens, tile)
-    dqkv = qkv.new_empty(qkv.shape, dtype=dtype)
-    dqkv_t = None if unit is None else qkv.new_empty(qkv.mT.shape, dtype=dtype)
-    _, dvalue, dvalue_share = like(qkv[:0], value, value_share)
+    dqkv = (torch.empty_like(qkv), None, None) if unit is None else fp8_like(qkv, unit)
+    dvalue, dvalue_share = (
+        None if x is None else x.new_empty(x.shape) for x in (value, value_share)
+    )
     partial = torch.empty((tiles, heads), dtype=torch.float32, device=qkv.device)
     _prepare_qkv_backward_kernel[heads, tiles](
-        *map(packed, grads), qkv, scale, cos, sin, value, value_share, dqkv, dqkv_t, unit, largest,
-        partial, dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share),
-        heads, head_dim, key_offset, torch.finfo(dtype).max, tile, num_warps=num_warps,
+        *map(packed, grads), qkv, scale, cos, sin, value, value_share, *dqkv, largest, partial,
+        dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share), heads,
+        head_dim, key_offset, torch.finfo(dqkv[0].dtype).max, tile, num_warps=num_warps,
     )  # fmt: skip
-    return dqkv, dqkv_t, partial.sum().view_as(scale), dvalue, dvalue_share
+    dqkv = dqkv[0] if unit is None else dqkv
+    return dqkv, partial.sum().view_as(scale), dvalue, dvalue_share
 
 
-@fused_op(
-    fake=lambda dq, dk, dv, x, w_qkv, qkv, scale, cos, sin, value, value_share, *_: like(
-        x, w_qkv, scale, value, value_share
-    ),
-    mutates=("largest",),
-)
-def prepare_qkv_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, w_qkv: Tensor, qkv: Tensor, scale: Tensor,
-    cos: Tensor, sin: Tensor, value: Tensor | None, value_share: Tensor | None, fp8: list[Tensor],
-    largest: Tensor | None, key_offset: bool, head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, w_qkv, scale, value and value_share. fp8: QkvFp8 but its x and largest."""
-    inputs = (dq, dk, dv), qkv, scale, cos, sin, value, value_share, (key_offset, head_dim)
-    if not fp8:
-        dqkv, _, *others = product_gradient(*inputs, qkv.dtype)
-        return dqkv @ w_qkv, dqkv.mT @ x, *others
-    fp8 = QkvFp8(None, *fp8, largest)
-    dqkv, dqkv_t, *others = product_gradient(*inputs, E4M3, fp8.unit_grad, largest)
-    return (
-        fp8_product(dqkv, fp8.w_t, fp8.unit_grad, fp8.unit_w),
-        fp8_product(dqkv_t, fp8.x_t, fp8.unit_grad, fp8.unit_x),
-        *others,
-    )
+class PrepareQkv(torch.autograd.Function):
+    """prepare_qkv by kernels."""
 
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor,
+        value: Tensor | None, value_share: Tensor | None, extra_value: Tensor | None,
+        fp8: QkvFp8 | None, key_offset: bool, head_dim: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        qkv = fp8_product(fp8.x, fp8.w) if fp8 else x @ w_qkv.mT
+        num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
+        q, k, v = (qkv.new_empty(num_tokens, heads, head_dim) for _ in range(3))
+        _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
+            qkv, scale, cos, sin, value, value_share, packed(extra_value), q, k, v, num_tokens,
+            row_stride(value), row_stride(value_share), heads, head_dim, key_offset, TILE_TOKENS,
+        )  # fmt: skip
+        x, ctx.fp8 = for_backward(x, fp8)
+        ctx.save_for_backward(x, w_qkv, qkv, scale, cos, sin, value, value_share)
+        ctx.options, ctx.has_extra = (key_offset, head_dim), extra_value is not None
+        return q, k, v
 
-def _prepare_qkv_context(ctx, inputs, output):
-    *tensors, extra_value, fp8, ctx.key_offset, ctx.head_dim = inputs
-    ctx.save_for_backward(*tensors[:2], output[3], *tensors[2:], *fp8[1:-1])
-    ctx.largest, ctx.fp8_count = (fp8 or [None])[-1], len(fp8)
-    ctx.extra = extra_value is not None
-    ctx.set_materialize_grads(False)
-
-
-def _prepare_qkv_gradients(ctx, dq, dk, dv, _):
-    options = ctx.largest, ctx.key_offset, ctx.head_dim
-    tensors, fp8 = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
-    dx, dw, dscale, *d_value = prepare_qkv_backward(dq, dk, dv, *tensors, fp8, *options)
-    if tensors[-1] is None:
-        d_value = None, None
-    d_extra = dv.flatten(1) if ctx.extra else None
-    return dx, dw, dscale, None, None, *d_value, d_extra, [None] * ctx.fp8_count, None, None
-
-
-prepare_qkv.register_autograd(_prepare_qkv_gradients, setup_context=_prepare_qkv_context)
-
-
-# --- fp8 ------------------------------------------------------------------------------------------
-#
-# A unit is what 1.0 in fp8 stands for: fp32, padded to the 16 bytes at which cuBLAS wants each to
-# begin. Products in fp8 read rows of both factors, so whatever is multiplied from both sides is
-# kept both ways round.
-
-
-@triton.jit
-def _quantize_kernel(
-    x, unit, out, out_t, largest, num_rows, num_columns, matrix_stride, LIMIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
-    x += tl.program_id(2).to(tl.int64) * matrix_stride - matrix
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
-    at = matrix + row[:, None] * num_columns + column[None, :]
-    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if largest is not None:
-        tl.atomic_max(largest, tl.max(tl.abs(values)))
-    values *= 1 / tl.load(unit + 4 * tl.program_id(2))
-    values = tl.clamp(values, -LIMIT, LIMIT).to(out.dtype.element_ty)
-    tl.store(out + at, values, mask=inside)
-    at_t = matrix + column[:, None] * num_rows + row[None, :]
-    tl.store(out_t + at_t, tl.trans(values), mask=tl.trans(inside))
-
-
-def quantize_(
-    x: Tensor, unit: Tensor, out: Tensor, out_t: Tensor, largest: Tensor | None = None
-) -> None:
-    """Write x/unit, saturated, to out, and transposed to out_t; raise largest (1,) to that of |x|.
-
-    x: (rows, cols) with unit (4,), or (batch, rows, cols), the first rows of larger matrices or
-    all, with units (batch, 4).
-    """
-    *batch, rows, columns = x.shape
-    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
-    x = x.flatten(-2) if batch else packed(x)  # a view
-    _quantize_kernel[grid](
-        x, unit, out, out_t, largest, rows, columns, x.stride(0),
-        LIMIT=torch.finfo(out.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
-    )  # fmt: skip
-
-
-def quantize(
-    x: Tensor, unit: Tensor, dtype: torch.dtype = E4M3, largest: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """quantize_ with new outputs."""
-    out, out_t = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.mT.shape, dtype=dtype)
-    quantize_(x, unit, out, out_t, largest)
-    return out, out_t
-
-
-def fp8_product(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor) -> Tensor:
-    """a bᵀ in bf16 for fp8 a (rows, inner) and b (cols, inner)."""
-    return torch._scaled_mm(a, b.mT, unit_a[0], unit_b[0], out_dtype=torch.bfloat16)
-
-
-@fused_op(fake=lambda x, _: (torch.empty_like(x, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3)))
-def quantize_stream(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """quantize, which full-graph compilation takes."""
-    return quantize(x, unit)
-
-
-class QkvFp8(NamedTuple):
-    """The factors of the QKV product in fp8, and the units of all that is fp8 there."""
-
-    x: Tensor  # (T, dim), for the forward pass alone
-    x_t: Tensor
-    w: Tensor  # (3 dim, dim)
-    w_t: Tensor
-    unit_x: Tensor
-    unit_w: Tensor
-    unit_grad: Tensor  # of the product
-    largest: Tensor  # (1,) of this gradient, seen since the last update
-
-
-class MlpFp8(NamedTuple):
-    """The input and the weights of an MLP in fp8, and the units of all that is fp8 in it."""
-
-    x: Tensor  # (T, dim), for the forward pass alone
-    x_t: Tensor
-    w_1: Tensor  # (hidden, dim)
-    w_1_t: Tensor
-    w_2: Tensor
-    w_2_t: Tensor
-    unit_w_1: Tensor
-    unit_w_2: Tensor
-    unit_x: Tensor
-    unit_square: Tensor
-    unit_grad: Tensor  # of the MLP's result
-    unit_hidden: Tensor  # of the gradient in front of relu
-    largest: Tensor  # (2,) of these two gradients, seen since the last update
-
-
-class HeadFp8(NamedTuple):
-    """The head in fp8, and the units of all that is fp8 there."""
-
-    weight: Tensor  # (vocab, dim)
-    weight_t: Tensor
-    unit_w: Tensor
-    unit_x: Tensor
-    unit_grad: Tensor
-
-
-class Fp8Copies:
-    """fp8 copies of the MLP bank, of the QKV rows and of the head, made anew after every update."""
-
-    def __init__(
-        self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, attention_layers: list[int],
-        num_layers: int,
-    ):  # fmt: skip
-        self.num_layers, self.head_weight = num_layers, head.detach()
-        self.entries = {layer: entry for entry, layer in enumerate(attention_layers)}
-        rows = attention_bank.size(1) // 4 * 3
-
-        def unit(value: float, *shape: int) -> Tensor:
-            return torch.full((*shape, 4), value, device=head.device)
-
-        def copies(x: Tensor) -> tuple[Tensor, Tensor]:
-            return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3)
-
-        banks = mlp_bank[: 2 * num_layers], attention_bank[: len(attention_layers), :rows]
-        self.banks = [(bank.detach(), unit(1.0, len(bank)), *copies(bank)) for bank in banks]
-        self.head_copies = copies(self.head_weight)
-        self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
-        # The others' units follow from the largest in the step before, with room to grow: of each
-        # layer's squares, gradients of its result, of what is in front of relu and of QKV.
-        self.units = unit(0.0, 4, num_layers)
-        self.largest = torch.zeros(4, num_layers, device=head.device)
-        self.head_units = unit(1.6 / 448), unit(100 / 448), unit(0.75 / 448)
-        self.reset()
-
-    def reset(self) -> None:
-        """As before the first step: nothing is known of a layer's numbers yet."""
-        for units, guess in zip(self.units, (16.0, 2.0**-6, 2.0**-6, 2.0**-6)):
-            units.fill_(guess / 448)
-        self.largest.zero_()
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self, head: bool = True) -> None:
-        """Copy the weights as they are now, the head only if it has changed."""
-        for bank, units, *copies in self.banks:
-            largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
-            units.copy_(largest.clamp_min(1e-12)[:, None] / 448)
-            quantize_(bank, units, *copies)
-        if head:
-            quantize_(self.head_weight, self.head_units[0], *self.head_copies)
-        largest = self.largest[:, :, None]
-        self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
-        self.largest.zero_()
-
-    @torch.no_grad()
-    def saw_squares(self, largest: list[Tensor]) -> None:
-        """Note the largest squares of every layer in one micro-step, any number of them each."""
-        self.largest[0].copy_(torch.maximum(self.largest[0], torch.stack(largest).amax(1)))
-
-    def stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of a normed stream."""
-        return quantize_stream(x.detach(), self.unit_x)
-
-    def qkv(self, layer: int, x: Tensor, x_t: Tensor) -> list[Tensor]:
-        """The fields of QkvFp8, given copies of the stream."""
-        _, unit_w, copy, copy_t = (tensor[self.entries[layer]] for tensor in self.banks[1])
-        units = self.unit_x, unit_w, self.units[3, layer]
-        return [x, x_t, copy, copy_t, *units, self.largest[3:, layer]]
-
-    def mlp(self, layer: int, x: Tensor, x_t: Tensor) -> list[Tensor]:
-        """The fields of MlpFp8, given copies of the stream."""
-        first, second = layer, self.num_layers + layer
-        _, unit_w, copy, copy_t = self.banks[0]
-        weights = copy[first], copy_t[first], copy[second], copy_t[second]
-        units = unit_w[first], unit_w[second], self.unit_x, *self.units[:3, layer]
-        return [x, x_t, *weights, *units, self.largest[1:3, layer]]
-
-    def head(self, tokens: Tensor | None = None) -> list[Tensor]:
-        """The fields of HeadFp8, of these rows of the head or of all."""
-        copy, copy_t = self.head_copies
-        if tokens is not None:
-            rows = copy.view(torch.uint8)[tokens]
-            copy, copy_t = rows.view(E4M3), rows.mT.contiguous().view(E4M3)
-        return [copy, copy_t, *self.head_units]
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_qkv, *inputs = ctx.saved_tensors
+        inputs, fp8 = ((dq, dk, dv), *inputs, *ctx.options), ctx.fp8
+        if fp8:
+            x = fp8.x._replace(columns=x)
+            dqkv, dscale, *dvalues = product_gradient(*inputs, fp8.unit_grad, fp8.largest)
+            dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, x.T)
+        else:
+            dqkv, dscale, *dvalues = product_gradient(*inputs)
+            dx, dw = dqkv @ w_qkv, dqkv.mT @ x
+        d_extra = dv.flatten(1) if ctx.has_extra else None
+        return dx, dw, dscale, None, None, *dvalues, d_extra, None, None, None
 
 
 # --- MLP ------------------------------------------------------------------------------------------
 
 
-def plain_mlp(
-    x: Tensor, w_1: Tensor, w_2: Tensor, fp8: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (x @ w_1.mT).relu().square() @ w_2, *(x.new_empty(0) for _ in range(3))
+def mlp(x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None = None) -> Tensor:
+    """relu(x w_1ᵀ)² w_2 for x (T, dim) and weights (hidden, dim). With fp8 all products run in it,
+    forward and backward."""
+    if has_kernels(x.device):
+        return Mlp.apply(x, w_1, w_2, fp8)
+    return (x @ w_1.mT).relu().square() @ w_2
 
 
 # Of the MLP's product. Two programs of 4 warps fit on each of an H100's 132 SMs: while one stores a
@@ -1372,15 +1189,10 @@ def plain_mlp(
 MLP_TILE, MLP_PROGRAMS = 128, 264
 
 
-def mlp_programs(rows: int, columns: int) -> int:
-    return min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
-
-
 @triton.jit
 def _mlp_product_kernel(
     a, b, square, out, out_t, unit_a, unit_b, unit_square, unit_out, largest, num_rows,
-    num_columns, inner, BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
-    INNER: tl.constexpr,
+    num_columns, inner, BACKWARD: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     # One factor for all units: the arithmetic on a tile takes as long as its stores.
     unit, top = tl.load(unit_a) * tl.load(unit_b), 0.0
@@ -1409,107 +1221,67 @@ def _mlp_product_kernel(
             top = tl.maximum(top, tl.max(total))
         values = (total * scale).to(out.dtype)  # fp8 saturates
         out.store([row, column], values)
-        if TRANSPOSED:
+        if out_t is not None:
             out_t.store([column, row], tl.trans(values))
-    if BACKWARD:
+    if largest is not None:
         tl.atomic_max(largest, top * unit)
-    else:
-        tl.store(largest + tl.program_id(0), top * unit)
 
 
 def mlp_product(
-    a: Tensor,
-    b: Tensor,
-    units: Sequence[Tensor],
-    square: Tensor | None = None,
+    a: Tensor, b: Tensor, square: Tensor | None = None, units: Sequence[Tensor] | None = None,
     largest: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """relu(a bᵀ)² or, given the square, its gradient a bᵀ·2·sqrt(square); a, b: rows of `inner`.
 
-    units: of a, b, the square and the result. Returns the result, its transpose if it is fp8, and
-    the largest value that every program has seen; of a gradient, largest (1,) is raised to it.
+    In fp8 with the units of a, b, the square and the result: then its transpose comes too, and
+    largest (1,) is raised to its largest.
     """
-    (rows, inner), columns, fp8 = a.shape, b.size(0), a.element_size() == 1
+    (rows, inner), columns = a.shape, b.size(0)
     out = a.new_empty(rows, columns)
-    out_t = a.new_empty(columns, rows) if fp8 else out
+    out_t = None if units is None else a.new_empty(columns, rows)
     tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.element_size()
-    programs = mlp_programs(rows, columns)
-    largest = a.new_empty(programs, dtype=torch.float32) if largest is None else largest
+    programs = min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
     describe = TensorDescriptor.from_tensor
     _mlp_product_kernel[(programs,)](
         describe(a, [MLP_TILE, tile_inner]), describe(b, [MLP_TILE, tile_inner]),
         describe(out if square is None else square, tile), describe(out, tile),
-        describe(out_t, tile), *units, largest, rows, columns, inner, BACKWARD=square is not None,
-        TRANSPOSED=fp8, TILE=MLP_TILE, INNER=tile_inner, num_warps=4, num_stages=3,
+        None if out_t is None else describe(out_t, tile),
+        *(units or [torch.ones(4, device=a.device)] * 4), largest, rows, columns, inner,
+        BACKWARD=square is not None, TILE=MLP_TILE, INNER=tile_inner, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out, out_t, largest
+    return out, out_t
 
 
-def mlp_fake(x, w_1, w_2, fp8):
-    square, dtype = (len(x), len(w_1)), E4M3 if fp8 else x.dtype
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(square, dtype=dtype),
-        x.new_empty(square[::-1] if fp8 else 0, dtype=dtype),
-        x.new_empty(mlp_programs(*square), dtype=torch.float32),
-    )
+class Mlp(torch.autograd.Function):
+    """mlp by kernels; the backward rebuilds relu from its square."""
 
+    @staticmethod
+    def forward(ctx, x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None) -> Tensor:
+        if fp8:
+            units = fp8.x.unit, fp8.w_1.unit, fp8.unit_square, fp8.unit_square
+            square, square_t = mlp_product(fp8.x.rows, fp8.w_1.rows, None, units, fp8.largest[:1])
+            out = fp8_product(Fp8(square, square_t, fp8.unit_square), fp8.w_2.T)
+        else:
+            square, square_t = mlp_product(x, w_1)
+            out = square @ w_2
+        x, ctx.fp8 = for_backward(x, fp8)
+        ctx.save_for_backward(x, w_1, w_2, square, square_t)
+        return out
 
-@fused_op(plain_mlp, mlp_fake)
-def mlp(
-    x: Tensor, w_1: Tensor, w_2: Tensor, fp8: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """relu(x w_1ᵀ)² w_2 for x (T, dim) and weights (hidden, dim).
-
-    With the fields of MlpFp8 all products run in fp8, forward and backward. Returns the result and,
-    for the backward, the square, in fp8 also its transpose; then the largest squares.
-    """
-    if not fp8:
-        ones = torch.ones(4, device=x.device)
-        square, _, largest = mlp_product(x, w_1, [ones] * 4)
-        return square @ w_2, square, x.new_empty(0), largest
-    fp8 = MlpFp8(*fp8)
-    units = fp8.unit_x, fp8.unit_w_1, fp8.unit_square, fp8.unit_square
-    square, square_t, largest = mlp_product(fp8.x, fp8.w_1, units)
-    out = fp8_product(square, fp8.w_2_t, fp8.unit_square, fp8.unit_w_2)
-    return out, square, square_t, largest
-
-
-@fused_op(fake=lambda grad, x, w_1, w_2, *_: like(x, w_1, w_2), mutates=("largest",))
-def mlp_backward(
-    grad: Tensor, x: Tensor, w_1: Tensor, w_2: Tensor, square: Tensor, square_t: Tensor,
-    fp8: list[Tensor], largest: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, w_1 and w_2; relu is rebuilt from its square. fp8: MlpFp8 but its x and
-    largest."""
-    if not fp8:
-        grad, ones = packed(grad), torch.ones(4, device=x.device)
-        grad_hidden = mlp_product(grad, w_2, [ones] * 4, square)[0]
-        return grad_hidden @ w_1, grad_hidden.mT @ x, square.mT @ grad
-    fp8 = MlpFp8(None, *fp8, largest)
-    grad8, grad8_t = quantize(grad, fp8.unit_grad, largest=largest[:1])
-    units = fp8.unit_grad, fp8.unit_w_2, fp8.unit_square, fp8.unit_hidden
-    hidden8, hidden8_t, _ = mlp_product(grad8, fp8.w_2, units, square, largest[1:])
-    return (
-        fp8_product(hidden8, fp8.w_1_t, fp8.unit_hidden, fp8.unit_w_1),
-        fp8_product(hidden8_t, fp8.x_t, fp8.unit_hidden, fp8.unit_x),
-        fp8_product(square_t, grad8_t, fp8.unit_square, fp8.unit_grad),
-    )
-
-
-def _mlp_context(ctx, inputs, output):
-    x, w_1, w_2, fp8 = inputs
-    ctx.save_for_backward(x, w_1, w_2, *output[1:3], *fp8[1:-1])
-    ctx.largest, ctx.fp8_count = (fp8 or [None])[-1], len(fp8)
-    ctx.set_materialize_grads(False)
-
-
-def _mlp_gradients(ctx, grad, *_):
-    tensors, fp8 = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
-    return *mlp_backward(grad, *tensors, fp8, ctx.largest), [None] * ctx.fp8_count
-
-
-mlp.register_autograd(_mlp_gradients, setup_context=_mlp_context)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, w_1, w_2, square, square_t), fp8 = ctx.saved_tensors, ctx.fp8
+        if not fp8:
+            grad = packed(grad)
+            hidden, _ = mlp_product(grad, w_2, square)
+            return hidden @ w_1, hidden.mT @ x, square.mT @ grad, None
+        x, square = fp8.x._replace(columns=x), Fp8(square, square_t, fp8.unit_square)
+        grad = quantize(grad, fp8_like(grad, fp8.unit_grad), fp8.largest[1:2])
+        units = grad.unit, fp8.w_2.unit, square.unit, fp8.unit_hidden
+        hidden = mlp_product(grad.rows, fp8.w_2.rows, square.rows, units, fp8.largest[2:])
+        hidden = Fp8(*hidden, fp8.unit_hidden)
+        d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, x.T)
+        return d_x, d_w_1, fp8_product(square.T, grad.T), None
 
 
 # --- Head -----------------------------------------------------------------------------------------
@@ -1520,6 +1292,26 @@ HEAD_ROWS = 16_384  # logits formed at a time: 1.6 GB; chunks small enough for t
 def softcap(logits: Tensor) -> Tensor:
     """Logits between 0 and 23, fp32."""
     return 23 * torch.sigmoid((widen(logits) + 5) / 7.5)
+
+
+def head_loss(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums over a row of cross-entropies of the softcapped logits, 0-d fp32, in nats: of all terms
+    by weight, and of the first alone, which has no gradient.
+
+    x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
+    weights: (terms,) fp32. offsets: (vocab,) fp32, added to the logits in the softmax's denominator
+    alone. With fp8 all products run in it, forward and backward.
+    """
+    if has_kernels(x.device):
+        return HeadLoss.apply(x, head, targets, weights, fp8, offsets)
+    logits, scored = softcap(x @ head.mT), targets >= 0
+    lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
+    losses = lse - logits.gather(1, targets.clamp_min(0))
+    losses = (losses * scored).sum(0)
+    return losses @ weights, losses[0].detach()
 
 
 @triton.jit
@@ -1563,8 +1355,7 @@ def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr):
 @triton.jit
 def _logits_gradient_kernel(
     logits, offsets, lse, targets, weights, unit, grad, grad_t, num_rows, vocab, stride_t,
-    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """All of the gradient but what the targets add to it."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -1581,7 +1372,7 @@ def _logits_gradient_kernel(
     tile *= scale[:, None]
     tile = tile.to(grad.dtype.element_ty)
     tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
-    if TRANSPOSED:
+    if grad_t is not None:
         at_t = column[:, None].to(tl.int64) * stride_t + row[None, :]
         tl.store(grad_t + at_t, tl.trans(tile), mask=tl.trans(inside))
 
@@ -1589,8 +1380,7 @@ def _logits_gradient_kernel(
 @triton.jit
 def _targets_kernel(
     logits, offsets, lse, targets, weights, losses, unit, grad, grad_t, num_rows, vocab, stride_t,
-    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, GRADIENT: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The losses, weighted and of the first term, and the gradient in the targets' columns."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -1607,7 +1397,7 @@ def _targets_kernel(
         if term == 0:
             tl.store(losses + stride_t + row, loss, mask=real)
         weighted += tl.load(weights + term) * loss
-        if GRADIENT:
+        if grad is not None:
             likely = 23 * tile - shift
             if offsets is not None:
                 likely += tl.load(offsets + target, mask=scored, other=0.0)
@@ -1618,93 +1408,63 @@ def _targets_kernel(
             values = values * (23 / 7.5) / tl.load(unit) * tile * (1 - tile)
             values = values.to(grad.dtype.element_ty)
             tl.store(grad + row * vocab + target, values, mask=scored)
-            if TRANSPOSED:
+            if grad_t is not None:
                 tl.store(grad_t + target * stride_t + row, values, mask=scored)
     tl.store(losses + row, weighted, mask=real)
 
 
-def plain_head_loss(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor],
-    offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    logits, scored = softcap(x @ head.mT), targets >= 0
-    lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
-    losses = lse - logits.gather(1, targets.clamp_min(0))
-    losses = (losses * scored).sum(0)
-    return torch.stack([losses @ weights, losses[0]]), *(x.new_empty(0) for _ in range(3))
+class HeadLoss(torch.autograd.Function):
+    """head_loss by kernels; the forward makes the gradient of the logits too."""
 
-
-def head_loss_fake(x, head, targets, weights, fp8, offsets):
-    shape = len(x), len(head)
-    if not fp8:
-        return weights.new_empty(2), x.new_empty(shape), x.new_empty(0), x.new_empty(0)
-    slopes = (x.new_empty(size, dtype=E5M2) for size in (shape, shape[::-1]))
-    return weights.new_empty(2), *slopes, x.new_empty(x.mT.shape, dtype=E4M3)
-
-
-@fused_op(plain_head_loss, head_loss_fake)
-def head_loss(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: list[Tensor],
-    offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums over a row of cross-entropies of the softcapped logits, and what their gradients take.
-
-    x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
-    weights: (terms,) fp32. fp8: nothing or the fields of HeadFp8. offsets: (vocab,) fp32, added to
-    the logits in the softmax's denominator alone. Returns (2,) fp32, in nats: all terms by weight,
-    and the first alone; then the gradient of the former by the logits, (T, vocab), and in fp8 the
-    other layouts that the products behind it read: its transpose and that of x.
-    """
-    num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
-    losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
-    grad = x.new_empty((num_rows, vocab), dtype=E5M2 if fp8 else x.dtype)
-    unit, flags = torch.ones_like(losses[:, 0]), {"APPROXIMATE": x.is_cuda}
-    grad_t, x8_t = x.new_empty(0), x.new_empty(0)
-    if fp8:
-        fp8 = HeadFp8(*fp8)
-        x8, x8_t = quantize(x, fp8.unit_x)
-        unit, grad_t = fp8.unit_grad, x.new_empty((vocab, num_rows), dtype=E5M2)
-    for start in range(0, num_rows, HEAD_ROWS):
-        rows = slice(start, min(start + HEAD_ROWS, num_rows))
-        count = rows.stop - start
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None,
+        offsets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
+        losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
+        grad = x.new_empty((num_rows, vocab), dtype=E5M2 if fp8 else x.dtype)
+        grad_t = None
         if fp8:
-            logits = fp8_product(x8[rows], fp8.weight, fp8.unit_x, fp8.unit_w)
+            x8 = quantize(x, fp8_like(x, fp8.unit_x))
+            grad_t = x.new_empty((vocab, num_rows), dtype=E5M2)
+        unit = fp8.unit_grad if fp8 else torch.ones(4, device=device)
+        kinds = {"TERMS": targets.size(1), "APPROXIMATE": x.is_cuda}
+        for start in range(0, num_rows, HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            if fp8:
+                logits = fp8_product(x8._replace(rows=x8.rows[rows]), fp8.weight)
+            else:
+                logits = x[rows] @ head.mT
+            count = len(logits)
+            _lse_kernel[(count,)](
+                logits, offsets, lse[rows], vocab, APPROXIMATE=x.is_cuda, BLOCK=2048, num_warps=8
+            )
+            inputs = logits, offsets, lse[rows], targets[rows], weights
+            outputs = unit, grad[rows], grad_t[:, rows] if fp8 else None, count, vocab, num_rows
+            # 128 rows of a transposed fp8 tile are whole lines of memory.
+            grid = (triton.cdiv(count, 128), triton.cdiv(vocab, 64))
+            _logits_gradient_kernel[grid](
+                *inputs, *outputs, **kinds, ROWS=128, COLUMNS=64, num_warps=4
+            )
+            _targets_kernel[grid[:1]](*inputs, losses[:, rows], *outputs, **kinds, ROWS=128)
+        ctx.save_for_backward(x8.columns if fp8 else x, head, grad, grad_t)
+        ctx.fp8 = fp8
+        weighted, first = losses.sum(1).unbind()
+        ctx.mark_non_differentiable(first)
+        ctx.set_materialize_grads(False)
+        return weighted, first
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        (x, head, slope, slope_t), fp8 = ctx.saved_tensors, ctx.fp8
+        if fp8:  # the loss's own gradient goes into the unit
+            slope = Fp8(slope, slope_t, fp8.unit_grad * grad)
+            x = Fp8(None, x, fp8.unit_x)
+            d_x, d_head = fp8_product(slope, fp8.weight.T), fp8_product(slope.T, x.T)
         else:
-            logits = x[rows] @ head.mT
-        _lse_kernel[(count,)](logits, offsets, lse[rows], vocab, **flags, BLOCK=2048, num_warps=8)
-        inputs, outputs = (lse[rows], targets[rows], weights), (unit, grad[rows])
-        outputs += (grad_t[:, rows] if fp8 else None, count, vocab, num_rows)
-        kinds = flags | {"TERMS": targets.size(1), "TRANSPOSED": bool(fp8)}
-        # 128 rows of a transposed fp8 tile are whole lines of memory.
-        grid = (triton.cdiv(count, 128), triton.cdiv(vocab, 64))
-        _logits_gradient_kernel[grid](
-            logits, offsets, *inputs, *outputs, **kinds, ROWS=128, COLUMNS=64, num_warps=4
-        )
-        _targets_kernel[grid[:1]](
-            logits, offsets, *inputs, losses[:, rows], *outputs, **kinds, GRADIENT=True, ROWS=128
-        )
-    return losses.sum(1), grad, grad_t, x8_t
-
-
-def _head_loss_context(ctx, inputs, output):
-    x, head, _, _, fp8, _ = inputs
-    ctx.save_for_backward(x, head, *output[1:], *fp8)
-    ctx.set_materialize_grads(False)
-
-
-def _head_loss_gradients(ctx, grad, *_):
-    x, head, slope, slope_t, x8_t, *fp8 = ctx.saved_tensors
-    if fp8:  # the loss's own gradient goes into the unit
-        copies = HeadFp8(*fp8)
-        unit = copies.unit_grad * grad[0]
-        d_x = fp8_product(slope, copies.weight_t, unit, copies.unit_w)
-        d_head = fp8_product(slope_t, x8_t, unit, copies.unit_x)
-    else:
-        d_x, d_head = grad[0] * (slope @ head), grad[0] * (slope.mT @ x)
-    return d_x, d_head, None, None, [None] * len(fp8), None
-
-
-head_loss.register_autograd(_head_loss_gradients, setup_context=_head_loss_context)
+            d_x, d_head = grad * (slope @ head), grad * (slope.mT @ x)
+        return d_x, d_head, None, None, None, None
 
 
 SHUFFLE = 2_654_435_761  # a prime: multiples of it, modulo whatever vocabulary, come once each
@@ -1751,26 +1511,24 @@ def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
     return Columns(tokens, offsets, F.pad(place, (0, 1), value=IGNORED_TARGET)[targets])
 
 
-def plain_next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    logits = softcap(F.linear(x, head))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
-
-
-@fused_op(plain_next_token_loss)
 def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
+    """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64. Kernels
+    have no gradient for it."""
+    if not has_kernels(x.device):
+        logits = softcap(x @ head.mT)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
     num_rows, vocab, targets = len(x), len(head), packed(targets)
     losses, lse = torch.empty(2, num_rows, device=x.device), torch.empty(num_rows, device=x.device)
     for start in range(0, num_rows, HEAD_ROWS):
-        rows = slice(start, min(start + HEAD_ROWS, num_rows))
-        logits, count = x[rows] @ head.mT, rows.stop - start
+        rows = slice(start, start + HEAD_ROWS)
+        logits = x[rows] @ head.mT
+        count = len(logits)
         _lse_kernel[(count,)](
             logits, None, lse[rows], vocab, APPROXIMATE=False, BLOCK=2048, num_warps=8
         )
         _targets_kernel[(triton.cdiv(count, 128),)](
             logits, None, lse[rows], targets[rows], torch.ones_like(lse[:1]), losses[:, rows], None,
-            None, None, count, vocab, num_rows, TERMS=1, APPROXIMATE=False, GRADIENT=False,
-            TRANSPOSED=False, ROWS=128,
+            None, None, count, vocab, num_rows, TERMS=1, APPROXIMATE=False, ROWS=128,
         )  # fmt: skip
     return losses[0].sum()
 
@@ -1828,7 +1586,13 @@ def _add_rows_kernel(
                 tl.store(target, total, mask=inside)
 
 
-def add_rows_kernel_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
+def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
+    """Add values (n, dim), in their first order, to rows of a table (rows, dim) each, tables as
+    wide as one another; all that goes to one row is summed in fp32."""
+    if not has_kernels(tables[0].device):
+        for table, value in zip(tables, values):
+            table.index_add_(0, rows.rows, value[rows.order])
+        return
     count, dim = values[0].shape
     # Many small programs: a frequent token is one long run, the others must not wait for it, nor
     # the other tables.
@@ -1836,16 +1600,6 @@ def add_rows_kernel_(tables: Sequence[Tensor], rows: SortedRows, values: Sequenc
         tuple(tables), rows.rows, rows.order, tuple(values), tuple(map(row_stride, values)),
         rows.starts, rows.count, dim, BLOCK=128, ROWS=16, num_warps=1,
     )  # fmt: skip
-
-
-def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
-    """Add values (n, dim), in their first order, to rows of a table (rows, dim) each, tables as
-    wide as one another; all that goes to one row is summed in fp32."""
-    if has_kernels(tables[0].device):
-        add_rows_kernel_(tables, rows, values)
-    else:
-        for table, value in zip(tables, values):
-            table.index_add_(0, rows.rows, value[rows.order])
 
 
 class TableRows(torch.autograd.Function):
@@ -1871,8 +1625,7 @@ class FirstColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.count = count
-        # a copy in fp32 too: a view would have no gradient where torch 2.11 compiles this
-        return x.view_as(x), x[:, :count].to(torch.float32, copy=True)
+        return x.view_as(x), x[:, :count].float()
 
     @staticmethod
     def backward(ctx, grad: Tensor, grad_columns: Tensor) -> tuple[Tensor, None]:
@@ -1909,9 +1662,18 @@ def match_keys(
         yield (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF, long_enough
 
 
-def plain_find_matches(
+def find_matches(
     tokens: Tensor, starts: Tensor, tables: Tensor, orders: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
+    """The token that followed the longest context seen before, and 1 + the number of its order.
+
+    tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int64, slots
+    a power of two. orders: ascending. Returns (T,) int32 each; the token itself and 0 without one.
+    """
+    if has_kernels(tokens.device):
+        found, which = torch.empty_like(tokens), torch.empty_like(tokens)
+        launch_match_kernel(tokens, starts, None, tables, found, which, 0, orders)
+        return found, which
     found, which = tokens.clone(), torch.zeros_like(tokens)
     keys = match_keys(tokens, starts, orders, tables.size(1))
     for i, (slot, check, long_enough) in enumerate(keys):
@@ -1925,14 +1687,15 @@ def plain_find_matches(
 @triton.jit
 def _match_kernel(
     tokens, starts, targets, tables, found, which, base, num_tokens, slots, ORDERS: tl.constexpr,
-    LONGEST: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    LONGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ORDERS: bit n is set for order n."""
+    """Write the targets to the tables or, without any, look the tokens up. ORDERS: bit n is set for
+    order n."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = position < num_tokens
     length = position - tl.load(starts + position, mask=inside, other=0) + 1
     key, number = tl.zeros((BLOCK,), tl.int64), 0
-    if WRITE:
+    if targets is not None:
         following = tl.load(targets + position, mask=inside, other=0)
     else:
         token = tl.load(tokens + position, mask=inside, other=0)
@@ -1946,7 +1709,7 @@ def _match_kernel(
             mixed = key * MIX_2
             slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF
             mask = inside & (length >= n)
-            if WRITE:
+            if targets is not None:
                 entry = (base + position).to(tl.int64) << 32 | check << 16 | following
                 tl.atomic_max(tables + slot, entry, mask=mask)
             else:
@@ -1956,7 +1719,7 @@ def _match_kernel(
                 order = tl.where(hit, number + 1, order)
             tables += slots
             number += 1
-    if not WRITE:
+    if targets is None:
         tl.store(found + position, token, mask=inside)
         tl.store(which + position, order, mask=inside)
 
@@ -1967,23 +1730,9 @@ def launch_match_kernel(
 ) -> None:  # fmt: skip
     slots, bits = tables.size(1), sum(1 << order for order in orders)
     _match_kernel[(triton.cdiv(len(tokens), 128),)](
-        tokens, starts, targets, tables, found, which, base, len(tokens), slots,
-        ORDERS=bits, LONGEST=max(orders), WRITE=targets is not None, BLOCK=128, num_warps=4,
+        tokens, starts, targets, tables, found, which, base, len(tokens), slots, ORDERS=bits,
+        LONGEST=max(orders), BLOCK=128, num_warps=4,
     )  # fmt: skip
-
-
-@fused_op(plain_find_matches, lambda tokens, *_: like(tokens, tokens))
-def find_matches(
-    tokens: Tensor, starts: Tensor, tables: Tensor, orders: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The token that followed the longest context seen before, and 1 + the number of its order.
-
-    tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int64, slots
-    a power of two. orders: ascending. Returns (T,) int32 each; the token itself and 0 without one.
-    """
-    found, which = torch.empty_like(tokens), torch.empty_like(tokens)
-    launch_match_kernel(tokens, starts, None, tables, found, which, 0, orders)
-    return found, which
 
 
 def note_matches_(
@@ -2220,18 +1969,6 @@ def small_params(config: Config) -> dict[str, SmallParam]:
     return table
 
 
-def compiler(enabled: bool) -> Callable[[Callable], Callable]:
-    """torch.compile with fixed shapes, or what leaves a function as it is."""
-    if not enabled:
-        return lambda function: function
-    from torch._inductor.exc import OperatorIssue
-
-    # Up to torch 2.12 inductor spells out all that led to the arguments of an op when it first
-    # meets it, for a log that is off: ten times as much a layer, without end at the last one.
-    OperatorIssue.operator_str = staticmethod(lambda target, *_: str(target))
-    return functools.partial(torch.compile, fullgraph=True, dynamic=False)
-
-
 class GPT(nn.Module):
     """Decoder-only transformer. Weights of one kind are stacked in a bank, so that the optimizer
     can share a whole kind out over the ranks at once; banks are padded with zeros to a multiple
@@ -2292,8 +2029,6 @@ class GPT(nn.Module):
             banks, layers = (self.mlp_bank, self.attention_bank, self.head), self.attention_layers
             self.fp8 = Fp8Copies(*banks, layers, len(config.layers))
         self.register_buffer("one", torch.ones(1, device=device), persistent=False)
-        self.gate_mlp = compiler(config.compile == "block")(gate_mlp)
-        self.run_layers = compiler(config.compile == "full")(self.run_layers)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -2332,8 +2067,8 @@ class GPT(nn.Module):
         positions = max(longest, config.val_row_tokens)
         windows = [stage.window_long for stage in stages] + [config.final_window_long]
         frequencies, scale = rotary_frequencies(config.head_dim), config.attention_scale
-        tables = {windows[0]: (*rotary_tables(frequencies, positions, device), scale)}
-        for old, new in itertools.pairwise(windows):
+        tables = {}
+        for old, new in itertools.pairwise([windows[0], *windows]):
             frequencies, scale = yarn(frequencies, scale, old, new)
             tables[new] = (*rotary_tables(frequencies, positions, device), scale)
         return tables
@@ -2366,115 +2101,98 @@ class GPT(nn.Module):
             which = order[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
             gain = (which.float() @ self.small_weights["match"])[:, None]
             match = read([self.value_tables[-1]], found)[0]
-            ngrams = combine([ngrams, match], [self.one, gain], False, [], False)[0]
+            ngrams = combine([ngrams, match], [self.one, gain])[0]
         return Lookups(embedded, values, ngrams)
 
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
         """The normed residual stream in front of the head, (T, dim)."""
-        return self.run_layers(self.look_up(batch), batch, windows, fp8)
-
-    def run_layers(
-        self, lookups: Lookups, batch: Batch, windows: Windows, fp8: Fp8Copies | None
-    ) -> Tensor:
-        """From the embeddings to the normed stream in front of the head, (T, dim)."""
-        layers, small, one = self.config.layers, self.small_weights, self.one
-        ngrams = lookups.ngrams
+        lookups = self.look_up(batch)
+        layers, small, one = self.config.layers, dict(self.small_weights), self.one
+        for name in ("attention_in", "value_gate", "residual", "mlp_residual", "mlp_project"):
+            small[name] = small[name].unbind()  # at once: by index each has a gradient of its size
         last, attended = len(layers) - 1, {row.attend_from for row in layers}
-        residual, mlp_residual = small["residual"].unbind(), small["mlp_residual"].unbind()
         project = (small["project"] * small["attention_out"]).unbind()
-        mlp_project = small["mlp_project"].unbind()
+        streams = {"ngrams": lookups.ngrams, "value": lookups.values[0]}  # that many sums read
 
         def gates_of(name: str, x: Tensor) -> dict[str, Tensor]:
             weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
-            outputs = self.gate_mlp(x, *weights, small.get(f"{name} scale"))
+            outputs = gate_mlp(x, *weights, small.get(f"{name} scale"))
             widths = [width for width, _ in self.gate_layouts[name].values()]
             return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
 
-        def add(*arguments: object) -> tuple[Tensor, list[Tensor]]:
-            """combine, with the copies in fp8 behind the norm"""
-            x, normed = combine(*arguments)
-            return x, [normed, *(fp8.stream(normed) if fp8 and len(normed) else [])]
+        def add(sources: list[Tensor], *arguments: object) -> tuple[Tensor, tuple]:
+            """combine, with a copy in fp8 of the norm; later sums read the sources that it gives"""
+            x, normed, *again = combine(sources, *arguments)
+            again = dict(zip(map(id, sources), again))
+            streams.update((name, again.get(id(old), old)) for name, old in streams.items())
+            return x, (normed, fp8.stream(normed) if fp8 and normed is not None else None)
 
         embedded, start = FirstColumns.apply(lookups.embedded, 12)
         smear = small["smear"] * torch.sigmoid(F.linear(start, small["smear_gate"]))
         before = F.pad(embedded, (0, 0, 1, 0))[:-1]
-        x0 = combine([embedded, before], [one, smear], True, [], False)[1]
+        x0 = combine([embedded, before], [one, smear], True)[1]
         gates = gates_of("early", x0)
-        sums = []
-        # full's compiler wants functions without effects
-        if has_kernels(x0.device) and torch.is_grad_enabled() and self.config.compile != "full":
-            sums = [torch.zeros_like(x0), torch.zeros_like(x0)]
-        x, normed = add([x0, ngrams], [one, gates["ngrams 0"]], True, sums, True)
-        first, kept, kept_normed = x, {}, {}  # outputs of layers
-        squares = []
+        streams["x0"] = x0
+        x, normed = add([x0, streams["ngrams"]], [one, gates["ngrams 0"]], True)
+        streams["first"], attended_normed = x, None
 
         for i, row in enumerate(layers):
-            scales, mlp_scales = [residual[i], project[i]], [mlp_residual[i], mlp_project[i]]
+            scales = [small["residual"][i], project[i]]
+            mlp_scales = [small["mlp_residual"][i], small["mlp_project"][i]]
             value_share = extra_value = None
             if row.skip_from is not None:
                 gate = torch.sigmoid(small["skip"]) * gates[f"skip {i}"]
-                x, normed = add([x, kept[row.skip_from]], [one, gate], True, [], False)
+                x, normed = add([x, streams["skip"]], [one, gate], True)
             if i == last:
-                kept |= {"attend": kept[row.attend_from], "last": x}
+                streams["last"] = x
                 own = gates_of("last", x)
-                skips = [first, kept["attend"], x]
+                skips = "first", "attend", "last"
                 shares = [own["value_first"], own["value_attend"], own["value_last"]]
-                extra_value, _ = combine(skips, shares, False, [], False)
+                extra_value, _ = add([streams[name] for name in skips], shares)
                 shares = [own["x_first"], own["x_attend"], 1 + own["x_last"]]
-                x, _ = combine(skips, shares, False, [], False)
+                x, _ = add([streams[name] for name in skips], shares)
                 value_share = own["value_gate"].repeat_interleave(self.config.num_heads // 2, dim=1)
                 scales = [own["residual"], own["project"] * small["attention_out"][i]]
                 mlp_scales = [own["mlp_residual"], own["mlp_project"]]
             if row.window != "none":
-                source = normed if row.attend_from is None else kept_normed[row.attend_from]
-                copies = fp8.qkv(i, *source[1:]) if fp8 else []
+                source, copy = normed if row.attend_from is None else attended_normed
+                own_fp8 = fp8.qkv(i, copy) if fp8 else None
                 value = None if row.value_table is None else lookups.values[row.value_table]
                 values = value, value_share, extra_value
-                y = self.attend(i, source[0], *values, gates, batch, windows, copies)
+                y = self.attend(i, source, *values, small, gates, batch, windows, own_fp8)
                 if i == last:
-                    sources, shares = [first, ngrams], [own["first"], own["ngrams"]]
-                elif i == 0:  # which has had its share of the n-grams
-                    sources, shares = [x0], [gates["first 0"]]
+                    shares = {"first": own["first"], "ngrams": own["ngrams"]}
                 else:
-                    sources, shares = [x0, ngrams], [gates[f"first {i}"], gates[f"ngrams {i}"]]
-                shared = sums[1:] if i == last else sums[: len(sources)]
-                x, normed = add([x, y, *sources], [*scales, *shares], True, shared, False)
+                    shares = {"x0": gates[f"first {i}"], "ngrams": gates[f"ngrams {i}"]}
+                if i == 0:  # which has had its share of them
+                    del shares["ngrams"]
+                sources = [x, y, *(streams[name] for name in shares)]
+                x, normed = add(sources, [*scales, *shares.values()], True)
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
-            y, *_, largest = mlp(normed[0], w_1, w_2, fp8.mlp(i, *normed[1:]) if fp8 else [])
-            squares.append(largest)
+            y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
             behind = layers[i + 1] if i < last else row
             norm = behind.attend_from is None and behind.skip_from is None or i in attended
-            x, normed = add([x, y], mlp_scales, norm, [], False)
-            kept[i], kept_normed[i] = x, normed
+            x, normed = add([x, y], mlp_scales, norm)
             if i == self.config.skip_from:
-                kept["skip"] = x
+                streams["skip"] = x
                 gates |= gates_of("late", x)
-        if fp8:
-            fp8.saw_squares(squares)
+            if i in attended:
+                streams["attend"], attended_normed = x, normed
         own = gates_of("output", x)
-        sources = {"first": first, "value": lookups.values[0], **kept}
-        sources, shares = zip(*((sources[name], own[name]) for name in OUTPUT_GATES))
-        return combine([x, *sources], [one, *shares], True, [], False)[1]
+        sources, shares = zip(*((streams[name], own[name]) for name in OUTPUT_GATES))
+        return combine([x, *sources], [one, *shares], True)[1]
 
     def attend(
-        self,
-        i: int,
-        normed: Tensor,
-        value: Tensor | None,
-        value_share: Tensor | None,
-        extra_value: Tensor | None,
-        gates: dict[str, Tensor],
-        batch: Batch,
-        windows: Windows,
-        fp8: list[Tensor],
-    ) -> Tensor:
+        self, i: int, normed: Tensor, value: Tensor | None, value_share: Tensor | None,
+        extra_value: Tensor | None, small: dict[str, Sequence[Tensor]], gates: dict[str, Tensor],
+        batch: Batch, windows: Windows, fp8: QkvFp8 | None,
+    ) -> Tensor:  # fmt: skip
         """Attention of layer i to the normed stream (T, dim), with its projections; (T, dim).
 
         value (T, dim) is added to the values times value_share (T, heads), by default times what
-        the value gates make of the first columns; extra_value (T, dim) as it is. fp8: nothing or
-        the fields of QkvFp8.
+        the value gates make of the first columns; extra_value (T, dim) as it is.
         """
-        config, small, row = self.config, self.small_weights, self.config.layers[i]
+        config, row = self.config, self.config.layers[i]
         w_qkv, w_o = self.attention_weights[i]
         if value is not None and value_share is None:
             normed, start = FirstColumns.apply(normed, 6)
@@ -2488,21 +2206,17 @@ class GPT(nn.Module):
         turns = (table[: len(normed)] for table in turns)
         values = value, value_share, extra_value
         options = fp8, row.window == "long", config.head_dim
-        q, k, v, _ = prepare_qkv(normed, w_qkv, small["attention_in"][i], *turns, *values, *options)
+        q, k, v = prepare_qkv(normed, w_qkv, small["attention_in"][i], *turns, *values, *options)
         y = attention(q, k, v, batch.cu_seqlens, batch.max_seq_len, window, scale, self.backend)
         if row.head_gate:  # a sum of one, of heads
             gate = gates[f"head {i}"].reshape(-1, 1)
-            y, _ = combine([y.flatten(0, 1)], [gate], False, [], False)
+            y = combine([y.flatten(0, 1)], [gate])[0]
         return F.linear(y.reshape(normed.shape), w_o)
 
     def forward(
-        self,
-        batch: Batch,
-        windows: Windows,
-        loss_weights: Tensor | None = None,
-        prefixes: Tensor | None = None,
-        columns: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+        self, batch: Batch, windows: Windows, loss_weights: Tensor | None = None,
+        prefixes: Tensor | None = None, columns: int = 0,
+    ) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
         """The loss to train on and the plain next-token loss, both fp32 sums over the row in nats.
 
         loss_weights, (4,): of the next token, of the two after it, and of the next token's prefix
@@ -2518,7 +2232,7 @@ class GPT(nn.Module):
             terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
             if columns:
                 tokens, offsets, terms = draw_columns(terms, len(head), columns)
-            fp8 = self.fp8.head(tokens) if self.fp8 else []
+            fp8 = self.fp8.head(tokens) if self.fp8 else None
         x = self.hidden(batch, windows, self.fp8)
         if self.beside is not None:
             torch.cuda.current_stream().wait_stream(self.beside)
@@ -2526,8 +2240,7 @@ class GPT(nn.Module):
             place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
             order = SortedRows(tokens, place[:-1], place, place[-1:])
             (head,) = TableRows.apply(tokens, order, head)
-        losses, *_ = head_loss(x, head, terms, loss_weights, fp8, offsets)
-        return losses[0], losses[1].detach()
+        return head_loss(x, head, terms, loss_weights, fp8, offsets)
 
 
 def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:

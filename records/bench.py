@@ -1,10 +1,10 @@
 """Every operation of train_gpt.py beside what this GPU can do: `./run.sh bench [--tokens LIST]`.
 
 A time is the median of some runs on random data, each behind a read of more than the L2 holds.
-Operations replay from a CUDA graph; their plain twins run eagerly and, with --compiled, under
-torch.compile. Rates count what must be computed or moved, each input and output once. The share
-is of a ceiling measured in the same run: the library's product of the same shape and dtype, for
-attention the large bf16 product, else a copy. The head's backward is part of its forward.
+Operations replay from a CUDA graph; their plain twins run eagerly. Rates count what must be
+computed or moved, each input and output once. The share is of a ceiling measured in the same run:
+the library's product of the same shape and dtype, for attention the large bf16 product, else a
+copy. The head's backward is part of its forward.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import contextlib
 import functools
 import itertools
 import math
-import signal
 import sys
 import tempfile
 import traceback
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
-from train_gpt import E4M3, TWINS, Config, Log, Runtime, Stage
+from train_gpt import E4M3, Config, Log, Runtime, Stage
 
 CONFIG = Config()
 DIM, HEADS, HEAD_DIM, HIDDEN = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim, CONFIG.mlp_dim
@@ -38,7 +37,6 @@ STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONF
 ATTENTIONS = sum(row.window != "none" for row in CONFIG.layers)
 BLOCKS = {"q, k": (ATTENTIONS, DIM // HEAD_DIM, 2 * HEAD_DIM), "v, o": (ATTENTIONS, 2, DIM)}
 BLOCKS["mlp"] = 2 * len(CONFIG.layers), 1, HIDDEN
-COMPILE_SECONDS = 20  # longer, and a twin is not timed compiled
 
 
 @dataclass
@@ -64,10 +62,9 @@ class Case:
     """
 
     def __init__(self, name: str, inputs: list[Tensor], call=None, **needs):
-        function = name.split(",")[0]
-        self.op = getattr(train_gpt, function)
-        plain = getattr(self.op, "__wrapped__", self.op)  # of what is compiled
-        self.twin = TWINS.get(function, plain)  # None: it has none
+        self.op = getattr(train_gpt, name.split(",")[0])
+        # without kernels, and not compiled; None: it has none
+        self.twin = getattr(self.op, "__wrapped__", self.op)
         self.name, self.inputs = name, inputs
         self.call = call or (lambda op, *inputs: op(*inputs))
         self.needs = {key: n if isinstance(n, Need) else Need(n) for key, n in needs.items()}
@@ -89,25 +86,12 @@ class Case:
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Operations of optimizer and tables take their plain branch."""
+    """Operations are their plain twins."""
     kept, train_gpt.has_kernels = train_gpt.has_kernels, lambda device: False
     try:
         yield
     finally:
         train_gpt.has_kernels = kept
-
-
-@contextlib.contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    def stop(*_) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
 
 
 def figures(need: Need, ms: float, floor_ms: float) -> list[str]:
@@ -119,8 +103,8 @@ def figures(need: Need, ms: float, floor_ms: float) -> list[str]:
 class Bench:
     """Measures cases, prints and keeps the lines, and goes on behind what fails."""
 
-    def __init__(self, device: torch.device, compiled: bool = False, log: Path | None = None):
-        self.device, self.compiled, self.log, self.failures = device, compiled, log, 0
+    def __init__(self, device: torch.device, log: Path | None = None):
+        self.device, self.log, self.failures = device, log, 0
         self.copy_rate, self.bf16_rate = math.nan, math.nan  # bytes and operations a second
         self.more_than_l2 = torch.zeros(2**26, device=device)  # 256 MiB
 
@@ -179,7 +163,8 @@ class Bench:
             a, b = a[0], b[0]
         if dtype == E4M3:
             a, b, unit = a.to(E4M3), b.to(E4M3), torch.ones(4, device=self.device)
-            return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b, unit, unit))
+            a, b = train_gpt.Fp8(a, None, unit), train_gpt.Fp8(b, None, unit)
+            return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b))
         return self.captured_ms(lambda: lambda: a @ b.mT)
 
     def measure_ceilings(self) -> None:
@@ -196,24 +181,15 @@ class Bench:
                 self.bf16_rate = 2000 * 8192**3 / self.library_ms(1, 8192, 8192, 8192, dtype)
                 self.line(f"{name} product of 8192^3: {self.bf16_rate / 1e12:.0f} TFLOP/s")
 
-    def twin_ms(self, case: Case, direction: str, compiled: bool) -> str:
-        """'-' where there is none, it is too large for the memory, or compiles too long."""
-        twin = case.twin
-        if twin is None or (compiled and not self.compiled):
+    def twin_ms(self, case: Case, direction: str) -> str:
+        """'-' where there is none, or it is too large for the memory."""
+        if case.twin is None:
             return "-"
         try:
             with without_kernels():
-                if compiled:
-                    torch._dynamo.reset()  # it stops compiling after a few shapes
-                    torch._functorch.config.donated_buffer = False  # backwards run repeatedly
-                    twin = torch.compile(twin, dynamic=False)
-                    with time_limit(COMPILE_SECONDS):
-                        case.prepare(twin, direction)()
-                return f"{self.median_ms(case.prepare(twin, direction)):.3f}"
-        except Exception as error:
-            if compiled or isinstance(error, torch.OutOfMemoryError):
-                return "-"
-            raise
+                return f"{self.median_ms(case.prepare(case.twin, direction)):.3f}"
+        except torch.OutOfMemoryError:
+            return "-"
 
     def row(self, case: Case, direction: str) -> list[str]:
         """A line of the table. Twins come last: some change their inputs."""
@@ -223,14 +199,13 @@ class Bench:
         if need.products:
             library_ms = sum(self.library_ms(*product, need.dtype) for product in need.products)
             floor_ms = library_ms * need.flops / need.library_flops
-        twins = ["failed", "failed"]
-        for i in range(2):
-            with self.attempt(f"twin of {case.name} {direction}"):
-                twins[i] = self.twin_ms(case, direction, compiled=i == 1)
-        return [case.name, direction, *figures(need, ms, floor_ms), *twins]
+        twin_ms = "failed"
+        with self.attempt(f"twin of {case.name} {direction}"):
+            twin_ms = self.twin_ms(case, direction)
+        return [case.name, direction, *figures(need, ms, floor_ms), twin_ms]
 
     def section(self, title: str, makers: list[Callable[[], Iterator[Case]]]) -> None:
-        rows = [["", "direction", "ms", "rate", "share", "twin ms", "compiled ms"]]
+        rows = [["", "direction", "ms", "rate", "share", "twin ms"]]
         for maker in makers:
             with self.attempt(getattr(maker, "__name__", title)):
                 for case in maker():
@@ -265,10 +240,10 @@ class Row:
         inputs = [self.wide() for _ in range(4)]
         inputs += [self.random(dtype=FP32, grad=True) for _ in range(2)]
         inputs += [self.wide(1, FP32) for _ in range(2)]
-        sums = [torch.zeros_like(x) for x in inputs[2:4]]  # two sources are shared, as in a layer
 
         def call(op, *x):
-            return op(list(x[:4]), list(x[4:]), True, sums, False)
+            stream, normed, *sources = op(x[:4], x[4:], True)
+            return stream, normed, *sources[2:]  # as in a layer, two are read again
 
         moved = {"forward": 6 * self.stream, "backward": 12 * self.stream}
         yield Case("combine, 4 terms", inputs, call, **moved)
@@ -279,21 +254,21 @@ class Row:
         w_qkv = self.random(3 * DIM, DIM, std=0.02, grad=True)
         inputs = [self.wide(), w_qkv, torch.ones((), device=self.device, requires_grad=True)]
         value = [self.wide(), self.wide(HEADS, FP32)]
-        fp8 = []
+        fp8 = None
         if self.device.type == "cuda":
             bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
             copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-            fp8 = copies.qkv(0, *copies.stream(inputs[0]))
+            fp8 = copies.qkv(0, copies.stream(inputs[0]))
         forward = [(1, self.T, 3 * DIM, DIM)]
         backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
         for kind, more, own in (
-            ("bf16", [], []), ("fp8", [], fp8), ("fp8, value", value, fp8),
+            ("bf16", [], None), ("fp8", [], fp8), ("fp8, value", value, fp8),
             ("fp8, key offset", [], fp8),
         ):  # fmt: skip
 
             def call(op, *x, kind=kind, own=own):
                 values = *(x[3:] or (None, None)), None
-                return op(*x[:3], *tables, *values, own, "key" in kind, HEAD_DIM)[:3]
+                return op(*x[:3], *tables, *values, own, "key" in kind, HEAD_DIM)
 
             needs = {"forward": Need(products=forward, dtype=E4M3 if own else BF16)}
             needs["backward"] = Need(products=backward, dtype=E4M3 if own else BF16)
@@ -329,13 +304,13 @@ class Row:
         forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
         backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
         for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
-            fp8 = []
+            fp8 = None
             if kind == "fp8":
                 copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-                fp8 = copies.mlp(0, *copies.stream(inputs[0]))
+                fp8 = copies.mlp(0, copies.stream(inputs[0]))
             needs = {"forward": Need(products=forward, dtype=dtype)}
             needs["backward"] = Need(products=backward, dtype=dtype)
-            yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8)[0], **needs)
+            yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8), **needs)
 
     def head(self) -> Iterator[Case]:
         targets, weights = self.batch.targets, torch.tensor([1.0, 0.5, 0.25, 0.25])
@@ -346,22 +321,28 @@ class Row:
         needs = {"forward": Need(products=products[:1])}
         yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
         for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
-            bank = self.random(2, 128, DIM)
-            fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head() if kind == "fp8" else []
+            fp8 = None
+            if kind == "fp8":
+                bank = self.random(2, 128, DIM)
+                fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head()
 
             def call(op, *x, fp8=fp8):
-                return op(*x, *terms, fp8, None)[0][0]
+                return op(*x, *terms, fp8)[0]
 
             need = Need(products=products, dtype=dtype)
             yield Case(f"head_loss, {kind}", inputs, call, both=need)
 
     def quantize(self) -> Iterator[Case]:
-        def plain_quantize(x: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            out = (x.float() / unit[0]).clamp(-448, 448).to(dtype)
+        def plain_quantize(x: Tensor, out: train_gpt.Fp8) -> tuple[Tensor, Tensor]:
+            out = (x.float() / out.unit[0]).clamp(-448, 448).to(E4M3)
             return out, out.mT.contiguous()
 
         inputs = [self.wide(), torch.full((4,), 28 / 448, device=self.device)]
-        case = Case("quantize", inputs, lambda op, *x: op(*x, E4M3), forward=2 * self.stream)
+
+        def call(op, x, unit):
+            return op(x, train_gpt.fp8_like(x, unit))
+
+        case = Case("quantize", inputs, call, forward=2 * self.stream)
         case.twin = plain_quantize
         yield case
 
@@ -481,8 +462,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__.split("\n")[0])
     sizes = ",".join(map(str, STAGES))
     parser.add_argument("--tokens", default=sizes, metavar="LIST", help=f"rows [{sizes}]")
-    text = "time the plain twins under torch.compile too"
-    parser.add_argument("--compiled", action="store_true", help=text)
     parser.add_argument("--log", type=Path, metavar="FILE", help="write the lines here too")
     args = parser.parse_args(arguments)
     for size in args.tokens.split(","):
@@ -497,7 +476,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--log {args.log}: cannot be written: {error}")
     warnings.filterwarnings("ignore", message="Argument aux_data")  # from flash-attn-4
-    bench = Bench(torch.device("cuda", 0), args.compiled, args.log)
+    bench = Bench(torch.device("cuda", 0), args.log)
     bench.line(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     bench.measure_ceilings()
     chosen = [int(size) for size in args.tokens.split(",")]

@@ -33,8 +33,8 @@ TOLERANCE = 1e-5  # nats: what rounding may change in a loss of about ten
 # How large the judged model is; its layer plan is the speedrun's.
 SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8}
 SIZES |= {"ngram_rows": 512, "ngram_dim": 32}
-SIZES |= {"bigram_rows": 512}  # of the table that scripts of older records have
-SIZES |= {"dtype": "float32", "compile": "none", "min_mean_doc_len": 1}
+SIZES |= {"dtype": "float32", "min_mean_doc_len": 1}
+SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
 GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge

@@ -40,7 +40,7 @@ GROUPS = {
     "communication": r"nccl|c10d::|gloo",
     "optimizer": r"^triton_|_update_ngrams",  # torch.compile's kernels are the optimizer's
     "attention": r"flash|fmha|softmax",
-    "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp|head_loss",
+    "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
     "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|(add_?|table|ngram)rows|cumsum",
     "element-wise": r"elementwise|reduce|combine|prepare_qkv|quantize|Rowwise"

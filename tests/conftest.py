@@ -76,7 +76,6 @@ def tiny_config(**changes: object) -> Config:
         "momentum_warmup_steps": 4,
         "momentum_cooldown_steps": 2,
         "val_row_tokens": 64,
-        "compile": "none",
     }
     return Config(**{**fields, **changes})
 

@@ -237,7 +237,6 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"layers": layers(4, value_table=None)}, "--layers: the last one must be long"),
         ({"vocab_size": 50_256}, "--vocab_size 50256 .*start token 50256"),
         ({"dtype": "float16"}, "--dtype 'float16' is not one of bfloat16, float32"),
-        ({"compile": "all"}, "--compile 'all' is not one of block, full, none"),
         ({"num_steps": 0}, "--num_steps 0 must be positive"),
         ({"val_tokens": -1}, "--val_tokens -1 must be positive"),
         ({"min_mean_doc_len": 0}, "--min_mean_doc_len 0 must be positive"),

@@ -16,19 +16,21 @@ from train_gpt import (
     E4M3,
     E5M2,
     IGNORED_TARGET,
-    TWINS,
     FirstColumns,
+    Fp8,
     Fp8Copies,
+    HeadFp8,
     MlpFp8,
     QkvFp8,
     TableRows,
     Windows,
     add_rows_,
     document_starts,
+    fp8_like,
+    fp8_product,
     mlp_product,
     product_gradient,
     quantize,
-    quantize_,
     rms_norm,
     rotary_frequencies,
     rotary_tables,
@@ -49,23 +51,15 @@ def cases(small: Iterable[tuple], real: Iterable[tuple]) -> list:
     return small + [pytest.param(*case, marks=gpu) for case in real]
 
 
-def with_kernels(name: str) -> Callable:
-    """The op with its kernels on this device: on a CPU, where the op is its twin, another one with
-    the same launcher and the same gradients."""
-    op = getattr(train_gpt, name)
-    if GPU:
-        return op
-    twin = torch.library.custom_op(f"kernels::{name}", op.launcher, mutates_args=())
-    twin.register_fake(op._abstract_fn)
-    if op._backward_fn is not None:
-        twin.register_autograd(op._backward_fn, setup_context=op._setup_context_fn)
-    return twin
+def twin(function: Callable) -> Callable:
+    """The operation in plain PyTorch."""
 
+    def plain(*args: object) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt, "has_kernels", lambda device: False)
+            return function(*args)
 
-DIFFERENTIABLE = "combine", "prepare_qkv", "mlp"
-OTHERS = "head_loss", "next_token_loss", "find_matches"
-OPS = {name: with_kernels(name) for name in (*DIFFERENTIABLE, *OTHERS)}
-BACKWARD_OPS = {f"{name}_backward": with_kernels(f"{name}_backward") for name in DIFFERENTIABLE}
+    return plain
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +67,6 @@ def kernels_and_poison(monkeypatch):
     """Kernels run on any device, and memory that they shall fill holds NaN, in fp8 too."""
     torch.manual_seed(0)
     monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
-    for name, op in (OPS | BACKWARD_OPS).items():
-        monkeypatch.setattr(train_gpt, name, op)
 
     def poisoned(make: Callable) -> Callable:
         def function(*args: object, **kwargs: object) -> Tensor:
@@ -114,23 +106,22 @@ def outcome(
     """The outputs that have a gradient in `grads`, and those of all inputs but `fixed`."""
     inputs = [x if i in fixed else tree_map_only(Tensor, leaf, x) for i, x in enumerate(inputs)]
     outputs = function(*inputs)
-    outputs = [*outputs][: len(grads)] if isinstance(outputs, tuple) else [outputs]
+    outputs = outputs if isinstance(outputs, tuple) else [outputs]
+    outputs = [x for x in outputs if x is not None][: len(grads)]
     leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     return outputs, list(torch.autograd.grad(outputs, leaves, grads))
 
 
 def agree(
-    name: str, inputs: list, count: int = 1, fixed: Iterable[int] = (), tolerance: float = TOLERANCE
+    op: Callable, inputs: list, fixed: Iterable[int] = (), tolerance: float = TOLERANCE
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Compare the first `count` outputs of an op and all gradients with those of its twin in
-    float64. Returns the gradients that went in, and those that came out of both; an input of one
-    element has a gradient that may cancel, which is left to the caller."""
+    """Compare the outputs of an operation and all gradients with those of its twin in float64.
+    Returns the gradients that went in, and those that came out of both; an input of one element
+    has a gradient that may cancel, which is left to the caller."""
     doubles = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
-    outputs = TWINS[name](*doubles)
-    outputs = outputs[:count] if isinstance(outputs, tuple) else [outputs]
-    grads = [random(*x.shape) for x in outputs]
-    exact = outcome(TWINS[name], doubles, [grad.double() for grad in grads], fixed)
-    found = outcome(OPS[name], inputs, grads, fixed)
+    grads = [random(*x.shape) for x in tree_leaves(twin(op)(*doubles)) if x is not None]
+    exact = outcome(twin(op), doubles, [grad.double() for grad in grads], fixed)
+    found = outcome(op, inputs, grads, fixed)
     for value, reference in zip(tree_leaves(found), tree_leaves(exact), strict=True):
         if value.numel() > 1:
             assert relative_error(value, reference) < tolerance
@@ -146,7 +137,7 @@ def combine_inputs(tokens: int, dim: int, terms: int, norm: bool) -> list:
     gates = [single(tokens, 3)[:, 1:2] for _ in range(terms)]
     scalars = [2 + single(1) for _ in range(terms)]
     coefficients = [(gates if i % 2 else scalars)[i] for i in range(terms)]
-    return [sources, coefficients, norm, [], False]
+    return [sources, coefficients, norm]
 
 
 COMBINE = [(5, 64, 1, True), (7, 48, 4, True), (3, 32, 6, False), (2, 768, 2, True)]
@@ -157,7 +148,7 @@ REAL_COMBINE = [(16384, 768, 2, True), (49152, 768, 6, True), (16391, 768, 3, Fa
 @pytest.mark.parametrize(("tokens", "dim", "terms", "norm"), cases(COMBINE, REAL_COMBINE))
 def test_combine(tokens, dim, terms, norm):
     inputs = combine_inputs(tokens, dim, terms, norm)
-    _, found, exact = agree("combine", inputs, count=2)
+    _, found, exact = agree(train_gpt.combine, inputs)
     for value, reference in zip(found, exact, strict=True):
         if value.numel() == 1:  # of a coefficient for all tokens
             size = math.sqrt(tokens * dim)
@@ -165,21 +156,21 @@ def test_combine(tokens, dim, terms, norm):
 
 
 @pytest.mark.parametrize(("tokens", "dim"), cases([(5, 48)], [(16384, 768)]))
-def test_sums_that_share_sources_add_up_their_gradients(tokens, dim):
-    """Of two shared sources, one a slice, one is not in every sum."""
+def test_gradients_add_up_along_a_chain_of_sums(tokens, dim):
+    """Of two sources that several sums read, one a slice, one is not in every sum; the last sum of
+    each hands it on to nobody."""
 
     def function(combine: Callable, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        sums = [torch.zeros_like(x), torch.zeros_like(x)]
-        stream, _ = combine([x, y], [a, b], True, sums, True)
-        _, normed = combine([stream, x, y], [b, a, a], True, sums, False)
-        stream, _ = combine([normed, y], [a, b], False, sums[1:], False)
-        return combine([stream, x], [a, b], True, sums[:1], False)[1]
+        stream, _, x, y = combine([x, y], [a, b], True)
+        _, normed, stream, x, y = combine([stream, x, y], [b, a, a], True)
+        other, _, _, y = combine([normed, y], [a, b])
+        return combine([other, x, stream], [a, b, b], True)[1]
 
     inputs = [random(tokens, dim), random(tokens, 2, dim)[:, 1]]
     inputs += [2 + single(1), single(tokens, 1)]
     doubles, grad = [x.double() for x in inputs], random(tokens, dim)
-    exact = outcome(partial(function, TWINS["combine"]), doubles, [grad.double()], ())
-    found = outcome(partial(function, OPS["combine"]), inputs, [grad], ())
+    exact = outcome(partial(function, twin(train_gpt.combine)), doubles, [grad.double()], ())
+    found = outcome(partial(function, train_gpt.combine), inputs, [grad], ())
     for value, reference in zip(tree_leaves(found), tree_leaves(exact), strict=True):
         assert value.numel() == 1 or relative_error(value, reference) < 2 * TOLERANCE
 
@@ -194,7 +185,7 @@ def prepare_inputs(case: tuple) -> list:
     extra = random(tokens, dim) if "extra" in present else None
     inputs = [random(tokens, dim), random(3 * dim, dim, std=dim**-0.5)]
     inputs += [torch.tensor(0.7, device=DEVICE), cos[:tokens], sin[:tokens], *values, extra]
-    return [*inputs, [], "offset" in present, head_dim]
+    return [*inputs, None, "offset" in present, head_dim]
 
 
 # tokens, heads, head_dim, what is there
@@ -208,7 +199,7 @@ REAL_PREPARE += [(49152, 6, 128, "offset"), (16391, 6, 128, "value extra offset"
 @pytest.mark.parametrize("case", cases(zip(PREPARE), zip(REAL_PREPARE)))
 def test_prepare_qkv(case):
     inputs = prepare_inputs(case)
-    grads, found, exact = agree("prepare_qkv", inputs, count=3, fixed=(3, 4))
+    grads, found, exact = agree(train_gpt.prepare_qkv, inputs, fixed=(3, 4))
     # The gradient of the scale leaves out what q and k add: EPS / (0.7² · mean square, near 1) of
     # terms of this size.
     product = inputs[0].double() @ inputs[1].double().T
@@ -226,11 +217,7 @@ def test_prepare_qkv(case):
 )
 def test_mlp(tokens, hidden, dim):
     w_1, w_2 = random(hidden, dim, std=0.1), random(hidden, dim, std=0.1)
-    inputs = [random(tokens, dim), w_1, w_2, []]
-    agree("mlp", inputs)
-    *_, largest = OPS["mlp"](*inputs)
-    expected = (inputs[0].double() @ w_1.double().T).relu().square().max()
-    assert largest.max().item() == pytest.approx(expected.item(), rel=1e-4)
+    agree(train_gpt.mlp, [random(tokens, dim), w_1, w_2])
 
 
 def head_inputs(tokens: int, vocab: int, dim: int, std: float) -> list:
@@ -284,51 +271,39 @@ def test_head_loss(monkeypatch, tokens, vocab, dim, std, head_rows, with_offsets
     offsets = random_offsets(vocab) if with_offsets else None
     exact = exact_head_loss(*inputs, offsets)
     leaves = [x.requires_grad_() for x in inputs[:2]]
-    losses, *_ = OPS["head_loss"](*inputs, [], offsets)
+    losses = train_gpt.head_loss(*inputs, None, offsets)
     gradients = torch.autograd.grad(3 * losses[0], leaves)
-    assert relative_error(losses, exact[0]) < (1e-3 if GPU else 1e-6)
+    assert relative_error(torch.stack(losses), exact[0]) < (1e-3 if GPU else 1e-6)
     for value, reference in zip(gradients, exact[1:], strict=True):
         assert relative_error(value / 3, reference) < TOLERANCE
     if not with_offsets:
         x, head = (x.detach() for x in leaves)
-        plain = OPS["next_token_loss"](x, head, inputs[2][:, 0].contiguous())
+        plain = train_gpt.next_token_loss(x, head, inputs[2][:, 0].contiguous())
         assert plain.item() == pytest.approx(exact[0][1].item(), rel=1e-3 if GPU else 1e-6)
 
 
 @interpreted
-def test_compiler_knows_the_ops():
-    """Schemas, shapes of fake tensors and the registered gradients are those of the launchers."""
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    x, head, *others = head_inputs(8, 30, 16, 1.0)
-    for name, inputs in (
-        ("combine", combine_inputs(5, 32, 3, True)),
-        ("prepare_qkv", prepare_inputs(PREPARE[3])),
-        ("mlp", [random(8, 16), random(20, 16), random(20, 16), []]),
-        ("head_loss", [x, head, *others, [], torch.randn(30)]),
-        ("next_token_loss", [x, head, others[0][:, 0].contiguous()]),
-        ("find_matches", match_inputs(40, 16, (1, 3))),
-    ):
-        torch.library.opcheck(OPS[name], inputs, test_utils=checks)
-        if name in DIFFERENTIABLE:
-            leaves = tree_map_only(Tensor, leaf, inputs)
-            torch.library.opcheck(OPS[name], leaves, test_utils="test_aot_dispatch_static")
-
-
-@interpreted
 def test_model_of_kernels_is_the_model_of_twins(runtime, monkeypatch):
-    """Losses and gradients of one row, and the tables' rows added by kernel."""
-    config, batch, results = tiny_config(vocab_size=300), random_batch(1, [7, 1, 10]), []
+    """Losses and gradients of one row, and the tables' rows added by kernel; also by the paths of
+    fp8, with fp32 in its place."""
+    config, batch, results = tiny_config(vocab_size=300), random_batch(1, [7, 1, 12]), {}
     batch = batch._replace(tokens=batch.tokens % 300, targets=batch.targets % 300)
     prefixes = torch.arange(config.padded_vocab_size) - 1
-    for _ in range(2):
+    for kind in ("kernels", "fp8", "twins"):
         model = trained_like(config, runtime)
+        if kind == "fp8":
+            fp32_for_fp8(monkeypatch)
+            banks = model.mlp_bank, model.attention_bank, model.head
+            model.fp8 = Fp8Copies(*banks, model.attention_layers, len(config.layers))
+        elif kind == "twins":
+            monkeypatch.undo()
         loss, plain = model(batch, Windows(8, 24), torch.tensor([1, 0.5, 0.25, 0.25]), prefixes)
         loss.backward()
-        results.append({"loss": loss, "plain": plain})
-        results[-1] |= {name: param.grad for name, param in model.named_parameters()}
-        monkeypatch.undo()  # the second time as it is on a CPU
-    for name, reference in results[1].items():
-        assert relative_error(results[0][name], reference) < 1e-4, name
+        results[kind] = {name: param.grad for name, param in model.named_parameters()}
+        results[kind] |= {"loss": loss, "plain": plain}
+    for name, reference in results["twins"].items():
+        assert relative_error(results["kernels"][name], reference) < 1e-4, name
+        assert relative_error(results["fp8"][name], reference) < 1e-3, name
 
 
 # fp8 ---------------------------------------------------------------------------------------------
@@ -344,17 +319,33 @@ def unit_of(value: float) -> Tensor:
     return torch.full((4,), value, device=DEVICE)
 
 
+def fp32_for_fp8(monkeypatch) -> None:
+    """Everything that would be fp8 is fp32, in units all the same."""
+
+    def product(a: Fp8, b: Fp8) -> Tensor:
+        return a.rows @ b.rows.mT * (a.unit[0] * b.unit[0])
+
+    monkeypatch.setattr(train_gpt, "E4M3", torch.float32)
+    monkeypatch.setattr(train_gpt, "E5M2", torch.float32)
+    monkeypatch.setattr(train_gpt, "fp8_product", product)
+
+
+def in_fp8(x: Tensor, unit: Tensor) -> Fp8:
+    return quantize(x, fp8_like(x, unit))
+
+
 @pytest.mark.parametrize(
     "shape",
     cases(zip([(64, 128), (70, 150), (3, 33, 140), (1, 1)]), zip([(16384, 768), (22, 3072, 768)])),
 )
 @pytest.mark.parametrize("dtype", [E4M3, E5M2] if GPU else [torch.float32])
-def test_quantize(shape, dtype):
+def test_quantize(monkeypatch, shape, dtype):
     """Both ways round, saturated, every matrix with its own unit; in the interpreter to fp32, as
     its casts to fp8 are not torch's."""
+    monkeypatch.setattr(train_gpt, "E4M3", dtype)
     x, units = random(*shape, std=100.0), torch.rand((*shape[:-2], 4), device=DEVICE) + 0.5
     x.view(-1)[0], largest = 3e4, torch.zeros(1, device=DEVICE)
-    out, out_t = quantize(x, units, dtype, largest)
+    out, out_t, _ = copy = quantize(x, fp8_like(x, units), largest)
     unit = units[..., :1, None] if len(shape) == 3 else units[0]
     values = x.float() / unit
     if dtype != torch.float32:
@@ -362,53 +353,46 @@ def test_quantize(shape, dtype):
     assert relative_error(out.float(), values) < (1e-3 if GPU else 1e-6)  # ties may differ
     assert torch.equal(out.mT.float(), out_t.float()) and out_t.is_contiguous()
     assert largest.item() == x.abs().max()
-    quantize_(x / 2, units, out, out_t, largest)
+    quantize(x / 2, copy, largest)
     assert largest.item() == x.abs().max()  # it is raised only
     if len(shape) == 3:  # of larger matrices the first rows
         rows = shape[1] // 3
-        first, first_t = quantize(x[:, :rows], units, dtype)
-        assert torch.equal(first, quantize(x, units, dtype)[0][:, :rows])
+        first, first_t, _ = in_fp8(x[:, :rows], units)
+        assert torch.equal(first, in_fp8(x, units).rows[:, :rows])
         assert torch.equal(first.mT.float(), first_t.float())
 
 
 @interpreted
 def test_units_follow_the_largest_numbers(monkeypatch):
     """Of weights now, of squares and gradients in the step before; guesses before the first one."""
-    monkeypatch.setattr(train_gpt, "quantize_", lambda x, unit, *_: calls.append((x, unit)))
+    monkeypatch.setattr(train_gpt, "quantize", lambda *call: calls.append(call))
     bank, attention, head, calls = random(8, 16, 8), random(8, 32, 8), random(32, 8), []
     fp8 = Fp8Copies(bank, attention, head, [0, 2], 3)
     assert [x.shape for x, _ in calls] == [(6, 16, 8), (2, 24, 8), (32, 8)]
-    (x, unit_w), (y, unit_qkv), (z, unit_head) = calls
+    (x, w), (y, w_qkv), (z, w_head) = calls
     for copied, source in (x, bank), (y, attention), (z, head):
         assert copied.data_ptr() == source.data_ptr()
-    torch.testing.assert_close(unit_w[:, 0], bank[:6].abs().amax((1, 2)) / 448)
-    torch.testing.assert_close(unit_qkv[:, 0], attention[:2, :24].abs().amax((1, 2)) / 448)
-    assert unit_head is fp8.head()[2]
+    torch.testing.assert_close(w.unit[:, 0], bank[:6].abs().amax((1, 2)) / 448)
+    torch.testing.assert_close(w_qkv.unit[:, 0], attention[:2, :24].abs().amax((1, 2)) / 448)
+    assert w_head is fp8.head().weight
     start = fp8.units.clone()
     assert (start > 0).all()
-    fp8.saw_squares([torch.tensor([i + 1.0, 0.0]) for i in range(3)])
-    fp8.saw_squares([torch.tensor([2.0, 0.5])] * 3)
-    own = MlpFp8(*fp8.mlp(1, x, y))
-    assert own.x is x and own.x_t is y
-    assert own.w_1.data_ptr() == fp8.banks[0][2][1].data_ptr()
-    assert own.w_2_t.data_ptr() == fp8.banks[0][3][4].data_ptr()
-    assert own.w_1.shape == (16, 8) and own.w_2_t.shape == (8, 16)
-    qkv = QkvFp8(*fp8.qkv(2, x, y))
-    assert qkv.x is x and qkv.x_t is y
-    assert qkv.w.data_ptr() == fp8.banks[1][2][1].data_ptr()
-    assert qkv.w.shape == (24, 8) and qkv.w_t.shape == (8, 24)
-    assert torch.equal(qkv.unit_w, unit_qkv[1]) and qkv.unit_grad is not own.unit_grad
+    own, qkv = fp8.mlp(1, x), fp8.qkv(2, x)
+    assert own.x is qkv.x is x
+    for copy, bank_copy, entry in (own.w_1, w, 1), (own.w_2, w, 4), (qkv.w, w_qkv, 1):
+        for tensor, of_all in zip(copy, bank_copy, strict=True):
+            assert tensor.data_ptr() == of_all[entry].data_ptr()
+            assert tensor.shape == of_all.shape[1:]
+    assert qkv.unit_grad is not own.unit_grad
     qkv.largest.fill_(0.5)
-    assert torch.equal(own.unit_w_1, unit_w[1]) and torch.equal(own.unit_w_2, unit_w[4])
-    own.largest.copy_(torch.tensor([0.25, 0.125]))
+    own.largest.copy_(torch.tensor([3.0, 0.25, 0.125]))
     bank *= 2
     fp8.refresh()
-    torch.testing.assert_close(unit_w[:, 0], bank[:6].abs().amax((1, 2)) / 448)
+    torch.testing.assert_close(w.unit[:, 0], bank[:6].abs().amax((1, 2)) / 448)
     factor = 1.8 / 448
-    torch.testing.assert_close(fp8.units[0, :, 0], factor * torch.tensor([2.0, 2.0, 3.0]))
-    torch.testing.assert_close(fp8.units[1:3, 1, 0], factor * torch.tensor([0.25, 0.125]))
+    torch.testing.assert_close(fp8.units[:3, 1, 0], factor * torch.tensor([3.0, 0.25, 0.125]))
     torch.testing.assert_close(fp8.units[3, 2], factor * torch.full((4,), 0.5))
-    assert torch.equal(fp8.units[1:, 0], start[1:, 0])  # no gradient was seen
+    assert torch.equal(fp8.units[:, 0], start[:, 0])  # nothing was seen
     units = fp8.units.clone()
     fp8.refresh()
     assert torch.equal(fp8.units, units)  # nothing since
@@ -421,23 +405,26 @@ def exact_qkv_gradients(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients in float64 of the product, given as it is, of the scale and of value and share."""
     eye = torch.eye(qkv.size(1), device=DEVICE)
-    doubles = [qkv, eye, *inputs[2:8], [], *inputs[9:]]
+    doubles = [qkv, eye, *inputs[2:8], None, *inputs[9:]]
     doubles = tree_map_only(Tensor, Tensor.double, doubles)
-    _, found = outcome(TWINS["prepare_qkv"], doubles, [x.double() for x in grads], (1, 3, 4, 7))
+    grads = [x.double() for x in grads]
+    _, found = outcome(twin(train_gpt.prepare_qkv), doubles, grads, (1, 3, 4, 7))
     return found[0], found[1], found[2:]
 
 
 @pytest.mark.parametrize("case", cases(zip(PREPARE), zip(REAL_PREPARE[:3])))
-def test_gradient_of_the_qkv_product_both_ways_round(case):
+def test_gradient_of_the_qkv_product_both_ways_round(monkeypatch, case):
     """As the products in fp8 read it, saturated; in the interpreter to fp32, as its casts to fp8
     are not torch's."""
-    inputs, dtype = prepare_inputs(case), E4M3 if GPU else torch.float32
+    if not GPU:
+        fp32_for_fp8(monkeypatch)
+    inputs = prepare_inputs(case)
     x, w_qkv, *others, _, _, offset, head_dim = inputs
-    qkv, arguments = x @ w_qkv.T, (*others, (offset, head_dim))
-    outputs = TWINS["prepare_qkv"](*inputs)[:3]
-    grads = [random(*x.shape) for x in outputs]
+    qkv, arguments = x @ w_qkv.T, (*others, offset, head_dim)
+    grads = [random(*x.shape) for x in twin(train_gpt.prepare_qkv)(*inputs)]
     unit, largest = unit_of(1 / 16), torch.zeros(1, device=DEVICE)
-    dqkv, dqkv_t, dscale, *d_value = product_gradient(grads, qkv, *arguments, dtype, unit, largest)
+    dqkv, dscale, *d_value = product_gradient(grads, qkv, *arguments, unit, largest)
+    dqkv, dqkv_t, _ = dqkv
     exact, exact_scale, exact_value = exact_qkv_gradients(inputs, grads, qkv)
     expected = quantized(exact, unit) if GPU else exact
     assert relative_error(dqkv.float() * unit[0], expected) < (1e-2 if GPU else 1e-5)
@@ -450,8 +437,40 @@ def test_gradient_of_the_qkv_product_both_ways_round(case):
     if inputs[5] is not None:
         for value, reference in zip(d_value, exact_value, strict=True):
             assert relative_error(value, reference) < TOLERANCE
-    product_gradient([x / 2 for x in grads], qkv, *arguments, dtype, unit, largest)
+    product_gradient([x / 2 for x in grads], qkv, *arguments, unit, largest)
     assert largest.item() == pytest.approx(exact.abs().max().item(), rel=1e-3)  # raised only
+
+
+@interpreted
+def test_units_of_fp8_cancel(monkeypatch):
+    """The paths of fp8, with fp32 in its place, compute what the twins do; and the largest numbers
+    are noted."""
+    fp32_for_fp8(monkeypatch)
+    inputs, largest = prepare_inputs(PREPARE[3]), torch.zeros(4)
+    x, w, units = *inputs[:2], [unit_of(value) for value in (0.5, 2.0, 0.25, 0.125, 4.0, 8.0)]
+    inputs[8] = QkvFp8(in_fp8(x, units[0]), in_fp8(w, units[1]), units[2], largest[3:])
+    grads, *_ = agree(train_gpt.prepare_qkv, inputs, (3, 4, 8), 1e-3)  # transposed by way of fp16
+    dqkv = exact_qkv_gradients(inputs, grads, x @ w.T)[0]
+    assert largest[3].item() == pytest.approx(dqkv.abs().max().item(), rel=1e-4)
+
+    x, w_1, w_2 = random(140, 96), random(200, 96, std=0.1), random(200, 96, std=0.1)
+    fp8 = MlpFp8(*map(in_fp8, (x, w_1, w_2), units), *units[3:], largest[:3])
+    ((grad,), *_) = agree(train_gpt.mlp, [x, w_1, w_2, fp8], (3,))
+    hidden = (x @ w_1.T).relu()
+    seen = hidden.square(), grad, 2 * hidden * (grad @ w_2.T)
+    expected = torch.stack([z.abs().max() for z in seen])
+    torch.testing.assert_close(largest[:3], expected, rtol=1e-4, atol=0)
+
+    monkeypatch.setattr(train_gpt, "HEAD_ROWS", 64)
+    x, head, *others = head_inputs(70, 300, 32, 0.5)
+    fp8 = HeadFp8(in_fp8(head, units[0]), *units[1:3])
+    exact = exact_head_loss(x, head, *others, None)
+    leaves = x.requires_grad_(), head.requires_grad_()
+    losses = train_gpt.head_loss(*leaves, *others, fp8)
+    found = torch.autograd.grad(3 * losses[0], leaves)
+    assert relative_error(torch.stack(losses), exact[0]) < 1e-6
+    for value, reference in zip(found, exact[1:], strict=True):
+        assert relative_error(value / 3, reference) < TOLERANCE
 
 
 @gpu
@@ -463,14 +482,14 @@ def test_prepare_qkv_in_fp8(case):
     x, w = inputs[:2]
     unit_x, unit_w = unit_of(28 / 448), unit_of(w.abs().max().item() / 448)
     unit_grad, largest = unit_of(1 / 448), torch.zeros(1, device=DEVICE)
-    fp8 = QkvFp8(*quantize(x, unit_x), *quantize(w, unit_w), unit_x, unit_w, unit_grad, largest)
+    fp8 = QkvFp8(in_fp8(x, unit_x), in_fp8(w, unit_w), unit_grad, largest)
     x8, w8 = quantized(x, unit_x), quantized(w, unit_w)
-    inputs[8] = [*fp8]
-    outputs = OPS["prepare_qkv"](*inputs)
-    qkv, grads = outputs[3], [random(*x.shape, std=1e-3) for x in outputs[:3]]
+    inputs[8] = fp8
+    qkv = fp8_product(fp8.x, fp8.w)
+    grads = [random(*x.shape, std=1e-3) for x in train_gpt.prepare_qkv(*inputs)]
     assert relative_error(qkv, x8 @ w8.T) < 1e-2
     assert relative_error(qkv, x.float() @ w.float().T) < 6e-2
-    _, found = outcome(OPS["prepare_qkv"], inputs, grads, (3, 4, 8))
+    _, found = outcome(train_gpt.prepare_qkv, inputs, grads, (3, 4, 8))
     dqkv = exact_qkv_gradients(inputs, grads, qkv)[0].float()
     assert largest.item() == pytest.approx(dqkv.abs().max().item(), rel=1e-2)
     rounded = quantized(dqkv, unit_grad)
@@ -488,38 +507,36 @@ def test_mlp_in_fp8(tokens):
     """Every product against that of its exact factors and that of its fp8 factors."""
     x, grad = rms_norm(random(tokens, 768)), random(tokens, 768, std=1e-3)
     w_1, w_2 = random(3072, 768, std=0.02), random(3072, 768, std=0.02)
-    units = [unit_of(w.abs().max().item() / 448) for w in (w_1, w_2)] + [unit_of(28 / 448)]
+    units = [unit_of(28 / 448)] + [unit_of(w.abs().max().item() / 448) for w in (w_1, w_2)]
     units += [unit_of(value / 448) for value in (20.0, 1e-2, 2e-2)]
-    largest = torch.zeros(2, device=DEVICE)
-    weights = [*quantize(w_1, units[0]), *quantize(w_2, units[1])]
-    copies = quantize(x, units[2])
-    fp8 = MlpFp8(*copies, *weights, *units, largest)
-    x8, w_18, w_28, grad8 = (
-        quantized(*pair)
-        for pair in zip((x, w_1, w_2, grad), (units[2], units[0], units[1], units[4]))
-    )
+    largest = torch.zeros(3, device=DEVICE)
+    fp8 = MlpFp8(*map(in_fp8, (x, w_1, w_2), units), *units[3:], largest)
+    x8, w_18, w_28 = map(quantized, (x, w_1, w_2), units)
+    grad8 = quantized(grad, units[4])
     leaves = [z.requires_grad_() for z in (x, w_1, w_2)]
-    out, square, square_t, squares = OPS["mlp"](*leaves, [*fp8])
+    out = train_gpt.mlp(*leaves, fp8)
     found = torch.autograd.grad(out, leaves, grad)
     x, w_1, w_2 = (z.detach().float() for z in leaves)
 
+    kinds, other = (units[0], units[1], units[3], units[3]), torch.zeros_like(largest[:1])
+    square, square_t = mlp_product(fp8.x.rows, fp8.w_1.rows, None, kinds, other)
     own = square.float() * units[3][0]  # what the op multiplied with, in place of ours
     assert torch.equal(square.mT.float(), square_t.float())
     hidden = (x8 @ w_18.T).relu()
-    assert squares.max().item() == pytest.approx(hidden.square().max().item(), rel=1e-2)
+    assert largest[0].item() == pytest.approx(hidden.square().max().item(), rel=1e-2)
     assert relative_error(own, quantized(hidden.square(), units[3])) < 2e-2  # some round otherwise
     assert relative_error(own.sqrt(), (x @ w_1.T).relu()) < 6e-2
     assert relative_error(out, own @ w_28) < 1e-2
     assert relative_error(out, own @ w_2) < 6e-2
 
-    kinds = units[4], units[1], units[3], units[5]
-    inputs = quantize(grad, units[4])[0], fp8.w_2, kinds, square, largest[1:]
-    hidden8, hidden8_t, _ = mlp_product(*inputs)
+    kinds = units[4], units[2], units[3], units[5]
+    inputs = in_fp8(grad, units[4]).rows, fp8.w_2.rows, square, kinds, other
+    hidden8, hidden8_t = mlp_product(*inputs)
     assert torch.equal(hidden8.mT.float(), hidden8_t.float())
     d_hidden = grad8 @ w_28.T * 2 * own.sqrt()
     own_hidden = hidden8.float() * units[5][0]
-    assert largest[0] == grad.abs().max()
-    assert largest[1].item() == pytest.approx(d_hidden.abs().max().item(), rel=1e-2)
+    assert largest[1] == grad.abs().max()
+    assert largest[2].item() == pytest.approx(d_hidden.abs().max().item(), rel=1e-2)
     assert relative_error(own_hidden, quantized(d_hidden, units[5])) < 2e-2
     assert relative_error(own_hidden, grad.float() @ w_2.T * 2 * own.sqrt()) < 6e-2
     exact = own_hidden @ w_1, own_hidden.T @ x, own.T @ grad.float()
@@ -536,14 +553,13 @@ def test_head_loss_in_fp8(monkeypatch, tokens, head_rows, with_offsets):
     monkeypatch.setattr(train_gpt, "HEAD_ROWS", head_rows)
     x, head, targets, weights = head_inputs(tokens, 50304, 768, 0.05)
     unit_w, unit_x, unit_grad = (unit_of(value / 448) for value in (1.6, 100.0, 0.75))
-    copies = quantize(head, unit_w)
+    fp8 = HeadFp8(in_fp8(head, unit_w), unit_x, unit_grad)
     leaves = x.requires_grad_(), head.requires_grad_()
-    fp8 = [*copies, unit_w, unit_x, unit_grad]
     offsets = random_offsets(50304) if with_offsets else None
-    losses, *_ = OPS["head_loss"](*leaves, targets, weights, fp8, offsets)
+    losses = train_gpt.head_loss(*leaves, targets, weights, fp8, offsets)
     found = torch.autograd.grad(losses[0], leaves)
     exact = exact_head_loss(*(z.detach() for z in (*leaves, targets, weights)), offsets)
-    assert relative_error(losses, exact[0]) < 1e-2
+    assert relative_error(torch.stack(losses), exact[0]) < 1e-2
     for value, reference in zip(found, exact[1:], strict=True):
         assert relative_error(value, reference) < 7e-2  # two products, one of them with e5m2
 
@@ -690,12 +706,6 @@ def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
     return [x.to(DEVICE) for x in (batch.tokens, starts, batch.targets)]
 
 
-def match_inputs(tokens: int, slots: int, orders: tuple[int, ...]) -> list:
-    row, tables = match_row(tokens), torch.full((len(orders), slots), -1, device=DEVICE)
-    train_gpt.note_matches_(tables, *row, orders, 0)
-    return [*row[:2], tables, orders]
-
-
 @pytest.mark.parametrize(("lengths", "slots", "orders"), cases(MATCHES, REAL_MATCHES))
 def test_matches(monkeypatch, lengths, slots, orders):
     """Tables, whose positions end with the largest there is, and what is found in them, as by the
@@ -710,8 +720,8 @@ def test_matches(monkeypatch, lengths, slots, orders):
     assert torch.equal(tables[True], tables[False])
     matched = set()
     for row in (*rows, match_row(lengths[-1] + 3, len(rows))):
-        found, which = OPS["find_matches"](*row[:2], tables[True], orders)
-        expected = TWINS["find_matches"](*row[:2], tables[False], orders)
+        found, which = train_gpt.find_matches(*row[:2], tables[True], orders)
+        expected = twin(train_gpt.find_matches)(*row[:2], tables[False], orders)
         assert torch.equal(found, expected[0]) and torch.equal(which, expected[1])
         assert found.dtype == which.dtype == torch.int32
         matched |= set(which.tolist())

@@ -88,7 +88,7 @@ def streams_of(
 def test_smear_takes_a_gated_share_of_the_previous_embedding(runtime, monkeypatch):
     """The previous embedding as it was, not as it has been smeared; the first one stays."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
-    _, (stream, x0) = streams_of(model, batch, monkeypatch)["smear"]
+    _, (stream, x0, *_) = streams_of(model, batch, monkeypatch)["smear"]
     embedded, small = model.head[batch.tokens.long()].double(), small_slices(model)
     expected = embedded.clone()
     for t in range(1, 64):
@@ -108,12 +108,13 @@ def test_sum_of_streams():
     for t in range(9):
         for source, c in zip(sources, coefficients):
             expected[t] += c.flatten()[t if c.numel() > 1 else 0] * source[t]
-    stream, normed = combine(*singles, True, [], False)
+    stream, normed, *sources = combine(*singles, True)
+    assert all(x is y for x, y in zip(sources, singles[0], strict=True))
     close(stream, expected)
     close(normed, rms(expected))
-    stream, normed = combine(*singles, False, [], False)
+    stream, normed, *_ = combine(*singles)
     close(stream, expected)
-    assert normed.shape == (0, 16)
+    assert normed is None
 
 
 # Rotary, YaRN, key offset ------------------------------------------------------------------------
@@ -171,11 +172,11 @@ def prepared(model: GPT, n: Tensor, layer: int, **changes: object) -> tuple[Tens
         "value": None,
         "value_share": None,
         "extra_value": None,
-        "fp8": [],
+        "fp8": None,
         "key_offset": row.window == "long",
         "head_dim": model.config.head_dim,
     }
-    return prepare_qkv(*{**arguments, **changes}.values())[:3]
+    return prepare_qkv(*{**arguments, **changes}.values())
 
 
 def test_key_offset_moves_the_unturned_half_of_keys_only(runtime):
@@ -221,8 +222,8 @@ def test_value_embedding_with_a_gate_from_twelve_features(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [20, 44])
     n, value = rms(gaussian(64, 32)).float(), gaussian(64, 32, seed=1).float()
     calls, weights = recorded(monkeypatch, "prepare_qkv"), model.unpack_small()["value_gate"][0]
-    model.attend(0, n, value, None, None, {}, batch, WINDOWS, [])
-    ((_, (_, _, v, _)),) = calls
+    model.attend(0, n, value, None, None, model.small_weights, {}, batch, WINDOWS, None)
+    ((_, (_, _, v)),) = calls
     without = prepared(model, n, 0)[2]
     difference = (v - without).double()
     for t in range(64):
@@ -243,7 +244,7 @@ def test_value_embedding_of_the_last_layer_has_a_gate_for_each_half_of_the_heads
     with torch.no_grad():
         model.hidden(batch, WINDOWS)
     assert len(calls) == 4
-    (x, w_qkv, scale, cos, sin, value, share, extra, *flags), (_, _, v, _) = calls[-1]
+    (x, w_qkv, scale, cos, sin, value, share, extra, *flags), (_, _, v) = calls[-1]
     vocab = config.padded_vocab_size
     assert torch.equal(value, model.value_embed[vocab + batch.tokens.long()])
     assert share.shape == (64, 4)
@@ -283,7 +284,8 @@ def test_layer_scales_its_heads_and_projects_them(runtime, monkeypatch, dtype, e
     for layer, entry in ((1, 1), (3, 2), (4, 3)):
         y = gaussian(64, 4, 8, seed=10 + layer).to(model.head.dtype).requires_grad_()
         monkeypatch.setattr(train_gpt, "attention", lambda *_, y=y: y)
-        value = model.attend(layer, n, None, None, None, gates, batch, WINDOWS, [])
+        small = model.small_weights
+        value = model.attend(layer, n, None, None, None, small, gates, batch, WINDOWS, None)
         inputs = [y] if layer == 3 else [y, gates[f"head {layer}"]]
         exact = [x.detach().double().requires_grad_() for x in inputs]
         scaled = exact[0] if layer == 3 else exact[0] * exact[1][:, :, None]
@@ -342,7 +344,7 @@ def test_gates_of_an_untrained_model_are_their_starts_whatever_the_stream(runtim
         weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
         scale = small.get(f"{name} scale")
         assert (scale is None) == (name in ("last", "output"))
-        value = model.gate_mlp(x, *weights, scale)
+        value = gate_mlp(x, *weights, scale)
         starts = [start for width, start in layout.values() for _ in range(width)]
         torch.testing.assert_close(value, torch.tensor(starts).expand(7, -1), rtol=1e-6, atol=0)
         close(torch.cat([*gate_outputs(model, name, x.double()).values()], dim=1), value)
@@ -384,7 +386,7 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     attention, the dynamic skips into the last layer and to the end."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls = streams_of(model, batch, monkeypatch)
-    out = {name: stream.double() for name, (_, (stream, _)) in calls.items()}
+    out = {name: stream.double() for name, (_, (stream, *_)) in calls.items()}
     layer = {name: args[0][1:] for name, (args, _) in calls.items()}  # what it came to
     layer = {name: sources[0].double() for name, sources in layer.items() if sources}
     small, x0 = small_slices(model), calls["smear"][1][1].double()
@@ -431,8 +433,8 @@ def test_mlp_reads_the_normed_stream(runtime, monkeypatch):
     streams = streams_of(model, batch, monkeypatch)
     names = [f"attention {i}" for i in (0, 1)] + ["skip 2"] + [f"attention {i}" for i in (3, 4)]
     for i, name in enumerate(names):
-        (x, _, _, fp8), (y, *_) = mlps[i]
-        assert fp8 == []
+        (x, _, _, fp8), y = mlps[i]
+        assert fp8 is None
         close(x, rms(streams[name][1][0].double()))
         w_1, w_2 = model.mlp_bank[i].double(), model.mlp_bank[5 + i].double()
         close(y, torch.relu(x.double() @ w_1.T) ** 2 @ w_2, atol=1e-4)
@@ -517,7 +519,7 @@ def test_gradient_of_the_loss_is_that_of_its_definition():
     targets[5, 1] = targets[4, 2] = targets[1, 3] = IGNORED_TARGET
     targets[2, 3] = targets[2, 0]  # the same one twice
     weights = torch.tensor([1, 0.5, 0.25, 0.125])
-    losses, *_ = head_loss(x, head, targets, weights, [], None)
+    losses = head_loss(x, head, targets, weights)
     value = torch.autograd.grad(losses[0], (x, head))
     x64, head64 = (z.detach().double().requires_grad_() for z in (x, head))
     logits = 23 * torch.sigmoid((x64 @ head64.T + 5) / 7.5)
@@ -610,7 +612,8 @@ def test_too_few_columns_give_nan(kinds, finite):
     columns = draw_columns(targets, 300, 16)
     x, head = gaussian(40, 16).float(), gaussian(300, 16, seed=1).float()
     weights = torch.tensor([1, 0.5, 0.25, 0.125])
-    losses, *_ = head_loss(x, head[columns.tokens], columns.targets, weights, [], columns.offsets)
+    inputs = x, head[columns.tokens], columns.targets, weights, None, columns.offsets
+    losses = torch.stack(head_loss(*inputs))
     assert torch.isfinite(losses).all() if finite else torch.isnan(losses).all()
 
 

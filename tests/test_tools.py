@@ -40,7 +40,7 @@ KERNELS = {
     # operators on the CPU
     "aten::mm": "products",
     "autograd::engine::evaluate_function: MmBackward0": "products",
-    "speedrun::head_loss": "head",
+    "aten::logsumexp": "head",
     "NgramRowsBackward": "tables",
     "aten::mul": "element-wise",
 }
@@ -374,7 +374,7 @@ def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
     lines = printed.splitlines()[3:]
     assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
     assert len(lines) == 2 * (1 + 4 + 2) + 2 + 2 + 1
-    assert all(line.split()[-2:] == ["2.000", "-"] for line in lines)
+    assert all(line.split()[-1] == "2.000" for line in lines)
 
 
 def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
@@ -395,7 +395,7 @@ def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
     assert "broken: ValueError in" in printed and "no input" in printed
     assert "rms_norm, short forward: TypeError" in printed
     last = printed.splitlines()[-1].split()
-    assert last == ["rms_norm", "forward", "2.000", "4", "GB/s", "400%", "failed", "-"]
+    assert last == ["rms_norm", "forward", "2.000", "4", "GB/s", "400%", "failed"]
 
 
 @pytest.mark.gpu

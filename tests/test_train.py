@@ -55,7 +55,6 @@ OPTIONS = {
     "momentum_warmup_steps": 5,
     "momentum_cooldown_steps": 2,
     "dtype": "float32",
-    "compile": "none",
     "muon_lr": 0.023,
     "adam_lr": 0.1,  # so that a few steps are enough
     "val_every": 12,
