@@ -610,7 +610,7 @@ def combine(
     sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False,
     sums: Sequence[Tensor] = (), collect: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The sum of coefficient·source and, if asked for, its RMS norm; (T, dim) each.
+    """The sum of coefficient·source and, with `norm`, its RMS norm (else None); (T, dim) each.
 
     sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
     happens on the residual stream is such a sum; it is formed in fp32 and rounded once.
