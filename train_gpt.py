@@ -533,7 +533,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def combine(
     sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """The sum of coefficient·source; its RMS norm, if asked for; and the sources. (T, dim) each.
+    """The sum of coefficient·source, its RMS norm (None without `norm`), the sources; (T, dim) each.
 
     sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
     happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
@@ -759,14 +759,14 @@ class Fp8Copies:
         self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
         # The others' units follow from the largest in the step before, with room to grow: of each
         # layer's squares, gradients of its result, of what is in front of relu and of QKV.
-        self.units = unit(0.0, 4, num_layers)
-        self.largest = torch.zeros(4, num_layers, device=head.device)
+        self.units = unit(0.0, num_layers, 4)
+        self.largest = torch.zeros(num_layers, 4, device=head.device)
         self.head_units = unit(100 / 448), unit(0.75 / 448)
         self.reset()
 
     def reset(self) -> None:
         """As before the first step: nothing is known of a layer's numbers yet."""
-        for units, guess in zip(self.units, (16.0, 2.0**-6, 2.0**-6, 2.0**-6)):
+        for units, guess in zip(self.units.unbind(1), (16.0, 2.0**-6, 2.0**-6, 2.0**-6)):
             units.fill_(guess / 448)
         self.largest.zero_()
         self.refresh()
@@ -791,13 +791,13 @@ class Fp8Copies:
     def qkv(self, layer: int, x: Fp8) -> QkvFp8:
         """For this layer, given a copy of the stream."""
         w = Fp8(*(tensor[self.entries[layer]] for tensor in self.banks[1][1]))
-        return QkvFp8(x, w, self.units[3, layer], self.largest[3:, layer])
+        return QkvFp8(x, w, self.units[layer, 3], self.largest[layer, 3:])
 
     def mlp(self, layer: int, x: Fp8) -> MlpFp8:
         """For this layer, given a copy of the stream."""
         entries = layer, self.num_layers + layer
         weights = (Fp8(*(tensor[entry] for tensor in self.banks[0][1])) for entry in entries)
-        return MlpFp8(x, *weights, *self.units[:3, layer], self.largest[:3, layer])
+        return MlpFp8(x, *weights, *self.units[layer, :3], self.largest[layer, :3])
 
     def head(self, tokens: Tensor | None = None) -> HeadFp8:
         """Of these rows of the head, or of all."""

@@ -390,9 +390,9 @@ def test_units_follow_the_largest_numbers(monkeypatch):
     fp8.refresh()
     torch.testing.assert_close(w.unit[:, 0], bank[:6].abs().amax((1, 2)) / 448)
     factor = 1.8 / 448
-    torch.testing.assert_close(fp8.units[:3, 1, 0], factor * torch.tensor([3.0, 0.25, 0.125]))
-    torch.testing.assert_close(fp8.units[3, 2], factor * torch.full((4,), 0.5))
-    assert torch.equal(fp8.units[:, 0], start[:, 0])  # nothing was seen
+    torch.testing.assert_close(fp8.units[1, :3, 0], factor * torch.tensor([3.0, 0.25, 0.125]))
+    torch.testing.assert_close(fp8.units[2, 3], factor * torch.full((4,), 0.5))
+    assert torch.equal(fp8.units[0], start[0])  # nothing was seen
     units = fp8.units.clone()
     fp8.refresh()
     assert torch.equal(fp8.units, units)  # nothing since

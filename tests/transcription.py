@@ -145,9 +145,9 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
         r, p = small["residual"][i], small["project"][i]
         r_mlp, p_mlp = small["mlp_residual"][i], small["mlp_project"][i]
         own = {}
-        if row.window == "none":
+        if row.skip_from is not None:
             x = x + torch.sigmoid(small["skip"]) * gates[f"skip {i}"] * after[row.skip_from]
-        else:
+        if row.window != "none":
             window = {"short": short, "long": long}[row.window]
             weights = model.attention_bank[attention_layers.index(i)].double()
             attended = x if row.attend_from is None else after[row.attend_from]
