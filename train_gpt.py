@@ -533,7 +533,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def combine(
     sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """The sum of coefficient·source, its RMS norm (None without `norm`), the sources; (T, dim) each.
+    """The sum of coefficient·source; its RMS norm, None unless `norm`; the sources. (T, dim) each.
 
     sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
     happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
