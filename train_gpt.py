@@ -2307,7 +2307,8 @@ POLAR_EXPRESS = (
 
 
 def compiled(function: Callable) -> Callable:
-    """One pass of what torch.compile makes of the function where its first argument is on a GPU."""
+    """The function by torch.compile where its first argument is on a GPU, as it is elsewhere. What
+    changes from step to step comes in tensors: another number would be compiled anew."""
     compile_once = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=False))
 
     @functools.wraps(function)
@@ -2317,12 +2318,10 @@ def compiled(function: Callable) -> Callable:
     return call
 
 
-def polar_express(x: Tensor, norm: Tensor) -> Tensor:
-    """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols).
-
-    norm: of Frobenius, (batch, 1, 1), fp32.
-    """
-    x, tall = x / (1.02 * norm + 1e-7).type_as(x), x.size(1) > x.size(2)
+def polar_express(x: Tensor) -> Tensor:
+    """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols)."""
+    norm, tall = widen(x).norm(dim=(1, 2), keepdim=True), x.size(1) > x.size(2)
+    x = x / (1.02 * norm + 1e-7).type_as(x)
     for a, b, c in POLAR_EXPRESS:
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -2373,7 +2372,7 @@ def normuon_update_(
     momentum.lerp_(grad, 1 - mu)
     update = grad.lerp(momentum, mu).flatten(0, 1)  # Nesterov's look ahead
     update = update.bfloat16() if update.is_cuda else update
-    direction = polar_express(update, update.float().norm(dim=(1, 2), keepdim=True)).float()
+    direction = polar_express(update).float()
     # Even out the rows, and keep the norm.
     across = 2 if mean_square.size(2) == 1 else 1
     squares = direction.square().sum(dim=across, keepdim=True)
