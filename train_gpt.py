@@ -611,17 +611,18 @@ class Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, norm: bool, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        num_tokens, dim = tensors[0].shape
-        stream = tensors[0].new_empty(num_tokens, dim)
+        sources, *_ = arguments = combine_arguments(tensors)
+        num_tokens, dim = sources[0].shape
+        stream = sources[0].new_empty(num_tokens, dim)
         normed = torch.empty_like(stream) if norm else None
         # a row a warp: its sums need no shared memory
         _combine_kernel[(num_tokens,)](
-            *combine_arguments(tensors), stream, normed, dim,
+            *arguments, stream, normed, dim,
             BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
-        return stream, normed, *tensors[: len(tensors) // 2]
+        return stream, normed, *sources
 
     @staticmethod
     def backward(
@@ -2408,11 +2409,11 @@ class ParamState:
         self.group, self.param = group, param
         self.num_shards = runtime.world_size if group.sharded else 1
         rows, rest = divmod(len(param), self.num_shards)
-        if rest:
-            raise UserError(
-                f"{group.name} has {len(param)} rows, which {self.num_shards} processes cannot "
-                "share evenly: start a number of processes that divides them"
-            )
+        require(
+            rest == 0,
+            f"{group.name} has {len(param)} rows, which {self.num_shards} processes cannot share "
+            "evenly: start a number of processes that divides them",
+        )
         first = (runtime.rank if group.sharded else 0) * rows
         self.shard = param.detach()[first : first + rows]
         has_low = param.dtype == torch.bfloat16
@@ -2943,7 +2944,7 @@ class Trainer:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def compute(self, batch: Batch, step: int, loss_weights: Tensor) -> Tensor:
-        windows, columns = self.schedule.windows(step), self.schedule.stage(step).columns
+        *_, windows, columns = self.kind(batch, step)
         loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes, columns)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
@@ -2951,7 +2952,8 @@ class Trainer:
 
     def kind(self, batch: Batch, step: int) -> tuple:
         """What a graph is captured for."""
-        return len(batch.tokens), batch.max_seq_len, self.schedule.describe(step)
+        windows, columns = self.schedule.windows(step), self.schedule.stage(step).columns
+        return len(batch.tokens), batch.max_seq_len, windows, columns
 
     def micro_step(self, batch: Batch, step: int) -> Tensor:
         """Forward and backward pass of one row of a step, added to the gradients. Gives the sum of

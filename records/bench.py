@@ -424,11 +424,11 @@ def micro_steps(bench: Bench, chosen: list[int]) -> None:
     groups = [group for group in GROUPS if group not in ("communication", "optimizer")]
     lines = [["tokens", "columns", "micro-step", *groups, IDLE, "optimizer, even", "odd"]]
     for first in (0, *schedule.stage_ends[:-1]):
-        num_tokens, max_seq_len = schedule.row_shape(first)
+        num_tokens, _ = sizes = schedule.row_shape(first)
         if num_tokens not in chosen:
             continue
         with bench.attempt(f"micro-step of {num_tokens:,} tokens"):
-            sizes, updates = (num_tokens, max_seq_len), []
+            updates = []
             rows = [random_batch(random, *sizes, CONFIG, False) for _ in range(4)]
             rows = itertools.cycle([train_gpt.to_device(row, bench.device) for row in rows])
             trainer.capture(next(rows), first)
