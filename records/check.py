@@ -71,10 +71,7 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
         def all_reduce(self, tensor: Tensor) -> Tensor:
             return tensor
 
-    place = torch.device(device)
-    if place.type == "cuda" and hasattr(script, "use_twins") and not script.has_kernels(place):
-        script.use_twins(place)
-    return Alone(rank, world_size, place, script.Log(None))
+    return Alone(rank, world_size, torch.device(device), script.Log(None))
 
 
 def load_checkpoint(script: ModuleType, path: str, device: str):
