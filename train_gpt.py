@@ -86,8 +86,8 @@ class Layer:
 
     window: str  # short, long (with the partial key offset), or none: no attention, an MLP alone
     value_table: int | None  # value embedding added to v
-    head_gate: bool  # scales each head's output per token
-    skip_from: int | None  # adds the gated output of that earlier layer
+    inputs: bool  # x0, the normed embeddings, and the n-grams enter the stream again
+    skip_from: int | None  # the output of that earlier layer enters in front
     attend_from: int | None  # attention reads the output of that earlier layer
 
 
@@ -103,18 +103,18 @@ SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning 
     Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_LAYERS = (
-    #     window   value  head_gate  skip_from  attend_from
-    Layer("short", None,  False,     None,      None),  # 0
-    Layer("short", 0,     False,     None,      None),  # 1
-    Layer("short", 1,     False,     None,      None),  # 2
-    Layer("long",  None,  True,      None,      None),  # 3
-    Layer("none",  None,  False,     None,      None),  # 4
-    Layer("short", None,  False,     None,      None),  # 5
-    Layer("none",  None,  False,     3,         None),  # 6
-    Layer("short", None,  False,     None,      None),  # 7
-    Layer("short", 2,     False,     None,      7),     # 8
-    Layer("short", 3,     False,     None,      7),     # 9
-    Layer("long",  4,     True,      None,      7),     # 10, with the dynamic skips
+    #     window   value  inputs  skip_from  attend_from
+    Layer("short", None,  False,  None,      None),  # 0
+    Layer("short", 0,     False,  None,      None),  # 1
+    Layer("short", 1,     False,  None,      None),  # 2
+    Layer("long",  None,  True,   None,      None),  # 3
+    Layer("none",  None,  False,  None,      None),  # 4
+    Layer("short", None,  False,  None,      None),  # 5
+    Layer("none",  None,  False,  3,         None),  # 6
+    Layer("short", None,  True,   None,      None),  # 7
+    Layer("short", 2,     False,  None,      7),     # 8
+    Layer("short", 3,     False,  None,      7),     # 9
+    Layer("long",  4,     True,   None,      7),     # 10, with the dynamic skips
 )
 TINY_STAGES = (
     Stage(1 / 2,    1_024,    256,    64,  128, 1.00, 0.2, 0.0,  0.1,  0.0, 0.0,  0.0,  0),
@@ -124,40 +124,36 @@ TINY_EXTENSION = (
     Stage(1.0,      1_024,    512,   128,  512, 1.00, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 TINY_LAYERS = (
-    #     window   value  head_gate  skip_from  attend_from
-    Layer("short", 0,     False,     None,      None),  # 0
-    Layer("long",  None,  True,      None,      None),  # 1
-    Layer("none",  None,  False,     1,         None),  # 2
-    Layer("short", None,  False,     None,      None),  # 3
-    Layer("long",  1,     True,      None,      3),     # 4
+    #     window   value  inputs  skip_from  attend_from
+    Layer("short", 0,     False,  None,      None),  # 0
+    Layer("long",  None,  True,   None,      None),  # 1
+    Layer("none",  None,  False,  0,         None),  # 2
+    Layer("short", None,  False,  None,      None),  # 3
+    Layer("long",  1,     True,   None,      3),     # 4
 )
 
-# Outputs of the two dynamic MLPs, name: (width, start). "first" is the residual stream entering
-# layer 0, "skip" and "attend" the outputs of the layers in skip_from and attend_from (3 and 7),
-# "last" the stream entering the last layer.
+# What an MLP makes for the last layer, a coefficient a token each, name: start. "first" is the
+# stream entering layer 0, "attend" the output of the layer in attend_from (7), "last" the stream
+# entering the last layer.
 LAST_LAYER_GATES = {
-    "value_first":  (1, 0.0),  # added to the values
-    "value_attend": (1, 0.0),
-    "value_last":   (1, 0.0),
-    "x_first":      (1, 0.0),  # added to the residual stream before the layer
-    "x_attend":     (1, 0.0),
-    "x_last":       (1, 0.0),
-    "value_gate":   (2, 2.0),  # on the value embedding, one a half of the heads
-    "residual":     (1, math.sqrt(1.1)),  # in place of the learned scalars of the other layers
-    "project":      (1, 1.0),
-    "first":        (1, 0.0),
-    "ngrams":       (1, 0.05),
-    "mlp_residual": (1, math.sqrt(1.1)),
-    "mlp_project":  (1, 1.0),
+    "value_first": 0.0,  # added to the values
+    "value_attend": 0.0,
+    "value_last": 0.0,
+    "value": 2.0,  # on the value embedding
+    "x_first": 0.0,  # the residual stream before the layer
+    "x_attend": 0.0,
+    "x_last": 1.0,
+    "residual": math.sqrt(1.1),  # in place of the learned scalars of the other layers
+    "project": 0.5,
+    "first": 0.0,
+    "ngrams": 0.05,
+    "mlp_residual": math.sqrt(1.1),
+    "mlp_project": 1.0,
 }
-GATE_SCALE = 0.1  # of the gate MLPs outputs; learned in two of them
-OUTPUT_GATES = {
-    "first":  (1, 0.0),
-    "attend": (1, -0.5),
-    "last":   (1, 0.0),
-    "value":  (1, 0.0),  # the first value embedding
-    "skip":   (1, 0.0),
-}
+GATE_SCALE = 0.1  # of the MLP's outputs
+# Shares of what is added behind the last layer, name: start. "skip" is the output of the layer in
+# skip_from (3), "value" the first value embedding.
+OUTPUT_SHARES = {"first": 0.0, "attend": -0.5, "last": 0.0, "value": 0.0, "skip": 0.0}
 # fmt: on
 
 
@@ -177,13 +173,13 @@ class Config:
     head_dim: int = 128  # width of an attention head
     mlp_dim: int = 3072  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
-    gate_dim: int = 64  # hidden width of the gate MLPs
+    gate_dim: int = 64  # hidden width of the MLP of the last layer's gates
     ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
     ngram_rows: int = 2**21  # of each length; with 768 columns 3.01 GiB a GPU
     ngram_dim: int = 768  # columns of these rows; each length has its own of the stream
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
     match_slots: int = 2**26  # of the table of each length, 8 bytes each, a power of two
-    attention_scale: float = 0.1  # factor on q.k before the softmax, grows with the long window
+    attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
     num_steps: int = 1600  # scheduled steps; the learning rate reaches its end here
@@ -228,11 +224,6 @@ class Config:
     @property
     def num_value_tables(self) -> int:
         return len({row.value_table for row in self.layers} - {None})
-
-    @property
-    def skip_from(self) -> int:
-        """The layer whose output a later one takes in; behind it the late gates are made."""
-        return next(row.skip_from for row in self.layers if row.skip_from is not None)
 
 
 # fmt: off
@@ -315,11 +306,6 @@ def check_config(config: Config, world_size: int) -> None:
             f"{c.model_dim}: take less")
     require(count * c.ngram_rows < 2**31,
             f"--ngram_rows {c.ngram_rows}: {count} of them, {lengths}, must be below 2^31")
-    windows = [*(stage.window_long for stage in c.stages + c.extension), c.final_window_long]
-    windows = [window for window, _ in itertools.groupby(windows)]
-    require(len({*windows}) == len(windows),
-            "--stages, --extension, --final_window_long: the long window returns to an earlier one "
-            f"({', '.join(map(str, windows))}), for which the rotary frequencies were others")
     require(c.vocab_size > START_TOKEN,
             f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
     require(c.dtype in ("bfloat16", "float32"),
@@ -336,21 +322,21 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
                 f"--layers: window {row.window!r} is none of short, long, none")
         for name in sources:
             source = getattr(row, name)
-            require(source is None or 0 <= source < i,
-                    f"--layers: {name} of layer {i} is no earlier one")
-        bare = not row.head_gate and row.value_table is None and row.attend_from is None
-        require(row.window != "none" or bare and i > 0,  # the first one's gates start the stream
-                f"--layers: layer {i} has window none, but what only attention can have, or is the "
-                "first: give it a window")
+            require(source is None or 0 <= source < i - (name == "skip_from"),
+                    f"--layers: {name} of layer {i} names {source}, no earlier one")
+        bare = not row.inputs and row.value_table is None and row.attend_from is None
+        require(row.window != "none" or bare,
+                f"--layers: layer {i} has window none, but what only attention can have: give it a "
+                "window")
     tables = sorted({row.value_table for row in layers} - {None})
     require(len(tables) > 0 and tables == [*range(len(tables))],
             f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
     for name in sources:
         count = len({getattr(row, name) for row in layers} - {None})
         require(count == 1, f"--layers: {name} names {count} layers, not one")
-    complete = last.head_gate and last.value_table is not None and last.attend_from is not None
+    complete = last.inputs and last.value_table is not None and last.attend_from is not None
     require(last.window == "long" and complete,
-            "--layers: the last one must be long, with value table, head gate and attend_from")
+            "--layers: the last one must be long, with value table, inputs and attend_from")
 # fmt: on
 
 
@@ -812,26 +798,10 @@ class Fp8Copies:
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def rotary_frequencies(head_dim: int) -> Tensor:
-    """Radians a position, (head_dim / 4,) fp64: from 1 down to 1/1024."""
-    return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
-
-
-def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
-    """Frequencies and attention scale after the long window went from `old` to `new` tokens.
-
-    Frequencies that turn fewer than 1 time in the old window stretch with it, those that turn more
-    than 32 times stay. Source: YaRN, Peng et al. 2023, arXiv 2309.00071, section 3.2.
-    """
-    stretch = old / new
-    ramp = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
-    return frequencies * (stretch + ramp * (1 - stretch)), scale * (1 + 0.2 * math.log(new / old))
-
-
-def rotary_tables(
-    frequencies: Tensor, num_positions: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position times frequency, each (num_positions, 1, head_dim / 4) fp32."""
+def rotary_tables(head_dim: int, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times frequency, each (num_positions, 1, head_dim / 4) fp32; in
+    radians a position the frequencies go from 1 down to 1/1024."""
+    frequencies = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
@@ -934,31 +904,25 @@ FP8_TILE = 64, 8  # tokens and warps: a transposed row is two sectors of memory
 
 
 def prepare_qkv(
-    x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
-    value_share: Tensor | None, extra_value: Tensor | None, fp8: QkvFp8 | None, key_offset: bool,
-    head_dim: int,
+    x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, fp8: QkvFp8 | None,
+    key_offset: bool, head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys and values, (T, heads, head_dim), of the normed stream x (T, dim) and the
     weights w_qkv (3 dim, dim). What follows their product is computed in fp32; results are in x's
     dtype.
 
-    scale: fp32 scalar on the product. cos, sin: (positions, 1, head_dim / 4) fp32. value (T, dim),
-    its rows any stride apart, is added to the values times value_share (T, heads) fp32, extra_value
-    (T, dim) as it is. With fp8 the product and those of its gradient run in fp8.
+    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, dim), added to the values. With fp8 the
+    product and those of its gradient run in fp8.
     """
     if has_kernels(x.device):
-        return PrepareQkv.apply(
-            x, w_qkv, scale, cos, sin, value, value_share, extra_value, fp8, key_offset, head_dim
-        )
-    q, k, v = (scale * widen(x @ w_qkv.mT)).view(len(x), 3, -1, head_dim).unbind(1)
+        return PrepareQkv.apply(x, w_qkv, cos, sin, value, fp8, key_offset, head_dim)
+    q, k, v = widen(x @ w_qkv.mT).view(len(x), 3, -1, head_dim).unbind(1)
     q, k = rms_norm(q), rms_norm(k)
     if key_offset:
         k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :])], dim=-1)
     if value is not None:
-        v = v + value_share[:, :, None] * value.view_as(v)
-    if extra_value is not None:
-        v = v + extra_value.view_as(v)
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        v = v + value.view_as(v)
+    q, k = (apply_rotary(z, cos[: len(x)], sin[: len(x)]) for z in (q, k))
     return q.type_as(x), k.type_as(x), v.type_as(x)
 
 
@@ -978,16 +942,16 @@ def _turn(x, cos, sin, TILE: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _norm_factor(turned, still, scale):
+def _norm_factor(turned, still):
     """What takes the halves of a head to its RMS norm, (tokens, 1)."""
     mean = (tl.sum(turned * turned, 1) + tl.sum(still * still, 1)) / (2 * turned.shape[1])
-    return (scale * tl.rsqrt(scale * scale * mean + EPS))[:, None]
+    return tl.rsqrt(mean + EPS)[:, None]
 
 
 @triton.jit
-def _norm_gradient(d_turned, d_still, turned, still, scale, gain):
+def _norm_gradient(d_turned, d_still, turned, still, gain):
     """Gradient, times gain, of the halves of a head from that of their RMS norm."""
-    factor = _norm_factor(turned, still, scale)
+    factor = _norm_factor(turned, still)
     turned, still = turned * factor, still * factor
     along = (tl.sum(d_turned * turned, 1) + tl.sum(d_still * still, 1)) / (2 * turned.shape[1])
     along, factor = along[:, None], gain * factor
@@ -996,46 +960,36 @@ def _norm_gradient(d_turned, d_still, turned, still, scale, gain):
 
 @triton.jit
 def _prepare_qkv_kernel(
-    qkv, scale, cos, sin, value, value_share, extra_value, q, k, v, num_tokens, value_stride,
-    share_stride, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr,
-    TILE: tl.constexpr,
+    qkv, cos, sin, value, q, k, v, num_tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    in_row = tokens < num_tokens
-    mask, row = in_row[:, None], tokens[:, None]
-    lanes, columns = tl.arange(0, HALF)[None, :], tl.arange(0, HEAD_DIM)[None, :]
+    mask, row = (tokens < num_tokens)[:, None], tokens[:, None]
+    columns = head * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    v_tile = tl.load(qkv + row * (3 * DIM) + 2 * DIM + columns, mask=mask, other=0.0).to(tl.float32)
+    if value is not None:
+        v_tile += tl.load(value + row * DIM + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(v + row * DIM + columns, v_tile, mask=mask)
 
-    inputs = row * (3 * DIM) + head * HEAD_DIM + lanes
+    columns = head * HEAD_DIM + tl.arange(0, HALF)[None, :]
+    inputs, outputs = row * (3 * DIM) + columns, row * DIM + columns
     q_turned, q_still = _load_halves(qkv, inputs, mask, HALF)
     k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
     angles = row * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
     cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
     sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
-    factor = tl.load(scale)
-    inputs = row * (3 * DIM) + 2 * DIM + head * HEAD_DIM + columns
-    v_tile = factor * tl.load(qkv + inputs, mask=mask, other=0.0).to(tl.float32)
-    if value is not None:
-        share = tl.load(value_share + tokens * share_stride + head, mask=in_row, other=0.0)
-        inputs = row * value_stride + head * HEAD_DIM + columns
-        v_tile += share[:, None] * tl.load(value + inputs, mask=mask, other=0.0).to(tl.float32)
-    outputs = row * DIM + head * HEAD_DIM + columns
-    if extra_value is not None:
-        v_tile += tl.load(extra_value + outputs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(v + outputs, v_tile, mask=mask)
-
-    outputs = row * DIM + head * HEAD_DIM + lanes
-    norm = _norm_factor(q_turned, q_still, factor)
+    norm = _norm_factor(q_turned, q_still)
     tl.store(q + outputs, _turn(norm * q_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
     tl.store(q + outputs + HALF, norm * q_still, mask=mask)
-    norm = _norm_factor(k_turned, k_still, factor)
+    norm = _norm_factor(k_turned, k_still)
     tl.store(k + outputs, _turn(norm * k_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
     if KEY_OFFSET:
-        inputs = tl.maximum(row - 1, 0) * (3 * DIM) + head * HEAD_DIM + lanes
+        inputs = tl.maximum(row - 1, 0) * (3 * DIM) + columns
         k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
-        norm = _norm_factor(k_turned, k_still, factor)
+        norm = _norm_factor(k_turned, k_still)
     tl.store(k + outputs + HALF, norm * k_still, mask=mask)
 
 
@@ -1057,36 +1011,23 @@ def _store_gradient(turned, still, column, target, WIDTH: tl.constexpr, LIMIT: t
 
 @triton.jit
 def _prepare_qkv_backward_kernel(
-    dq, dk, dv, qkv, scale, cos, sin, value, value_share, dqkv, dqkv_t, unit, largest, dscale,
-    dvalue, dvalue_share, num_tokens, value_stride, share_stride, HEADS: tl.constexpr,
+    dq, dk, dv, qkv, cos, sin, dqkv, dqkv_t, unit, largest, num_tokens, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    in_row = tokens < num_tokens
-    mask, row = in_row[:, None], tokens[:, None]
-    lanes = tl.arange(0, HALF)[None, :]
-
-    factor, inverse = tl.load(scale), 1.0
+    mask, row = (tokens < num_tokens)[:, None], tokens[:, None]
+    inverse = 1.0
     if dqkv_t is not None:
         inverse = 1 / tl.load(unit)
-    column, target = head * HEAD_DIM + lanes, (dqkv, dqkv_t, row, mask, num_tokens)
+    column = head * HEAD_DIM + tl.arange(0, HALF)[None, :]
+    target = dqkv, dqkv_t, row, mask, num_tokens
     grads, inputs = row * DIM + column, row * (3 * DIM) + column
     low, high = _load_halves(dv, grads, mask, HALF)
-    v_low, v_high = _load_halves(qkv + 2 * DIM, inputs, mask, HALF)
-    d_low, d_high = (factor * inverse) * low, (factor * inverse) * high
-    largest_v = _store_gradient(d_low, d_high, 2 * DIM + column, target, 3 * DIM, LIMIT)
-    partial = tl.sum(tl.sum(low * v_low + high * v_high, 1), 0)
-    tl.store(dscale + tl.program_id(1) * HEADS + head, partial)
-    if value is not None:
-        share = tl.load(value_share + tokens * share_stride + head, mask=in_row, other=0.0)
-        v_low, v_high = _load_halves(value, row * value_stride + column, mask, HALF)
-        dshare = tl.sum(low * v_low + high * v_high, 1)
-        tl.store(dvalue + grads, share[:, None] * low, mask=mask)
-        tl.store(dvalue + grads + HALF, share[:, None] * high, mask=mask)
-        tl.store(dvalue_share + tokens * HEADS + head, dshare, mask=in_row)
+    column_v = 2 * DIM + column
+    largest_v = _store_gradient(inverse * low, inverse * high, column_v, target, 3 * DIM, LIMIT)
 
     angles = row * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
     cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
@@ -1094,7 +1035,7 @@ def _prepare_qkv_backward_kernel(
     d_turned, d_still = _load_halves(dq, grads, mask, HALF)
     turned, still = _load_halves(qkv, inputs, mask, HALF)
     d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
-    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor, inverse)
+    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, inverse)
     largest_q = _store_gradient(d_turned, d_still, column, target, 3 * DIM, LIMIT)
     d_turned, d_still = _load_halves(dk, grads, mask, HALF)
     if KEY_OFFSET:  # the still half went to the next token, the first one's to itself too
@@ -1103,7 +1044,7 @@ def _prepare_qkv_backward_kernel(
         d_still += tl.load(dk + grads + DIM + HALF, mask=follows, other=0.0).to(tl.float32)
     turned, still = _load_halves(qkv + DIM, inputs, mask, HALF)
     d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
-    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, factor, inverse)
+    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, inverse)
     largest_k = _store_gradient(d_turned, d_still, DIM + column, target, 3 * DIM, LIMIT)
     if largest is not None:
         largest_here = tl.max(tl.maximum(tl.maximum(largest_q, largest_k), largest_v))
@@ -1111,31 +1052,18 @@ def _prepare_qkv_backward_kernel(
 
 
 def product_gradient(
-    grads: Sequence[Tensor], qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor,
-    value: Tensor | None, value_share: Tensor | None, key_offset: bool, head_dim: int,
-    unit: Tensor | None = None, largest: Tensor | None = None,
-) -> tuple[Fp8 | Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of the product qkv, with a unit in fp8, and of scale, value and value_share; raises
-    largest (1,) to the largest of the first.
-
-    The norm takes scale out of q and k again, so its gradient comes from v alone: what q and k
-    would add is EPS / (mean square of the scaled head) of the size of their own terms.
-    """
+    grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, key_offset: bool,
+    head_dim: int, unit: Tensor | None = None, largest: Tensor | None = None,
+) -> Fp8 | Tensor:  # fmt: skip
+    """Gradient of the product qkv, with a unit in fp8; raises largest (1,) to its largest."""
     num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
     tile, num_warps = (TILE_TOKENS, 4) if unit is None else FP8_TILE
-    tiles = triton.cdiv(num_tokens, tile)
     dqkv = (torch.empty_like(qkv), None, None) if unit is None else fp8_like(qkv, unit)
-    dvalue, dvalue_share = (
-        None if x is None else x.new_empty(x.shape) for x in (value, value_share)
-    )
-    partial = torch.empty((tiles, heads), dtype=torch.float32, device=qkv.device)
-    _prepare_qkv_backward_kernel[heads, tiles](
-        *map(packed, grads), qkv, scale, cos, sin, value, value_share, *dqkv, largest, partial,
-        dvalue, dvalue_share, num_tokens, row_stride(value), row_stride(value_share), heads,
-        head_dim, key_offset, torch.finfo(dqkv[0].dtype).max, tile, num_warps=num_warps,
+    _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, tile)](
+        *map(packed, grads), qkv, cos, sin, *dqkv, largest, num_tokens, heads, head_dim,
+        key_offset, torch.finfo(dqkv[0].dtype).max, tile, num_warps=num_warps,
     )  # fmt: skip
-    dqkv = dqkv[0] if unit is None else dqkv
-    return dqkv, partial.sum().view_as(scale), dvalue, dvalue_share
+    return dqkv[0] if unit is None else dqkv
 
 
 class PrepareQkv(torch.autograd.Function):
@@ -1143,20 +1071,19 @@ class PrepareQkv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, w_qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor,
-        value: Tensor | None, value_share: Tensor | None, extra_value: Tensor | None,
+        ctx, x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
         fp8: QkvFp8 | None, key_offset: bool, head_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         qkv = fp8_product(fp8.x, fp8.w) if fp8 else x @ w_qkv.mT
         num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
         q, k, v = (qkv.new_empty(num_tokens, heads, head_dim) for _ in range(3))
         _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-            qkv, scale, cos, sin, value, value_share, packed(extra_value), q, k, v, num_tokens,
-            row_stride(value), row_stride(value_share), heads, head_dim, key_offset, TILE_TOKENS,
+            qkv, cos, sin, packed(value), q, k, v, num_tokens, heads, head_dim, key_offset,
+            TILE_TOKENS,
         )  # fmt: skip
         x, ctx.fp8 = for_backward(x, fp8)
-        ctx.save_for_backward(x, w_qkv, qkv, scale, cos, sin, value, value_share)
-        ctx.options, ctx.has_extra = (key_offset, head_dim), extra_value is not None
+        ctx.save_for_backward(x, w_qkv, qkv, cos, sin)
+        ctx.options, ctx.has_value = (key_offset, head_dim), value is not None
         return q, k, v
 
     @staticmethod
@@ -1165,13 +1092,12 @@ class PrepareQkv(torch.autograd.Function):
         inputs, fp8 = ((dq, dk, dv), *inputs, *ctx.options), ctx.fp8
         if fp8:
             x = fp8.x._replace(columns=x)
-            dqkv, dscale, *dvalues = product_gradient(*inputs, fp8.unit_grad, fp8.largest)
+            dqkv = product_gradient(*inputs, fp8.unit_grad, fp8.largest)
             dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, x.T)
         else:
-            dqkv, dscale, *dvalues = product_gradient(*inputs)
+            dqkv = product_gradient(*inputs)
             dx, dw = dqkv @ w_qkv, dqkv.mT @ x
-        d_extra = dv.flatten(1) if ctx.has_extra else None
-        return dx, dw, dscale, None, None, *dvalues, d_extra, None, None, None
+        return dx, dw, None, None, dv.flatten(1) if ctx.has_value else None, None, None, None
 
 
 # --- MLP ------------------------------------------------------------------------------------------
@@ -1618,22 +1544,6 @@ class TableRows(torch.autograd.Function):
         return None, None, *(None for _ in grads)
 
 
-class FirstColumns(torch.autograd.Function):
-    """x (T, dim) itself, and a few of its columns in fp32. Their gradient is added to that of x in
-    place, which spares two passes over all columns: x must have one user, one that makes a new
-    gradient, as products and prepare_qkv do."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        ctx.count = count
-        return x.view_as(x), x[:, :count].float()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, grad_columns: Tensor) -> tuple[Tensor, None]:
-        grad[:, : ctx.count] += grad_columns
-        return grad, None
-
-
 # --- Exact match ----------------------------------------------------------------------------------
 #
 # What was read, as hash tables, one an order: the slot of the last n tokens of a document holds the
@@ -1914,59 +1824,31 @@ class SmallParam:
     weight_decay: float  # multiplier of adam_weight_decay
 
 
-def gate_layouts(config: Config) -> dict[str, dict[str, tuple[int, float]]]:
-    """Outputs of the four gate MLPs, name: (width, start).
-
-    "early" reads the normed embedding and serves the layers up to the one in skip_from; "late"
-    reads the stream behind that layer and serves the others; "last" serves the last layer, "output"
-    comes behind it.
-    """
-    heads, last = config.num_heads, len(config.layers) - 1
-    layouts = {"early": {}, "late": {}, "last": LAST_LAYER_GATES, "output": OUTPUT_GATES}
-    for i, row in enumerate(config.layers):
-        layout = layouts["early" if i <= config.skip_from else "late"]
-        if row.head_gate:
-            layout[f"head {i}"] = (heads, 0.25)
-        if row.window != "none" and i != last:
-            layout[f"first {i}"] = (1, 0.0)
-            layout[f"ngrams {i}"] = (1, 0.05)
-        if row.skip_from is not None:
-            layout[f"skip {i}"] = (1, 0.5)
-    return layouts
-
-
 def small_params(config: Config) -> dict[str, SmallParam]:
     """The layout of GPT.small."""
-    layers, dim, slow = len(config.layers), config.model_dim, (0.9, 0.99)
-    gates, root = (config.num_value_tables, config.num_heads, 12), math.sqrt(1.1)
+    layers, slow, fast, root = len(config.layers), (0.9, 0.99), (0.9, 0.95), math.sqrt(1.1)
+    outputs, gates = list(OUTPUT_SHARES.values()), list(LAST_LAYER_GATES.values())
+    gates, hidden = [start / GATE_SCALE for start in gates], config.gate_dim
     # fmt: off
     table = {
-        #                            shape      start  betas        lr    weight_decay
-        "smear":         SmallParam((1,),        0.0,  slow,        0.01, 0.0),
-        "smear_gate":    SmallParam((1, 12),     0.0,  slow,        0.01, 0.0),
-        "attention_in":  SmallParam((layers,),   0.5,  slow,        5.0,  0.0),
-        "attention_out": SmallParam((layers,),   1.0,  slow,        5.0,  0.0),
-        "skip":          SmallParam((1,),       -1.5,  slow,        5.0,  0.0),
-        "residual":      SmallParam((layers,),   root, (0.9, 0.95), 5.0,  0.0),
-        "mlp_residual":  SmallParam((layers,),   root, (0.9, 0.95), 5.0,  0.0),
-        "project":       SmallParam((layers,),   1.0,  (0.9, 0.95), 1.0,  0.0),
-        "mlp_project":   SmallParam((layers,),   1.0,  (0.9, 0.95), 1.0,  0.0),
-        "value_gate":    SmallParam(gates,       0.0,  slow,        1.0,  1.0),
+        #                           shape       start     betas   lr    weight_decay
+        "residual":     SmallParam((layers,),   root,     fast,   5.0,  0.0),
+        "project":      SmallParam((layers,),   0.5,      slow,   5.0,  0.0),
+        "mlp_residual": SmallParam((layers,),   root,     fast,   5.0,  0.0),
+        "mlp_project":  SmallParam((layers,),   1.0,      fast,   1.0,  0.0),
+        "x0":           SmallParam((layers,),   0.0,      slow,   1.0,  0.0),
+        "ngrams":       SmallParam((layers,),   0.05,     slow,   1.0,  0.0),
+        "skip":         SmallParam((1,),        0.1,      slow,   1.0,  0.0),
+        "output":       SmallParam((len(outputs),), outputs, slow, 1.0, 0.0),
+        "gate_w_1":     SmallParam((hidden, config.model_dim), None, slow, 0.25, 1.0),
+        "gate_b_1":     SmallParam((hidden,),   0.0,      slow,   0.25, 0.0),
+        "gate_w_2":     SmallParam((len(gates), hidden), 0.0, slow, 0.25, 1.0),
+        "gate_b_2":     SmallParam((len(gates),), gates,  slow,   0.25, 0.0),
     }
     # fmt: on
     if config.match_orders:  # of no match, and of each order
         starts = [0.0] + [1.0] * len(config.match_orders)
         table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
-    for name, layout in gate_layouts(config).items():
-        learned_scale = name in ("early", "late")
-        lr = 0.1 if learned_scale else 0.25
-        starts = [start / GATE_SCALE for width, start in layout.values() for _ in range(width)]
-        table[f"{name} w_1"] = SmallParam((config.gate_dim, dim), None, slow, lr, 1.0)
-        table[f"{name} b_1"] = SmallParam((config.gate_dim,), 0.0, slow, lr, 0.0)
-        table[f"{name} w_2"] = SmallParam((len(starts), config.gate_dim), 0.0, slow, lr, 1.0)
-        table[f"{name} b_2"] = SmallParam((len(starts),), starts, slow, lr, 0.0)
-        if learned_scale:
-            table[f"{name} scale"] = SmallParam((1,), GATE_SCALE, slow, lr, 0.0)
     return table
 
 
@@ -1982,7 +1864,6 @@ class GPT(nn.Module):
         vocab = config.padded_vocab_size
         self.attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
         self.small_layout = small_params(config)
-        self.gate_layouts = gate_layouts(config)
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -2024,7 +1905,9 @@ class GPT(nn.Module):
 
         self.beside = torch.cuda.Stream() if device.type == "cuda" else None
         self.backend = attention_backend(device, dtype)
-        self.rotary = self.make_rotary(device)
+        stages = (*config.stages, *config.extension)
+        longest = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
+        self.rotary = rotary_tables(config.head_dim, max(longest, config.val_row_tokens), device)
         self.fp8 = None
         if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
             banks, layers = (self.mlp_bank, self.attention_bank, self.head), self.attention_layers
@@ -2059,20 +1942,6 @@ class GPT(nn.Module):
     def unpack_small(self) -> dict[str, Tensor]:
         """The slices of self.small by name."""
         return dict(zip(self.small_layout, self.cut_small(self.small)))
-
-    def make_rotary(self, device: torch.device) -> dict[int, tuple[Tensor, Tensor, float]]:
-        """Cosines, sines and attention scale for each long window of the schedule, by YaRN."""
-        config = self.config
-        stages = (*config.stages, *config.extension)
-        longest = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
-        positions = max(longest, config.val_row_tokens)
-        windows = [stage.window_long for stage in stages] + [config.final_window_long]
-        frequencies, scale = rotary_frequencies(config.head_dim), config.attention_scale
-        tables = {}
-        for old, new in itertools.pairwise([windows[0], *windows]):
-            frequencies, scale = yarn(frequencies, scale, old, new)
-            tables[new] = (*rotary_tables(frequencies, positions, device), scale)
-        return tables
 
     def aside(self) -> contextlib.AbstractContextManager:
         """What depends on the tokens alone, many small kernels, runs beside the layers; a training
@@ -2109,109 +1978,77 @@ class GPT(nn.Module):
         """The normed residual stream in front of the head, (T, dim)."""
         lookups = self.look_up(batch)
         layers, small, one = self.config.layers, dict(self.small_weights), self.one
-        for name in ("attention_in", "value_gate", "residual", "mlp_residual", "mlp_project"):
-            small[name] = small[name].unbind()  # at once: by index each has a gradient of its size
-        last, attended = len(layers) - 1, {row.attend_from for row in layers}
-        project = (small["project"] * small["attention_out"]).unbind()
+        scalars = "residual", "project", "mlp_residual", "mlp_project", "x0", "ngrams", "output"
+        for name in scalars:  # all of one kind at once: by index each has a gradient of its size
+            small[name] = small[name].unbind()
+        last, skipped = len(layers) - 1, {row.skip_from for row in layers}
+        attended, attended_normed = {row.attend_from for row in layers}, None
         streams = {"ngrams": lookups.ngrams, "value": lookups.values[0]}  # that many sums read
 
-        def gates_of(name: str, x: Tensor) -> dict[str, Tensor]:
-            weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
-            outputs = gate_mlp(x, *weights, small.get(f"{name} scale"))
-            widths = [width for width, _ in self.gate_layouts[name].values()]
-            return dict(zip(self.gate_layouts[name], outputs.split(widths, dim=1)))
-
-        def add(sources: list[Tensor], *arguments: object) -> tuple[Tensor, tuple]:
-            """combine, with a copy in fp8 of the norm; later sums read the sources that it gives"""
-            x, normed, *again = combine(sources, *arguments)
+        def add(shares: dict[str, Tensor], *terms: Tensor, norm: bool = True) -> tuple:
+            """combine of terms, a source and its coefficient each, and of shares of streams, with a
+            copy in fp8 of the norm; later sums read the sources that it gives"""
+            sources = [*terms[::2], *(streams[name] for name in shares)]
+            x, normed, *again = combine(sources, [*terms[1::2], *shares.values()], norm)
             again = dict(zip(map(id, sources), again))
             streams.update((name, again.get(id(old), old)) for name, old in streams.items())
-            return x, (normed, fp8.stream(normed) if fp8 and normed is not None else None)
+            return x, (normed, fp8.stream(normed) if fp8 and norm else None)
 
-        embedded, start = FirstColumns.apply(lookups.embedded, 12)
-        smear = small["smear"] * torch.sigmoid(F.linear(start, small["smear_gate"]))
-        before = F.pad(embedded, (0, 0, 1, 0))[:-1]
-        x0 = combine([embedded, before], [one, smear], True)[1]
-        gates = gates_of("early", x0)
-        streams["x0"] = x0
-        x, normed = add([x0, streams["ngrams"]], [one, gates["ngrams 0"]], True)
-        streams["first"], attended_normed = x, None
+        streams["x0"] = combine([lookups.embedded], [one], True)[1]
+        x, normed = add({"x0": one, "ngrams": small["ngrams"][0]})
+        streams["first"] = x
 
         for i, row in enumerate(layers):
-            scales = [small["residual"][i], project[i]]
-            mlp_scales = [small["mlp_residual"][i], small["mlp_project"][i]]
-            value_share = extra_value = None
-            if row.skip_from is not None:
-                gate = torch.sigmoid(small["skip"]) * gates[f"skip {i}"]
-                x, normed = add([x, streams["skip"]], [one, gate], True)
+            residual, project = small["residual"][i], small["project"][i]
+            mlp_residual, mlp_project = small["mlp_residual"][i], small["mlp_project"][i]
+            value = None if row.value_table is None else lookups.values[row.value_table]
+            shares = {"x0": small["x0"][i], "ngrams": small["ngrams"][i]} if row.inputs else {}
             if i == last:
-                streams["last"] = x
-                own = gates_of("last", x)
-                skips = "first", "attend", "last"
-                shares = [own["value_first"], own["value_attend"], own["value_last"]]
-                extra_value, _ = add([streams[name] for name in skips], shares)
-                shares = [own["x_first"], own["x_attend"], 1 + own["x_last"]]
-                x, _ = add([streams[name] for name in skips], shares)
-                value_share = own["value_gate"].repeat_interleave(self.config.num_heads // 2, dim=1)
-                scales = [own["residual"], own["project"] * small["attention_out"][i]]
-                mlp_scales = [own["mlp_residual"], own["mlp_project"]]
+                own, streams["last"] = self.last_gates(x), x
+                shares = {name: own["value_" + name] for name in ("first", "attend", "last")}
+                value, _ = add(shares, value, own["value"], norm=False)
+                shares = {name: own["x_" + name] for name in ("first", "attend", "last")}
+                x, _ = add(shares, norm=False)
+                shares = {"first": own["first"], "ngrams": own["ngrams"]}
+                residual, project = own["residual"], own["project"]
+                mlp_residual, mlp_project = own["mlp_residual"], own["mlp_project"]
             if row.window != "none":
                 source, copy = normed if row.attend_from is None else attended_normed
                 own_fp8 = fp8.qkv(i, copy) if fp8 else None
-                value = None if row.value_table is None else lookups.values[row.value_table]
-                values = value, value_share, extra_value
-                y = self.attend(i, source, *values, small, gates, batch, windows, own_fp8)
-                if i == last:
-                    shares = {"first": own["first"], "ngrams": own["ngrams"]}
-                else:
-                    shares = {"x0": gates[f"first {i}"], "ngrams": gates[f"ngrams {i}"]}
-                if i == 0:  # which has had its share of them
-                    del shares["ngrams"]
-                sources = [x, y, *(streams[name] for name in shares)]
-                x, normed = add(sources, [*scales, *shares.values()], True)
+                y = self.attend(i, source, value, batch, windows, own_fp8)
+                x, normed = add(shares, x, residual, y, project)
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
             y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
-            behind = layers[i + 1] if i < last else row
-            norm = behind.attend_from is None and behind.skip_from is None or i in attended
-            x, normed = add([x, y], mlp_scales, norm)
-            if i == self.config.skip_from:
+            behind = layers[i + 1] if i < last else None
+            shares = {"skip": small["skip"]} if behind and behind.skip_from is not None else {}
+            norm = i in attended or i < last and behind.attend_from is None
+            x, normed = add(shares, x, mlp_residual, y, mlp_project, norm=norm)
+            if i in skipped:
                 streams["skip"] = x
-                gates |= gates_of("late", x)
             if i in attended:
                 streams["attend"], attended_normed = x, normed
-        own = gates_of("output", x)
-        sources, shares = zip(*((streams[name], own[name]) for name in OUTPUT_GATES))
-        return combine([x, *sources], [one, *shares], True)[1]
+        sources = [x, *(streams[name] for name in OUTPUT_SHARES)]
+        return combine(sources, [one, *small["output"]], True)[1]
+
+    def last_gates(self, x: Tensor) -> dict[str, Tensor]:
+        """Coefficients of the last layer, (T, 1) fp32 each, from the stream that enters it."""
+        names = ("gate_w_1", "gate_b_1", "gate_w_2", "gate_b_2")
+        w_1, b_1, w_2, b_2 = (self.small_weights[name] for name in names)
+        hidden = F.gelu(F.linear(x, w_1.type_as(x), b_1.type_as(x)))
+        outputs = GATE_SCALE * (F.linear(hidden, w_2.type_as(x)).float() + b_2)
+        return dict(zip(LAST_LAYER_GATES, outputs.split(1, dim=1)))
 
     def attend(
-        self, i: int, normed: Tensor, value: Tensor | None, value_share: Tensor | None,
-        extra_value: Tensor | None, small: dict[str, Sequence[Tensor]], gates: dict[str, Tensor],
-        batch: Batch, windows: Windows, fp8: QkvFp8 | None,
+        self, i: int, normed: Tensor, value: Tensor | None, batch: Batch, windows: Windows,
+        fp8: QkvFp8 | None,
     ) -> Tensor:  # fmt: skip
         """Attention of layer i to the normed stream (T, dim), with its projections; (T, dim).
-
-        value (T, dim) is added to the values times value_share (T, heads), by default times what
-        the value gates make of the first columns; extra_value (T, dim) as it is.
-        """
-        config, row = self.config, self.config.layers[i]
+        value (T, dim) is added to the values."""
+        config, is_long = self.config, self.config.layers[i].window == "long"
         w_qkv, w_o = self.attention_weights[i]
-        if value is not None and value_share is None:
-            normed, start = FirstColumns.apply(normed, 6)
-            value, value_start = FirstColumns.apply(value, 6)
-            features = torch.cat([start, value_start], dim=1)
-            value_share = 2 * torch.sigmoid(
-                F.linear(features, small["value_gate"][row.value_table])
-            )
-        *turns, scale = self.rotary[windows.long]
-        window = windows.long if row.window == "long" else windows.short
-        turns = (table[: len(normed)] for table in turns)
-        values = value, value_share, extra_value
-        options = fp8, row.window == "long", config.head_dim
-        q, k, v = prepare_qkv(normed, w_qkv, small["attention_in"][i], *turns, *values, *options)
-        y = attention(q, k, v, batch.cu_seqlens, batch.max_seq_len, window, scale, self.backend)
-        if row.head_gate:  # a sum of one, of heads
-            gate = gates[f"head {i}"].reshape(-1, 1)
-            y = combine([y.flatten(0, 1)], [gate])[0]
+        q, k, v = prepare_qkv(normed, w_qkv, *self.rotary, value, fp8, is_long, config.head_dim)
+        lengths = batch.cu_seqlens, batch.max_seq_len, windows.long if is_long else windows.short
+        y = attention(q, k, v, *lengths, config.attention_scale, self.backend)
         return F.linear(y.reshape(normed.shape), w_o)
 
     def forward(
@@ -2251,15 +2088,6 @@ def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[T
         part.requires_grad_()
         part.grad = grad
     return parts
-
-
-def gate_mlp(
-    x: Tensor, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor, scale: Tensor | None
-) -> Tensor:
-    """Per-token coefficients, (T, outputs) fp32; scale None is the constant GATE_SCALE."""
-    hidden = F.gelu(F.linear(x, w_1.type_as(x), b_1.type_as(x)))
-    outputs = F.linear(hidden, w_2.type_as(x)).float() + b_2
-    return outputs * (GATE_SCALE if scale is None else scale)
 
 
 # ==================================================================================================
