@@ -483,7 +483,7 @@ def describe_environment(runtime: Runtime) -> dict:
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # of every RMS norm, what F.rms_norm takes
-MIX_1, MIX_2 = tl.constexpr(-7046029254386353131), tl.constexpr(-4658895280553007687)  # a hash's
+MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687  # a hash's
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -491,6 +491,20 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 def has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels of this file run here: they are written for Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def compiled(function: Callable, dynamic: bool = False) -> Callable:
+    """The function by torch.compile where its first argument is on a GPU, as it is elsewhere. What
+    changes from step to step comes in tensors: another number would be compiled anew, and so would
+    another length, unless `dynamic`."""
+    how = {"fullgraph": True, "dynamic": dynamic}
+    compile_once = functools.cache(lambda: torch.compile(function, **how))
+
+    @functools.wraps(function)
+    def call(first: Tensor, *others: object) -> object:
+        return (compile_once() if first.is_cuda else function)(first, *others)
+
+    return call
 
 
 def widen(x: Tensor) -> Tensor:
@@ -1324,19 +1338,18 @@ def _targets_kernel(
         if term == 0:
             tl.store(losses + stride_t + row, loss, mask=real)
         weighted += tl.load(weights + term) * loss
-        if grad is not None:
-            likely = 23 * tile - shift
-            if offsets is not None:
-                likely += tl.load(offsets + target, mask=scored, other=0.0)
-            values = all_weights * tl.exp(likely)
-            for other in tl.static_range(TERMS):  # two terms may have the same target
-                same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
-                values -= tl.where(same, tl.load(weights + other), 0.0)
-            values = values * (23 / 7.5) / tl.load(unit) * tile * (1 - tile)
-            values = values.to(grad.dtype.element_ty)
-            tl.store(grad + row * vocab + target, values, mask=scored)
-            if grad_t is not None:
-                tl.store(grad_t + target * stride_t + row, values, mask=scored)
+        likely = 23 * tile - shift
+        if offsets is not None:
+            likely += tl.load(offsets + target, mask=scored, other=0.0)
+        values = all_weights * tl.exp(likely)
+        for other in tl.static_range(TERMS):  # two terms may have the same target
+            same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
+            values -= tl.where(same, tl.load(weights + other), 0.0)
+        values = values * (23 / 7.5) / tl.load(unit) * tile * (1 - tile)
+        values = values.to(grad.dtype.element_ty)
+        tl.store(grad + row * vocab + target, values, mask=scored)
+        if grad_t is not None:
+            tl.store(grad_t + target * stride_t + row, values, mask=scored)
     tl.store(losses + row, weighted, mask=real)
 
 
@@ -1423,7 +1436,7 @@ def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
     fixed = (token < count // 2) & ((1 - is_target).cumsum(0) <= 0.75 * room) | (is_target > 0)
     num_fixed = fixed.sum()
     others, wanted = (vocab - num_fixed).clamp_min(1), count - num_fixed
-    seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum() * MIX_1.value
+    seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum() * MIX_1
     shuffled = token * SHUFFLE % vocab
     rank = torch.empty_like(fixed).scatter_(0, shuffled, ~fixed).cumsum(0)[shuffled]
     drawn = ~fixed & ((rank + (seed >> 20)) % others < wanted)
@@ -1439,25 +1452,10 @@ def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
 
 
 def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64. Kernels
-    have no gradient for it."""
-    if not has_kernels(x.device):
-        logits = softcap(x @ head.mT)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
-    num_rows, vocab, targets = len(x), len(head), packed(targets)
-    losses, lse = torch.empty(2, num_rows, device=x.device), torch.empty(num_rows, device=x.device)
-    for start in range(0, num_rows, HEAD_ROWS):
-        rows = slice(start, start + HEAD_ROWS)
-        logits = x[rows] @ head.mT
-        count = len(logits)
-        _lse_kernel[(count,)](
-            logits, None, lse[rows], vocab, APPROXIMATE=False, BLOCK=2048, num_warps=8
-        )
-        _targets_kernel[(triton.cdiv(count, 128),)](
-            logits, None, lse[rows], targets[rows], torch.ones_like(lse[:1]), losses[:, rows], None,
-            None, None, count, vocab, num_rows, TERMS=1, APPROXIMATE=False, ROWS=128,
-        )  # fmt: skip
-    return losses[0].sum()
+    """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
+    chunks = zip(x.split(4096), targets.split(4096))  # of logits, 0.8 GB
+    how = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
+    return sum(F.cross_entropy(softcap(rows @ head.mT), wanted, **how) for rows, wanted in chunks)
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -1557,109 +1555,50 @@ def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
 
 
-def match_keys(
-    tokens: Tensor, starts: Tensor, orders: Sequence[int], slots: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each order, (T,): the slot, the check bits, and whether the document is that long yet."""
-    position, key = torch.arange(len(tokens), device=tokens.device), torch.zeros_like(tokens).long()
-    done = 0
-    for order in orders:
-        for back in range(done, order):
-            token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
-            key = (key ^ (token + 1)) * MIX_1.value
-            key = key ^ (key >> 29)
-        done, mixed = order, key * MIX_2.value
-        long_enough = position - starts >= order - 1
-        yield (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF, long_enough
+@functools.partial(compiled, dynamic=True)
+def context_keys(
+    tokens: Tensor, starts: Tensor, orders: tuple[int, ...], slots: int
+) -> tuple[Tensor, ...]:
+    """Of the last n tokens, (orders, T) each: the slot, the check bits, and whether the document is
+    that long yet."""
+    position, key, found = torch.arange(len(tokens), device=tokens.device), 0, []
+    for back in range(max(orders)):
+        token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
+        key = ((token + 1) ^ key) * MIX_1
+        key = key ^ (key >> 29)
+        if back + 1 in orders:
+            mixed = key * MIX_2
+            slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF
+            found.append((slot, check, position - starts >= back))
+    return tuple(torch.stack(of_orders) for of_orders in zip(*found))
 
 
 def find_matches(
-    tokens: Tensor, starts: Tensor, tables: Tensor, orders: Sequence[int]
+    tokens: Tensor, starts: Tensor, tables: Tensor, orders: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """The token that followed the longest context seen before, and 1 + the number of its order.
 
     tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int64, slots
-    a power of two. orders: ascending. Returns (T,) int32 each; the token itself and 0 without one.
+    a power of two. orders: ascending. Returns (T,) int64 each; the token itself and 0 without one.
     """
-    if has_kernels(tokens.device):
-        found, which = torch.empty_like(tokens), torch.empty_like(tokens)
-        launch_match_kernel(tokens, starts, None, tables, found, which, 0, orders)
-        return found, which
-    found, which = tokens.clone(), torch.zeros_like(tokens)
-    keys = match_keys(tokens, starts, orders, tables.size(1))
-    for i, (slot, check, long_enough) in enumerate(keys):
-        entry = tables[i, slot]
-        hit = long_enough & (entry >= 0) & ((entry >> 16 & 0xFFFF) == check)
-        found = torch.where(hit, (entry & 0xFFFF).int(), found)
-        which = torch.where(hit, i + 1, which)
-    return found, which
-
-
-@triton.jit
-def _match_kernel(
-    tokens, starts, targets, tables, found, which, base, num_tokens, slots, ORDERS: tl.constexpr,
-    LONGEST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write the targets to the tables or, without any, look the tokens up. ORDERS: bit n is set for
-    order n."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = position < num_tokens
-    length = position - tl.load(starts + position, mask=inside, other=0) + 1
-    key, number = tl.zeros((BLOCK,), tl.int64), 0
-    if targets is not None:
-        following = tl.load(targets + position, mask=inside, other=0)
-    else:
-        token = tl.load(tokens + position, mask=inside, other=0)
-        order = tl.zeros((BLOCK,), tl.int32)
-    for n in tl.static_range(1, LONGEST + 1):
-        place = position - (n - 1)
-        earlier = tl.load(tokens + place, mask=inside & (place >= 0), other=0).to(tl.int64)
-        key = (key ^ (earlier + 1)) * MIX_1
-        key = key ^ (key >> 29)
-        if (ORDERS >> n) & 1:
-            mixed = key * MIX_2
-            slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF
-            mask = inside & (length >= n)
-            if targets is not None:
-                entry = (base + position).to(tl.int64) << 32 | check << 16 | following
-                tl.atomic_max(tables + slot, entry, mask=mask)
-            else:
-                entry = tl.load(tables + slot, mask=mask, other=-1)
-                hit = (entry >= 0) & (((entry >> 16) & 0xFFFF) == check)
-                token = tl.where(hit, (entry & 0xFFFF).to(tl.int32), token)
-                order = tl.where(hit, number + 1, order)
-            tables += slots
-            number += 1
-    if targets is None:
-        tl.store(found + position, token, mask=inside)
-        tl.store(which + position, order, mask=inside)
-
-
-def launch_match_kernel(
-    tokens: Tensor, starts: Tensor, targets: Tensor | None, tables: Tensor, found: Tensor | None,
-    which: Tensor | None, base: int, orders: Sequence[int],
-) -> None:  # fmt: skip
-    slots, bits = tables.size(1), sum(1 << order for order in orders)
-    _match_kernel[(triton.cdiv(len(tokens), 128),)](
-        tokens, starts, targets, tables, found, which, base, len(tokens), slots, ORDERS=bits,
-        LONGEST=max(orders), BLOCK=128, num_warps=4,
-    )  # fmt: skip
+    slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
+    entry = tables.gather(1, slot)
+    hit = long_enough & (entry >= 0) & ((entry >> 16 & 0xFFFF) == check)
+    which = (hit * torch.arange(1, len(orders) + 1, device=tokens.device)[:, None]).amax(0)
+    found = entry.gather(0, (which - 1).clamp_min(0)[None])[0] & 0xFFFF
+    return torch.where(which > 0, found, tokens), which
 
 
 def note_matches_(
-    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: Sequence[int],
+    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
     base: int,
 ) -> None:  # fmt: skip
     """Write down what followed each context of a row, read from position `base` of the stream on.
     The latest stays, in whichever order rows and threads write."""
-    if has_kernels(tables.device):
-        launch_match_kernel(tokens, starts, targets, tables, None, None, base, orders)
-        return
+    slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
     position = base + torch.arange(len(tokens), device=tokens.device)
-    keys = match_keys(tokens, starts, orders, tables.size(1))
-    for table, (slot, check, long_enough) in zip(tables, keys):
-        entry = position << 32 | check << 16 | targets
-        table.scatter_reduce_(0, slot[long_enough], entry[long_enough], "amax")
+    entry = torch.where(long_enough, position << 32 | check << 16 | targets, -1)
+    tables.scatter_reduce_(1, slot, entry, "amax")
 
 
 # --- Hashed n-grams -------------------------------------------------------------------------------
@@ -1668,14 +1607,14 @@ def note_matches_(
 # and Adam's states it is too large: a step changes the rows that it has read.
 
 
-def ngram_hash(tokens: Tensor, orders: Sequence[int], num_rows: int) -> Tensor:
+def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int) -> Tensor:
     """The row of the n-gram that ends at each token, of whichever documents; (T, orders) int32.
 
     Of the num_rows of an order the last one is for positions with fewer than n tokens up to there.
     """
-    keys = match_keys(tokens, torch.zeros_like(tokens), orders, 2**44)  # all bits of a slot
-    rows = [torch.where(fits, slot % (num_rows - 1), num_rows - 1) for slot, _, fits in keys]
-    return torch.stack([i * num_rows + row for i, row in enumerate(rows)], dim=1).int()
+    slot, _, fits = context_keys(tokens, torch.zeros_like(tokens), orders, 2**44)  # all its bits
+    row = torch.where(fits, slot % (num_rows - 1), num_rows - 1)
+    return (row + num_rows * torch.arange(len(orders), device=row.device)[:, None]).mT.int()
 
 
 @triton.jit
@@ -2133,18 +2072,6 @@ POLAR_EXPRESS = (
     (2.3465,  -1.7098,  0.4232),
 )
 # fmt: on
-
-
-def compiled(function: Callable) -> Callable:
-    """The function by torch.compile where its first argument is on a GPU, as it is elsewhere. What
-    changes from step to step comes in tensors: another number would be compiled anew."""
-    compile_once = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=False))
-
-    @functools.wraps(function)
-    def call(first: Tensor, *others: object) -> None:
-        return (compile_once() if first.is_cuda else function)(first, *others)
-
-    return call
 
 
 def polar_express(x: Tensor) -> Tensor:
