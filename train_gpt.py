@@ -192,7 +192,7 @@ class Config:
     stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
     # Optimizer
     muon_lr: float = 0.023  # NorMuon, all attention and MLP matrices
-    muon_weight_decay: float = 1.2  # times lr²; cautious
+    muon_weight_decay: float = 0.6  # times lr²; cautious
     muon_beta2: float = 0.9  # decay of NorMuon's running mean squares
     momentum_start: float = 0.85  # Muon momentum at the first and the last step
     momentum_peak: float = 0.95  # and in between

@@ -98,7 +98,7 @@ def empty_tables(orders: tuple[int, ...] = ORDERS, slots: int = SLOTS) -> Tensor
 
 def find(tables: Tensor, batch: Batch, orders: tuple[int, ...] = ORDERS) -> tuple[list, list]:
     found, which = find_matches(batch.tokens, starts_of(batch), tables, orders)
-    assert found.dtype == which.dtype == torch.int32
+    assert found.dtype == which.dtype == torch.int64
     return found.tolist(), which.tolist()
 
 

@@ -103,9 +103,9 @@ def ngram_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> lis
             if t - order + 1 >= 0:
                 key = 0
                 for token in reversed(tokens[t - order + 1 : t + 1]):
-                    key = signed((key ^ (token + 1)) * MIX_1.value)
+                    key = signed((key ^ (token + 1)) * MIX_1)
                     key ^= key >> 29
-                mixed = signed(key * MIX_2.value)
+                mixed = signed(key * MIX_2)
                 row = ((mixed >> 20) % 2**44) % (num_rows - 1)
             rows[-1].append(i * num_rows + row)
     return rows
