@@ -1772,7 +1772,7 @@ def small_params(config: Config) -> dict[str, SmallParam]:
     table = {
         #                           shape       start     betas   lr    weight_decay
         "residual":     SmallParam((layers,),   root,     fast,   5.0,  0.0),
-        "project":      SmallParam((layers,),   0.5,      slow,   5.0,  0.0),
+        "project":      SmallParam((layers,),   0.5,      slow,   2.5,  0.0),
         "mlp_residual": SmallParam((layers,),   root,     fast,   5.0,  0.0),
         "mlp_project":  SmallParam((layers,),   1.0,      fast,   1.0,  0.0),
         "x0":           SmallParam((layers,),   0.0,      slow,   1.0,  0.0),
