@@ -128,7 +128,7 @@ TINY_LAYERS = (
     Layer("short", 0,     False,  None,      None),  # 0
     Layer("long",  None,  True,   None,      None),  # 1
     Layer("none",  None,  False,  0,         None),  # 2
-    Layer("short", None,  False,  None,      None),  # 3
+    Layer("short", None,  True,   None,      None),  # 3
     Layer("long",  1,     True,   None,      3),     # 4
 )
 
