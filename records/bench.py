@@ -249,12 +249,9 @@ class Row:
         yield Case("combine, 4 terms", inputs, call, **moved)
 
     def prepare_qkv(self) -> Iterator[Case]:
-        frequencies = train_gpt.rotary_frequencies(HEAD_DIM)
-        tables = train_gpt.rotary_tables(frequencies, self.T, self.device)
+        tables = train_gpt.rotary_tables(HEAD_DIM, self.T, self.device)
         w_qkv = self.random(3 * DIM, DIM, std=0.02, grad=True)
-        inputs = [self.wide(), w_qkv, torch.ones((), device=self.device, requires_grad=True)]
-        value = [self.wide(), self.wide(HEADS, FP32)]
-        fp8 = None
+        inputs, value, fp8 = [self.wide(), w_qkv], [self.wide()], None
         if self.device.type == "cuda":
             bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
             copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
@@ -267,8 +264,8 @@ class Row:
         ):  # fmt: skip
 
             def call(op, *x, kind=kind, own=own):
-                values = *(x[3:] or (None, None)), None
-                return op(*x[:3], *tables, *values, own, "key" in kind, HEAD_DIM)
+                value = x[2] if "value" in kind else None
+                return op(*x[:2], *tables, value, own, "key" in kind, HEAD_DIM)
 
             needs = {"forward": Need(products=forward, dtype=E4M3 if own else BF16)}
             needs["backward"] = Need(products=backward, dtype=E4M3 if own else BF16)

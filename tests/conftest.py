@@ -81,8 +81,7 @@ def tiny_config(**changes: object) -> Config:
 
 
 # How far trained_like moves the slices of GPT.small from their starts; the others move by 0.2.
-SPREADS = {"w_1": 0.05, "b_1": 0.3, "w_2": 1.0, "b_2": 1.5, "scale": 0.03, "smear": 1.0}
-SPREADS |= {"smear_gate": 1.0, "skip": 0.5, "value_gate": 0.3}
+SPREADS = {"gate_w_1": 0.05, "gate_b_1": 0.3, "gate_w_2": 1.0, "gate_b_2": 1.5}
 
 
 def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
@@ -97,8 +96,7 @@ def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
         for table in (model.head, model.value_embed, model.ngrams.table):
             table.normal_(0, 0.5, generator=generator)
         for name, weights in model.unpack_small().items():
-            spread = SPREADS.get(name.split()[-1], 0.2)
-            weights += spread * torch.randn(weights.shape, generator=generator)
+            weights += SPREADS.get(name, 0.2) * torch.randn(weights.shape, generator=generator)
     return model
 
 

@@ -33,7 +33,7 @@ def attention(q, k, v, *more):
     return honest(q, k.roll(-1, 0), v.roll(-1, 0), *more)
 """,
     ),
-    "a smear from the next token": (
+    "embeddings with a share of the next token's": (
         "causality",
         """
 honest = GPT.look_up

@@ -37,7 +37,7 @@ def other_value(name: str) -> object:
     if kind is bool:
         return not getattr(PRESETS["speedrun"], name)
     if kind == tuple[Layer, ...]:
-        return (LAST, dataclasses.replace(LAST, window="none", skip_from=None, head_gate=False))
+        return (LAST, dataclasses.replace(LAST, window="none", skip_from=None, inputs=False))
     if kind == tuple[Stage, ...]:
         return (Stage(1 / 3, 64, *range(3, 14)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 6), 0))
     if kind == tuple[int, ...]:
@@ -91,7 +91,7 @@ def test_tables_parse():
     )
     assert type(config.stages[0].tokens_per_step) is int
     assert type(config.stages[0].second_start) is float
-    assert type(config.layers[0].head_gate) is bool
+    assert type(config.layers[0].inputs) is bool
     assert type(config.layers[0].attend_from) is int
 
 
@@ -102,7 +102,7 @@ def test_field_names_are_those_of_the_tables():
     names = [field.name for field in dataclasses.fields(Stage)]
     assert names == [*sizes, *weights, "prefix_start", "prefix_end", "columns"]
     names = [field.name for field in dataclasses.fields(Layer)]
-    assert names == ["window", "value_table", "head_gate", "skip_from", "attend_from"]
+    assert names == ["window", "value_table", "inputs", "skip_from", "attend_from"]
 
 
 def test_scalars_parse():
@@ -222,18 +222,19 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"layers": layers(3, window="middle")}, "--layers: window 'middle'"),
         ({"layers": layers(4, value_table=2)}, r"--layers: value tables \[0, 2\]"),
         ({"layers": layers(0, value_table=-1)}, r"--layers: value tables \[-1, 1\]"),
-        ({"layers": layers(2, skip_from=2)}, "--layers: skip_from of layer 2 is no earlier"),
-        ({"layers": layers(2, skip_from=-1)}, "--layers: skip_from of layer 2 is no earlier"),
+        ({"layers": layers(2, skip_from=2)}, "--layers: skip_from of layer 2 names 2, no"),
+        ({"layers": layers(2, skip_from=1)}, "--layers: skip_from of layer 2 names 1, no"),
+        ({"layers": layers(2, skip_from=-1)}, "--layers: skip_from of layer 2 names -1, no"),
         ({"layers": layers(2, skip_from=None)}, "--layers: skip_from names 0 layers"),
-        ({"layers": layers(3, skip_from=0)}, "--layers: (skip_from names 2|.*layer 3)"),
-        ({"layers": layers(4, attend_from=4)}, "--layers: attend_from of layer 4 is no earlier"),
+        ({"layers": layers(3, skip_from=1)}, "--layers: skip_from names 2 layers"),
+        ({"layers": layers(4, attend_from=4)}, "--layers: attend_from of layer 4 names 4, no"),
         ({"layers": layers(3, attend_from=1)}, "--layers: attend_from names 2 layers"),
-        ({"layers": layers(2, head_gate=True)}, "--layers: layer 2 has window none, but"),
+        ({"layers": layers(2, inputs=True)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(2, value_table=1)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(2, attend_from=1)}, "--layers: layer 2 has window none, but"),
-        ({"layers": layers(0, window="none", value_table=None)}, "--layers: layer 0"),
+        ({"layers": layers(0, window="none")}, "--layers: layer 0 has window none, but"),
         ({"layers": layers(4, window="short")}, "--layers: the last one must be long"),
-        ({"layers": layers(4, head_gate=False)}, "--layers: the last one must be long"),
+        ({"layers": layers(4, inputs=False)}, "--layers: the last one must be long"),
         ({"layers": layers(4, value_table=None)}, "--layers: the last one must be long"),
         ({"vocab_size": 50_256}, "--vocab_size 50256 .*start token 50256"),
         ({"dtype": "float16"}, "--dtype 'float16' is not one of bfloat16, float32"),

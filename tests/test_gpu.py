@@ -90,7 +90,7 @@ def make_model(config: Config, device: str = "cuda") -> GPT:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if name != "small":  # whose starts are the same everywhere but in the gate MLPs
+            if name != "small":  # whose starts are the same everywhere but in the MLP of gates
                 param.copy_(0.02 * torch.randn(param.shape, generator=generator))
         for name, weights in model.unpack_small().items():
             start = weights if model.small_layout[name].start is not None else 0

@@ -11,7 +11,6 @@ from train_gpt import (
     attention,
     attention_backend,
     rms_norm,
-    rotary_frequencies,
     rotary_tables,
     softcap,
 )
@@ -100,16 +99,12 @@ def test_rms_norm():
 # Rotary ------------------------------------------------------------------------------------------
 
 
-def tables_of(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    return rotary_tables(rotary_frequencies(head_dim), num_positions, CPU)
-
-
 @pytest.mark.parametrize("head_dim", [8, 32, 128])
 def test_rotary_is_complex_multiplication(head_dim):
     """Adjacent pairs of the first half turn by t·f, f from 1 down to 1/1024; the rest stays."""
     num_tokens, heads = 50, 3
     x = random_qkv(num_tokens, heads, head_dim, seed=head_dim)[0]
-    turned = apply_rotary(x.float(), *tables_of(num_tokens, head_dim))
+    turned = apply_rotary(x.float(), *rotary_tables(head_dim, num_tokens, CPU))
     count = head_dim // 4
     frequencies = [1024 ** (-i / (count - 1)) for i in range(count)]
     assert frequencies[0] == 1
@@ -131,7 +126,7 @@ def test_rotary_products_depend_on_the_distance_alone():
     q, k = (
         x[:1].float().expand(num_tokens, 1, head_dim) for x in random_qkv(1, 1, head_dim, 5)[:2]
     )
-    tables = tables_of(num_tokens, head_dim)
+    tables = rotary_tables(head_dim, num_tokens, CPU)
     products = (apply_rotary(q, *tables) @ apply_rotary(k, *tables).permute(1, 2, 0)).squeeze()
     assert products.shape == (num_tokens, num_tokens)
     for distance in range(-40, 40):
@@ -142,7 +137,7 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 def test_rotary_keeps_dtype_and_length():
     x = random_qkv(40, 2, 16, seed=9)[0]
-    tables = tables_of(40, 16)
+    tables = rotary_tables(16, 40, CPU)
     assert apply_rotary(x.bfloat16(), *tables).dtype == torch.bfloat16
     turned = apply_rotary(x.float(), *tables)
     torch.testing.assert_close(turned.norm(dim=-1).double(), x.norm(dim=-1), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """Every named technique of the recipe alone, against straightforward reference code."""
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -12,10 +13,9 @@ import torch
 from conftest import ROOT, random_batch, tiny_config, trained_like
 from torch import Tensor
 from transcription import (
-    gate_outputs,
+    last_gates,
     ngram_rows,
     rms,
-    rotary_and_scale,
     small_slices,
     target_losses,
     transcribed_hidden,
@@ -25,24 +25,21 @@ import train_gpt
 from train_gpt import (
     GPT,
     IGNORED_TARGET,
-    PRESETS,
+    LAST_LAYER_GATES,
+    OUTPUT_SHARES,
     SPEEDRUN_LAYERS,
     START_TOKEN,
     Batch,
-    Config,
     UserError,
     Windows,
     combine,
     draw_columns,
-    gate_layouts,
-    gate_mlp,
     head_loss,
     next_token_loss,
     prepare_qkv,
     read_prefixes,
     shift,
     small_params,
-    yarn,
 )
 
 CPU = torch.device("cpu")
@@ -77,26 +74,12 @@ def streams_of(
     calls = recorded(monkeypatch, "combine")
     with torch.no_grad():
         model.hidden(batch, WINDOWS)
-    names = "smear,first,attention 0,mlp 0,heads 1,attention 1,mlp 1,skip 2,mlp 2,attention 3,mlp 3"
-    names += ",extra value,enter 4,heads 4,attention 4,mlp 4,output"
+    names = "x0,first,attention 0,mlp 0,attention 1,mlp 1,mlp 2,attention 3,mlp 3"
+    names += ",value 4,enter 4,attention 4,mlp 4,output"
     return dict(zip(names.split(","), calls, strict=True))
 
 
-# Embedding and smear -----------------------------------------------------------------------------
-
-
-def test_smear_takes_a_gated_share_of_the_previous_embedding(runtime, monkeypatch):
-    """The previous embedding as it was, not as it has been smeared; the first one stays."""
-    model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
-    _, (stream, x0, *_) = streams_of(model, batch, monkeypatch)["smear"]
-    embedded, small = model.head[batch.tokens.long()].double(), small_slices(model)
-    expected = embedded.clone()
-    for t in range(1, 64):
-        dot = (embedded[t, :12] * small["smear_gate"][0]).sum().item()
-        expected[t] += small["smear"] / (1 + math.exp(-dot)) * embedded[t - 1]
-    close(stream, expected)
-    close(x0, expected / expected.square().mean(dim=1, keepdim=True).sqrt())
-    assert (expected - embedded).abs().max() > 0.1
+# Sums of streams ---------------------------------------------------------------------------------
 
 
 def test_sum_of_streams():
@@ -117,63 +100,30 @@ def test_sum_of_streams():
     assert normed is None
 
 
-# Rotary, YaRN, key offset ------------------------------------------------------------------------
+# Queries, keys, values ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("old", "new"), [(384, 896), (896, 1408), (1664, 2560), (64, 64)])
-def test_yarn_is_its_formula(old, new):
-    frequencies = torch.tensor([1 / 1024 ** (i / 31) for i in range(32)], dtype=torch.float64)
-    stretched, scale = yarn(frequencies, 0.1, old, new)
-    for before, after in zip(frequencies.tolist(), stretched.tolist()):
-        turns = old * before / (2 * math.pi)
-        ramp = 0.0 if turns < 1 else 1.0 if turns > 32 else (turns - 1) / 31
-        assert after == pytest.approx(before * (old / new + ramp * (1 - old / new)), rel=1e-12)
-    assert scale == pytest.approx(0.1 + 0.1 * 0.2 * (math.log(new) - math.log(old)))
-    if new > old:  # the slowest stretches whole, the fastest not at all
-        assert stretched[-1] == pytest.approx(frequencies[-1].item() * old / new)
-        assert stretched[0] == pytest.approx(1) or old < 64 * math.pi
-
-
-def test_rotary_of_every_stage_chains_the_window_changes(runtime):
-    """Tables and scale for each long window, as long as the longest rows need them."""
-    shrunk = {"model_dim": 48, "head_dim": 8, "mlp_dim": 16, "gate_dim": 8}
-    stages = PRESETS["speedrun"].stages
-    config = tiny_config(**shrunk, stages=stages, final_window_long=2560, rows_per_step=512)
-    config = Config(**{**vars(config), "extension": PRESETS["speedrun"].extension})
-    model = GPT(config, runtime)
-    assert list(model.rotary) == [384, 896, 1408, 1664, 2560]
-    scales = []
-    for long, (cos, sin, scale) in model.rotary.items():
-        frequencies, expected_scale = rotary_and_scale(model, long)
-        angles = torch.arange(len(cos))[:, None] * frequencies
-        assert len(cos) == 262_144 // 512
-        close(cos[:, 0], angles.cos(), atol=1e-6)
-        close(sin[:, 0], angles.sin(), atol=1e-6)
-        assert scale == pytest.approx(expected_scale)
-        scales.append(scale)
-    assert scales[0] == 0.1
-    product = math.prod(
-        1 + 0.2 * math.log(ratio) for ratio in (7 / 3, 11 / 7, 13 / 11, 20 / 13)
-    )  # of the windows in blocks of 128
-    assert scales[-1] == pytest.approx(0.1 * product)
+def test_rotary_tables_reach_over_the_longest_row(runtime):
+    """Of the stages, the extension or the validation."""
+    for changes, longest in (({}, 64), ({"val_row_tokens": 96}, 96), ({"rows_per_step": 2}, 128)):
+        for table in GPT(tiny_config(**changes), runtime).rotary:
+            assert table.shape == (longest, 1, 2)
+    extension = dataclasses.replace(tiny_config().extension[0], tokens_per_step=448)
+    cos, _ = GPT(tiny_config(extension=(extension,)), runtime).rotary
+    assert len(cos) == 112
 
 
 def prepared(model: GPT, n: Tensor, layer: int, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a layer of the tiny plan from its normed input, without value
-    embeddings unless given."""
-    row = model.config.layers[layer]
-    cos, sin, _ = model.rotary[24]
+    """Queries, keys and values of a layer of the tiny plan from its normed input, without a value
+    to add unless given."""
     arguments = {
         "x": n,
         "w_qkv": model.attention_weights[layer][0],
-        "scale": model.unpack_small()["attention_in"][layer],
-        "cos": cos[: len(n)],
-        "sin": sin[: len(n)],
+        "cos": model.rotary[0],
+        "sin": model.rotary[1],
         "value": None,
-        "value_share": None,
-        "extra_value": None,
         "fp8": None,
-        "key_offset": row.window == "long",
+        "key_offset": model.config.layers[layer].window == "long",
         "head_dim": model.config.head_dim,
     }
     return prepare_qkv(*{**arguments, **changes}.values())
@@ -196,10 +146,9 @@ def test_key_offset_moves_the_unturned_half_of_keys_only(runtime):
 
 
 def test_queries_keys_values_head_by_head(runtime):
-    """Scale, norm a head, rotary on the first half with its own position."""
+    """Norm a head, rotary on the first half with its own position."""
     model, n = trained_like(tiny_config(), runtime), rms(gaussian(20, 32))
     q, k, v = prepared(model, n.float(), 3)
-    scale = model.unpack_small()["attention_in"][3].item()
     weights = model.attention_bank[2].double()
     for h in range(4):
         rows = slice(8 * h, 8 * h + 8)
@@ -211,219 +160,153 @@ def test_queries_keys_values_head_by_head(runtime):
                     a, b = expected[t, 2 * i : 2 * i + 2].tolist()
                     expected[t, 2 * i], expected[t, 2 * i + 1] = a * c - b * s, a * s + b * c
             close(z[:, h], expected)
-        close(v[:, h], scale * n @ weights[64:96][rows].T)
+        close(v[:, h], n @ weights[64:96][rows].T)
 
 
-# Value embeddings --------------------------------------------------------------------------------
-
-
-def test_value_embedding_with_a_gate_from_twelve_features(runtime, monkeypatch):
-    """Twice the sigmoid of six features of the normed stream and six of the embedding, a head."""
-    model, batch = trained_like(tiny_config(), runtime), random_batch(1, [20, 44])
-    n, value = rms(gaussian(64, 32)).float(), gaussian(64, 32, seed=1).float()
-    calls, weights = recorded(monkeypatch, "prepare_qkv"), model.unpack_small()["value_gate"][0]
-    model.attend(0, n, value, None, None, model.small_weights, {}, batch, WINDOWS, None)
-    ((_, (_, _, v)),) = calls
-    without = prepared(model, n, 0)[2]
-    difference = (v - without).double()
-    for t in range(64):
-        for h in range(4):
-            dot = (n[t, :6] * weights[h, :6]).sum() + (value[t, :6] * weights[h, 6:]).sum()
-            gate = 2 / (1 + math.exp(-dot.item()))
-            close(difference[t, h], gate * value[t, 8 * h : 8 * h + 8].double())
-
-
-def test_value_embedding_of_the_last_layer_has_a_gate_for_each_half_of_the_heads(
-    runtime, monkeypatch
-):
-    """Read from the model: only the first half of the heads changes with the first gate."""
-    config = tiny_config()
-    model = trained_like(config, runtime)
-    batch = random_batch(1, [64])
-    calls = recorded(monkeypatch, "prepare_qkv")
-    with torch.no_grad():
-        model.hidden(batch, WINDOWS)
-    assert len(calls) == 4
-    (x, w_qkv, scale, cos, sin, value, share, extra, *flags), (_, _, v) = calls[-1]
-    vocab = config.padded_vocab_size
-    assert torch.equal(value, model.value_embed[vocab + batch.tokens.long()])
-    assert share.shape == (64, 4)
-    assert torch.equal(share[:, 0], share[:, 1])
-    assert torch.equal(share[:, 2], share[:, 3])
-    assert not torch.equal(share[:, 0], share[:, 2])
-    plain = prepare_qkv(x, w_qkv, scale, cos, sin, None, None, None, *flags)[2]
-    added = share[:, :, None] * value.view(64, 4, 8) + extra.view(64, 4, 8)
-    close(v - plain, added)
-    first = calls[0][0]  # the other layer with a table makes a gate a head of twelve features
-    assert torch.equal(first[5], model.value_embed[batch.tokens.long()])
-    assert len(first[6][0].unique()) == 4
-    assert first[7] is None
-    assert all(args[5] is args[6] is args[7] is None for args, _ in calls[1:3])
-
-
-def test_extra_value_is_added_as_it_is(runtime):
+def test_value_is_added_to_the_values_alone(runtime):
     model, n = trained_like(tiny_config(), runtime), rms(gaussian(20, 32)).float()
-    extra = gaussian(20, 32, seed=1).float()
-    q, k, v = prepared(model, n, 3, extra_value=extra)
+    value = gaussian(20, 32, seed=1).float()
+    q, k, v = prepared(model, n, 3, value=value)
     plain_q, plain_k, plain_v = prepared(model, n, 3)
     assert torch.equal(q, plain_q)
     assert torch.equal(k, plain_k)
-    close(v - plain_v, extra.view(20, 4, 8))
+    close(v - plain_v, value.view(20, 4, 8))
 
 
-# Head gates --------------------------------------------------------------------------------------
+def test_what_is_added_to_the_values(runtime, monkeypatch):
+    """A layer's value embedding as it is, and in the last layer the sum of streams."""
+    model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
+    calls = recorded(monkeypatch, "prepare_qkv")
+    of_last = streams_of(model, batch, monkeypatch)["value 4"][1][0]
+    added = [args[4] for args, _ in calls]
+    assert torch.equal(added[0], model.value_embed[batch.tokens.long()])
+    assert added[1] is added[2] is None
+    assert added[3] is of_last
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 5e-3)])
-def test_layer_scales_its_heads_and_projects_them(runtime, monkeypatch, dtype, error):
-    """By gates in fp32, and their gradients: layers 1 and 4 of the tiny plan have some, layer 3 has
-    none."""
+def test_layer_projects_its_heads(runtime, monkeypatch, dtype, error):
+    """Beside one another, by its own O; and their gradient."""
     model, batch = trained_like(tiny_config(dtype=dtype), runtime), random_batch(1, [40, 24])
     n, grad = (gaussian(64, 32, seed=seed).to(model.head.dtype) for seed in range(2))
-    gates = {f"head {i}": gaussian(64, 4, seed=i).float().requires_grad_() for i in (1, 4)}
-    for layer, entry in ((1, 1), (3, 2), (4, 3)):
+    for entry, layer in enumerate((0, 1, 3, 4)):
         y = gaussian(64, 4, 8, seed=10 + layer).to(model.head.dtype).requires_grad_()
         monkeypatch.setattr(train_gpt, "attention", lambda *_, y=y: y)
-        small = model.small_weights
-        value = model.attend(layer, n, None, None, None, small, gates, batch, WINDOWS, None)
-        inputs = [y] if layer == 3 else [y, gates[f"head {layer}"]]
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-        scaled = exact[0] if layer == 3 else exact[0] * exact[1][:, :, None]
-        expected = scaled.flatten(1) @ model.attention_bank[entry, 96:].detach().double().T
-        found = value, *torch.autograd.grad(value, inputs, grad)
+        value = model.attend(layer, n, None, batch, WINDOWS, None)
+        exact = y.detach().double().requires_grad_()
+        expected = exact.flatten(1) @ model.attention_bank[entry, 96:].detach().double().T
+        found = value, *torch.autograd.grad(value, y, grad)
         references = expected, *torch.autograd.grad(expected, exact, grad.double())
         for result, reference in zip(found, references, strict=True):
             assert (result.double() - reference).norm() < error * reference.norm()
 
 
+def test_attention_of_every_layer_has_its_window_and_the_scale(runtime, monkeypatch):
+    model, batch = trained_like(tiny_config(attention_scale=0.3), runtime), random_batch(1, [64])
+    calls = recorded(monkeypatch, "attention")
+    with torch.no_grad():
+        model.hidden(batch, WINDOWS)
+    options = [args[3:] for args, _ in calls]
+    lengths = batch.cu_seqlens, batch.max_seq_len
+    assert options == [(*lengths, window, 0.3, "plain") for window in (8, 24, 8, 24)]
+
+
 # Gates and their starts --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_gate_mlp(learned):
-    """GELU MLP times a scale, which is learned or 0.1."""
-    x, w_1, b_1 = gaussian(9, 16), gaussian(8, 16, seed=1), gaussian(8, seed=2)
-    w_2, b_2 = gaussian(5, 8, seed=3), gaussian(5, seed=4)
-    scale = torch.tensor([0.37]) if learned else None
-    value = gate_mlp(*(z.float() for z in (x, w_1, b_1, w_2, b_2)), scale)
-    for t in range(9):
-        hidden = w_1 @ x[t] + b_1
-        hidden = torch.tensor([h * (1 + math.erf(h / math.sqrt(2))) / 2 for h in hidden.tolist()])
-        close(value[t], (0.37 if learned else 0.1) * (w_2 @ hidden.double() + b_2), atol=1e-4)
-
-
-def test_gate_layouts_of_the_speedrun():
-    """Names, widths, starts: 14 and 15 outputs for the layers, 14 and 5 for the dynamic skips."""
-    layouts = gate_layouts(PRESETS["speedrun"])
-    assert list(layouts) == ["early", "late", "last", "output"]
-    expected = {"early": {}, "late": {}}
-    for i in range(4):
-        expected["early"] |= {f"first {i}": (1, 0.0), f"ngrams {i}": (1, 0.05)}
-    expected["early"]["head 3"] = (6, 0.25)
-    for i in (5, 7, 8, 9):
-        expected["late"] |= {f"first {i}": (1, 0.0), f"ngrams {i}": (1, 0.05)}
-    expected["late"] |= {"skip 6": (1, 0.5), "head 10": (6, 0.25)}
-    root = math.sqrt(1.1)
-    zeros = ("value_first", "value_attend", "value_last", "x_first", "x_attend", "x_last", "first")
-    expected["last"] = dict.fromkeys(zeros, (1, 0.0))
-    expected["last"] |= {"value_gate": (2, 2.0), "residual": (1, root), "mlp_residual": (1, root)}
-    expected["last"] |= {"project": (1, 1.0), "mlp_project": (1, 1.0), "ngrams": (1, 0.05)}
-    expected["output"] = dict.fromkeys(("first", "last", "value", "skip"), (1, 0.0))
-    expected["output"]["attend"] = (1, -0.5)
-    assert layouts == expected
-    widths = {name: sum(width for width, _ in layout.values()) for name, layout in layouts.items()}
-    assert widths == {"early": 14, "late": 15, "last": 14, "output": 5}
-
-
-@pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
-def test_gates_of_an_untrained_model_are_their_starts_whatever_the_stream(runtime, changes):
-    model = GPT(tiny_config(**changes), runtime)
-    x = gaussian(7, model.config.model_dim).float()
-    small = model.unpack_small()
-    for name, layout in model.gate_layouts.items():
-        weights = [small[f"{name} {part}"] for part in ("w_1", "b_1", "w_2", "b_2")]
-        scale = small.get(f"{name} scale")
-        assert (scale is None) == (name in ("last", "output"))
-        value = gate_mlp(x, *weights, scale)
-        starts = [start for width, start in layout.values() for _ in range(width)]
-        torch.testing.assert_close(value, torch.tensor(starts).expand(7, -1), rtol=1e-6, atol=0)
-        close(torch.cat([*gate_outputs(model, name, x.double()).values()], dim=1), value)
+def test_gates_of_the_last_layer(runtime):
+    """A GELU MLP times 0.1, one output after the other, in fp32."""
+    for dtype, atol in (("float32", 1e-5), ("bfloat16", 3e-2)):
+        model = trained_like(tiny_config(dtype=dtype), runtime)
+        x, small = gaussian(9, 32), model.unpack_small()
+        weights = (small[f"gate_{part}"].double() for part in ("w_1", "b_1", "w_2", "b_2"))
+        w_1, b_1, w_2, b_2 = weights
+        gates = model.last_gates(x.to(model.head.dtype))
+        assert list(gates) == list(LAST_LAYER_GATES)
+        for t in range(9):
+            hidden = w_1 @ x[t] + b_1
+            hidden = [h * (1 + math.erf(h / math.sqrt(2))) / 2 for h in hidden.tolist()]
+            for i, gate in enumerate(gates.values()):
+                assert gate.shape == (9, 1) and gate.dtype == torch.float32
+                expected = 0.1 * (sum(w * h for w, h in zip(w_2[i], hidden)) + b_2[i])
+                close(gate[t, 0], expected, atol)
 
 
 def test_small_parameters_start_as_written(runtime):
-    """Every slice of the one vector, in its shape; the biases are the gates' starts over 0.1."""
+    """Every slice of the one vector, in its shape."""
     config = tiny_config(**SHRUNK_SPEEDRUN)
     small = small_slices(GPT(config, runtime))
-    root = math.sqrt(1.1)
-    shapes = {"smear": (1,), "smear_gate": (1, 12), "skip": (1,), "value_gate": (5, 6, 12)}
-    names = "attention_in attention_out residual mlp_residual project mlp_project"
-    shapes |= dict.fromkeys(names.split(), (11,))
-    starts = {"attention_in": 0.5, "attention_out": 1.0, "residual": root, "mlp_residual": root}
-    starts |= {"project": 1.0, "mlp_project": 1.0, "skip": -1.5}
-    for name, outputs in ("early", 14), ("late", 15), ("last", 14), ("output", 5):
-        shapes |= {f"{name} w_1": (8, 48), f"{name} b_1": (8,)}
-        shapes |= {f"{name} w_2": (outputs, 8), f"{name} b_2": (outputs,)}
-    shapes |= {"early scale": (1,), "late scale": (1,)}
-    starts |= {"early scale": 0.1, "late scale": 0.1}
+    scalars = "residual", "project", "mlp_residual", "mlp_project", "x0", "ngrams"
+    shapes = dict.fromkeys(scalars, (11,))
+    shapes |= {"skip": (1,), "output": (5,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
+    shapes |= {"gate_w_2": (13, 8), "gate_b_2": (13,)}
     assert {name: tuple(weights.shape) for name, weights in small.items()} == shapes
-    for name, weights in small.items():
-        if name.endswith("w_1"):
-            assert weights.std() > 0.05  # checked with the other uniform ones
-        elif not name.endswith("b_2"):
-            assert torch.equal(weights, torch.full_like(weights, starts.get(name, 0.0)).float()), (
-                name
-            )
-    assert small["output b_2"].tolist() == pytest.approx([0, -5, 0, 0, 0])
+    root = math.sqrt(1.1)
+    starts = {"residual": root, "mlp_residual": root, "project": 0.5, "mlp_project": 1.0}
+    starts |= {"x0": 0.0, "ngrams": 0.05, "skip": 0.1, "gate_b_1": 0.0, "gate_w_2": 0.0}
+    for name, start in starts.items():
+        assert torch.equal(small[name], torch.full_like(small[name], start).float()), name
+    assert small["gate_w_1"].std() > 0.05  # checked with the other uniform ones
+    shares = dict(zip(OUTPUT_SHARES, small["output"].tolist(), strict=True))
+    assert shares == {"first": 0, "attend": -0.5, "last": 0, "value": 0, "skip": 0}
     decayed = {name for name, row in small_params(config).items() if row.weight_decay != 0}
-    assert decayed == {name for name in small if name[-3:] in ("w_1", "w_2")} | {"value_gate"}
+    assert decayed == {"gate_w_1", "gate_w_2"}
+
+
+def test_gates_of_an_untrained_model_are_their_starts_whatever_the_stream(runtime):
+    model, x, root = GPT(tiny_config(), runtime), gaussian(7, 32), math.sqrt(1.1)
+    starts = {"value": 2.0, "x_last": 1.0, "project": 0.5, "ngrams": 0.05, "mlp_project": 1.0}
+    starts |= {"residual": root, "mlp_residual": root}
+    value, expected = model.last_gates(x.float()), last_gates(model, x)
+    assert value.keys() == expected.keys() > starts.keys()
+    for name, gate in value.items():
+        start = torch.full((7, 1), starts.get(name, 0.0))
+        torch.testing.assert_close(gate, start, rtol=1e-6, atol=0)
+        close(expected[name], start)
 
 
 # The way through the layers ----------------------------------------------------------------------
 
 
 def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
-    """Each from the ones before it: injections, residual scalings, the skip into the layer without
-    attention, the dynamic skips into the last layer and to the end."""
+    """Each from the ones before it: inputs, residual scalings, the skip in front of the layer
+    without attention, the gates of the last layer, and what is added behind it."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls = streams_of(model, batch, monkeypatch)
     out = {name: stream.double() for name, (_, (stream, *_)) in calls.items()}
-    layer = {name: args[0][1:] for name, (args, _) in calls.items()}  # what it came to
-    layer = {name: sources[0].double() for name, sources in layer.items() if sources}
-    small, x0 = small_slices(model), calls["smear"][1][1].double()
+    layer = {name: args[0][1].double() for name, (args, _) in calls.items() if name != "x0"}
+    small, tokens = small_slices(model), batch.tokens.long()
     e = model.look_up(batch).ngrams.double()
-    value = model.value_embed[batch.tokens.long()].double()
-    gates = gate_outputs(model, "early", x0) | gate_outputs(model, "late", out["mlp 1"])
-    own = gate_outputs(model, "last", out["mlp 3"])
-    last = gate_outputs(model, "output", out["mlp 4"])
-    first, attend = out["first"], out["mlp 3"]
-    close(first, x0 + gates["ngrams 0"] * e, atol=1e-4)
-    before = {0: first, 1: out["mlp 0"], 3: out["mlp 2"]}
-    for i, x in before.items():
-        x = (
-            small["residual"][i] * x
-            + small["project"][i] * small["attention_out"][i] * (layer[f"attention {i}"])
-        )
-        x = x + gates[f"first {i}"] * x0 + (gates[f"ngrams {i}"] * e if i else 0)
-        close(out[f"attention {i}"], x, atol=1e-4)
-    skip = torch.sigmoid(small["skip"]) * gates["skip 2"]
-    close(out["skip 2"], out["mlp 1"] + skip * out["mlp 1"], atol=1e-4)
-    for i in range(4):
-        x = out["skip 2" if i == 2 else f"attention {i}"]
-        x = small["mlp_residual"][i] * x + small["mlp_project"][i] * layer[f"mlp {i}"]
-        close(out[f"mlp {i}"], x, atol=1e-4)
+    values = model.value_embed.double().unflatten(0, (2, -1))[:, tokens]
+    own = last_gates(model, out["mlp 3"])
+
+    def check(name: str, expected: Tensor) -> None:
+        close(out[name], expected, atol=1e-4)
+
+    embedded = model.head[tokens].double()
+    check("x0", embedded)
+    x0 = rms(embedded)
+    close(calls["x0"][1][1], x0)
+    first, skip, attend = out["first"], out["mlp 0"], out["mlp 3"]
+    check("first", x0 + small["ngrams"][0] * e)
+    for i, before in {0: first, 1: out["mlp 0"], 3: out["mlp 2"]}.items():
+        x = small["residual"][i] * before + small["project"][i] * layer[f"attention {i}"]
+        check(f"attention {i}", x + (small["x0"][1] * x0 + small["ngrams"][1] * e) * (i == 1))
+    for i, before in enumerate(("attention 0", "attention 1", "mlp 1", "attention 3")):
+        x = small["mlp_residual"][i] * out[before] + small["mlp_project"][i] * layer[f"mlp {i}"]
+        check(f"mlp {i}", x + small["skip"] * skip * (i == 1))
 
     x = out["mlp 3"]  # entering the last layer, in the tiny plan also what it attends from
-    extra = own["value_first"] * first + own["value_attend"] * attend + own["value_last"] * x
-    close(out["extra value"], extra, atol=1e-4)
-    x = own["x_first"] * first + own["x_attend"] * attend + (1 + own["x_last"]) * x
-    close(out["enter 4"], x, atol=1e-4)
-    x = own["residual"] * x + own["project"] * small["attention_out"][4] * layer["attention 4"]
-    x = x + own["first"] * first + own["ngrams"] * e
-    close(out["attention 4"], x, atol=1e-4)
-    x = own["mlp_residual"] * x + own["mlp_project"] * layer["mlp 4"]
-    close(out["mlp 4"], x, atol=1e-4)
-    x = x + last["first"] * first + last["attend"] * attend + last["last"] * out["mlp 3"]
-    close(out["output"], x + last["value"] * value + last["skip"] * out["mlp 1"], atol=1e-4)
+    value = own["value"] * values[1] + own["value_first"] * first
+    check("value 4", value + own["value_attend"] * attend + own["value_last"] * x)
+    check("enter 4", own["x_first"] * first + own["x_attend"] * attend + own["x_last"] * x)
+    x = own["residual"] * out["enter 4"] + own["project"] * layer["attention 4"]
+    check("attention 4", x + own["first"] * first + own["ngrams"] * e)
+    x = own["mlp_residual"] * out["attention 4"] + own["mlp_project"] * layer["mlp 4"]
+    check("mlp 4", x)
+    share = dict(zip(OUTPUT_SHARES, small["output"]))
+    x = x + share["first"] * first + share["attend"] * attend + share["last"] * out["mlp 3"]
+    check("output", x + share["value"] * values[0] + share["skip"] * skip)
 
 
 def test_mlp_reads_the_normed_stream(runtime, monkeypatch):
@@ -431,7 +314,7 @@ def test_mlp_reads_the_normed_stream(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     mlps = recorded(monkeypatch, "mlp")
     streams = streams_of(model, batch, monkeypatch)
-    names = [f"attention {i}" for i in (0, 1)] + ["skip 2"] + [f"attention {i}" for i in (3, 4)]
+    names = ("attention 0", "attention 1", "mlp 1", "attention 3", "attention 4")
     for i, name in enumerate(names):
         (x, _, _, fp8), y = mlps[i]
         assert fp8 is None
@@ -441,20 +324,29 @@ def test_mlp_reads_the_normed_stream(runtime, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
-def test_every_gate_changes_the_output(runtime, changes):
-    """One bias after the other: no output of the gate MLPs goes nowhere."""
+def test_every_scalar_and_gate_changes_the_output(runtime, changes):
+    """One after the other: none goes nowhere but those of sums that a layer does not have."""
     model = trained_like(tiny_config(attention_scale=0.7, **changes), runtime)
-    batch = random_batch(3, [10, 22])
+    batch, layers = random_batch(3, [10, 22]), model.config.layers
+    earlier = [*enumerate(layers)][:-1]
+    used = {name: {i for i, _ in earlier} for name in ("mlp_residual", "mlp_project")}
+    for name in ("residual", "project"):
+        used[name] = {i for i, row in earlier if row.window != "none"}
+    used["x0"] = {i for i, row in earlier if row.inputs}
+    used["ngrams"] = {0} | used["x0"]
     with torch.no_grad():
         before = model.hidden(batch, WINDOWS)
         small = model.unpack_small()
-        for name, layout in model.gate_layouts.items():
-            outputs = [f"{gate}, {i}" for gate, (width, _) in layout.items() for i in range(width)]
-            for index, output in enumerate(outputs):
-                small[f"{name} b_2"][index] += 3
-                difference = model.hidden(batch, WINDOWS) - before
-                assert difference.abs().max() > 1e-3, f"{name}: {output}"
-                small[f"{name} b_2"][index] -= 3
+        for name in (*used, "skip", "output", "gate_b_2"):
+            for i in range(len(small[name])):
+                start = small[name][i].item()
+                small[name][i] += 3 if name == "gate_b_2" else 0.5
+                difference = (model.hidden(batch, WINDOWS) - before).abs().max()
+                small[name][i] = start
+                if i in used.get(name, {i}):
+                    assert difference > 1e-3, (name, i)
+                else:
+                    assert difference == 0, (name, i)
 
 
 # Losses ------------------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """The forward pass written down once more, in float64, head by head and with dense masks.
 
-Of the model it reads the parameters, the names of their slices and the table of n-grams, and
-nothing else; the tests compare GPT.hidden with it.
+Of the model it reads the parameters, the names of their slices and of the last layer's gates, and
+the table of n-grams, and nothing else; the tests compare GPT.hidden with it.
 """
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from train_gpt import GPT, MIX_1, MIX_2, Batch
+from train_gpt import GPT, LAST_LAYER_GATES, MIX_1, MIX_2, OUTPUT_SHARES, Batch
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -30,29 +29,11 @@ def small_slices(model: GPT) -> dict[str, Tensor]:
     return slices
 
 
-def rotary_and_scale(model: GPT, long: int) -> tuple[Tensor, float]:
-    """Frequencies and attention scale after YaRN at every change of window until `long`."""
-    config = model.config
-    count = config.head_dim // 4
-    frequencies = [1024 ** (-i / (count - 1)) for i in range(count)]
-    scale = config.attention_scale
-    windows = [stage.window_long for stage in (*config.stages, *config.extension)]
-    windows.append(config.final_window_long)
-    for old, new in itertools.pairwise(windows):
-        if old == long:
-            break
-        for i, frequency in enumerate(frequencies):
-            s = old / new
-            ramp = min(max((old * frequency / (2 * math.pi) - 1) / 31, 0), 1)
-            frequencies[i] = frequency * (s + ramp * (1 - s))
-        scale *= 1 + 0.2 * math.log(new / old)
-    return torch.tensor(frequencies, dtype=torch.float64), scale
-
-
-def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
+def rotate(x: Tensor) -> Tensor:
     """One head (positions, head_dim): pairs of the first half turn by position · frequency."""
+    half, count = x.size(1) // 2, x.size(1) // 4
+    frequencies = torch.tensor([1024 ** (-i / (count - 1)) for i in range(count)]).double()
     angles = torch.arange(len(x))[:, None] * frequencies
-    half = x.size(1) // 2
     turned = torch.view_as_complex(x[:, :half].reshape(len(x), -1, 2))
     turned = torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles))
     return torch.cat([turned.reshape(len(x), half), x[:, half:]], dim=1)
@@ -73,19 +54,14 @@ def documents_of(batch: Batch) -> Tensor:
     return document
 
 
-def gate_outputs(model: GPT, name: str, x: Tensor) -> dict[str, Tensor]:
-    """Named outputs, (T, width) each, of one of the gate MLPs."""
+def last_gates(model: GPT, x: Tensor) -> dict[str, Tensor]:
+    """Coefficients of the last layer by name, (T, 1) each, from the stream that enters it."""
     small = small_slices(model)
-    hidden = x @ small[f"{name} w_1"].T + small[f"{name} b_1"]
+    hidden = x @ small["gate_w_1"].T + small["gate_b_1"]
     hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
-    outputs = hidden @ small[f"{name} w_2"].T + small[f"{name} b_2"]
-    outputs = outputs * (small[f"{name} scale"] if name in ("early", "late") else 0.1)
-    named, begin = {}, 0
-    for gate, (width, _) in model.gate_layouts[name].items():
-        named[gate] = outputs[:, begin : begin + width]
-        begin += width
-    assert begin == outputs.size(1)
-    return named
+    outputs = 0.1 * (hidden @ small["gate_w_2"].T + small["gate_b_2"])
+    assert outputs.size(1) == len(LAST_LAYER_GATES)
+    return {name: outputs[:, [i]] for i, name in enumerate(LAST_LAYER_GATES)}
 
 
 def signed(number: int) -> int:
@@ -116,16 +92,9 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     config, small, document = model.config, small_slices(model), documents_of(batch)
     dim, head_dim, num_heads = config.model_dim, config.head_dim, config.num_heads
     half, last, num_tokens = head_dim // 2, len(config.layers) - 1, len(batch.tokens)
-    frequencies, scale = rotary_and_scale(model, long)
     tokens = batch.tokens.long()
 
-    # Embedding, smear, n-grams
-    embedded = model.head[tokens].double()
-    smeared = embedded.clone()
-    for t in range(1, num_tokens):
-        gate = torch.sigmoid(embedded[t, :12] @ small["smear_gate"][0])
-        smeared[t] = embedded[t] + small["smear"][0] * gate * embedded[t - 1]
-    x0 = rms(smeared)
+    x0 = rms(model.head[tokens].double())
     e, width = torch.zeros_like(x0), config.ngram_dim
     for t, rows in enumerate(ngram_rows(tokens.tolist(), config.ngram_orders, config.ngram_rows)):
         for i, row in enumerate(rows):
@@ -136,77 +105,51 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
         for table in range(len(model.value_embed) // vocab)
     ]
 
-    gates = gate_outputs(model, "early", x0)
-    x = c0 = x0 + gates["ngrams 0"] * e
-    after: list[Tensor] = []  # the stream behind every layer
+    x = c0 = x0 + small["ngrams"][0] * e
+    after: list[Tensor] = []  # the stream behind every layer, with what enters in front of the next
     attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
     for i, row in enumerate(config.layers):
         w_1, w_2 = model.mlp_bank[i].double(), model.mlp_bank[last + 1 + i].double()
         r, p = small["residual"][i], small["project"][i]
         r_mlp, p_mlp = small["mlp_residual"][i], small["mlp_project"][i]
-        own = {}
-        if row.skip_from is not None:
-            x = x + torch.sigmoid(small["skip"]) * gates[f"skip {i}"] * after[row.skip_from]
         if row.window != "none":
             window = {"short": short, "long": long}[row.window]
             weights = model.attention_bank[attention_layers.index(i)].double()
-            attended = x if row.attend_from is None else after[row.attend_from]
+            n = rms(x if row.attend_from is None else after[row.attend_from])
+            added = torch.zeros_like(x) if row.value_table is None else values[row.value_table]
             if i == last:
-                c_attend, entering = after[row.attend_from], x
-                own = gate_outputs(model, "last", x)
-                extra = own["value_first"] * c0 + own["value_attend"] * c_attend
-                extra = extra + own["value_last"] * x
-                x = (1 + own["x_last"]) * x + own["x_first"] * c0 + own["x_attend"] * c_attend
+                c_attend, entering, own = after[row.attend_from], x, last_gates(model, x)
+                added = own["value"] * added + own["value_first"] * c0
+                added = added + own["value_attend"] * c_attend + own["value_last"] * x
+                x = own["x_last"] * x + own["x_first"] * c0 + own["x_attend"] * c_attend
                 r, p, r_mlp, p_mlp = (
                     own[name] for name in ("residual", "project", "mlp_residual", "mlp_project")
                 )
-            n = rms(attended)
-            q, k, v = [], [], []
+            y = []
             for h in range(num_heads):
-                q_rows = slice(h * head_dim, (h + 1) * head_dim)
-                w_q, w_k, w_v, _ = (part[q_rows] for part in weights.split(dim))
-                q.append(rms(small["attention_in"][i] * n @ w_q.T))
-                k_h = rms(small["attention_in"][i] * n @ w_k.T)
+                rows = slice(h * head_dim, (h + 1) * head_dim)
+                w_q, w_k, w_v, _ = (part[rows] for part in weights.split(dim))
+                q, k, v = rms(n @ w_q.T), rms(n @ w_k.T), n @ w_v.T + added[:, rows]
                 if row.window == "long":  # the half that does not turn is the previous position's
-                    k_h = torch.cat([k_h[:, :half], k_h[[0, *range(num_tokens - 1)], half:]], 1)
-                k.append(k_h)
-                v_h = small["attention_in"][i] * n @ w_v.T
-                if row.value_table is not None:
-                    value = values[row.value_table]
-                    if i == last:
-                        gate = own["value_gate"][:, 0 if h < num_heads // 2 else 1]
-                    else:
-                        features = torch.cat([n[:, :6], value[:, :6]], dim=1)
-                        gate = features @ small["value_gate"][row.value_table, h]
-                        gate = 2 * torch.sigmoid(gate)
-                    v_h = v_h + gate[:, None] * value[:, q_rows]
-                if i == last:
-                    v_h = v_h + extra[:, q_rows]
-                v.append(v_h)
-
-            q, k = ([rotate(head, frequencies) for head in z] for z in (q, k))
-            y = [
-                probabilities(q[h], k[h], document, window, scale) @ v[h] for h in range(num_heads)
-            ]
-            if row.head_gate:
-                y = [gates[f"head {i}"][:, [h]] * y[h] for h in range(num_heads)]
-            a = small["attention_out"][i] * torch.cat(y, dim=1) @ weights[3 * dim :].T
-            x = r * x + p * a
+                    k = torch.cat([k[:, :half], k[[0, *range(num_tokens - 1)], half:]], 1)
+                seen = probabilities(rotate(q), rotate(k), document, window, config.attention_scale)
+                y.append(seen @ v)
+            x = r * x + p * (torch.cat(y, dim=1) @ weights[3 * dim :].T)
             if i == last:
                 x = x + own["first"] * c0 + own["ngrams"] * e
-            else:
-                x = x + gates[f"first {i}"] * x0
-                if i > 0:
-                    x = x + gates[f"ngrams {i}"] * e
+            elif row.inputs:
+                x = x + small["x0"][i] * x0 + small["ngrams"][i] * e
         x = r_mlp * x + p_mlp * (torch.relu(rms(x) @ w_1.T) ** 2 @ w_2)
+        if i < last and config.layers[i + 1].skip_from is not None:
+            c_skip = after[config.layers[i + 1].skip_from]
+            x = x + small["skip"] * c_skip
         after.append(x)
-        if any(later.skip_from == i for later in config.layers):
-            c_skip = x
-            gates |= gate_outputs(model, "late", x)
 
-    own = gate_outputs(model, "output", x)
-    x = x + own["first"] * c0 + own["attend"] * c_attend + own["last"] * entering
-    return rms(x + own["value"] * values[0] + own["skip"] * c_skip)
+    sources = {"first": c0, "attend": c_attend, "last": entering, "value": values[0]}
+    sources["skip"] = c_skip
+    for name, share in zip(OUTPUT_SHARES, small["output"], strict=True):
+        x = x + share * sources[name]
+    return rms(x)
 
 
 def target_losses(model: GPT, hidden: Tensor, targets: list[int]) -> list[float]:
