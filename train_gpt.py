@@ -93,11 +93,12 @@ class Layer:
 
 # fmt: off
 SPEEDRUN_STAGES = (
-    #     share   tokens  seq_len  short  long    lr    second     third      prefix      columns
-    Stage(1 / 3,  131_072,    896,   128,  384, 1.00, 0.5, 0.5,  0.25, 0.0, 0.25, 0.25, 12_288),
-    Stage(1 / 3,  196_608,   2048,   384,  896, 1.30, 0.5, 0.0,  0.0,  0.0, 0.25, 0.0,  14_336),
-    Stage(7 / 30, 262_144,   2048,   640, 1408, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  16_384),
-    Stage(1 / 10, 262_144,   2048,   640, 1408, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    #     share tokens  seq_len  short  long    lr    second      third      prefix      columns
+    Stage(0.20,  65_536,    896,   128,  384, 0.75, 0.5,  0.35, 0.25, 0.1, 0.25, 0.25, 12_288),
+    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.35, 0.25, 0.1,  0.0, 0.25, 0.25, 12_288),
+    Stage(0.25, 196_608,   2048,   384,  896, 1.30, 0.25, 0.0,  0.0,  0.0, 0.25, 0.0,  14_336),
+    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0, 0.0,  0.0,  16_384),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0, 0.0,  0.0,  0),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
     Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
@@ -182,7 +183,7 @@ class Config:
     attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
-    num_steps: int = 1600  # scheduled steps; the learning rate reaches its end here
+    num_steps: int = 1800  # scheduled steps; the learning rate reaches its end here
     stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # rows of the fields of Stage
     extension_steps: int = 20  # steps after the scheduled ones, at the final learning rate
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
@@ -1562,14 +1563,14 @@ def context_keys(
     """Of the last n tokens, (orders, T) each: the slot, the check bits, and whether the document is
     that long yet."""
     position, key, found = torch.arange(len(tokens), device=tokens.device), 0, []
-    for back in range(max(orders)):
-        token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
-        key = ((token + 1) ^ key) * MIX_1
-        key = key ^ (key >> 29)
-        if back + 1 in orders:
-            mixed = key * MIX_2
-            slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF
-            found.append((slot, check, position - starts >= back))
+    for done, order in itertools.pairwise((0, *orders)):
+        for back in range(done, order):
+            token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
+            key = ((token + 1) ^ key) * MIX_1
+            key = key ^ (key >> 29)
+        mixed = key * MIX_2
+        slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF
+        found.append((slot, check, position - starts >= order - 1))
     return tuple(torch.stack(of_orders) for of_orders in zip(*found))
 
 

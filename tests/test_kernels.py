@@ -654,18 +654,8 @@ def test_first_step_of_an_ngram_is_the_learning_rate(monkeypatch, kernel):
 
 # Exact match -------------------------------------------------------------------------------------
 
+
 # Rows of one token, below, at and above a block, ragged; slots that many contexts share.
-MATCHES = [
-    # tokens of each row, slots, orders
-    ((1,), 8, (1,)),
-    ((127, 129), 16, (1,)),
-    ((300, 1, 128), 64, (1, 2, 5)),
-    ((333, 200), 32, (2, 3, 4, 31)),
-    ((64, 70), 1, (3,)),
-]
-REAL_MATCHES = [((16384,) * 4, 2**20, (3, 4, 5, 6, 8, 12, 16, 24)), ((16347, 49152), 16, (1,))]
-
-
 def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
     """Tokens, document starts and targets, of 20 ids and the start token; the first documents are
     of one token each."""
@@ -678,38 +668,28 @@ def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
     return [x.to(DEVICE) for x in (batch.tokens, starts, batch.targets)]
 
 
-@pytest.mark.parametrize(("lengths", "slots", "orders"), cases(MATCHES, REAL_MATCHES))
-def test_matches(monkeypatch, lengths, slots, orders):
-    """Tables, whose positions end with the largest there is, and what is found in them, as by the
-    twins to the bit; in whichever order rows are written."""
+@gpu
+@pytest.mark.parametrize(
+    ("lengths", "slots", "orders"),
+    [((16384,) * 4, 2**20, (3, 4, 5, 6, 8, 12, 16, 24)), ((16347, 49152), 16, (1,))],
+)
+def test_matches_on_the_gpu(lengths, slots, orders):
+    """Tables, whose positions end with the largest there is, and what is found in them, as on the
+    CPU, where nothing is compiled, to the bit; in whichever order rows are written."""
     rows, tables = [match_row(tokens, seed) for seed, tokens in enumerate(lengths)], {}
     bases = [2**31 - sum(lengths[i:]) for i in range(len(lengths))]
-    for kernel in (False, True):
-        monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
-        tables[kernel] = torch.full((len(orders), slots), -1, device=DEVICE)
-        for base, row in list(zip(bases, rows))[:: -1 if kernel else 1]:
-            train_gpt.note_matches_(tables[kernel], *row, orders, base)
-    assert torch.equal(tables[True], tables[False])
+    for device in "cpu", "cuda":
+        tables[device] = torch.full((len(orders), slots), -1, device=device)
+        for base, row in list(zip(bases, rows))[:: -1 if device == "cuda" else 1]:
+            row = [x.to(device) for x in row]
+            train_gpt.note_matches_(tables[device], *row, orders, base)
+    assert torch.equal(tables["cuda"].cpu(), tables["cpu"])
     matched = set()
     for row in (*rows, match_row(lengths[-1] + 3, len(rows))):
-        found, which = train_gpt.find_matches(*row[:2], tables[True], orders)
-        expected = twin(train_gpt.find_matches)(*row[:2], tables[False], orders)
-        assert torch.equal(found, expected[0]) and torch.equal(which, expected[1])
-        assert found.dtype == which.dtype == torch.int32
-        matched |= set(which.tolist())
-    if lengths[0] > 1:
-        assert matched >= {0, 1, len(orders) - (orders[-1] == 31)}
-
-
-@interpreted
-def test_matching_kernel_writes_where_it_is_asked_to():
-    """With targets in the tables, with outputs in these."""
-    row, orders, tables = match_row(150), (1, 4), torch.full((2, 32), -1)
-    found, which = torch.full((2, 150), -7, dtype=torch.int32)
-    train_gpt.launch_match_kernel(*row[:2], None, tables, found, which, 0, orders)
-    assert (tables == -1).all()
-    assert torch.equal(found, row[0]) and not which.any()
-    train_gpt.launch_match_kernel(*row, tables, None, None, 5, orders)
-    position = (tables >> 32)[tables >= 0]
-    assert position.min() >= 5 and position.max() == 154
-    assert torch.equal((tables & 0xFFFF)[tables >= 0], row[2][position - 5])
+        found = []
+        for device, table in tables.items():
+            matches = train_gpt.find_matches(*(x.to(device) for x in row[:2]), table, orders)
+            found.append([x.cpu() for x in matches])
+        assert all(map(torch.equal, *found))
+        matched |= set(found[0][1].tolist())
+    assert matched >= {0, 1, len(orders)}

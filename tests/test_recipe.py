@@ -291,7 +291,8 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     check("first", x0 + small["ngrams"][0] * e)
     for i, before in {0: first, 1: out["mlp 0"], 3: out["mlp 2"]}.items():
         x = small["residual"][i] * before + small["project"][i] * layer[f"attention {i}"]
-        check(f"attention {i}", x + (small["x0"][1] * x0 + small["ngrams"][1] * e) * (i == 1))
+        inputs = small["x0"][i] * x0 + small["ngrams"][i] * e
+        check(f"attention {i}", x + inputs * (i in (1, 3)))
     for i, before in enumerate(("attention 0", "attention 1", "mlp 1", "attention 3")):
         x = small["mlp_residual"][i] * out[before] + small["mlp_project"][i] * layer[f"mlp {i}"]
         check(f"mlp {i}", x + small["skip"] * skip * (i == 1))

@@ -119,14 +119,16 @@ def test_loss_weights():
 
 
 def test_loss_weights_of_the_speedrun():
-    """Three, then two, then one next token; the prefix token in the first two thirds."""
+    """Three, then two, then one next token; the prefix token in the first three stages."""
     rows = Schedule(PRESETS["speedrun"]).loss_weights()
-    assert len(rows) == 1620
+    assert len(rows) == 1820
     assert rows[0] == [1.0, 0.5, 0.25, 0.25]
-    assert rows[532] == pytest.approx([1.0, 0.5, 0.25 / 533, 0.25])
-    assert rows[533] == [1.0, 0.5, 0.0, 0.25]
-    assert rows[1066] == pytest.approx([1.0, 0.5 / 534, 0.0, 0.25 / 534])
-    assert rows[1067:] == [[1.0, 0.0, 0.0, 0.0]] * 553
+    assert rows[359] == pytest.approx([1.0, 0.35 + 0.15 / 360, 0.1 + 0.15 / 360, 0.25])
+    assert rows[360] == [1.0, 0.35, 0.1, 0.25]
+    assert rows[809] == pytest.approx([1.0, 0.25 + 0.1 / 450, 0.1 / 450, 0.25])
+    assert rows[810] == [1.0, 0.25, 0.0, 0.25]
+    assert rows[1259] == pytest.approx([1.0, 0.25 / 450, 0.0, 0.25 / 450])
+    assert rows[1260:] == [[1.0, 0.0, 0.0, 0.0]] * 560
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
