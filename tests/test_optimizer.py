@@ -218,7 +218,7 @@ ADAM = {
     "head": ((0.5, 0.95), 1, 150),
     "value_embed": ((0.75, 0.95), 75, 5),
     "residual": ((0.9, 0.95), 5, 0),
-    "project": ((0.9, 0.99), 5, 0),
+    "project": ((0.9, 0.99), 2.5, 0),
     "mlp_residual": ((0.9, 0.95), 5, 0),
     "mlp_project": ((0.9, 0.95), 1, 0),
     "x0": ((0.9, 0.99), 1, 0),
@@ -507,5 +507,5 @@ def compare_real(name: str, value: Tensor, expected: Tensor) -> None:
         lr = group.lr * (config.adam_lr if group.rule == "adam" else config.muon_lr)
     difference = (value - expected).abs() / lr  # in steps
     assert difference.max() < 2, name
-    assert (difference > 2e-3).sum() <= 3 + 1e-5 * value.numel(), name
+    assert (difference > 2e-3).sum() <= 3 + 2e-5 * value.numel(), name
     assert difference.mean() < 2e-5, name

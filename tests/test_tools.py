@@ -237,7 +237,11 @@ def test_volumes_by_hand(runtime, capsys):
         (trace, ["--steps", "0"], "--steps 0 must be positive"),
         (trace, ["--step", "2"], "unrecognized arguments"),
         (trace, ["--num_steps", "many"], "'many' cannot be read"),
-        (bench, ["--tokens", "16384,5"], "'5' is no row of a stage; those are 16384,24576,32768"),
+        (
+            bench,
+            ["--tokens", "16384,5"],
+            "'5' is no row of a stage; those are 8192,16384,24576,32768",
+        ),
         (bench, ["--steps", "2"], "unrecognized arguments"),
     ],
 )
