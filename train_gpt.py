@@ -518,10 +518,10 @@ def packed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def row_stride(x: Tensor | None) -> int:
+def row_stride(x: Tensor) -> int:
     """Elements from one row of x to the next; a kernel takes the columns of a row as adjacent."""
-    assert x is None or x.stride(1) == 1 or x.size(1) == 1, f"columns {x.stride(1)} elements apart"
-    return 0 if x is None else x.stride(0)
+    assert x.stride(1) == 1 or x.size(1) == 1, f"columns {x.stride(1)} elements apart"
+    return x.stride(0)
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -655,7 +655,6 @@ def test_first_step_of_an_ngram_is_the_learning_rate(monkeypatch, kernel):
 # Exact match -------------------------------------------------------------------------------------
 
 
-# Rows of one token, below, at and above a block, ragged; slots that many contexts share.
 def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
     """Tokens, document starts and targets, of 20 ids and the start token; the first documents are
     of one token each."""
