@@ -209,7 +209,7 @@ class Config:
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
     val_row_tokens: int = 32_768  # tokens of one validation row
-    fp8: bool = True  # products of QKV, MLP and head in fp8 where the GPU has it
+    fp8: bool = True  # QKV, MLP and head by kernels in fp8 where the GPU has it
     cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
     checkpoint: str = ""  # file the final weights are written to
@@ -479,8 +479,8 @@ def describe_environment(runtime: Runtime) -> dict:
 # 4. Operations
 # ==================================================================================================
 #
-# A fused operation is one name with two bodies: kernels where has_kernels says so, and a few lines
-# of plain PyTorch, which define it, elsewhere.
+# A fused operation is one name with two bodies: kernels where has_kernels says so, those of QKV, MLP
+# and head in fp8 alone, and a few lines of plain PyTorch, which define it, elsewhere.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # of every RMS norm, what F.rms_norm takes
@@ -526,122 +526,6 @@ def row_stride(x: Tensor) -> int:
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS.value)
-
-
-# --- Sums of streams ------------------------------------------------------------------------------
-
-
-def combine(
-    sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False
-) -> tuple[Tensor | None, ...]:
-    """The sum of coefficient·source; its RMS norm, None unless `norm`; the sources. (T, dim) each.
-
-    sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
-    happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
-    reads a source again takes it from here: its gradient from there is added in the pass that makes
-    the one from here, for which autograd would need another pass.
-    """
-    if has_kernels(sources[0].device):
-        return Combine.apply(norm, *sources, *coefficients)
-    total = sum(c.view(-1, 1) * source for c, source in zip(coefficients, sources))
-    normed = rms_norm(total).type_as(sources[0]) if norm else None
-    return total.type_as(sources[0]), normed, *sources
-
-
-@triton.jit
-def _combine_row(sources, coefficients, rows, steps, t, column, inside):
-    total = tl.zeros(column.shape, tl.float32)
-    for i in tl.static_range(len(sources)):
-        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
-        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
-        total += coefficient * source.to(tl.float32)
-    return total
-
-
-@triton.jit
-def _combine_kernel(sources, coefficients, rows, steps, stream, normed, dim, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < dim
-    total = _combine_row(sources, coefficients, rows, steps, t, column, inside)
-    tl.store(stream + t * dim + column, total, mask=inside)
-    if normed is not None:
-        scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
-        tl.store(normed + t * dim + column, total * scale, mask=inside)
-
-
-@triton.jit
-def _combine_backward_kernel(
-    sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
-    grad_coefficients, dim, LATER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """LATER: bit i is set if source i has a gradient from later on."""
-    t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < dim
-    grad = tl.zeros(column.shape, tl.float32)
-    if grad_stream is not None:
-        grad += tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
-    if grad_normed is not None:
-        total = _combine_row(sources, coefficients, rows, steps, t, column, inside)
-        scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
-        total *= scale
-        outer = tl.load(grad_normed + t * dim + column, mask=inside, other=0.0).to(tl.float32)
-        grad += scale * (outer - total * (tl.sum(outer * total) / dim))
-    for i in tl.static_range(len(sources)):
-        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
-        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
-        grad_source = coefficient * grad
-        if (LATER >> i) & 1:
-            later = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
-            grad_source += later.to(tl.float32)
-        tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
-        tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
-
-
-def combine_arguments(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
-    """Sources, coefficients, and how far apart the rows of each are."""
-    sources, coefficients = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-    # Odd numbers from 3 on: of 0, 1 and multiples of 16 Triton would make kernels of their own.
-    steps = tuple(3 + 2 * (0 if c.numel() == 1 else c.stride(0)) for c in coefficients)
-    return sources, coefficients, tuple(map(row_stride, sources)), steps
-
-
-class Combine(torch.autograd.Function):
-    """combine by kernels; sources and coefficients come one by one, as autograd sees them."""
-
-    @staticmethod
-    def forward(ctx, norm: bool, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        sources, *_ = arguments = combine_arguments(tensors)
-        num_tokens, dim = sources[0].shape
-        stream = sources[0].new_empty(num_tokens, dim)
-        normed = torch.empty_like(stream) if norm else None
-        # a row a warp: its sums need no shared memory
-        _combine_kernel[(num_tokens,)](
-            *arguments, stream, normed, dim,
-            BLOCK=triton.next_power_of_2(dim), num_warps=1,
-        )  # fmt: skip
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
-        return stream, normed, *sources
-
-    @staticmethod
-    def backward(
-        ctx, grad_stream: Tensor | None, grad_normed: Tensor | None, *later: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        sources, coefficients, *_ = arguments = combine_arguments(ctx.saved_tensors)
-        num_tokens, dim = sources[0].shape
-        grads = tuple(source.new_empty(num_tokens, dim) for source in sources)
-        per_token = sources[0].new_empty((len(sources), num_tokens), dtype=torch.float32)
-        present = sum(1 << i for i, grad in enumerate(later) if grad is not None)
-        later = tuple(grad if x is None else packed(x) for grad, x in zip(grads, later))
-        _combine_backward_kernel[(num_tokens,)](
-            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
-            LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
-        )  # fmt: skip
-        total = per_token.sum(1) if any(c.numel() == 1 for c in coefficients) else per_token
-        terms = [(total if c.numel() == 1 else per_token)[i] for i, c in enumerate(coefficients)]
-        return None, *grads, *(term.view_as(c) for term, c in zip(terms, coefficients))
 
 
 # --- fp8 ------------------------------------------------------------------------------------------
@@ -736,11 +620,6 @@ class HeadFp8(NamedTuple):
     unit_grad: Tensor
 
 
-def for_backward(x: Tensor, fp8: QkvFp8 | MlpFp8 | None) -> tuple[Tensor, QkvFp8 | MlpFp8 | None]:
-    """What the gradient of weights takes of the input x, and the rest of fp8."""
-    return (fp8.x.columns, fp8._replace(x=Fp8(None, None, fp8.x.unit))) if fp8 else (x, None)
-
-
 class Fp8Copies:
     """fp8 copies of the MLP bank, of the QKV rows and of the head, made anew after every update."""
 
@@ -787,8 +666,8 @@ class Fp8Copies:
         self.largest.zero_()
 
     def stream(self, x: Tensor) -> Fp8:
-        """A copy of a normed stream."""
-        return quantize(x, fp8_like(x, self.unit_x))
+        """Room for the norm of a stream like x."""
+        return fp8_like(x, self.unit_x)
 
     def qkv(self, layer: int, x: Fp8) -> QkvFp8:
         """For this layer, given a copy of the stream."""
@@ -808,6 +687,152 @@ class Fp8Copies:
             rows = weight.rows.view(torch.uint8)[tokens]
             weight = Fp8(rows.view(E4M3), rows.mT.contiguous().view(E4M3), weight.unit)
         return HeadFp8(weight, *self.head_units)
+
+
+# --- Sums of streams ------------------------------------------------------------------------------
+
+
+def combine(
+    sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False,
+    fp8: Fp8 | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The sum of coefficient·source; its RMS norm, None unless `norm`; the sources. (T, dim) each.
+
+    sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
+    happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
+    reads a source again takes it from here: its gradient from there is added in the pass that makes
+    the one from here, for which autograd would need another pass. Given room in fp8, the norm is
+    written there, and the one returned has its shape and its gradient, but no memory.
+    """
+    if has_kernels(sources[0].device):
+        return Combine.apply(norm, fp8, *sources, *coefficients)
+    total = sum(c.view(-1, 1) * source for c, source in zip(coefficients, sources))
+    normed = rms_norm(total).type_as(sources[0]) if norm else None
+    return total.type_as(sources[0]), normed, *sources
+
+
+@triton.jit
+def _transposed(tile, pointer):
+    """The tile, transposed, as it is stored at the pointer. In 16 bits: of fp8 Triton 3.6 would
+    move every byte on its own."""
+    return tl.trans(tile.to(tl.float16)).to(tl.float32).to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def _combine_tile(sources, coefficients, rows, steps, t, column, inside):
+    """The sum, fp32 in the shape of `inside`, for tokens t and these columns."""
+    total = tl.zeros(inside.shape, tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
+        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
+        total += coefficient * source.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _combine_kernel(
+    sources, coefficients, rows, steps, stream, normed, normed_t, unit, num_tokens, dim,
+    LIMIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    squares = tl.zeros((TOKENS,), tl.float32)
+    for start in range(0, dim, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        inside = (t < num_tokens) & (column < dim)
+        total = _combine_tile(sources, coefficients, rows, steps, t, column, inside)
+        tl.store(stream + t * dim + column, total, mask=inside)
+        squares += tl.sum(total * total, 1)
+    if normed is not None:
+        scale = tl.rsqrt(squares / dim + EPS)
+        if unit is not None:
+            scale /= tl.load(unit)
+        for start in range(0, dim, COLUMNS):  # each thread reads what it has stored above
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            inside = (t < num_tokens) & (column < dim)
+            tile = tl.load(stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+            tile *= scale[:, None]
+            if normed_t is not None:
+                tile = tl.clamp(tile, -LIMIT, LIMIT)
+                at_t = tl.trans(column) * num_tokens + tl.trans(t)
+                tl.store(normed_t + at_t, _transposed(tile, normed), mask=tl.trans(inside))
+            tl.store(normed + t * dim + column, tile.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine_backward_kernel(
+    sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
+    grad_coefficients, dim, LATER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """LATER: bit i is set if source i has a gradient from later on."""
+    t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    grad = tl.zeros(column.shape, tl.float32)
+    if grad_stream is not None:
+        grad += tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+    if grad_normed is not None:
+        total = _combine_tile(sources, coefficients, rows, steps, t, column, inside)
+        scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
+        total *= scale
+        outer = tl.load(grad_normed + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+        grad += scale * (outer - total * (tl.sum(outer * total) / dim))
+    for i in tl.static_range(len(sources)):
+        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
+        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
+        grad_source = coefficient * grad
+        if (LATER >> i) & 1:
+            later = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
+            grad_source += later.to(tl.float32)
+        tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
+        tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
+
+
+def combine_arguments(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
+    """Sources, coefficients, and how far apart the rows of each are."""
+    sources, coefficients = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    # Odd numbers from 3 on: of 0, 1 and multiples of 16 Triton would make kernels of their own.
+    steps = tuple(3 + 2 * (0 if c.numel() == 1 else c.stride(0)) for c in coefficients)
+    return sources, coefficients, tuple(map(row_stride, sources)), steps
+
+
+class Combine(torch.autograd.Function):
+    """combine by kernels; sources and coefficients come one by one, as autograd sees them."""
+
+    @staticmethod
+    def forward(ctx, norm: bool, fp8: Fp8 | None, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        sources, *_ = arguments = combine_arguments(tensors)
+        num_tokens, dim = sources[0].shape
+        stream = sources[0].new_empty(num_tokens, dim)
+        normed = torch.empty_like(stream) if norm and fp8 is None else None
+        out = fp8 or Fp8(normed, None, None)
+        _combine_kernel[(triton.cdiv(num_tokens, 32),)](
+            *arguments, stream, *out, num_tokens, dim, LIMIT=torch.finfo(E4M3).max, TOKENS=32,
+            COLUMNS=256, num_warps=8,
+        )  # fmt: skip
+        if fp8 is not None:
+            normed = stream.new_empty(1).expand(num_tokens, dim)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
+        return stream, normed, *sources
+
+    @staticmethod
+    def backward(
+        ctx, grad_stream: Tensor | None, grad_normed: Tensor | None, *later: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        sources, coefficients, *_ = arguments = combine_arguments(ctx.saved_tensors)
+        num_tokens, dim = sources[0].shape
+        grads = tuple(source.new_empty(num_tokens, dim) for source in sources)
+        per_token = sources[0].new_empty((len(sources), num_tokens), dtype=torch.float32)
+        present = sum(1 << i for i, grad in enumerate(later) if grad is not None)
+        later = tuple(grad if x is None else packed(x) for grad, x in zip(grads, later))
+        # a row a warp: its sums need no shared memory
+        _combine_backward_kernel[(num_tokens,)](
+            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
+            LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
+        total = per_token.sum(1) if any(c.numel() == 1 for c in coefficients) else per_token
+        terms = [(total if c.numel() == 1 else per_token)[i] for i, c in enumerate(coefficients)]
+        return None, None, *grads, *(term.view_as(c) for term, c in zip(terms, coefficients))
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -914,9 +939,6 @@ def shift(x: Tensor) -> Tensor:
 
 # --- Around attention -----------------------------------------------------------------------------
 
-TILE_TOKENS = 16  # a program: half a head of 128 is a 16-byte load for each thread of 4 warps
-FP8_TILE = 64, 8  # tokens and warps: a transposed row is two sectors of memory
-
 
 def prepare_qkv(
     x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, fp8: QkvFp8 | None,
@@ -926,10 +948,10 @@ def prepare_qkv(
     weights w_qkv (3 dim, dim). What follows their product is computed in fp32; results are in x's
     dtype.
 
-    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, dim), added to the values. With fp8 the
-    product and those of its gradient run in fp8.
+    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, dim), added to the values. With fp8 all
+    of it runs in kernels, and the product and those of its gradient in fp8.
     """
-    if has_kernels(x.device):
+    if fp8 is not None:
         return PrepareQkv.apply(x, w_qkv, cos, sin, value, fp8, key_offset, head_dim)
     q, k, v = widen(x @ w_qkv.mT).view(len(x), 3, -1, head_dim).unbind(1)
     q, k = rms_norm(q), rms_norm(k)
@@ -1010,16 +1032,13 @@ def _prepare_qkv_kernel(
 
 @triton.jit
 def _store_gradient(turned, still, column, target, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
-    """Write the halves of a head, in fp8 also transposed. Gives the largest of every token."""
+    """Write the halves of a head both ways round. Gives the largest of every token."""
     dqkv, dqkv_t, row, mask, num_tokens = target
     for half in tl.static_range(2):
         at, tile = column + half * turned.shape[1], still if half else turned
-        if dqkv_t is not None:
-            tile = tl.clamp(tile, -LIMIT, LIMIT)
-            # transposed in 16 bits: of fp8 Triton 3.6 would move every byte on its own
-            tile_t = tl.trans(tile.to(tl.float16)).to(tl.float32).to(dqkv.dtype.element_ty)
-            at_t = tl.trans(at) * num_tokens + tl.trans(row)
-            tl.store(dqkv_t + at_t, tile_t, mask=tl.trans(mask))
+        tile = tl.clamp(tile, -LIMIT, LIMIT)
+        at_t = tl.trans(at) * num_tokens + tl.trans(row)
+        tl.store(dqkv_t + at_t, _transposed(tile, dqkv_t), mask=tl.trans(mask))
         tl.store(dqkv + row * WIDTH + at, tile.to(dqkv.dtype.element_ty), mask=mask)
     return tl.max(tl.maximum(tl.abs(turned), tl.abs(still)), 1)
 
@@ -1034,9 +1053,7 @@ def _prepare_qkv_backward_kernel(
     head = tl.program_id(0)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask, row = (tokens < num_tokens)[:, None], tokens[:, None]
-    inverse = 1.0
-    if dqkv_t is not None:
-        inverse = 1 / tl.load(unit)
+    inverse = 1 / tl.load(unit)
     column = head * HEAD_DIM + tl.arange(0, HALF)[None, :]
     target = dqkv, dqkv_t, row, mask, num_tokens
     grads, inputs = row * DIM + column, row * (3 * DIM) + column
@@ -1061,24 +1078,8 @@ def _prepare_qkv_backward_kernel(
     d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
     d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, inverse)
     largest_k = _store_gradient(d_turned, d_still, DIM + column, target, 3 * DIM, LIMIT)
-    if largest is not None:
-        largest_here = tl.max(tl.maximum(tl.maximum(largest_q, largest_k), largest_v))
-        tl.atomic_max(largest, largest_here * tl.load(unit))
-
-
-def product_gradient(
-    grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, key_offset: bool,
-    head_dim: int, unit: Tensor | None = None, largest: Tensor | None = None,
-) -> Fp8 | Tensor:  # fmt: skip
-    """Gradient of the product qkv, with a unit in fp8; raises largest (1,) to its largest."""
-    num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
-    tile, num_warps = (TILE_TOKENS, 4) if unit is None else FP8_TILE
-    dqkv = (torch.empty_like(qkv), None, None) if unit is None else fp8_like(qkv, unit)
-    _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, tile)](
-        *map(packed, grads), qkv, cos, sin, *dqkv, largest, num_tokens, heads, head_dim,
-        key_offset, torch.finfo(dqkv[0].dtype).max, tile, num_warps=num_warps,
-    )  # fmt: skip
-    return dqkv[0] if unit is None else dqkv
+    largest_here = tl.max(tl.maximum(tl.maximum(largest_q, largest_k), largest_v))
+    tl.atomic_max(largest, largest_here * tl.load(unit))
 
 
 class PrepareQkv(torch.autograd.Function):
@@ -1087,41 +1088,41 @@ class PrepareQkv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
-        fp8: QkvFp8 | None, key_offset: bool, head_dim: int,
+        fp8: QkvFp8, key_offset: bool, head_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        qkv = fp8_product(fp8.x, fp8.w) if fp8 else x @ w_qkv.mT
+        qkv = fp8_product(fp8.x, fp8.w)
         num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
-        q, k, v = (qkv.new_empty(num_tokens, heads, head_dim) for _ in range(3))
-        _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, TILE_TOKENS)](
-            qkv, cos, sin, packed(value), q, k, v, num_tokens, heads, head_dim, key_offset,
-            TILE_TOKENS,
-        )  # fmt: skip
-        x, ctx.fp8 = for_backward(x, fp8)
-        ctx.save_for_backward(x, w_qkv, qkv, cos, sin)
-        ctx.options, ctx.has_value = (key_offset, head_dim), value is not None
+        q, k, v = (x.new_empty(num_tokens, heads, head_dim) for _ in range(3))
+        # half a head of 128, 16 tokens: a load of 16 bytes for each thread of 4 warps
+        _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, 16)](
+            qkv, cos, sin, packed(value), q, k, v, num_tokens, heads, head_dim, key_offset, TILE=16
+        )
+        ctx.save_for_backward(qkv, cos, sin)
+        ctx.fp8, ctx.key_offset, ctx.has_value = fp8, key_offset, value is not None
         return q, k, v
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_qkv, *inputs = ctx.saved_tensors
-        inputs, fp8 = ((dq, dk, dv), *inputs, *ctx.options), ctx.fp8
-        if fp8:
-            x = fp8.x._replace(columns=x)
-            dqkv = product_gradient(*inputs, fp8.unit_grad, fp8.largest)
-            dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, x.T)
-        else:
-            dqkv = product_gradient(*inputs)
-            dx, dw = dqkv @ w_qkv, dqkv.mT @ x
-        return dx, dw, None, None, dv.flatten(1) if ctx.has_value else None, None, None, None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (qkv, cos, sin), fp8 = ctx.saved_tensors, ctx.fp8
+        num_tokens, heads, head_dim = grads[0].shape
+        dqkv = fp8_like(qkv, fp8.unit_grad)
+        # a row of a transposed tile is two sectors of memory
+        _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 64)](
+            *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, heads, head_dim,
+            ctx.key_offset, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=64, num_warps=8,
+        )  # fmt: skip
+        dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, fp8.x.T)
+        d_value = grads[2].flatten(1) if ctx.has_value else None
+        return dx, dw, None, None, d_value, None, None, None
 
 
 # --- MLP ------------------------------------------------------------------------------------------
 
 
 def mlp(x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None = None) -> Tensor:
-    """relu(x w_1ᵀ)² w_2 for x (T, dim) and weights (hidden, dim). With fp8 all products run in it,
-    forward and backward."""
-    if has_kernels(x.device):
+    """relu(x w_1ᵀ)² w_2 for x (T, dim) and weights (hidden, dim). With fp8 all of it runs in
+    kernels and in fp8, forward and backward."""
+    if fp8 is not None:
         return Mlp.apply(x, w_1, w_2, fp8)
     return (x @ w_1.mT).relu().square() @ w_2
 
@@ -1163,72 +1164,47 @@ def _mlp_product_kernel(
             top = tl.maximum(top, tl.max(total))
         values = (total * scale).to(out.dtype)  # fp8 saturates
         out.store([row, column], values)
-        if out_t is not None:
-            out_t.store([column, row], tl.trans(values))
-    if largest is not None:
-        tl.atomic_max(largest, top * unit)
+        out_t.store([column, row], tl.trans(values))
+    tl.atomic_max(largest, top * unit)
 
 
-def mlp_product(
-    a: Tensor, b: Tensor, square: Tensor | None = None, units: Sequence[Tensor] | None = None,
-    largest: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """relu(a bᵀ)² or, given the square, its gradient a bᵀ·2·sqrt(square); a, b: rows of `inner`.
-
-    In fp8 with the units of a, b, the square and the result: then its transpose comes too, and
-    largest (1,) is raised to its largest.
-    """
-    (rows, inner), columns = a.shape, b.size(0)
-    out = a.new_empty(rows, columns)
-    out_t = None if units is None else a.new_empty(columns, rows)
-    tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.element_size()
+def mlp_product(a: Fp8, b: Fp8, unit: Tensor, largest: Tensor, square: Fp8 | None = None) -> Fp8:
+    """relu(a bᵀ)² or, given that square, its gradient a bᵀ·2·sqrt(square), in fp8 with this unit;
+    raises largest (1,) to its largest. a, b: rows of `inner`."""
+    (rows, inner), columns = a.rows.shape, len(b.rows)
+    shapes = (rows, columns), (columns, rows)
+    out = Fp8(*(a.rows.new_empty(shape) for shape in shapes), unit)
+    tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.rows.element_size()
     programs = min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
     describe = TensorDescriptor.from_tensor
     _mlp_product_kernel[(programs,)](
-        describe(a, [MLP_TILE, tile_inner]), describe(b, [MLP_TILE, tile_inner]),
-        describe(out if square is None else square, tile), describe(out, tile),
-        None if out_t is None else describe(out_t, tile),
-        *(units or [torch.ones(4, device=a.device)] * 4), largest, rows, columns, inner,
+        describe(a.rows, [MLP_TILE, tile_inner]), describe(b.rows, [MLP_TILE, tile_inner]),
+        describe((square or out).rows, tile), describe(out.rows, tile), describe(out.columns, tile),
+        a.unit, b.unit, (square or out).unit, unit, largest, rows, columns, inner,
         BACKWARD=square is not None, TILE=MLP_TILE, INNER=tile_inner, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out, out_t
+    return out
 
 
 class Mlp(torch.autograd.Function):
     """mlp by kernels; the backward rebuilds relu from its square."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None) -> Tensor:
-        if fp8:
-            units = fp8.x.unit, fp8.w_1.unit, fp8.unit_square, fp8.unit_square
-            square, square_t = mlp_product(fp8.x.rows, fp8.w_1.rows, None, units, fp8.largest[:1])
-            out = fp8_product(Fp8(square, square_t, fp8.unit_square), fp8.w_2.T)
-        else:
-            square, square_t = mlp_product(x, w_1)
-            out = square @ w_2
-        x, ctx.fp8 = for_backward(x, fp8)
-        ctx.save_for_backward(x, w_1, w_2, square, square_t)
-        return out
+    def forward(ctx, x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8) -> Tensor:
+        ctx.fp8 = fp8
+        ctx.square = mlp_product(fp8.x, fp8.w_1, fp8.unit_square, fp8.largest[:1])
+        return fp8_product(ctx.square, fp8.w_2.T)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, w_1, w_2, square, square_t), fp8 = ctx.saved_tensors, ctx.fp8
-        if not fp8:
-            grad = packed(grad)
-            hidden, _ = mlp_product(grad, w_2, square)
-            return hidden @ w_1, hidden.mT @ x, square.mT @ grad, None
-        x, square = fp8.x._replace(columns=x), Fp8(square, square_t, fp8.unit_square)
+        fp8, square = ctx.fp8, ctx.square
         grad = quantize(grad, fp8_like(grad, fp8.unit_grad), fp8.largest[1:2])
-        units = grad.unit, fp8.w_2.unit, square.unit, fp8.unit_hidden
-        hidden = mlp_product(grad.rows, fp8.w_2.rows, square.rows, units, fp8.largest[2:])
-        hidden = Fp8(*hidden, fp8.unit_hidden)
-        d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, x.T)
+        hidden = mlp_product(grad, fp8.w_2, fp8.unit_hidden, fp8.largest[2:], square)
+        d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, fp8.x.T)
         return d_x, d_w_1, fp8_product(square.T, grad.T), None
 
 
 # --- Head -----------------------------------------------------------------------------------------
-
-HEAD_ROWS = 16_384  # logits formed at a time: 1.6 GB; chunks small enough for the L2 are slower
 
 
 def softcap(logits: Tensor) -> Tensor:
@@ -1245,9 +1221,9 @@ def head_loss(
 
     x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
     weights: (terms,) fp32. offsets: (vocab,) fp32, added to the logits in the softmax's denominator
-    alone. With fp8 all products run in it, forward and backward.
+    alone. With fp8 all of it runs in kernels, and all products in fp8, forward and backward.
     """
-    if has_kernels(x.device):
+    if fp8 is not None:
         return HeadLoss.apply(x, head, targets, weights, fp8, offsets)
     logits, scored = softcap(x @ head.mT), targets >= 0
     lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
@@ -1296,7 +1272,7 @@ def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr):
 
 @triton.jit
 def _logits_gradient_kernel(
-    logits, offsets, lse, targets, weights, unit, grad, grad_t, num_rows, vocab, stride_t,
+    logits, offsets, lse, targets, weights, grad, grad_t, unit, num_rows, vocab,
     TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """All of the gradient but what the targets add to it."""
@@ -1314,14 +1290,13 @@ def _logits_gradient_kernel(
     tile *= scale[:, None]
     tile = tile.to(grad.dtype.element_ty)
     tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
-    if grad_t is not None:
-        at_t = column[:, None].to(tl.int64) * stride_t + row[None, :]
-        tl.store(grad_t + at_t, tl.trans(tile), mask=tl.trans(inside))
+    at_t = column[:, None].to(tl.int64) * num_rows + row[None, :]
+    tl.store(grad_t + at_t, tl.trans(tile), mask=tl.trans(inside))
 
 
 @triton.jit
 def _targets_kernel(
-    logits, offsets, lse, targets, weights, losses, unit, grad, grad_t, num_rows, vocab, stride_t,
+    logits, offsets, lse, targets, weights, grad, grad_t, unit, num_rows, vocab, losses,
     TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The losses, weighted and of the first term, and the gradient in the targets' columns."""
@@ -1337,7 +1312,7 @@ def _targets_kernel(
         tile = _sigmoid_of_logits(tile, APPROXIMATE)
         loss = tl.where(scored, shift - 23 * tile, 0.0)
         if term == 0:
-            tl.store(losses + stride_t + row, loss, mask=real)
+            tl.store(losses + num_rows + row, loss, mask=real)
         weighted += tl.load(weights + term) * loss
         likely = 23 * tile - shift
         if offsets is not None:
@@ -1349,8 +1324,7 @@ def _targets_kernel(
         values = values * (23 / 7.5) / tl.load(unit) * tile * (1 - tile)
         values = values.to(grad.dtype.element_ty)
         tl.store(grad + row * vocab + target, values, mask=scored)
-        if grad_t is not None:
-            tl.store(grad_t + target * stride_t + row, values, mask=scored)
+        tl.store(grad_t + target * num_rows + row, values, mask=scored)
     tl.store(losses + row, weighted, mask=real)
 
 
@@ -1359,38 +1333,25 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None,
+        ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8,
         offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        num_rows, vocab, device, targets = len(x), len(head), x.device, packed(targets)
+        (num_rows, terms), vocab, device = targets.shape, len(head), x.device
+        shapes = (num_rows, vocab), (vocab, num_rows)
+        slope = Fp8(*(x.new_empty(shape, dtype=E5M2) for shape in shapes), fp8.unit_grad)
         losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
-        grad = x.new_empty((num_rows, vocab), dtype=E5M2 if fp8 else x.dtype)
-        grad_t = None
-        if fp8:
-            x8 = quantize(x, fp8_like(x, fp8.unit_x))
-            grad_t = x.new_empty((vocab, num_rows), dtype=E5M2)
-        unit = fp8.unit_grad if fp8 else torch.ones(4, device=device)
-        kinds = {"TERMS": targets.size(1), "APPROXIMATE": x.is_cuda}
-        for start in range(0, num_rows, HEAD_ROWS):
-            rows = slice(start, start + HEAD_ROWS)
-            if fp8:
-                logits = fp8_product(x8._replace(rows=x8.rows[rows]), fp8.weight)
-            else:
-                logits = x[rows] @ head.mT
-            count = len(logits)
-            _lse_kernel[(count,)](
-                logits, offsets, lse[rows], vocab, APPROXIMATE=x.is_cuda, BLOCK=2048, num_warps=8
-            )
-            inputs = logits, offsets, lse[rows], targets[rows], weights
-            outputs = unit, grad[rows], grad_t[:, rows] if fp8 else None, count, vocab, num_rows
-            # 128 rows of a transposed fp8 tile are whole lines of memory.
-            grid = (triton.cdiv(count, 128), triton.cdiv(vocab, 64))
-            _logits_gradient_kernel[grid](
-                *inputs, *outputs, **kinds, ROWS=128, COLUMNS=64, num_warps=4
-            )
-            _targets_kernel[grid[:1]](*inputs, losses[:, rows], *outputs, **kinds, ROWS=128)
-        ctx.save_for_backward(x8.columns if fp8 else x, head, grad, grad_t)
-        ctx.fp8 = fp8
+        x8 = quantize(x, fp8_like(x, fp8.unit_x))
+        logits = fp8_product(x8, fp8.weight)
+        _lse_kernel[(num_rows,)](
+            logits, offsets, lse, vocab, APPROXIMATE=x.is_cuda, BLOCK=2048, num_warps=8
+        )
+        inputs = logits, offsets, lse, packed(targets), weights, *slope, num_rows, vocab
+        kinds = {"TERMS": terms, "APPROXIMATE": x.is_cuda, "ROWS": 128}
+        # 128 rows of a transposed fp8 tile are whole lines of memory.
+        grid = (triton.cdiv(num_rows, 128), triton.cdiv(vocab, 64))
+        _logits_gradient_kernel[grid](*inputs, **kinds, COLUMNS=64, num_warps=4)
+        _targets_kernel[grid[:1]](*inputs, losses, **kinds)
+        ctx.factors = slope, x8, fp8.weight
         weighted, first = losses.sum(1).unbind()
         ctx.mark_non_differentiable(first)
         ctx.set_materialize_grads(False)
@@ -1398,13 +1359,9 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
-        (x, head, slope, slope_t), fp8 = ctx.saved_tensors, ctx.fp8
-        if fp8:  # the loss's own gradient goes into the unit
-            slope = Fp8(slope, slope_t, fp8.unit_grad * grad)
-            x = Fp8(None, x, fp8.unit_x)
-            d_x, d_head = fp8_product(slope, fp8.weight.T), fp8_product(slope.T, x.T)
-        else:
-            d_x, d_head = grad * (slope @ head), grad * (slope.mT @ x)
+        slope, x, weight = ctx.factors
+        slope = slope._replace(unit=slope.unit * grad)  # the loss's own gradient
+        d_x, d_head = fp8_product(slope, weight.T), fp8_product(slope.T, x.T)
         return d_x, d_head, None, None, None, None
 
 
@@ -1926,15 +1883,16 @@ class GPT(nn.Module):
         streams = {"ngrams": lookups.ngrams, "value": lookups.values[0]}  # that many sums read
 
         def add(shares: dict[str, Tensor], *terms: Tensor, norm: bool = True) -> tuple:
-            """combine of terms, a source and its coefficient each, and of shares of streams, with a
-            copy in fp8 of the norm; later sums read the sources that it gives"""
+            """combine of terms, a source and its coefficient each, and of shares of streams, with
+            the norm in fp8; later sums read the sources that it gives"""
             sources = [*terms[::2], *(streams[name] for name in shares)]
-            x, normed, *again = combine(sources, [*terms[1::2], *shares.values()], norm)
+            copy = fp8.stream(sources[0]) if fp8 and norm else None
+            x, normed, *again = combine(sources, [*terms[1::2], *shares.values()], norm, copy)
             again = dict(zip(map(id, sources), again))
             streams.update((name, again.get(id(old), old)) for name, old in streams.items())
-            return x, (normed, fp8.stream(normed) if fp8 and norm else None)
+            return x, (normed, copy)
 
-        streams["x0"] = combine([lookups.embedded], [one], True)[1]
+        streams["x0"] = rms_norm(lookups.embedded)
         x, normed = add({"x0": one, "ngrams": small["ngrams"][0]})
         streams["first"] = x
 

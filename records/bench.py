@@ -236,13 +236,19 @@ class Row:
     def wide(self, columns: int = DIM, dtype: torch.dtype = BF16) -> Tensor:
         return self.random(self.T, columns, dtype=dtype, grad=True)
 
+    def own(self, fp8: tuple) -> tuple | None:
+        """What an operation takes; its twin takes nothing."""
+        return fp8 if train_gpt.has_kernels(self.device) else None
+
     def combine(self) -> Iterator[Case]:
         inputs = [self.wide() for _ in range(4)]
         inputs += [self.random(dtype=FP32, grad=True) for _ in range(2)]
         inputs += [self.wide(1, FP32) for _ in range(2)]
 
+        unit = torch.full((4,), 28 / 448, device=self.device)
+
         def call(op, *x):
-            stream, normed, *sources = op(x[:4], x[4:], True)
+            stream, normed, *sources = op(x[:4], x[4:], True, train_gpt.fp8_like(x[0], unit))
             return stream, normed, *sources[2:]  # as in a layer, two are read again
 
         moved = {"forward": 6 * self.stream, "backward": 12 * self.stream}
@@ -251,24 +257,20 @@ class Row:
     def prepare_qkv(self) -> Iterator[Case]:
         tables = train_gpt.rotary_tables(HEAD_DIM, self.T, self.device)
         w_qkv = self.random(3 * DIM, DIM, std=0.02, grad=True)
-        inputs, value, fp8 = [self.wide(), w_qkv], [self.wide()], None
-        if self.device.type == "cuda":
-            bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
-            copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-            fp8 = copies.qkv(0, copies.stream(inputs[0]))
+        inputs, value = [self.wide(), w_qkv], [self.wide()]
+        bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
+        copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
+        fp8 = copies.qkv(0, train_gpt.quantize(inputs[0], copies.stream(inputs[0])))
         forward = [(1, self.T, 3 * DIM, DIM)]
         backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
-        for kind, more, own in (
-            ("bf16", [], None), ("fp8", [], fp8), ("fp8, value", value, fp8),
-            ("fp8, key offset", [], fp8),
-        ):  # fmt: skip
+        needs = {"forward": Need(products=forward, dtype=E4M3)}
+        needs["backward"] = Need(products=backward, dtype=E4M3)
+        for kind, more in ("plain", []), ("value", value), ("key offset", []):
 
-            def call(op, *x, kind=kind, own=own):
-                value = x[2] if "value" in kind else None
-                return op(*x[:2], *tables, value, own, "key" in kind, HEAD_DIM)
+            def call(op, *x, kind=kind):
+                value = x[2] if kind == "value" else None
+                return op(*x[:2], *tables, value, self.own(fp8), "key" in kind, HEAD_DIM)
 
-            needs = {"forward": Need(products=forward, dtype=E4M3 if own else BF16)}
-            needs["backward"] = Need(products=backward, dtype=E4M3 if own else BF16)
             yield Case(f"prepare_qkv, {kind}", inputs + more, call, **needs)
 
     def heads(self, window: int) -> tuple[list[Tensor], dict[str, Need]]:
@@ -300,14 +302,11 @@ class Row:
         inputs = [self.wide(), *(w.requires_grad_() for w in bank.unbind())]
         forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
         backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
-        for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
-            fp8 = None
-            if kind == "fp8":
-                copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-                fp8 = copies.mlp(0, copies.stream(inputs[0]))
-            needs = {"forward": Need(products=forward, dtype=dtype)}
-            needs["backward"] = Need(products=backward, dtype=dtype)
-            yield Case(f"mlp, {kind}", inputs, lambda op, *x, fp8=fp8: op(*x, fp8), **needs)
+        copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
+        fp8 = copies.mlp(0, train_gpt.quantize(inputs[0], copies.stream(inputs[0])))
+        needs = {"forward": Need(products=forward, dtype=E4M3)}
+        needs["backward"] = Need(products=backward, dtype=E4M3)
+        yield Case("mlp", inputs, lambda op, *x: op(*x, self.own(fp8)), **needs)
 
     def head(self) -> Iterator[Case]:
         targets, weights = self.batch.targets, torch.tensor([1.0, 0.5, 0.25, 0.25])
@@ -317,17 +316,10 @@ class Row:
         products = [(1, self.T, VOCAB, DIM), (1, self.T, DIM, VOCAB), (1, VOCAB, DIM, self.T)]
         needs = {"forward": Need(products=products[:1])}
         yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
-        for kind, dtype in ("fp8", E4M3), ("bf16", BF16):
-            fp8 = None
-            if kind == "fp8":
-                bank = self.random(2, 128, DIM)
-                fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head()
-
-            def call(op, *x, fp8=fp8):
-                return op(*x, *terms, fp8)[0]
-
-            need = Need(products=products, dtype=dtype)
-            yield Case(f"head_loss, {kind}", inputs, call, both=need)
+        bank = self.random(2, 128, DIM)
+        fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head()
+        need = Need(products=products, dtype=E4M3)
+        yield Case("head_loss", inputs, lambda op, *x: op(*x, *terms, self.own(fp8))[0], both=need)
 
     def quantize(self) -> Iterator[Case]:
         def plain_quantize(x: Tensor, out: train_gpt.Fp8) -> tuple[Tensor, Tensor]:

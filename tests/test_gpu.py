@@ -145,8 +145,9 @@ def assert_near(values: dict, references: dict, loss_error: float, error: float)
         assert relative_error(values[name].to(reference.device), reference) < limit, name
 
 
-def test_model_of_kernels_is_the_model_of_twins():
-    """In bf16 on the GPU against plain PyTorch in fp32 on the CPU."""
+def test_model_in_bf16_is_the_model_in_fp32():
+    """The kernels of sums and tables, flash-attn-4 and plain PyTorch in bf16 on the GPU against
+    plain PyTorch in fp32 on the CPU."""
     expected = outcome(make_model(make_config(dtype="float32"), "cpu"), ROW)
     model = make_model(make_config(fp8=False))
     assert_near(outcome(model, ROW), expected, 5e-3, 1e-1)

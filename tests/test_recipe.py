@@ -74,7 +74,7 @@ def streams_of(
     calls = recorded(monkeypatch, "combine")
     with torch.no_grad():
         model.hidden(batch, WINDOWS)
-    names = "x0,first,attention 0,mlp 0,attention 1,mlp 1,mlp 2,attention 3,mlp 3"
+    names = "first,attention 0,mlp 0,attention 1,mlp 1,mlp 2,attention 3,mlp 3"
     names += ",value 4,enter 4,attention 4,mlp 4,output"
     return dict(zip(names.split(","), calls, strict=True))
 
@@ -274,7 +274,7 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls = streams_of(model, batch, monkeypatch)
     out = {name: stream.double() for name, (_, (stream, *_)) in calls.items()}
-    layer = {name: args[0][1].double() for name, (args, _) in calls.items() if name != "x0"}
+    layer = {name: args[0][1].double() for name, (args, _) in calls.items()}
     small, tokens = small_slices(model), batch.tokens.long()
     e = model.look_up(batch).ngrams.double()
     values = model.value_embed.double().unflatten(0, (2, -1))[:, tokens]
@@ -283,10 +283,8 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     def check(name: str, expected: Tensor) -> None:
         close(out[name], expected, atol=1e-4)
 
-    embedded = model.head[tokens].double()
-    check("x0", embedded)
-    x0 = rms(embedded)
-    close(calls["x0"][1][1], x0)
+    x0 = rms(model.head[tokens].double())
+    close(calls["first"][0][0][0], x0)
     first, skip, attend = out["first"], out["mlp 0"], out["mlp 3"]
     check("first", x0 + small["ngrams"][0] * e)
     for i, before in {0: first, 1: out["mlp 0"], 3: out["mlp 2"]}.items():

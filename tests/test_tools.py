@@ -377,7 +377,7 @@ def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
     assert printed == cpu_bench.log.read_text()
     lines = printed.splitlines()[3:]
     assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
-    assert len(lines) == 2 * (1 + 4 + 2) + 2 + 2 + 1
+    assert len(lines) == 2 * (1 + 3 + 2) + 2 + 2 + 1
     assert all(line.split()[-1] == "2.000" for line in lines)
 
 
