@@ -479,8 +479,8 @@ def describe_environment(runtime: Runtime) -> dict:
 # 4. Operations
 # ==================================================================================================
 #
-# A fused operation is one name with two bodies: kernels where has_kernels says so, those of QKV, MLP
-# and head in fp8 alone, and a few lines of plain PyTorch, which define it, elsewhere.
+# A fused operation is one name with two bodies: kernels where has_kernels says so, those of QKV,
+# MLP and head in fp8 alone, and a few lines of plain PyTorch, which define it, elsewhere.
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # of every RMS norm, what F.rms_norm takes
