@@ -98,7 +98,7 @@ SPEEDRUN_STAGES = (
     Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.35, 0.25, 0.1,  0.0, 0.25, 0.25, 12_288),
     Stage(0.25, 196_608,   2048,   384,  896, 1.30, 0.25, 0.0,  0.0,  0.0, 0.25, 0.0,  14_336),
     Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0, 0.0,  0.0,  16_384),
-    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0, 0.0,  0.0,  24_576),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
     Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
@@ -152,9 +152,6 @@ LAST_LAYER_GATES = {
     "mlp_project": 1.0,
 }
 GATE_SCALE = 0.1  # of the MLP's outputs
-# Shares of what is added behind the last layer, name: start. "skip" is the output of the layer in
-# skip_from (3), "value" the first value embedding.
-OUTPUT_SHARES = {"first": 0.0, "attend": -0.5, "last": 0.0, "value": 0.0, "skip": 0.0}
 # fmt: on
 
 
@@ -719,12 +716,12 @@ def _transposed(tile, pointer):
 
 
 @triton.jit
-def _combine_tile(sources, coefficients, rows, steps, t, column, inside):
-    """The sum, fp32 in the shape of `inside`, for tokens t and these columns."""
+def _combine_tile(sources, coefficients, rows, steps, t, real, column, inside):
+    """The sum, fp32 in the shape of `inside`, for tokens t, where they are real, and columns."""
     total = tl.zeros(inside.shape, tl.float32)
     for i in tl.static_range(len(sources)):
         source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
-        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
+        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1), mask=real, other=0.0)
         total += coefficient * source.to(tl.float32)
     return total
 
@@ -735,11 +732,11 @@ def _combine_kernel(
     LIMIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
-    squares = tl.zeros((TOKENS,), tl.float32)
+    real, squares = t < num_tokens, tl.zeros((TOKENS,), tl.float32)
     for start in range(0, dim, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
-        inside = (t < num_tokens) & (column < dim)
-        total = _combine_tile(sources, coefficients, rows, steps, t, column, inside)
+        inside = real & (column < dim)
+        total = _combine_tile(sources, coefficients, rows, steps, t, real, column, inside)
         tl.store(stream + t * dim + column, total, mask=inside)
         squares += tl.sum(total * total, 1)
     if normed is not None:
@@ -748,7 +745,7 @@ def _combine_kernel(
             scale /= tl.load(unit)
         for start in range(0, dim, COLUMNS):  # each thread reads what it has stored above
             column = start + tl.arange(0, COLUMNS)[None, :]
-            inside = (t < num_tokens) & (column < dim)
+            inside = real & (column < dim)
             tile = tl.load(stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
             tile *= scale[:, None]
             if normed_t is not None:
@@ -771,7 +768,7 @@ def _combine_backward_kernel(
     if grad_stream is not None:
         grad += tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
     if grad_normed is not None:
-        total = _combine_tile(sources, coefficients, rows, steps, t, column, inside)
+        total = _combine_tile(sources, coefficients, rows, steps, t, True, column, inside)
         scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
         total *= scale
         outer = tl.load(grad_normed + t * dim + column, mask=inside, other=0.0).to(tl.float32)
@@ -876,7 +873,12 @@ def attention(
     Returns (T, heads, head_dim).
     """
     if backend == "flash-attn-4":
-        return FlashAttention.apply(q, k, v, cu_seqlens, max_seq_len, window, scale)
+        from flash_attn.cute import flash_attn_varlen_func
+
+        how = {"softmax_scale": scale, "causal": True, "window_size": (window, 0)}
+        how |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        how |= {"max_seqlen_q": max_seq_len, "max_seqlen_k": max_seq_len}
+        return flash_attn_varlen_func(q, k, v, **how)[0]
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -896,40 +898,6 @@ def attention(
         probabilities = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
         outputs.append(torch.einsum("hqk,khd->qhd", probabilities.type_as(v), v[keys]))
     return torch.cat(outputs)
-
-
-class FlashAttention(torch.autograd.Function):
-    """attention by flash-attn-4."""
-
-    @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq_len: int, window: int,
-        scale: float,
-    ) -> Tensor:  # fmt: skip
-        from flash_attn.cute.interface import _flash_attn_fwd
-
-        ctx.options = {
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k": cu_seqlens,
-            "max_seqlen_q": max_seq_len,
-            "max_seqlen_k": max_seq_len,
-            "softmax_scale": scale,
-            "causal": True,
-            "window_size_left": window,
-            "window_size_right": 0,
-        }
-        out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **ctx.options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from flash_attn.cute.interface import _flash_attn_bwd
-
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = {f"d{name}": x.new_empty(x.shape) for name, x in zip("qkv", (q, k, v))}
-        grads = _flash_attn_bwd(q, k, v, out, packed(grad), lse, **ctx.options, **grads)
-        return *grads, None, None, None, None
 
 
 def shift(x: Tensor) -> Tensor:
@@ -1724,8 +1692,7 @@ class SmallParam:
 def small_params(config: Config) -> dict[str, SmallParam]:
     """The layout of GPT.small."""
     layers, slow, fast, root = len(config.layers), (0.9, 0.99), (0.9, 0.95), math.sqrt(1.1)
-    outputs, gates = list(OUTPUT_SHARES.values()), list(LAST_LAYER_GATES.values())
-    gates, hidden = [start / GATE_SCALE for start in gates], config.gate_dim
+    gates, hidden = [start / GATE_SCALE for start in LAST_LAYER_GATES.values()], config.gate_dim
     # fmt: off
     table = {
         #                           shape       start     betas   lr    weight_decay
@@ -1736,7 +1703,7 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "x0":           SmallParam((layers,),   0.0,      slow,   1.0,  0.0),
         "ngrams":       SmallParam((layers,),   0.05,     slow,   1.0,  0.0),
         "skip":         SmallParam((1,),        0.1,      slow,   1.0,  0.0),
-        "output":       SmallParam((len(outputs),), outputs, slow, 1.0, 0.0),
+        "attended":     SmallParam((1,),        -0.5,     slow,   1.0,  0.0),
         "gate_w_1":     SmallParam((hidden, config.model_dim), None, slow, 0.25, 1.0),
         "gate_b_1":     SmallParam((hidden,),   0.0,      slow,   0.25, 0.0),
         "gate_w_2":     SmallParam((len(gates), hidden), 0.0, slow, 0.25, 1.0),
@@ -1875,12 +1842,12 @@ class GPT(nn.Module):
         """The normed residual stream in front of the head, (T, dim)."""
         lookups = self.look_up(batch)
         layers, small, one = self.config.layers, dict(self.small_weights), self.one
-        scalars = "residual", "project", "mlp_residual", "mlp_project", "x0", "ngrams", "output"
+        scalars = "residual", "project", "mlp_residual", "mlp_project", "x0", "ngrams"
         for name in scalars:  # all of one kind at once: by index each has a gradient of its size
             small[name] = small[name].unbind()
         last, skipped = len(layers) - 1, {row.skip_from for row in layers}
         attended, attended_normed = {row.attend_from for row in layers}, None
-        streams = {"ngrams": lookups.ngrams, "value": lookups.values[0]}  # that many sums read
+        streams = {"ngrams": lookups.ngrams}  # that several sums read
 
         def add(shares: dict[str, Tensor], *terms: Tensor, norm: bool = True) -> tuple:
             """combine of terms, a source and its coefficient each, and of shares of streams, with
@@ -1925,8 +1892,7 @@ class GPT(nn.Module):
                 streams["skip"] = x
             if i in attended:
                 streams["attend"], attended_normed = x, normed
-        sources = [x, *(streams[name] for name in OUTPUT_SHARES)]
-        return combine(sources, [one, *small["output"]], True)[1]
+        return combine([x, streams["attend"]], [one, small["attended"]], True)[1]
 
     def last_gates(self, x: Tensor) -> dict[str, Tensor]:
         """Coefficients of the last layer, (T, 1) fp32 each, from the stream that enters it."""
@@ -2045,42 +2011,27 @@ def polar_express(x: Tensor) -> Tensor:
     return x
 
 
-def join_mantissa(high: Tensor, low: Tensor | None) -> Tensor:
-    """fp32 weights from their upper 16 bits, a bf16 number, and their lower 16 bits, int16."""
-    if low is None:
-        return high.float()
-    return ((high.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
-
-
-def split_mantissa_(high: Tensor, low: Tensor | None, weights: Tensor) -> None:
-    """Store fp32 weights as join_mantissa reads them: exact, though the model reads bf16."""
-    if low is None:
-        high.copy_(weights)
-    else:
-        bits = weights.view(torch.int32)
-        high.copy_((bits >> 16).short().view(torch.bfloat16))
-        low.copy_(bits.short())  # keeps the lower 16 bits
-
-
 def apply_update_(
-    high: Tensor, low: Tensor | None, direction: Tensor, lr: Tensor, decay: Tensor
+    weights: Tensor, copy: Tensor | None, direction: Tensor, lr: Tensor, decay: Tensor
 ) -> None:
     """weights -= lr·direction, and decay·weights where that has the same sign (cautious decay)."""
-    weights = join_mantissa(high, low)
     shrinks = direction * weights > 0
-    split_mantissa_(high, low, weights - lr * direction - decay * weights * shrinks)
+    weights.sub_(lr * direction + decay * weights * shrinks)
+    if copy is not None:
+        copy.copy_(weights)
 
 
 @compiled
 def normuon_update_(
-    high: Tensor, low: Tensor | None, grad: Tensor, momentum: Tensor, mean_square: Tensor,
+    weights: Tensor, copy: Tensor | None, grad: Tensor, momentum: Tensor, mean_square: Tensor,
     step_scale: Tensor, mu: Tensor, beta2: float, lr: Tensor, decay: Tensor,
 ) -> None:  # fmt: skip
     """One step of NorMuon, in place, for a bank's matrices of one kind.
 
-    high, low (int16 or None), grad, and momentum in fp32: (entries, matrices of an entry, rows,
-    cols). mean_square: fp32, (matrices, rows, 1), or (matrices, 1, cols) to even out columns.
-    step_scale: fp32, (entries,), of the direction. mu, lr, decay: 0-d.
+    weights and momentum in fp32, their copy that the model reads, if it has another dtype, and
+    grad: (entries, matrices of an entry, rows, cols). mean_square: fp32, (matrices, rows, 1), or
+    (matrices, 1, cols) to even out columns. step_scale: fp32, (entries,), of the direction. mu, lr,
+    decay: 0-d.
     Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1.
     """
     grad = grad.float()
@@ -2095,16 +2046,17 @@ def normuon_update_(
     scale = mean_square.clamp_min(1e-12).rsqrt()
     norm, evened = (x.sum((1, 2), keepdim=True).sqrt() for x in (squares, squares * scale.square()))
     direction = direction * (scale * norm / evened.clamp_min(1e-12))
-    apply_update_(high, low, direction.view(high.shape) * step_scale.view(-1, 1, 1, 1), lr, decay)
+    direction = direction.view(weights.shape) * step_scale.view(-1, 1, 1, 1)
+    apply_update_(weights, copy, direction, lr, decay)
 
 
 @compiled
 def adam_update_(
-    high: Tensor, low: Tensor | None, grad: Tensor, mean: Tensor, mean_square: Tensor,
+    weights: Tensor, copy: Tensor | None, grad: Tensor, mean: Tensor, mean_square: Tensor,
     betas: tuple[float, float] | tuple[Tensor, Tensor], updates: Tensor, eps: float, lr: Tensor,
     decay: Tensor,
 ) -> None:  # fmt: skip
-    """One step of Adam (Kingma & Ba 2015, algorithm 1), in place.
+    """One step of Adam (Kingma & Ba 2015, algorithm 1), in place; weights and copy as above.
 
     betas, lr and decay are for all weights or one a weight. updates: with this one, 0-d.
     """
@@ -2113,11 +2065,11 @@ def adam_update_(
     mean_square.lerp_(grad.square(), 1 - betas[1])
     first, second = (1 - beta**updates for beta in betas)
     direction = (mean / first) / ((mean_square / second).sqrt() + eps)
-    apply_update_(high, low, direction, lr, decay)
+    apply_update_(weights, copy, direction, lr, decay)
 
 
 class ParamState:
-    """What one rank keeps for one parameter: its rows, their low mantissa bits, and the moments."""
+    """What one rank keeps for one parameter: its rows, in fp32 too, and the moments."""
 
     def __init__(self, group: ParamGroup, param: nn.Parameter, config: Config, runtime: Runtime):
         self.group, self.param = group, param
@@ -2130,9 +2082,9 @@ class ParamState:
         )
         first = (runtime.rank if group.sharded else 0) * rows
         self.shard = param.detach()[first : first + rows]
-        has_low = param.dtype == torch.bfloat16
-        self.low = torch.zeros_like(self.shard, dtype=torch.int16) if has_low else None
-        self.mean = torch.zeros_like(self.shard, dtype=torch.float32)
+        self.weights = self.shard.float()  # itself if it is fp32
+        self.copy = None if self.weights is self.shard else self.shard
+        self.mean = torch.zeros_like(self.weights)
         self.mean_squares: list[Tensor] = []
         # NorMuon: rows of a bank entry, rows of a matrix in them
         self.blocks: list[tuple[slice, int]] = []
@@ -2166,8 +2118,7 @@ class ParamState:
             self.step_scales.append(step_scale.to(param.device))
 
     def tensors(self) -> list[Tensor]:
-        low = [] if self.low is None else [self.low]
-        return [*low, self.mean, *self.mean_squares]
+        return [self.weights, self.mean, *self.mean_squares]
 
 
 class Optimizer:
@@ -2246,18 +2197,18 @@ class Optimizer:
             moments = state.mean, state.mean_squares[0]
             updates = torch.full((), (step + 1) // group.every, device=grad.device)
             numbers = config.adam_eps, *rates(config.adam_lr, config.adam_weight_decay)
-            adam_update_(state.shard, state.low, grad, *moments, state.betas, updates, *numbers)
+            adam_update_(state.weights, state.copy, grad, *moments, state.betas, updates, *numbers)
             return
         mu = torch.full((), momentum, device=grad.device)
         numbers = mu, config.muon_beta2, *rates(config.muon_lr, config.muon_weight_decay)
         for (rows, matrix_rows), *buffers in zip(
             state.blocks, state.mean_squares, state.step_scales
         ):
-            high, low, grads, mean = (
+            matrices = (
                 None if bank is None else bank[:, rows].unflatten(1, (-1, matrix_rows))
-                for bank in (state.shard, state.low, grad, state.mean)
+                for bank in (state.weights, state.copy, grad, state.mean)
             )
-            normuon_update_(high, low, grads, mean, *buffers, *numbers)
+            normuon_update_(*matrices, *buffers, *numbers)
 
 
 @contextlib.contextmanager
@@ -2436,15 +2387,15 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
     path, padded = config.prefix_file, np.full(config.padded_vocab_size, IGNORED_TARGET, np.int64)
     remedy = "make it again with data/prefix_tokens.py"
     try:
-        table = np.load(path)
+        table = np.asarray(np.load(path))
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
-    is_list = isinstance(table, np.ndarray) and table.ndim == 1 and table.dtype == np.int32
-    require(is_list, f"--prefix_file {path}: is no list of int32: {remedy}")
-    count, room = len(table), len(padded)
-    require(0 < count <= room, f"--prefix_file {path}: {count} tokens, not {room}: {remedy}")
-    inside = table.min() >= IGNORED_TARGET and table.max() < count
-    require(inside, f"--prefix_file {path}: holds ids outside the vocabulary: {remedy}")
+    kind, count = (table.dtype, table.ndim), table.size
+    fits = kind == (np.int32, 1) and 0 < count <= len(padded) and -1 <= table.min()
+    require(
+        fits and table.max() < count,
+        f"--prefix_file {path}: not int32 token ids, for {len(padded)} tokens at most: {remedy}",
+    )
     padded[:count] = table
     return torch.from_numpy(padded).to(device)
 
@@ -2705,26 +2656,6 @@ class Trainer:
         left = self.model.ngrams.left  # memory that no other graph takes
         self.graphs[self.kind(batch, step)] = graph, inputs, loss, left
 
-    def compile_kernels(self, batch: Batch, step: int) -> None:
-        """Run every kernel once on a short row; changes weights and gradients.
-
-        Each rank begins at another place of the round and finds in the cache on disk what the
-        others have compiled by then.
-        """
-        batch, loss_weights = to_device(batch, self.runtime.device), self.loss_weights[step]
-        # flash-attn-4 has a kernel of its own for more than 256 documents, as long rows have room
-        ends = F.pad(batch.cu_seqlens, (0, 256), value=len(batch.tokens))
-
-        def run_update(state: ParamState) -> None:
-            self.optimizer._update(state, torch.zeros_like(state.shard), 1, 1.0, 0.9)
-
-        rows = batch, batch._replace(cu_seqlens=ends)
-        round_trip = [functools.partial(self.compute, row, step, loss_weights) for row in rows]
-        round_trip += [functools.partial(run_update, state) for state in self.optimizer.states]
-        start = self.runtime.rank * len(round_trip) // self.runtime.world_size
-        for run in round_trip[start:] + round_trip[:start]:
-            run()
-
     def prepare(self) -> None:
         """Compile, capture and warm up on random rows of every kind, then put everything back."""
         config, schedule, begin = self.config, self.schedule, time.perf_counter()
@@ -2744,9 +2675,6 @@ class Trainer:
         steps = sorted(range(schedule.end_step), key=lambda step: -schedule.row_shape(step)[0])
         kinds = {(*schedule.row_shape(step), schedule.describe(step)): step for step in steps}
         with nothing_changes(self.model, self.optimizer):
-            if self.uses_graphs:
-                self.compile_kernels(random_batch(256, 256), 0)
-                report("kernels")
             for (*shape, windows), last in kinds.items():
                 batch = random_batch(*shape)
                 if self.uses_graphs:
@@ -2906,12 +2834,6 @@ def draw_curve(log: Log) -> Path:
     axes.plot(steps, losses, color="0.7", linewidth=0.8, label="training (rows of rank 0)")
     scored = [(row["step"], row["val_loss"]) for row in log.data["validations"]]
     axes.plot(*zip(*scored), "o-", color="C0", label="validation")
-    labelled = math.inf
-    for step, loss in reversed(scored):
-        if labelled - step > 0.06 * steps[-1]:  # room for its label
-            place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{loss:.3f}", (step, loss), **place)
-            labelled = step
     losses = sorted([*losses, *(loss for _, loss in scored)])
     top = losses[int(0.97 * (len(losses) - 1))]  # leaves the first steps' fall out of the picture
     margin = 0.05 * (top - losses[0]) + 0.02

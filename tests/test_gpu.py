@@ -265,16 +265,16 @@ def test_compiled_normuon_is_the_plain_one(shape):
     scale = torch.linspace(1, 2, shape[0], device="cuda")
     mu, lr, decay = (torch.tensor(x, device="cuda") for x in (0.9, 0.02, 1e-3))
     for update in (train_gpt.normuon_update_, train_gpt.normuon_update_.__wrapped__):
-        high = torch.empty(bank, device="cuda", dtype=torch.bfloat16)
-        low, momentum = torch.empty_like(high, dtype=torch.int16), start[1].clone()
-        train_gpt.split_mantissa_(high, low, start[0])
+        weights, momentum = (x.clone() for x in start)
+        copy = weights.bfloat16()
         parts = [
             x[:, : shape[1] * shape[2]].unflatten(1, (-1, shape[2]))
-            for x in (high, low, grad, momentum)
+            for x in (weights, copy, grad, momentum)
         ]
         mean_square = squares.clone()
         update(*parts, mean_square, scale, mu, 0.95, lr, decay)
-        moved = train_gpt.join_mantissa(high, low) - start[0]
+        moved = weights - start[0]
+        assert torch.equal(copy, weights.bfloat16())
         assert torch.count_nonzero(moved[:, shape[1] * shape[2] :]) == 0
         results.append((moved, momentum, mean_square))
     for value, reference, error in zip(*results, (0.1, 1e-6, 2e-2), strict=True):
@@ -282,40 +282,23 @@ def test_compiled_normuon_is_the_plain_one(shape):
 
 
 def test_compiled_adam_is_the_plain_one():
-    """Weights with their low bits and moments after two updates of changing numbers, compiled once
-    for both."""
+    """Weights and moments after two updates of changing numbers, compiled once for both."""
     results, shape = [], (6288, 768)
     for update in (train_gpt.adam_update_, train_gpt.adam_update_.__wrapped__):
         torch.manual_seed(1)
         start, mean = torch.randn(2, *shape, device="cuda")
         mean_square = torch.rand(shape, device="cuda")
-        high = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
-        low = torch.empty_like(high, dtype=torch.int16)
-        train_gpt.split_mantissa_(high, low, start)
+        weights, copy = start.clone(), start.bfloat16()
         for step in (1, 3):
             grad = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
             numbers = [torch.tensor(x, device="cuda") for x in (step, 0.02 / step, 0.1 / step)]
             rates = (0.9, 0.99), numbers[0], 1e-10, *numbers[1:]
             with torch.compiler.set_stance("default" if step == 1 else "fail_on_recompile"):
-                update(high, low, grad, mean, mean_square, *rates)
-        results.append((train_gpt.join_mantissa(high, low) - start, mean, mean_square))
+                update(weights, copy, grad, mean, mean_square, *rates)
+        assert torch.equal(copy, weights.bfloat16())
+        results.append((weights - start, mean, mean_square))
     for value, reference, error in zip(*results, (1e-3, 1e-6, 1e-6), strict=True):
         assert relative_error(value, reference) < error  # some turn their sign and decay or not
-
-
-def test_compiled_update_keeps_the_low_mantissa_bits():
-    """A hundred updates of bf16 weights with their low bits are those of fp32 weights."""
-    update = train_gpt.compiled(train_gpt.apply_update_)
-    exact = torch.randn(64, 768, device="cuda")
-    high = torch.empty(64, 768, device="cuda", dtype=torch.bfloat16)
-    low = torch.empty_like(high, dtype=torch.int16)
-    train_gpt.split_mantissa_(high, low, exact)
-    for _ in range(100):
-        direction = torch.randn(64, 768, device="cuda")
-        numbers = [torch.tensor(x, device="cuda") for x in (1e-3, 1e-4)]
-        update(high, low, direction, *numbers)
-        update(exact, None, direction, *numbers)
-    assert torch.equal(train_gpt.join_mantissa(high, low), exact)
 
 
 def test_steps_are_timed_on_the_device():

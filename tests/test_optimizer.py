@@ -22,12 +22,10 @@ from train_gpt import (
     Windows,
     adam_update_,
     apply_update_,
-    join_mantissa,
     normuon_update_,
     nothing_changes,
     polar_express,
     read_prefixes,
-    split_mantissa_,
 )
 
 GROUPS = {group.name: group for group in PARAM_GROUPS}
@@ -140,33 +138,17 @@ def test_normuon_update_over_steps(shape, per_entry):
         torch.testing.assert_close(mean_square.flatten(1).double(), squares, rtol=2e-3, atol=1e-6)
 
 
-# Mantissas and Adam ------------------------------------------------------------------------------
+# Adam --------------------------------------------------------------------------------------------
 
 
-def test_mantissa_round_trip_of_any_bit_pattern():
-    generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).int()
-    special = [0, -(2**31), 0x7F7FFFFF, 1, 0x7FFF, 0x8000, 0xFFFF, 0x3F80FFFF, -1]
-    bits = torch.cat([bits, torch.tensor(special).int()])
-    high = torch.zeros(len(bits), dtype=torch.bfloat16)
-    low = torch.zeros(len(bits), dtype=torch.int16)
-    split_mantissa_(high, low, bits.view(torch.float32))
-    assert torch.equal(join_mantissa(high, low).view(torch.int32), bits)
-    # The bf16 half alone is the weight without its lower bits.
-    assert torch.equal(high.float().view(torch.int32), bits & -65536)
-
-
-def test_bf16_with_low_bits_follows_fp32_bit_for_bit():
-    high = gaussian((64, 33), 1).bfloat16()
-    low = torch.zeros_like(high, dtype=torch.int16)
-    weights = high.float()
+def test_small_steps_of_bf16_weights_add_up():
+    """They would be lost in bf16; the model's copy is the weights rounded."""
+    weights, copy = gaussian((64, 33), 1), torch.zeros(64, 33, dtype=torch.bfloat16)
+    start, decay = weights.clone(), torch.tensor(0.0)
     for step in range(100):
-        direction, lr = gaussian((64, 33), 100 + step), torch.tensor(1e-4 * (1 + step % 7))
-        decay = torch.tensor(3e-5)
-        apply_update_(high, low, direction, lr, decay)
-        apply_update_(weights, None, direction, lr, decay)
-    assert torch.equal(join_mantissa(high, low).view(torch.int32), weights.view(torch.int32))
-    assert not torch.equal(high.float(), weights)  # so the low bits were needed
+        apply_update_(weights, copy, torch.ones(64, 33), torch.tensor(1e-5), decay)
+        assert torch.equal(copy, weights.bfloat16()), step
+    torch.testing.assert_close(start - weights, torch.full((64, 33), 1e-3), rtol=0, atol=1e-5)
 
 
 def test_cautious_decay_by_hand():
@@ -224,7 +206,7 @@ ADAM = {
     "x0": ((0.9, 0.99), 1, 0),
     "ngrams": ((0.9, 0.99), 1, 0),
     "skip": ((0.9, 0.99), 1, 0),
-    "output": ((0.9, 0.99), 1, 0),
+    "attended": ((0.9, 0.99), 1, 0),
     "gate_w_1": ((0.9, 0.99), 0.25, 1),
     "gate_b_1": ((0.9, 0.99), 0.25, 0),
     "gate_w_2": ((0.9, 0.99), 0.25, 1),
@@ -367,13 +349,13 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
             ngrams.gather(*ngrams.left)
             optimizer.step(step, 1.0, 0.9)
 
-    steps(range(4))  # so that moments and low bits are not zero
+    steps(range(4))  # so that moments are not zero
     tensors = [*model.parameters()]
     for state in optimizer.states:
-        low = [] if state.low is None else [state.low]
-        tensors += [*low, state.mean, *state.mean_squares]
-    # five parameters, two moments each but three for attention, low bits but for the small ones
-    assert len(tensors) == (5 + 11 + 4 if dtype == "bfloat16" else 5 + 11)
+        tensors += [state.weights, state.mean, *state.mean_squares]
+        assert (state.copy is None) == (state.param.dtype == torch.float32)
+    # five parameters, weights and two moments each, but three for attention
+    assert len(tensors) == 5 + 5 + 11
     before = [tensor.detach().clone() for tensor in tensors]
     table, sums = ngrams.table.clone(), ngrams.sum_squares.clone()
     with pytest.raises(KeyError), nothing_changes(model, optimizer):
@@ -413,7 +395,7 @@ def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
-    """bf16 weights and their low bits after steps with gradients whose sum over the ranks is exact.
+    """Weights in bf16 and fp32 after steps with gradients whose sum over the ranks is exact.
 
     A gradient is a sum of four of small integers, so the order of adding them cannot matter; those
     of n-grams come in the order of the stream."""
@@ -434,9 +416,8 @@ def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
             model.ngrams.gather(rows, grads.to(model.ngrams.table.dtype))
         optimizer.step(step, 1.0, 0.9)
     results = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for state in optimizer.states:
-        if state.low is not None:  # this rank's rows
-            results[f"{state.group.name}.weights"] = join_mantissa(state.shard, state.low)
+    for state in optimizer.states:  # this rank's rows
+        results[f"{state.group.name}.weights"] = state.weights
     return results
 
 
@@ -508,4 +489,4 @@ def compare_real(name: str, value: Tensor, expected: Tensor) -> None:
     difference = (value - expected).abs() / lr  # in steps
     assert difference.max() < 2, name
     assert (difference > 2e-3).sum() <= 3 + 2e-5 * value.numel(), name
-    assert difference.mean() < 2e-5, name
+    assert difference.mean() < 1e-4, name  # rounding has given 2.2e-5

@@ -26,7 +26,6 @@ from train_gpt import (
     GPT,
     IGNORED_TARGET,
     LAST_LAYER_GATES,
-    OUTPUT_SHARES,
     SPEEDRUN_LAYERS,
     START_TOKEN,
     Batch,
@@ -238,17 +237,22 @@ def test_small_parameters_start_as_written(runtime):
     small = small_slices(GPT(config, runtime))
     scalars = "residual", "project", "mlp_residual", "mlp_project", "x0", "ngrams"
     shapes = dict.fromkeys(scalars, (11,))
-    shapes |= {"skip": (1,), "output": (5,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
+    shapes |= {"skip": (1,), "attended": (1,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
     shapes |= {"gate_w_2": (13, 8), "gate_b_2": (13,)}
     assert {name: tuple(weights.shape) for name, weights in small.items()} == shapes
     root = math.sqrt(1.1)
     starts = {"residual": root, "mlp_residual": root, "project": 0.5, "mlp_project": 1.0}
-    starts |= {"x0": 0.0, "ngrams": 0.05, "skip": 0.1, "gate_b_1": 0.0, "gate_w_2": 0.0}
+    starts |= {
+        "x0": 0.0,
+        "ngrams": 0.05,
+        "skip": 0.1,
+        "attended": -0.5,
+        "gate_b_1": 0.0,
+        "gate_w_2": 0.0,
+    }
     for name, start in starts.items():
         assert torch.equal(small[name], torch.full_like(small[name], start).float()), name
     assert small["gate_w_1"].std() > 0.05  # checked with the other uniform ones
-    shares = dict(zip(OUTPUT_SHARES, small["output"].tolist(), strict=True))
-    assert shares == {"first": 0, "attend": -0.5, "last": 0, "value": 0, "skip": 0}
     decayed = {name for name, row in small_params(config).items() if row.weight_decay != 0}
     assert decayed == {"gate_w_1", "gate_w_2"}
 
@@ -303,9 +307,7 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     check("attention 4", x + own["first"] * first + own["ngrams"] * e)
     x = own["mlp_residual"] * out["attention 4"] + own["mlp_project"] * layer["mlp 4"]
     check("mlp 4", x)
-    share = dict(zip(OUTPUT_SHARES, small["output"]))
-    x = x + share["first"] * first + share["attend"] * attend + share["last"] * out["mlp 3"]
-    check("output", x + share["value"] * values[0] + share["skip"] * skip)
+    check("output", x + small["attended"] * attend)
 
 
 def test_mlp_reads_the_normed_stream(runtime, monkeypatch):
@@ -336,7 +338,7 @@ def test_every_scalar_and_gate_changes_the_output(runtime, changes):
     with torch.no_grad():
         before = model.hidden(batch, WINDOWS)
         small = model.unpack_small()
-        for name in (*used, "skip", "output", "gate_b_2"):
+        for name in (*used, "skip", "attended", "gate_b_2"):
             for i in range(len(small[name])):
                 start = small[name][i].item()
                 small[name][i] += 3 if name == "gate_b_2" else 0.5
@@ -651,11 +653,11 @@ def test_prefixes_are_padded_to_the_rows_of_the_head():
     [
         (None, "cannot be read"),
         (b"no array", "cannot be read"),
-        (np.zeros((2, 3), dtype=np.int32), "is no list of int32"),
-        (np.zeros(50_257, dtype=np.int64), "is no list of int32"),
-        (np.zeros(50_305, dtype=np.int32), "50305 tokens, not 50304"),
-        (np.int32([0, 3, 1]), "ids outside the vocabulary"),
-        (np.int32([0, -2, 1]), "ids outside the vocabulary"),
+        (np.zeros((2, 3), dtype=np.int32), "not int32 token ids, for 50304 tokens at most"),
+        (np.zeros(50_257, dtype=np.int64), "not int32 token ids, for 50304 tokens at most"),
+        (np.zeros(50_305, dtype=np.int32), "not int32 token ids, for 50304 tokens at most"),
+        (np.int32([0, 3, 1]), "not int32 token ids, for 50304 tokens at most"),
+        (np.int32([0, -2, 1]), "not int32 token ids, for 50304 tokens at most"),
     ],
     ids=["missing", "text", "shape", "dtype", "long", "large", "negative"],
 )

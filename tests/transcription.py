@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from train_gpt import GPT, LAST_LAYER_GATES, MIX_1, MIX_2, OUTPUT_SHARES, Batch
+from train_gpt import GPT, LAST_LAYER_GATES, MIX_1, MIX_2, Batch
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -118,7 +118,7 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             n = rms(x if row.attend_from is None else after[row.attend_from])
             added = torch.zeros_like(x) if row.value_table is None else values[row.value_table]
             if i == last:
-                c_attend, entering, own = after[row.attend_from], x, last_gates(model, x)
+                c_attend, own = after[row.attend_from], last_gates(model, x)
                 added = own["value"] * added + own["value_first"] * c0
                 added = added + own["value_attend"] * c_attend + own["value_last"] * x
                 x = own["x_last"] * x + own["x_first"] * c0 + own["x_attend"] * c_attend
@@ -145,11 +145,7 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             x = x + small["skip"] * c_skip
         after.append(x)
 
-    sources = {"first": c0, "attend": c_attend, "last": entering, "value": values[0]}
-    sources["skip"] = c_skip
-    for name, share in zip(OUTPUT_SHARES, small["output"], strict=True):
-        x = x + share * sources[name]
-    return rms(x)
+    return rms(x + small["attended"] * c_attend)
 
 
 def target_losses(model: GPT, hidden: Tensor, targets: list[int]) -> list[float]:
