@@ -1422,45 +1422,50 @@ def _add_run(total, values, order, at, end, stride, column, inside, ROWS: tl.con
 
 @triton.jit
 def _add_rows_kernel(
-    table, rows, order, values, stride, starts, count, dim, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
+    tables, rows, order, values, strides, starts, count, dim, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < dim
-    for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
-        at, end = tl.load(starts + run), tl.load(starts + run + 1)
-        target = table + tl.load(rows + at).to(tl.int64) * dim + column
-        total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        total = _add_run(total, values, order, at, end, stride, column, inside, ROWS)
-        tl.store(target, total, mask=inside)
+    for i in tl.static_range(len(tables)):
+        if tl.program_id(2) == i:
+            for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+                at, end = tl.load(starts + run), tl.load(starts + run + 1)
+                target = tables[i] + tl.load(rows + at).to(tl.int64) * dim + column
+                total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+                total = _add_run(total, values[i], order, at, end, strides[i], column, inside, ROWS)
+                tl.store(target, total, mask=inside)
 
 
-def add_rows_(table: Tensor, rows: SortedRows, values: Tensor) -> None:
-    """Add values (n, dim), in their first order, to rows of a table (rows, dim); all that goes to
-    one row is summed in fp32."""
-    if not has_kernels(table.device):
-        table.index_add_(0, rows.rows, values[rows.order])
+def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
+    """Add values (n, dim), in their first order, to rows of a table (rows, dim) each, tables as
+    wide as one another; all that goes to one row is summed in fp32."""
+    if not has_kernels(tables[0].device):
+        for table, value in zip(tables, values):
+            table.index_add_(0, rows.rows, value[rows.order])
         return
-    count, dim = values.shape
-    # Many small programs: a frequent token is one long run, the others must not wait for it.
-    _add_rows_kernel[min(count, 4096), triton.cdiv(dim, 128)](
-        table, rows.rows, rows.order, values, row_stride(values), rows.starts, rows.count, dim,
-        BLOCK=128, ROWS=16, num_warps=1,
+    count, dim = values[0].shape
+    # Many small programs: a frequent token is one long run, the others must not wait for it, nor
+    # the other tables.
+    _add_rows_kernel[min(count, 4096), triton.cdiv(dim, 128), len(tables)](
+        tuple(tables), rows.rows, rows.order, tuple(values), tuple(map(row_stride, values)),
+        rows.starts, rows.count, dim, BLOCK=128, ROWS=16, num_warps=1,
     )  # fmt: skip
 
 
 class TableRows(torch.autograd.Function):
-    """Rows of a table. Their gradients are added to table.grad in place: no table-sized tensor is
-    made for them."""
+    """Rows of tables that are read at the same places. Their gradients are added to table.grad in
+    place, all by one kernel: no table-sized tensor is made for them."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, order: SortedRows, table: Tensor) -> Tensor:
-        ctx.table, ctx.order = table, order
-        return F.embedding(rows, table)
+    def forward(ctx, rows: Tensor, order: SortedRows | None, *tables: Tensor) -> tuple[Tensor, ...]:
+        ctx.tables, ctx.order, ctx.rows = tables, order, rows  # which order may not have read yet
+        return tuple(F.embedding(rows, table) for table in tables)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, ...]:
-        add_rows_(ctx.table.grad, ctx.order, grad)
-        return None, None, None
+    def backward(ctx, *grads: Tensor) -> tuple[None, ...]:
+        add_rows_([table.grad for table in ctx.tables], ctx.order, grads)
+        return None, None, *(None for _ in grads)
 
 
 # --- Exact match ----------------------------------------------------------------------------------
@@ -1803,35 +1808,33 @@ class GPT(nn.Module):
         return dict(zip(self.small_layout, self.cut_small(self.small)))
 
     def aside(self) -> contextlib.AbstractContextManager:
-        """What depends on the tokens alone, many small kernels, runs beside the layers, and so do
-        the gradients of tables that are read there. Whoever reads it calls `join` first."""
+        """What depends on the tokens alone, many small kernels, runs beside the layers; a training
+        pass waits for it in front of the head."""
         if self.beside is None:
             return contextlib.nullcontext()
         self.beside.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.beside)
 
-    def join(self) -> None:
-        """Wait for what runs beside."""
-        if self.beside is not None:
-            torch.cuda.current_stream().wait_stream(self.beside)
-
     def look_up(self, batch: Batch) -> Lookups:
         """Rows of the embedding tables."""
         tokens, orders = batch.tokens, self.config.match_orders
-        with self.aside():
-            order = sort_rows(tokens)
-            tables = self.value_tables[: self.config.num_value_tables]
-            values = [TableRows.apply(tokens, order, table) for table in tables]
-        embedded = TableRows.apply(tokens, order, self.head)
+
+        def read(tables: list[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+            order = None
+            if torch.is_grad_enabled():
+                with self.aside():
+                    order = sort_rows(rows)
+            return TableRows.apply(rows, order, *tables)
+
+        tables = self.value_tables[: self.config.num_value_tables]
+        embedded, *values = read([self.head, *tables], tokens)
         ngrams = NgramRows.apply(embedded, tokens, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
-            found, number = find_matches(tokens, starts, self.matches, orders)
-            which = number[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
+            found, order = find_matches(tokens, starts, self.matches, orders)
+            which = order[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
             gain = (which.float() @ self.small_weights["match"])[:, None]
-            with self.aside():
-                order = sort_rows(found)
-            match = TableRows.apply(found, order, self.value_tables[-1])
+            match = read([self.value_tables[-1]], found)[0]
             ngrams = combine([ngrams, match], [self.one, gain])[0]
         return Lookups(embedded, values, ngrams)
 
@@ -1863,10 +1866,7 @@ class GPT(nn.Module):
         for i, row in enumerate(layers):
             residual, project = small["residual"][i], small["project"][i]
             mlp_residual, mlp_project = small["mlp_residual"][i], small["mlp_project"][i]
-            value = None
-            if row.value_table is not None:
-                self.join()
-                value = lookups.values[row.value_table]
+            value = None if row.value_table is None else lookups.values[row.value_table]
             shares = {"x0": small["x0"][i], "ngrams": small["ngrams"][i]} if row.inputs else {}
             if i == last:
                 own, streams["last"] = self.last_gates(x), x
@@ -1936,11 +1936,12 @@ class GPT(nn.Module):
                 tokens, offsets, terms = draw_columns(terms, len(head), columns)
             fp8 = self.fp8.head(tokens) if self.fp8 else None
         x = self.hidden(batch, windows, self.fp8)
-        self.join()
+        if self.beside is not None:
+            torch.cuda.current_stream().wait_stream(self.beside)
         if columns:
             place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
             order = SortedRows(tokens, place[:-1], place, place[-1:])
-            head = TableRows.apply(tokens, order, head)
+            (head,) = TableRows.apply(tokens, order, head)
         return head_loss(x, head, terms, loss_weights, fp8, offsets)
 
 
@@ -2612,7 +2613,6 @@ class Trainer:
         loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes, columns)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
-        self.model.join()
         return next_token_loss
 
     def kind(self, batch: Batch, step: int) -> tuple:

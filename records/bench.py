@@ -340,9 +340,13 @@ class Row:
         case.twin = None  # it is plain itself
         yield case
         rows = train_gpt.sort_rows(self.batch.tokens)
-        inputs = [self.random(size, DIM) for size in (VOCAB, self.T)]
-        moved = self.stream + 4 * DIM * int(rows.count)
-        yield Case("add_rows_", inputs, lambda op, *x: op(x[0], rows, x[1]), forward=moved)
+        inputs = [self.random(size, DIM) for size in (VOCAB, self.T) for _ in range(6)]
+        moved = 6 * (self.stream + 4 * DIM * int(rows.count))
+
+        def call(op, *x):
+            return op(x[:6], rows, x[6:])
+
+        yield Case("add_rows_, 6 tables", inputs, call, forward=moved)
 
 
 # Operations of the optimizer ----------------------------------------------------------------------

@@ -131,7 +131,6 @@ def outcome(model: GPT, row: Batch) -> dict[str, torch.Tensor]:
         settle(model)
         loss, plain = model(row, WINDOWS, weights, prefixes_of(model.config, device))
         (loss / 8).backward()
-        model.join()
     losses = {"loss": loss.detach(), "plain": plain}
     return {**losses, **gradients(model), "ngrams": model.ngrams.left[1]}
 

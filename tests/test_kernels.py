@@ -548,7 +548,8 @@ def test_head_loss_in_fp8(tokens, with_offsets):
     ),
 )
 def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
-    """By the kernel and without it, of slices too; runs of equal rows are found."""
+    """By the kernel and without it, of slices too, to two tables at once; runs of equal rows are
+    found."""
     index = torch.randint(0, rows, (count,), device=DEVICE, dtype=torch.int32)
     index[count // 2 :] = index[0]
     values, table = random(count, 2, dim)[:, 1], random(rows, dim)
@@ -563,8 +564,7 @@ def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
     for kernel in (True, False):
         mine, other = table.clone(), -table
         monkeypatch.setattr(train_gpt, "has_kernels", lambda device, kernel=kernel: kernel)
-        add_rows_(mine, order, values)
-        add_rows_(other, order, -values.contiguous())
+        add_rows_([mine, other], order, [values, -values.contiguous()])
         if kernel or not GPU:  # without it a GPU adds in any order, and rounds each time
             assert torch.equal(other, -mine)
             assert relative_error(mine, expected) < TOLERANCE
@@ -579,7 +579,7 @@ def test_rows_of_a_table_have_the_gradients_of_their_definition():
     table.requires_grad_()
     table.grad = torch.full_like(table, 2.0)
     place, weights = table.grad.data_ptr(), single(4, 16)
-    read = TableRows.apply(index, sort_rows(index), table)
+    (read,) = TableRows.apply(index, sort_rows(index), table)
     assert torch.equal(read, table.detach()[index])
     (read.square() * weights).sum().backward()
     other = table.detach().double().requires_grad_()
