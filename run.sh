@@ -8,6 +8,7 @@ usage='./run.sh [--option value ...]   train; the options are those of train_gpt
 ./run.sh record NAME [--runs N] [-- --option value ...]   train N times, write records/<date>_<NAME>/
 ./run.sh reproduce FOLDER [--runs N]                      run a record again, beside its figures
 ./run.sh compare A B [--runs N | --logs]                  two scripts or records, in turn
+./run.sh ablate FILE [NAME ...] [-- --option value ...]   train variants one after the other in one process
 ./run.sh history                records/README.md and history.png from all records
 ./run.sh check SCRIPT           does it predict from earlier tokens only, and score honestly?
 ./run.sh eval CHECKPOINT        HellaSwag accuracy of saved weights
@@ -71,6 +72,7 @@ case ${1:-} in
   help | -h) echo "$usage" ;;
   test) set_up; shift; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile tests "$@" ;;
   record | reproduce | compare | history) set_up; exec "$python" records/report.py "$@" ;;
+  ablate) set_up; shift; exec "$python" records/ablate.py "$@" ;;
   check) set_up; shift; exec "$python" records/check.py "$@" ;;
   eval) set_up; shift; exec "$python" records/hellaswag.py "$@" ;;
   generate) set_up; shift; exec "$python" records/generate.py "$@" ;;

@@ -1,0 +1,162 @@
+"""Train variants of the script one after the other in one process, which compiles only once:
+`./run.sh ablate FILE [NAME ...] [-- --option value ...]`.
+
+FILE is in TOML, a table a variant: the options that it has more, and texts of the script with what
+takes their place, each of which must occur there once.
+
+    [hotter]
+    options = ["--muon_lr", "0.03"]
+    [no_offset]
+    replace = [["value, fp8, is_long,", "value, fp8, False,"]]
+
+"base" is the script as it is, hotter+no_offset has the changes of both. Without names base and then
+all of FILE are trained, with what stands behind -- in every run. Every variant is tried on before
+the first is trained; one that fails is reported and the next one begins. A line a variant goes to
+the screen and to logs/ablate/<FILE>.txt, its script is kept beside that as <NAME>.py.
+"""
+
+import argparse
+import gc
+import importlib.util
+import itertools
+import statistics
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("logs/ablate")
+SPANS = (0.2, 0.33), (0.5, 0.66), (0.7, 0.85), (0.92, 1.0)  # of the steps, in a row's mean losses
+
+
+class AblateError(Exception):
+    """Something the user can mend. The message names the file or variant and the remedy."""
+
+
+@dataclass
+class Variant:
+    """Changes of the script."""
+
+    options: list[str] = field(default_factory=list)
+    replace: list[list[str]] = field(default_factory=list)
+
+
+def read_variants(path: Path) -> dict[str, Variant]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AblateError(f"{path}: cannot be read as TOML: {error}") from None
+    variants = {"base": Variant()}
+    for name, fields in tables.items():
+        if name == "base" or "+" in name or not isinstance(fields, dict):
+            raise AblateError(f"{path}: {name!r}: call a table of options and replace otherwise")
+        unknown = fields.keys() - {"options", "replace"}
+        if unknown:
+            raise AblateError(f"{path}: [{name}] has {', '.join(unknown)}, not options or replace")
+        variants[name] = Variant(**fields)
+    return variants
+
+
+def make(script: Path, name: str, variants: dict[str, Variant], options: list[str], out: Path):
+    """The script with these changes as a module, and its config."""
+    text, options = script.read_text(encoding="utf-8"), list(options)
+    for part in name.split("+"):
+        if part not in variants:
+            raise AblateError(f"{part}: no such variant: there are {', '.join(variants)}")
+        for old, new in variants[part].replace:
+            if text.count(old) != 1:
+                found = f"{old!r} occurs {text.count(old)} times in {script}"
+                raise AblateError(f"[{part}]: {found}: replace takes what occurs once")
+            text = text.replace(old, new)
+        options += variants[part].options
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"variant_{name}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 (whatever the change does)
+        raise AblateError(f"[{name}]: {type(error).__name__} on import: {error}") from None
+    try:
+        config = module.parse_args(options)
+        module.check_config(config, 1)
+    except SystemExit:
+        raise AblateError(f"[{name}]: these options cannot be read, as said above") from None
+    except module.UserError as error:
+        raise AblateError(f"[{name}]: {error}") from None
+    return module, config
+
+
+def summary(module: ModuleType, config, data: dict) -> str:
+    """What a run came to: step:loss@time of every validation; the training loss in four spans;
+    median ms a step of each row of the stages; preparation and memory."""
+    schedule, steps, end = module.Schedule(config), data["steps"], data["summary"]
+    scores = [(row["step"], row["val_loss"], row["train_time_s"]) for row in data["validations"]]
+    text = " ".join(f"{step}:{loss:.4f}@{seconds:.2f}s" for step, loss, seconds in scores)
+    spans = [(int(a * len(steps)), int(b * len(steps))) for a, b in SPANS]
+    spans = (steps[a : max(a + 1, b)] for a, b in spans)
+    losses = (statistics.fmean(row["train_loss"] for row in span) for span in spans)
+    stages = itertools.groupby(steps, key=lambda row: schedule.stage(row["step"] - 1))
+    ms = (statistics.median(row["step_ms"] for row in rows) for _, rows in stages)
+    text += " | train " + " ".join(f"{loss:.4f}" for loss in losses)
+    text += " | " + "/".join(f"{number:.1f}" for number in ms) + " ms"
+    return f"{text} | prep {end['preparation_s']:.0f} s, {end['peak_memory_gib']:.1f} GiB"
+
+
+def run(module: ModuleType, config) -> str:
+    """Train; gives the summary, or what went wrong."""
+    try:
+        runtime = module.start_runtime(config, None)
+        module.train(config, runtime)
+        return summary(module, config, runtime.log.data)
+    except Exception as error:  # noqa: BLE001 (of one variant; the next may do better)
+        return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        prog="./run.sh ablate", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", metavar="SCRIPT")
+    args, options = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    try:
+        variants = read_variants(args.file)
+        names = args.names or list(variants)
+        made = [make(args.script, name, variants, options, OUT) for name in names]
+    except AblateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    failures, width = 0, max(map(len, names))
+    table = OUT / f"{args.file.stem}.txt"
+    for name in names:
+        line = run(*made.pop(0))  # so that nothing of it stays
+        gc.collect()
+        failures += line.startswith("failed")
+        line = f"{name:{width}} {line}"
+        print(line, flush=True)
+        with table.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if torch.cuda.is_available():
+            try:
+                torch._dynamo.reset()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            except RuntimeError:
+                print("error: the GPU takes no more work of this process", file=sys.stderr)
+                return 1
+    print(f"{len(names)} variants, {failures} failed; {table} keeps the lines")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""records/ablate.py on a script of a few lines, and once on the real one."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_train import OPTIONS, write_data
+
+spec = importlib.util.spec_from_file_location("ablate", ROOT / "records" / "ablate.py")
+ablate = sys.modules["ablate"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ablate)
+
+SCRIPT = """
+import types
+
+START = 4.0
+
+
+class UserError(Exception):
+    pass
+
+
+def parse_args(options):
+    if "--none" in options:
+        raise SystemExit(2)
+    return types.SimpleNamespace(lr=float(options[-1]) if options else 1.0)
+
+
+def check_config(config, world_size):
+    if config.lr < 0:
+        raise UserError("--lr must be positive")
+
+
+class Schedule:
+    def __init__(self, config):
+        pass
+
+    def stage(self, step):
+        return step // 2
+
+
+def start_runtime(config, store):
+    return types.SimpleNamespace(log=types.SimpleNamespace(data={}))
+
+
+def train(config, runtime):
+    if config.lr > 5:
+        raise ValueError(f"the loss at {config.lr} is nan\\nmore")
+    losses = [START - config.lr * step / 4 for step in range(4)]
+    rows = [
+        {"step": step + 1, "train_loss": loss, "step_ms": 10.0 * (step // 2 + 1)}
+        for step, loss in enumerate(losses)
+    ]
+    score = {"step": 4, "val_loss": losses[-1], "train_time_s": 1.5}
+    end = {"preparation_s": 2.4, "peak_memory_gib": 1.0}
+    runtime.log.data |= {"steps": rows, "validations": [score], "summary": end}
+"""
+VARIANTS = """
+[slow]
+options = ["--lr", "0.5"]
+[low]
+replace = [["START = 4.0", "START = 3.0"]]
+[wild]
+options = ["--lr", "9"]
+[negative]
+options = ["--lr", "-1"]
+[unread]
+options = ["--none", "0"]
+[twice]
+replace = [["lr", "rate"]]
+[broken]
+replace = [["import types", "import no_such_module"]]
+"""
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """The tool on SCRIPT and VARIANTS; gives what was printed, errors if it is to fail."""
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text(SCRIPT, encoding="utf-8")
+    Path("variants.toml").write_text(VARIANTS, encoding="utf-8")
+
+    def run(*arguments: object, code: int = 0) -> str:
+        found = ablate.main(["--script", "script.py", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert found == code, out + err
+        return err or out
+
+    return run
+
+
+def test_variants_are_trained_in_turn(call):
+    """Base, an option, a text, both, and one that fails, behind which the next one runs."""
+    printed = call("variants.toml", "base", "slow", "low", "wild", "slow+low", code=1)
+    end = "| 10.0/20.0 ms | prep 2 s, 1.0 GiB"
+    assert printed.splitlines() == [
+        f"base     4:3.2500@1.50s | train 4.0000 3.5000 3.5000 3.2500 {end}",
+        f"slow     4:3.6250@1.50s | train 4.0000 3.7500 3.7500 3.6250 {end}",
+        f"low      4:2.2500@1.50s | train 3.0000 2.5000 2.5000 2.2500 {end}",
+        "wild     failed: ValueError: the loss at 9.0 is nan",
+        f"slow+low 4:2.6250@1.50s | train 3.0000 2.7500 2.7500 2.6250 {end}",
+        "5 variants, 1 failed; logs/ablate/variants.txt keeps the lines",
+    ]
+    kept = Path("logs/ablate/variants.txt").read_text()
+    assert kept.splitlines() == printed.splitlines()[:-1]
+    assert Path("logs/ablate/low.py").read_text() == SCRIPT.replace("4.0", "3.0")
+
+
+def test_options_behind_the_dashes_are_of_every_run(call):
+    printed = call("variants.toml", "base", "low", "base", "--", "--lr", "2").splitlines()
+    scores = ["4:2.5000@1.50s", "4:1.5000@1.50s", "4:2.5000@1.50s"]
+    assert [line.split()[1] for line in printed[:3]] == scores
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["base", "hot"], "hot: no such variant: there are base, slow, low"),
+        (["negative"], "[negative]: --lr must be positive"),
+        (["unread"], "[unread]: these options cannot be read"),
+        (["twice"], "[twice]: 'lr' occurs"),
+        (["broken"], "[broken]: ModuleNotFoundError on import"),
+        (["base", "low+low"], "occurs 0 times"),
+    ],
+)
+def test_nothing_is_trained_when_a_variant_cannot_be(call, names, message):
+    assert message in call("variants.toml", *names, code=1)
+    assert not Path("logs/ablate/variants.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read as TOML"),
+        ("[slow", "cannot be read as TOML"),
+        ("[base]", "'base'"),
+        ('["a+b"]', "'a+b'"),
+        ("slow = 1", "'slow'"),
+        ("[slow]\nlr = 1", "[slow] has lr, not options or replace"),
+    ],
+)
+def test_broken_file_is_named(call, text, message):
+    if text is not None:
+        Path("broken.toml").write_text(text, encoding="utf-8")
+    error = call("broken.toml", code=1)
+    assert error.startswith("error: broken.toml: ") and message in error
+
+
+def test_variants_of_the_real_script(tmp_path, monkeypatch, capsys):
+    """A change of the text and one of an option reach the training; the script is not touched."""
+    monkeypatch.chdir(tmp_path)
+    data = write_data(tmp_path)
+    options = OPTIONS | {
+        "train_files": data / "train_*.bin",
+        "val_file": data / "val.bin",
+        "prefix_file": data / "prefixes.npy",
+        "log_dir": "logs",
+        "val_every": 0,
+    }
+    Path("two.toml").write_text(
+        """[flat]
+options = ["--lr_end", "1"]
+[silent]
+replace = [["streams[\\"first\\"] = x", "streams[\\"first\\"] = x = x.detach()"]]
+"""
+    )
+    command = ["two.toml", "base", "flat", "silent", "--"]
+    assert ablate.main([*command, *(f"--{name}={value}" for name, value in options.items())]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| train" in line]
+    assert len({line.split()[1].split("@")[0] for line in lines}) == 3
