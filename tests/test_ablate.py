@@ -170,3 +170,14 @@ replace = [["streams[\\"first\\"] = x", "streams[\\"first\\"] = x = x.detach()"]
     assert ablate.main([*command, *(f"--{name}={value}" for name, value in options.items())]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "| train" in line]
     assert len({line.split()[1].split("@")[0] for line in lines}) == 3
+
+
+def test_variants_that_are_kept_are_of_this_script(tmp_path):
+    """Each changes the text or an option, and gives a config that can be run."""
+    variants = ablate.read_variants(ROOT / "records" / "variants.toml")
+    script, options = ROOT / "train_gpt.py", ["--preset", "speedrun"]
+    base = ablate.make(script, "base", variants, options, tmp_path)[1]
+    for name in variants.keys() - {"base"}:
+        config = ablate.make(script, name, variants, options, tmp_path)[1]
+        changed = (tmp_path / f"{name}.py").read_text() != script.read_text()
+        assert changed or vars(config) != vars(base), name
