@@ -177,7 +177,7 @@ def test_variants_that_are_kept_are_of_this_script(tmp_path):
     variants = ablate.read_variants(ROOT / "records" / "variants.toml")
     script, options = ROOT / "train_gpt.py", ["--preset", "speedrun"]
     base = ablate.make(script, "base", variants, options, tmp_path)[1]
-    for name in variants.keys() - {"base"}:
+    for name in [*variants][1:]:
         config = ablate.make(script, name, variants, options, tmp_path)[1]
         changed = (tmp_path / f"{name}.py").read_text() != script.read_text()
         assert changed or vars(config) != vars(base), name
