@@ -743,7 +743,8 @@ def _combine_kernel(
         scale = tl.rsqrt(squares / dim + EPS)
         if unit is not None:
             scale /= tl.load(unit)
-        for start in range(0, dim, COLUMNS):  # each thread reads what it has stored above
+        tl.debug_barrier()  # the stream is read as other threads may have stored it
+        for start in range(0, dim, COLUMNS):
             column = start + tl.arange(0, COLUMNS)[None, :]
             inside = real & (column < dim)
             tile = tl.load(stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
