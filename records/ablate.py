@@ -45,6 +45,12 @@ class Variant:
     replace: list[list[str]] = field(default_factory=list)
 
 
+def are_texts(value: object, count: int | None = None) -> bool:
+    """Whether it is a list of texts, of this many if any number is given."""
+    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return texts and count in (None, len(value))
+
+
 def read_variants(path: Path) -> dict[str, Variant]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -57,11 +63,17 @@ def read_variants(path: Path) -> dict[str, Variant]:
         unknown = fields.keys() - {"options", "replace"}
         if unknown:
             raise AblateError(f"{path}: [{name}] has {', '.join(unknown)}, not options or replace")
-        variants[name] = Variant(**fields)
+        variant = variants[name] = Variant(**fields)
+        pairs = variant.replace if isinstance(variant.replace, list) else [None]
+        if not are_texts(variant.options) or not all(are_texts(pair, 2) for pair in pairs):
+            form = 'options = ["--name", "value"], replace = [["old", "new"]]'
+            raise AblateError(f"{path}: [{name}] is not of the form {form}")
     return variants
 
 
-def make(script: Path, name: str, variants: dict[str, Variant], options: list[str], out: Path):
+def make(
+    script: Path, name: str, variants: dict[str, Variant], options: list[str], out: Path
+) -> tuple[ModuleType, object]:
     """The script with these changes as a module, and its config."""
     text, options = script.read_text(encoding="utf-8"), list(options)
     for part in name.split("+"):
@@ -92,7 +104,7 @@ def make(script: Path, name: str, variants: dict[str, Variant], options: list[st
     return module, config
 
 
-def summary(module: ModuleType, config, data: dict) -> str:
+def summary(module: ModuleType, config: object, data: dict) -> str:
     """What a run came to: step:loss@time of every validation; the training loss in four spans;
     median ms a step of each row of the stages; preparation and memory."""
     schedule, steps, end = module.Schedule(config), data["steps"], data["summary"]
@@ -108,14 +120,14 @@ def summary(module: ModuleType, config, data: dict) -> str:
     return f"{text} | prep {end['preparation_s']:.0f} s, {end['peak_memory_gib']:.1f} GiB"
 
 
-def run(module: ModuleType, config) -> str:
+def run(module: ModuleType, config: object) -> str:
     """Train; gives the summary, or what went wrong."""
     try:
         runtime = module.start_runtime(config, None)
         module.train(config, runtime)
         return summary(module, config, runtime.log.data)
     except Exception as error:  # noqa: BLE001 (of one variant; the next may do better)
-        return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -139,6 +139,10 @@ def test_nothing_is_trained_when_a_variant_cannot_be(call, names, message):
         ('["a+b"]', "'a+b'"),
         ("slow = 1", "'slow'"),
         ("[slow]\nlr = 1", "[slow] has lr, not options or replace"),
+        ('[slow]\noptions = "--lr 1"', "[slow] is not of the form"),
+        ("[slow]\noptions = [1]", "[slow] is not of the form"),
+        ('[slow]\nreplace = ["a", "b"]', "[slow] is not of the form"),
+        ('[slow]\nreplace = [["a"]]', "[slow] is not of the form"),
     ],
 )
 def test_broken_file_is_named(call, text, message):
