@@ -143,6 +143,7 @@ def test_nothing_is_trained_when_a_variant_cannot_be(call, names, message):
         ("[slow]\noptions = [1]", "[slow] is not of the form"),
         ('[slow]\nreplace = ["a", "b"]', "[slow] is not of the form"),
         ('[slow]\nreplace = [["a"]]', "[slow] is not of the form"),
+        ("[slow]\nreplace = 5", "[slow] is not of the form"),
     ],
 )
 def test_broken_file_is_named(call, text, message):
