@@ -541,9 +541,11 @@ class Fp8(NamedTuple):
         return Fp8(self.columns, self.rows, self.unit)
 
 
-def fp8_like(x: Tensor, unit: Tensor) -> Fp8:
-    """Room for x."""
-    return Fp8(x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.mT.shape, dtype=E4M3), unit)
+def fp8_empty(shape: Sequence[int], unit: Tensor, dtype: torch.dtype | None = None) -> Fp8:
+    """Room for a matrix, or a batch of them with a unit each, in e4m3 unless it says otherwise."""
+    *batch, rows, columns = shape
+    shapes = shape, (*batch, columns, rows)
+    return Fp8(*(unit.new_empty(shape, dtype=dtype or E4M3) for shape in shapes), unit)
 
 
 def fp8_product(a: Fp8, b: Fp8) -> Tensor:
@@ -632,8 +634,10 @@ class Fp8Copies:
             return torch.full((*shape, 4), value, device=head.device)
 
         banks = mlp_bank[: 2 * num_layers], attention_bank[: len(attention_layers), :rows]
-        self.banks = [(bank.detach(), fp8_like(bank, unit(1.0, len(bank)))) for bank in banks]
-        self.head_copy = fp8_like(self.head_weight, unit(1.6 / 448))
+        self.banks = [
+            (bank.detach(), fp8_empty(bank.shape, unit(1.0, len(bank)))) for bank in banks
+        ]
+        self.head_copy = fp8_empty(self.head_weight.shape, unit(1.6 / 448))
         self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
         # The others' units follow from the largest in the step before, with room to grow: of each
         # layer's squares, gradients of its result, of what is in front of relu and of QKV.
@@ -661,10 +665,6 @@ class Fp8Copies:
         largest = self.largest[:, :, None]
         self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
         self.largest.zero_()
-
-    def stream(self, x: Tensor) -> Fp8:
-        """Room for the norm of a stream like x."""
-        return fp8_like(x, self.unit_x)
 
     def qkv(self, layer: int, x: Fp8) -> QkvFp8:
         """For this layer, given a copy of the stream."""
@@ -876,10 +876,10 @@ def attention(
     if backend == "flash-attn-4":
         from flash_attn.cute import flash_attn_varlen_func
 
-        how = {"softmax_scale": scale, "causal": True, "window_size": (window, 0)}
-        how |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-        how |= {"max_seqlen_q": max_seq_len, "max_seqlen_k": max_seq_len}
-        return flash_attn_varlen_func(q, k, v, **how)[0]
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seq_len,
+            max_seqlen_k=max_seq_len, softmax_scale=scale, causal=True, window_size=(window, 0),
+        )[0]  # fmt: skip
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -1074,7 +1074,7 @@ class PrepareQkv(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (qkv, cos, sin), fp8 = ctx.saved_tensors, ctx.fp8
         num_tokens, heads, head_dim = grads[0].shape
-        dqkv = fp8_like(qkv, fp8.unit_grad)
+        dqkv = fp8_empty(qkv.shape, fp8.unit_grad)
         # a row of a transposed tile is two sectors of memory
         _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 64)](
             *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, heads, head_dim,
@@ -1141,8 +1141,7 @@ def mlp_product(a: Fp8, b: Fp8, unit: Tensor, largest: Tensor, square: Fp8 | Non
     """relu(a bᵀ)² or, given that square, its gradient a bᵀ·2·sqrt(square), in fp8 with this unit;
     raises largest (1,) to its largest. a, b: rows of `inner`."""
     (rows, inner), columns = a.rows.shape, len(b.rows)
-    shapes = (rows, columns), (columns, rows)
-    out = Fp8(*(a.rows.new_empty(shape) for shape in shapes), unit)
+    out = fp8_empty((rows, columns), unit)
     tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.rows.element_size()
     programs = min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
     describe = TensorDescriptor.from_tensor
@@ -1167,7 +1166,7 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         fp8, square = ctx.fp8, ctx.square
-        grad = quantize(grad, fp8_like(grad, fp8.unit_grad), fp8.largest[1:2])
+        grad = quantize(grad, fp8_empty(grad.shape, fp8.unit_grad), fp8.largest[1:2])
         hidden = mlp_product(grad, fp8.w_2, fp8.unit_hidden, fp8.largest[2:], square)
         d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, fp8.x.T)
         return d_x, d_w_1, fp8_product(square.T, grad.T), None
@@ -1306,10 +1305,9 @@ class HeadLoss(torch.autograd.Function):
         offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (num_rows, terms), vocab, device = targets.shape, len(head), x.device
-        shapes = (num_rows, vocab), (vocab, num_rows)
-        slope = Fp8(*(x.new_empty(shape, dtype=E5M2) for shape in shapes), fp8.unit_grad)
+        slope = fp8_empty((num_rows, vocab), fp8.unit_grad, E5M2)
         losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
-        x8 = quantize(x, fp8_like(x, fp8.unit_x))
+        x8 = quantize(x, fp8_empty(x.shape, fp8.unit_x))
         logits = fp8_product(x8, fp8.weight)
         _lse_kernel[(num_rows,)](
             logits, offsets, lse, vocab, APPROXIMATE=x.is_cuda, BLOCK=2048, num_warps=8
@@ -1854,7 +1852,7 @@ class GPT(nn.Module):
             """combine of terms, a source and its coefficient each, and of shares of streams, with
             the norm in fp8; later sums read the sources that it gives"""
             sources = [*terms[::2], *(streams[name] for name in shares)]
-            copy = fp8.stream(sources[0]) if fp8 and norm else None
+            copy = fp8_empty(sources[0].shape, fp8.unit_x) if fp8 and norm else None
             x, normed, *again = combine(sources, [*terms[1::2], *shares.values()], norm, copy)
             again = dict(zip(map(id, sources), again))
             streams.update((name, again.get(id(old), old)) for name, old in streams.items())
@@ -2119,7 +2117,8 @@ class ParamState:
             self.step_scales.append(step_scale.to(param.device))
 
     def tensors(self) -> list[Tensor]:
-        return [self.weights, self.mean, *self.mean_squares]
+        own = [] if self.copy is None else [self.weights]  # else they are the parameter's
+        return [*own, self.mean, *self.mean_squares]
 
 
 class Optimizer:
@@ -2184,7 +2183,6 @@ class Optimizer:
 
         return finish
 
-    @torch.no_grad()
     def _update(
         self, state: ParamState, grad: Tensor, step: int, lr_scale: float, momentum: float
     ) -> None:
@@ -2392,7 +2390,7 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
     kind, count = (table.dtype, table.ndim), table.size
-    fits = kind == (np.int32, 1) and 0 < count <= len(padded) and -1 <= table.min()
+    fits = kind == (np.int32, 1) and 0 < count <= len(padded) and IGNORED_TARGET <= table.min()
     require(
         fits and table.max() < count,
         f"--prefix_file {path}: not int32 token ids, for {len(padded)} tokens at most: {remedy}",

@@ -127,7 +127,8 @@ def run(module: ModuleType, config: object) -> str:
         module.train(config, runtime)
         return summary(module, config, runtime.log.data)
     except Exception as error:  # noqa: BLE001 (of one variant; the next may do better)
-        return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        message = str(error).strip().partition("\n")[0]
+        return f"failed: {type(error).__name__}: {message}"
 
 
 def main(arguments: list[str] | None = None) -> int:

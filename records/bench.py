@@ -248,7 +248,7 @@ class Row:
         unit = torch.full((4,), 28 / 448, device=self.device)
 
         def call(op, *x):
-            stream, normed, *sources = op(x[:4], x[4:], True, train_gpt.fp8_like(x[0], unit))
+            stream, normed, *sources = op(x[:4], x[4:], True, train_gpt.fp8_empty(x[0].shape, unit))
             return stream, normed, *sources[2:]  # as in a layer, two are read again
 
         moved = {"forward": 6 * self.stream, "backward": 12 * self.stream}
@@ -260,7 +260,8 @@ class Row:
         inputs, value = [self.wide(), w_qkv], [self.wide()]
         bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
         copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-        fp8 = copies.qkv(0, train_gpt.quantize(inputs[0], copies.stream(inputs[0])))
+        room = train_gpt.fp8_empty(inputs[0].shape, copies.unit_x)
+        fp8 = copies.qkv(0, train_gpt.quantize(inputs[0], room))
         forward = [(1, self.T, 3 * DIM, DIM)]
         backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
         needs = {"forward": Need(products=forward, dtype=E4M3)}
@@ -303,7 +304,8 @@ class Row:
         forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
         backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
         copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
-        fp8 = copies.mlp(0, train_gpt.quantize(inputs[0], copies.stream(inputs[0])))
+        room = train_gpt.fp8_empty(inputs[0].shape, copies.unit_x)
+        fp8 = copies.mlp(0, train_gpt.quantize(inputs[0], room))
         needs = {"forward": Need(products=forward, dtype=E4M3)}
         needs["backward"] = Need(products=backward, dtype=E4M3)
         yield Case("mlp", inputs, lambda op, *x: op(*x, self.own(fp8)), **needs)
@@ -329,7 +331,7 @@ class Row:
         inputs = [self.wide(), torch.full((4,), 28 / 448, device=self.device)]
 
         def call(op, x, unit):
-            return op(x, train_gpt.fp8_like(x, unit))
+            return op(x, train_gpt.fp8_empty(x.shape, unit))
 
         case = Case("quantize", inputs, call, forward=2 * self.stream)
         case.twin = plain_quantize

@@ -1,16 +1,14 @@
 """records/ablate.py on a script of a few lines, and once on the real one."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_train import OPTIONS, write_data
+from test_train import command, write_data
 
-spec = importlib.util.spec_from_file_location("ablate", ROOT / "records" / "ablate.py")
-ablate = sys.modules["ablate"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ablate)
+sys.path.insert(0, str(ROOT / "records"))
+import ablate
 
 SCRIPT = """
 import types
@@ -156,14 +154,7 @@ def test_broken_file_is_named(call, text, message):
 def test_variants_of_the_real_script(tmp_path, monkeypatch, capsys):
     """A change of the text and one of an option reach the training; the script is not touched."""
     monkeypatch.chdir(tmp_path)
-    data = write_data(tmp_path)
-    options = OPTIONS | {
-        "train_files": data / "train_*.bin",
-        "val_file": data / "val.bin",
-        "prefix_file": data / "prefixes.npy",
-        "log_dir": "logs",
-        "val_every": 0,
-    }
+    options = command(write_data(tmp_path), 1, val_every=0)[2:]
     Path("two.toml").write_text(
         """[flat]
 options = ["--lr_end", "1"]
@@ -171,8 +162,7 @@ options = ["--lr_end", "1"]
 replace = [["streams[\\"first\\"] = x", "streams[\\"first\\"] = x = x.detach()"]]
 """
     )
-    command = ["two.toml", "base", "flat", "silent", "--"]
-    assert ablate.main([*command, *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert ablate.main(["two.toml", "base", "flat", "silent", "--", *options]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "| train" in line]
     assert len({line.split()[1].split("@")[0] for line in lines}) == 3
 

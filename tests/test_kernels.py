@@ -25,7 +25,7 @@ from train_gpt import (
     Windows,
     add_rows_,
     document_starts,
-    fp8_like,
+    fp8_empty,
     fp8_product,
     mlp_product,
     quantize,
@@ -164,7 +164,7 @@ def test_norm_of_a_sum_in_fp8(monkeypatch, tokens, dim, terms):
         fp32_for_fp8(monkeypatch)
     sources, *_ = inputs = combine_inputs(tokens, dim, terms, True)
     unit, grads = unit_of(28 / 448), [random(tokens, dim) for _ in range(2)]
-    copy, results = fp8_like(sources[0], unit), []
+    copy, results = fp8_empty(sources[0].shape, unit), []
     for room in (copy, None):
         results.append(outcome(train_gpt.combine, [*inputs, room], grads, (3,)))
     (stream, normed), (expected, plain) = (outputs for outputs, _ in results)
@@ -357,7 +357,7 @@ def fp32_for_fp8(monkeypatch) -> None:
 
 
 def in_fp8(x: Tensor, unit: Tensor) -> Fp8:
-    return quantize(x, fp8_like(x, unit))
+    return quantize(x, fp8_empty(x.shape, unit))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_quantize(monkeypatch, shape, dtype):
     monkeypatch.setattr(train_gpt, "E4M3", dtype)
     x, units = random(*shape, std=100.0), torch.rand((*shape[:-2], 4), device=DEVICE) + 0.5
     x.view(-1)[0], largest = 3e4, torch.zeros(1, device=DEVICE)
-    out, out_t, _ = copy = quantize(x, fp8_like(x, units), largest)
+    out, out_t, _ = copy = quantize(x, fp8_empty(x.shape, units), largest)
     unit = units[..., :1, None] if len(shape) == 3 else units[0]
     values = x.float() / unit
     if dtype != torch.float32:
