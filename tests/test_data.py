@@ -196,13 +196,13 @@ def test_check_data_counts_before_training(tmp_path):
         check_data(config, [(99, 64)])
 
 
-def test_too_many_documents_in_a_row():
-    """T // min_mean_doc_len + 1 documents fit, one more does not."""
+def test_room_for_documents():
+    """T // min_mean_doc_len + 1 documents leave cu_seqlens as long as it is, one more does not."""
     tokens = np.arange(65, dtype=np.uint16)
-    batch = make_batch(tokens, np.arange(9), 64, min_mean_doc_len=8, pin=False)
-    assert starts_of(batch) == list(range(9))
-    with pytest.raises(UserError, match="10 documents.*set --min_mean_doc_len below 8"):
-        make_batch(tokens, np.arange(10), 64, min_mean_doc_len=8, pin=False)
+    for count in (1, 9, 10):
+        batch = make_batch(tokens, np.arange(count), 64, min_mean_doc_len=8, pin=False)
+        assert starts_of(batch) == list(range(count))
+        assert batch.cu_seqlens[count:].tolist() == [64] * (max(10, count + 1) - count)
     # a start token that is only the last target starts no document of the row
     batch = make_batch(tokens, np.array([0, 64]), 64, min_mean_doc_len=8, pin=False)
     assert starts_of(batch) == [0]

@@ -103,7 +103,8 @@ def make_model(config: Config, device: str = "cuda") -> GPT:
 def make_row(seed: int, starts: list[int]) -> Batch:
     """On the CPU, as the loader makes it."""
     tokens = torch.randint(0, 50256, (1025,), generator=torch.Generator().manual_seed(seed))
-    cu_seqlens = torch.tensor(starts + (64 - len(starts)) * [1024], dtype=torch.int32)
+    padded = starts + max(1, 64 - len(starts)) * [1024]
+    cu_seqlens = torch.tensor(padded, dtype=torch.int32)
     return Batch(tokens[:-1].int(), tokens[1:].long(), cu_seqlens, 512)
 
 
@@ -166,7 +167,8 @@ def test_fp8_is_near_bf16():
 @pytest.mark.parametrize("fp8", [False, True])
 def test_replayed_graph_is_what_it_captured(fp8):
     """For other tokens, documents, loss weights and parameters than those captured; gradients add
-    up; and a kind of row that has no graph is refused."""
+    up; a row of more documents than a graph has room for runs without it, and a kind of row that
+    has no graph is refused."""
     # steps 0 and 1 differ in loss weights alone, step 2 in its windows
     fade = dataclasses.replace(STAGE, share=0.5, second_end=0.0, third_end=0.0, prefix_end=0.75)
     wide = dataclasses.replace(STAGE, share=0.5, window_long=512)
@@ -177,8 +179,10 @@ def test_replayed_graph_is_what_it_captured(fp8):
     assert weights[:2].tolist() == [list(WEIGHTS), [1.0, 0.25, 0.125, 0.5]]
     trainer.capture(ROW, 0)
     rows = ROW, make_row(2, [0, 17, 400, 401, 402, 900]), make_row(3, [0, 512])
+    many = make_row(4, [*range(0, 1024, 14)])
+    assert len(many.cu_seqlens) > len(ROW.cu_seqlens)
     losses = []
-    for row, step in zip(rows, (0, 1, 0)):
+    for row, step in zip((*rows, many), (0, 1, 0, 0)):
         settle(model)
         loss = trainer.compute(to_device(row, weights.device), step, weights[step])
         expected = {"loss": loss.clone(), **gradients(model)}
@@ -193,7 +197,7 @@ def test_replayed_graph_is_what_it_captured(fp8):
         with torch.no_grad():
             model.attention_bank.mul_(1.1)
             model.head.mul_(1.1)
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 4
     other = ROW._replace(max_seq_len=1024)
     for row, step in (other, 0), (ROW, 2):
         with pytest.raises(RuntimeError, match="no graph"):
