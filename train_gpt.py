@@ -73,8 +73,6 @@ class Stage:
     lr: float  # multiplier
     second_start: float  # loss weight of the token after the next one
     second_end: float
-    third_start: float  # and of the one after that
-    third_end: float
     prefix_start: float  # loss weight of the next token's prefix token
     prefix_end: float
     columns: int  # of the vocabulary that a row's training loss is computed on; 0: all
@@ -86,51 +84,50 @@ class Layer:
 
     window: str  # short, long (with the partial key offset), or none: no attention, an MLP alone
     value_table: int | None  # value embedding added to v
-    inputs: bool  # x0, the normed embeddings, and the n-grams enter the stream again
-    skip_from: int | None  # the output of that earlier layer enters in front
+    ngrams: bool  # the n-grams enter the stream again
     attend_from: int | None  # attention reads the output of that earlier layer
 
 
 # fmt: off
 SPEEDRUN_STAGES = (
-    #     share tokens  seq_len  short  long    lr    second      third      prefix      columns
-    Stage(0.20,  65_536,    896,   128,  384, 0.75, 0.5,  0.35, 0.25, 0.1, 0.25, 0.25, 12_288),
-    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.35, 0.25, 0.1,  0.0, 0.25, 0.25, 12_288),
-    Stage(0.25, 196_608,   2048,   384,  896, 1.30, 0.25, 0.0,  0.0,  0.0, 0.25, 0.0,  14_336),
-    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0, 0.0,  0.0,  16_384),
-    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0, 0.0,  0.0,  24_576),
+    #     share tokens  seq_len  short  long    lr    second      prefix      columns
+    Stage(0.20,  65_536,    896,   128,  384, 0.75, 0.5,  0.35, 0.25, 0.25, 12_288),
+    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.35, 0.25, 0.25, 0.25, 12_288),
+    Stage(0.25, 196_608,   2048,   384,  896, 1.30, 0.25, 0.0,  0.25, 0.0,  14_336),
+    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0,  16_384),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0,  24_576),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
-    Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0,  0),
 )
 SPEEDRUN_LAYERS = (
-    #     window   value  inputs  skip_from  attend_from
-    Layer("none",  None,  False,  None,      None),  # 0
-    Layer("short", 0,     False,  None,      None),  # 1
-    Layer("short", 1,     False,  None,      None),  # 2
-    Layer("long",  None,  True,   None,      None),  # 3
-    Layer("none",  None,  False,  None,      None),  # 4
-    Layer("short", None,  False,  None,      None),  # 5
-    Layer("none",  None,  False,  3,         None),  # 6
-    Layer("short", None,  True,   None,      None),  # 7
-    Layer("short", 2,     False,  None,      7),     # 8
-    Layer("short", 3,     False,  None,      7),     # 9
-    Layer("long",  4,     True,   None,      7),     # 10, with the dynamic skips
+    #     window   value  ngrams  attend_from
+    Layer("none",  None,  False,  None),  # 0
+    Layer("short", 0,     False,  None),  # 1
+    Layer("short", 1,     False,  None),  # 2
+    Layer("long",  None,  True,   None),  # 3
+    Layer("none",  None,  False,  None),  # 4
+    Layer("short", None,  False,  None),  # 5
+    Layer("none",  None,  False,  None),  # 6
+    Layer("short", None,  True,   None),  # 7
+    Layer("short", 2,     False,  7),     # 8
+    Layer("short", 3,     False,  7),     # 9
+    Layer("long",  4,     True,   7),     # 10, with the dynamic skips
 )
 TINY_STAGES = (
-    Stage(1 / 2,    1_024,    256,    64,  128, 1.00, 0.2, 0.0,  0.1,  0.0, 0.0,  0.0,  0),
-    Stage(1 / 2,    1_024,    512,   128,  256, 1.00, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    Stage(1 / 2,    1_024,    256,    64,  128, 1.00, 0.2, 0.0,  0.0,  0.0,  0),
+    Stage(1 / 2,    1_024,    512,   128,  256, 1.00, 0.0, 0.0,  0.0,  0.0,  0),
 )
 TINY_EXTENSION = (
-    Stage(1.0,      1_024,    512,   128,  512, 1.00, 0.0, 0.0,  0.0,  0.0, 0.0,  0.0,  0),
+    Stage(1.0,      1_024,    512,   128,  512, 1.00, 0.0, 0.0,  0.0,  0.0,  0),
 )
 TINY_LAYERS = (
-    #     window   value  inputs  skip_from  attend_from
-    Layer("short", 0,     False,  None,      None),  # 0
-    Layer("long",  None,  True,   None,      None),  # 1
-    Layer("none",  None,  False,  0,         None),  # 2
-    Layer("short", None,  True,   None,      None),  # 3
-    Layer("long",  1,     True,   None,      3),     # 4
+    #     window   value  ngrams  attend_from
+    Layer("short", 0,     False,  None),  # 0
+    Layer("long",  None,  True,   None),  # 1
+    Layer("none",  None,  False,  None),  # 2
+    Layer("short", None,  True,   None),  # 3
+    Layer("long",  1,     True,   3),     # 4
 )
 
 # What an MLP makes for the last layer, a coefficient a token each, name: start. "first" is the
@@ -201,7 +198,7 @@ class Config:
     adam_eps: float = 1e-10  # added to the root of Adam's second moment, and of n-grams' Adagrad
     ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a value row is 2.9
     lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
-    lr_end: float = 0.15  # learning rate multiplier at num_steps
+    lr_end: float = 0.25  # learning rate multiplier at num_steps
     # Run
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
@@ -314,27 +311,23 @@ def check_config(config: Config, world_size: int) -> None:
 def check_layers(layers: tuple[Layer, ...]) -> None:
     """The shape that GPT.hidden expects of a plan."""
     require(len(layers) > 0, "--layers has no row: give at least one")
-    last, sources = layers[-1], ("skip_from", "attend_from")
+    last, attended = layers[-1], {row.attend_from for row in layers} - {None}
     for i, row in enumerate(layers):
         require(row.window in ("short", "long", "none"),
                 f"--layers: window {row.window!r} is none of short, long, none")
-        for name in sources:
-            source = getattr(row, name)
-            require(source is None or 0 <= source < i - (name == "skip_from"),
-                    f"--layers: {name} of layer {i} names {source}, no earlier one")
-        bare = not row.inputs and row.value_table is None and row.attend_from is None
+        require(row.attend_from is None or 0 <= row.attend_from < i,
+                f"--layers: attend_from of layer {i} names {row.attend_from}, no earlier one")
+        bare = not row.ngrams and row.value_table is None and row.attend_from is None
         require(row.window != "none" or bare,
                 f"--layers: layer {i} has window none, but what only attention can have: give it a "
                 "window")
     tables = sorted({row.value_table for row in layers} - {None})
     require(len(tables) > 0 and tables == [*range(len(tables))],
             f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
-    for name in sources:
-        count = len({getattr(row, name) for row in layers} - {None})
-        require(count == 1, f"--layers: {name} names {count} layers, not one")
-    complete = last.inputs and last.value_table is not None and last.attend_from is not None
+    require(len(attended) == 1, f"--layers: attend_from names {len(attended)} layers, not one")
+    complete = last.ngrams and last.value_table is not None and last.attend_from is not None
     require(last.window == "long" and complete,
-            "--layers: the last one must be long, with value table, inputs and attend_from")
+            "--layers: the last one must be long, with value table, ngrams and attend_from")
 # fmt: on
 
 
@@ -1699,9 +1692,7 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "project":      SmallParam((layers,),   0.5,      slow,   2.5,  0.0),
         "mlp_residual": SmallParam((layers,),   root,     fast,   5.0,  0.0),
         "mlp_project":  SmallParam((layers,),   1.0,      fast,   1.0,  0.0),
-        "x0":           SmallParam((layers,),   0.0,      slow,   1.0,  0.0),
         "ngrams":       SmallParam((layers,),   0.05,     slow,   1.0,  0.0),
-        "skip":         SmallParam((1,),        0.1,      slow,   1.0,  0.0),
         "attended":     SmallParam((1,),        -0.5,     slow,   1.0,  0.0),
         "gate_w_1":     SmallParam((hidden, config.model_dim), None, slow, 0.25, 1.0),
         "gate_b_1":     SmallParam((hidden,),   0.0,      slow,   0.25, 0.0),
@@ -1841,11 +1832,9 @@ class GPT(nn.Module):
         """The normed residual stream in front of the head, (T, dim)."""
         lookups = self.look_up(batch)
         layers, small, one = self.config.layers, dict(self.small_weights), self.one
-        scalars = "residual", "project", "mlp_residual", "mlp_project", "x0", "ngrams"
-        for name in scalars:  # all of one kind at once: by index each has a gradient of its size
-            small[name] = small[name].unbind()
-        last, skipped = len(layers) - 1, {row.skip_from for row in layers}
-        attended, attended_normed = {row.attend_from for row in layers}, None
+        for name in ("residual", "project", "mlp_residual", "mlp_project", "ngrams"):
+            small[name] = small[name].unbind()  # by index each would have a gradient of its size
+        last, attended, attended_normed = len(layers) - 1, layers[-1].attend_from, None
         streams = {"ngrams": lookups.ngrams}  # that several sums read
 
         def add(shares: dict[str, Tensor], *terms: Tensor, norm: bool = True) -> tuple:
@@ -1858,15 +1847,14 @@ class GPT(nn.Module):
             streams.update((name, again.get(id(old), old)) for name, old in streams.items())
             return x, (normed, copy)
 
-        streams["x0"] = rms_norm(lookups.embedded)
-        x, normed = add({"x0": one, "ngrams": small["ngrams"][0]})
+        x, normed = add({"ngrams": small["ngrams"][0]}, rms_norm(lookups.embedded), one)
         streams["first"] = x
 
         for i, row in enumerate(layers):
             residual, project = small["residual"][i], small["project"][i]
             mlp_residual, mlp_project = small["mlp_residual"][i], small["mlp_project"][i]
             value = None if row.value_table is None else lookups.values[row.value_table]
-            shares = {"x0": small["x0"][i], "ngrams": small["ngrams"][i]} if row.inputs else {}
+            shares = {"ngrams": small["ngrams"][i]} if row.ngrams else {}
             if i == last:
                 own, streams["last"] = self.last_gates(x), x
                 shares = {name: own["value_" + name] for name in ("first", "attend", "last")}
@@ -1883,13 +1871,9 @@ class GPT(nn.Module):
                 x, normed = add(shares, x, residual, y, project)
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
             y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
-            behind = layers[i + 1] if i < last else None
-            shares = {"skip": small["skip"]} if behind and behind.skip_from is not None else {}
-            norm = i in attended or i < last and behind.attend_from is None
-            x, normed = add(shares, x, mlp_residual, y, mlp_project, norm=norm)
-            if i in skipped:
-                streams["skip"] = x
-            if i in attended:
+            norm = i == attended or i < last and layers[i + 1].attend_from is None
+            x, normed = add({}, x, mlp_residual, y, mlp_project, norm=norm)
+            if i == attended:
                 streams["attend"], attended_normed = x, normed
         return combine([x, streams["attend"]], [one, small["attended"]], True)[1]
 
@@ -1920,7 +1904,7 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
         """The loss to train on and the plain next-token loss, both fp32 sums over the row in nats.
 
-        loss_weights, (4,): of the next token, of the two after it, and of the next token's prefix
+        loss_weights, (3,): of the next token, of the one after it, and of the next token's prefix
         token, prefixes[target] (IGNORED_TARGET where there is none). columns: how many of the
         vocabulary estimate the softmax, 0 for all. Without weights, as validation has it, the
         next-token loss alone, in bf16.
@@ -1929,8 +1913,8 @@ class GPT(nn.Module):
             return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
         targets, head, tokens, offsets = batch.targets, self.head, None, None
         with self.aside():
-            later = [F.pad(targets, (0, n), value=IGNORED_TARGET)[n:] for n in (1, 2)]
-            terms = torch.stack([targets, *later, prefixes[targets]], dim=1)
+            second = F.pad(targets[1:], (0, 1), value=IGNORED_TARGET)
+            terms = torch.stack([targets, second, prefixes[targets]], dim=1)
             if columns:
                 tokens, offsets, terms = draw_columns(terms, len(head), columns)
             fp8 = self.fp8.head(tokens) if self.fp8 else None
@@ -2487,12 +2471,12 @@ class Schedule:
         return start + min(up, down, 1.0) * (peak - start)
 
     def loss_weights(self) -> list[list[float]]:
-        """Weights of next, second, third and prefix token for every step, linear in a stage."""
+        """Weights of next, second and prefix token for every step, linear in a stage."""
         rows, begin = [], 0
         stages = (*self.config.stages, *self.config.extension)
         for end, stage in zip([*self.stage_ends, self.total_steps], stages):
-            starts = stage.second_start, stage.third_start, stage.prefix_start
-            stops = stage.second_end, stage.third_end, stage.prefix_end
+            starts = stage.second_start, stage.prefix_start
+            stops = stage.second_end, stage.prefix_end
             for done in ((step - begin) / (end - begin) for step in range(begin, end)):
                 rows.append([1.0] + [a + done * (b - a) for a, b in zip(starts, stops)])
             begin = end
@@ -2928,7 +2912,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
             raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
 
     tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
-    tables += "1/3:131072:896:128:384:1:.5:.5:.25:0:.25:.25:0, a layer short:none:false:none:none"
+    tables += "1/3:131072:896:128:384:1:.5:.5:.25:.25:0, a layer short:none:false:none"
     parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
     preset = "speedrun" if torch.cuda.is_available() else "tiny"
     text = "where the options not given come from"

@@ -28,7 +28,7 @@ from train_gpt import (
 )
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
-LAST = Layer("long", 0, True, 1, 3)
+LAST = Layer("long", 0, True, 3)
 
 
 def other_value(name: str) -> object:
@@ -37,9 +37,9 @@ def other_value(name: str) -> object:
     if kind is bool:
         return not getattr(PRESETS["speedrun"], name)
     if kind == tuple[Layer, ...]:
-        return (LAST, dataclasses.replace(LAST, window="none", skip_from=None, inputs=False))
+        return (LAST, dataclasses.replace(LAST, window="none", ngrams=False))
     if kind == tuple[Stage, ...]:
-        return (Stage(1 / 3, 64, *range(3, 14)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 6), 0))
+        return (Stage(1 / 3, 64, *range(3, 12)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 4), 0))
     if kind == tuple[int, ...]:
         return (2, 3, 7)
     return {int: 12_345, float: 0.1 + 0.2, str: "some where/*, a:b = 50%.bin"}[kind]
@@ -77,32 +77,32 @@ def test_default_preset_follows_the_device(monkeypatch):
 def test_tables_parse():
     arguments = [
         "--stages",
-        "1/3:96:10:8:9:0.5:1:2:3:4:5:6:7, 2/3:192:20:16:18:1e-1:1/2:0:0:0:0:0:0",
+        "1/3:96:10:8:9:0.5:1:2:3:4:5, 2/3:192:20:16:18:1e-1:1/2:0:0:0:0",
     ]
-    arguments += ["--layers", "short:none:TRUE:none:2,long:0:False:11:none"]
+    arguments += ["--layers", "short:none:TRUE:2,long:0:False:none"]
     config = parse_args(arguments)
     assert config.stages == (
-        Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7),
-        Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0),
+        Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 3.0, 4.0, 5),
+        Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0.0, 0.0, 0),
     )
     assert config.layers == (
-        Layer("short", None, True, None, 2),
-        Layer("long", 0, False, 11, None),
+        Layer("short", None, True, 2),
+        Layer("long", 0, False, None),
     )
     assert type(config.stages[0].tokens_per_step) is int
     assert type(config.stages[0].second_start) is float
-    assert type(config.layers[0].inputs) is bool
+    assert type(config.layers[0].ngrams) is bool
     assert type(config.layers[0].attend_from) is int
 
 
 def test_field_names_are_those_of_the_tables():
     """Positions count on the command line, so their order is part of the interface."""
     sizes = ["share", "tokens_per_step", "max_seq_len", "window_short", "window_long", "lr"]
-    weights = ["second_start", "second_end", "third_start", "third_end"]
+    weights = ["second_start", "second_end", "prefix_start", "prefix_end"]
     names = [field.name for field in dataclasses.fields(Stage)]
-    assert names == [*sizes, *weights, "prefix_start", "prefix_end", "columns"]
+    assert names == [*sizes, *weights, "columns"]
     names = [field.name for field in dataclasses.fields(Layer)]
-    assert names == ["window", "value_table", "inputs", "skip_from", "attend_from"]
+    assert names == ["window", "value_table", "ngrams", "attend_from"]
 
 
 def test_scalars_parse():
@@ -155,9 +155,9 @@ def test_help_shows_every_fields_comment(capsys):
         ("--layers short:false:0:false:false:none", "--layers"),
         ("--layers short:false:0:false:false:none:none:none", "--layers"),
         ("--stages 1:2:3:4:5:6", "--stages"),
-        ("--stages 1:2:3:4:5:6:7:8:9:10:11:12:x", "--stages"),
-        ("--stages 1:2.5:3:4:5:6:7:8:9:10:11:12:0", "--stages"),
-        ("--extension 1:16:16:16:16:1:0:0:0:0:0:0:0,", "--extension"),
+        ("--stages 1:2:3:4:5:6:7:8:11:12:x", "--stages"),
+        ("--stages 1:2.5:3:4:5:6:7:8:11:12:0", "--stages"),
+        ("--extension 1:16:16:16:16:1:0:0:0:0:0,", "--extension"),
     ],
 )
 def test_what_cannot_be_read_ends_with_code_2_and_the_options_name(arguments, named, capsys):
@@ -222,19 +222,16 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"layers": layers(3, window="middle")}, "--layers: window 'middle'"),
         ({"layers": layers(4, value_table=2)}, r"--layers: value tables \[0, 2\]"),
         ({"layers": layers(0, value_table=-1)}, r"--layers: value tables \[-1, 1\]"),
-        ({"layers": layers(2, skip_from=2)}, "--layers: skip_from of layer 2 names 2, no"),
-        ({"layers": layers(2, skip_from=1)}, "--layers: skip_from of layer 2 names 1, no"),
-        ({"layers": layers(2, skip_from=-1)}, "--layers: skip_from of layer 2 names -1, no"),
-        ({"layers": layers(2, skip_from=None)}, "--layers: skip_from names 0 layers"),
-        ({"layers": layers(3, skip_from=1)}, "--layers: skip_from names 2 layers"),
+        ({"layers": layers(4, attend_from=-1)}, "--layers: attend_from of layer 4 names -1, no"),
+        ({"layers": layers(4, attend_from=None)}, "--layers: attend_from names 0 layers"),
         ({"layers": layers(4, attend_from=4)}, "--layers: attend_from of layer 4 names 4, no"),
         ({"layers": layers(3, attend_from=1)}, "--layers: attend_from names 2 layers"),
-        ({"layers": layers(2, inputs=True)}, "--layers: layer 2 has window none, but"),
+        ({"layers": layers(2, ngrams=True)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(2, value_table=1)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(2, attend_from=1)}, "--layers: layer 2 has window none, but"),
         ({"layers": layers(0, window="none")}, "--layers: layer 0 has window none, but"),
         ({"layers": layers(4, window="short")}, "--layers: the last one must be long"),
-        ({"layers": layers(4, inputs=False)}, "--layers: the last one must be long"),
+        ({"layers": layers(4, ngrams=False)}, "--layers: the last one must be long"),
         ({"layers": layers(4, value_table=None)}, "--layers: the last one must be long"),
         ({"vocab_size": 50_256}, "--vocab_size 50256 .*start token 50256"),
         ({"dtype": "float16"}, "--dtype 'float16' is not one of bfloat16, float32"),

@@ -73,9 +73,9 @@ def test_backends_agree_with_the_definition(backend, num_tokens, window, max_seq
 
 # The whole model ---------------------------------------------------------------------------------
 
-STAGE = Stage(1.0, 8192, 512, 128, 256, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0)
+STAGE = Stage(1.0, 8192, 512, 128, 256, 1.0, 0.5, 0.5, 0.25, 0.25, 0)
 WINDOWS = Windows(128, 256)
-WEIGHTS = 1.0, 0.5, 0.25, 0.25
+WEIGHTS = 1.0, 0.5, 0.25
 
 
 def make_config(**changes: object) -> Config:
@@ -170,13 +170,13 @@ def test_replayed_graph_is_what_it_captured(fp8):
     up; a row of more documents than a graph has room for runs without it, and a kind of row that
     has no graph is refused."""
     # steps 0 and 1 differ in loss weights alone, step 2 in its windows
-    fade = dataclasses.replace(STAGE, share=0.5, second_end=0.0, third_end=0.0, prefix_end=0.75)
+    fade = dataclasses.replace(STAGE, share=0.5, second_end=0.0, prefix_end=0.75)
     wide = dataclasses.replace(STAGE, share=0.5, window_long=512)
     model = make_model(make_config(fp8=fp8, num_steps=4, stages=(fade, wide), extension=(wide,)))
     trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
     assert trainer.uses_graphs
     weights = trainer.loss_weights
-    assert weights[:2].tolist() == [list(WEIGHTS), [1.0, 0.25, 0.125, 0.5]]
+    assert weights[:2].tolist() == [list(WEIGHTS), [1.0, 0.25, 0.5]]
     trainer.capture(ROW, 0)
     rows = ROW, make_row(2, [0, 17, 400, 401, 402, 900]), make_row(3, [0, 512])
     many = make_row(4, [*range(0, 1024, 14)])

@@ -147,7 +147,7 @@ def test_gradient_is_the_slope_of_the_loss(runtime):
     config = ngram_config()
     model = empty_model(config, runtime)
     fill(model)
-    trainer, weights = Trainer(model, runtime), torch.tensor([1.0, 0.5, 0.25, 0.25])
+    trainer, weights = Trainer(model, runtime), torch.tensor([1.0, 0.5, 0.25])
     batch, ngrams = few_tokens(4, [20, 44], num_ids=30), model.ngrams
     trainer.micro_step(batch, 0)
     assert ngrams.filled == 128

@@ -235,17 +235,15 @@ def test_small_parameters_start_as_written(runtime):
     """Every slice of the one vector, in its shape."""
     config = tiny_config(**SHRUNK_SPEEDRUN)
     small = small_slices(GPT(config, runtime))
-    scalars = "residual", "project", "mlp_residual", "mlp_project", "x0", "ngrams"
+    scalars = "residual", "project", "mlp_residual", "mlp_project", "ngrams"
     shapes = dict.fromkeys(scalars, (11,))
-    shapes |= {"skip": (1,), "attended": (1,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
+    shapes |= {"attended": (1,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
     shapes |= {"gate_w_2": (13, 8), "gate_b_2": (13,)}
     assert {name: tuple(weights.shape) for name, weights in small.items()} == shapes
     root = math.sqrt(1.1)
     starts = {"residual": root, "mlp_residual": root, "project": 0.5, "mlp_project": 1.0}
     starts |= {
-        "x0": 0.0,
         "ngrams": 0.05,
-        "skip": 0.1,
         "attended": -0.5,
         "gate_b_1": 0.0,
         "gate_w_2": 0.0,
@@ -273,8 +271,8 @@ def test_gates_of_an_untrained_model_are_their_starts_whatever_the_stream(runtim
 
 
 def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
-    """Each from the ones before it: inputs, residual scalings, the skip in front of the layer
-    without attention, the gates of the last layer, and what is added behind it."""
+    """Each from the ones before it: n-grams, residual scalings, the gates of the last layer, and
+    what is added behind it."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls = streams_of(model, batch, monkeypatch)
     out = {name: stream.double() for name, (_, (stream, *_)) in calls.items()}
@@ -289,15 +287,14 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
 
     x0 = rms(model.head[tokens].double())
     close(calls["first"][0][0][0], x0)
-    first, skip, attend = out["first"], out["mlp 0"], out["mlp 3"]
+    first, attend = out["first"], out["mlp 3"]
     check("first", x0 + small["ngrams"][0] * e)
     for i, before in {0: first, 1: out["mlp 0"], 3: out["mlp 2"]}.items():
         x = small["residual"][i] * before + small["project"][i] * layer[f"attention {i}"]
-        inputs = small["x0"][i] * x0 + small["ngrams"][i] * e
-        check(f"attention {i}", x + inputs * (i in (1, 3)))
+        check(f"attention {i}", x + small["ngrams"][i] * e * (i in (1, 3)))
     for i, before in enumerate(("attention 0", "attention 1", "mlp 1", "attention 3")):
         x = small["mlp_residual"][i] * out[before] + small["mlp_project"][i] * layer[f"mlp {i}"]
-        check(f"mlp {i}", x + small["skip"] * skip * (i == 1))
+        check(f"mlp {i}", x)
 
     x = out["mlp 3"]  # entering the last layer, in the tiny plan also what it attends from
     value = own["value"] * values[1] + own["value_first"] * first
@@ -333,12 +330,11 @@ def test_every_scalar_and_gate_changes_the_output(runtime, changes):
     used = {name: {i for i, _ in earlier} for name in ("mlp_residual", "mlp_project")}
     for name in ("residual", "project"):
         used[name] = {i for i, row in earlier if row.window != "none"}
-    used["x0"] = {i for i, row in earlier if row.inputs}
-    used["ngrams"] = {0} | used["x0"]
+    used["ngrams"] = {0} | {i for i, row in earlier if row.ngrams}
     with torch.no_grad():
         before = model.hidden(batch, WINDOWS)
         small = model.unpack_small()
-        for name in (*used, "skip", "attended", "gate_b_2"):
+        for name in (*used, "attended", "gate_b_2"):
             for i in range(len(small[name])):
                 start = small[name][i].item()
                 small[name][i] += 3 if name == "gate_b_2" else 0.5
@@ -358,22 +354,19 @@ def reference_loss(
 ) -> tuple[float, float]:
     """Weighted sum of the terms, and the next-token term, from a loop over the targets."""
     num_tokens, total = len(targets), 0.0
-    terms = [targets, [], [], []]
+    terms = [targets, [], []]
     for t, target in enumerate(targets):
         terms[1].append(targets[t + 1] if t + 1 < num_tokens else -1)
-        terms[2].append(targets[t + 2] if t + 2 < num_tokens else -1)
-        terms[3].append(-1 if target < 0 else prefixes[target])
+        terms[2].append(-1 if target < 0 else prefixes[target])
     losses = [sum(target_losses(model, hidden, term)) for term in terms]
     total = sum(weight * loss for weight, loss in zip(weights, losses))
     assert all(loss > 0 for loss in losses)
     return total, losses[0]
 
 
-@pytest.mark.parametrize(
-    "weights", [[1, 0.5, 0.25, 0.25], [1, 0, 0, 0], [0.3, 0, 2, 0], [0, 0, 0, 1]]
-)
+@pytest.mark.parametrize("weights", [[1, 0.5, 0.25], [1, 0, 0], [0.3, 2, 0], [0, 0, 1]])
 def test_training_loss_term_by_term(runtime, weights):
-    """The row's last targets have no second or third next token, many have no prefix."""
+    """The row's last target has no second next token, many have no prefix."""
     config = tiny_config()
     model = trained_like(config, runtime)
     prefixes = read_prefixes(config, CPU)
@@ -396,7 +389,7 @@ def test_training_loss_term_by_term(runtime, weights):
 def test_forward_gives_both_losses(runtime):
     config = tiny_config()
     model, prefixes = trained_like(config, runtime), read_prefixes(config, CPU)
-    batch, weights = random_batch(2, [40, 24]), [1.0, 0.5, 0.25, 0.25]
+    batch, weights = random_batch(2, [40, 24]), [1.0, 0.5, 0.25]
     loss, next_token = model(batch, WINDOWS, torch.tensor(weights), prefixes)
     hidden = transcribed_hidden(model, batch, *WINDOWS)
     expected = reference_loss(model, hidden, batch.targets.tolist(), weights, prefixes.tolist())
@@ -514,7 +507,7 @@ def test_forward_on_columns_and_its_gradients(runtime):
     """Those of the loss written down in float64 behind the model's hidden states; what the
     gradients hold already stays."""
     config, batch, count = tiny_config(), random_batch(2, [40, 24]), 256
-    weights, prefixes = [1.0, 0.5, 0.25, 0.125], read_prefixes(config, CPU)
+    weights, prefixes = [1.0, 0.5, 0.25], read_prefixes(config, CPU)
     models = [trained_like(config, runtime) for _ in range(2)]
     for model in models:
         for param in model.parameters():
@@ -526,14 +519,14 @@ def test_forward_on_columns_and_its_gradients(runtime):
 
     targets, terms = batch.targets.tolist(), []
     for t, target in enumerate(targets):
-        later = [targets[t + n] if t + n < 64 else -1 for n in (1, 2)]
-        terms.append([target, *later, prefixes[target].item()])
+        second = targets[t + 1] if t + 1 < 64 else -1
+        terms.append([target, second, prefixes[target].item()])
     columns = draw_columns(torch.tensor(terms), 50_304, count)
     head = other.head.detach().double().requires_grad_()
     hidden = other.hidden(batch, WINDOWS).double()
     logits = 23 * torch.sigmoid((hidden @ head.T + 5) / 7.5)
     estimate = (logits[:, columns.tokens].exp() * columns.offsets.double().exp()).sum(1).log()
-    losses = [0.0] * 4
+    losses = [0.0] * 3
     for t, row in enumerate(terms):
         for i, target in enumerate(row):
             losses[i] += estimate[t] - logits[t, target] if target >= 0 else 0.0
@@ -554,7 +547,7 @@ def test_forward_on_columns_and_its_gradients(runtime):
 def test_forward_on_all_columns_is_forward_without(runtime):
     config, batch = tiny_config(), random_batch(2, [40, 24])
     model, prefixes = trained_like(config, runtime), read_prefixes(config, CPU)
-    weights = torch.tensor([1, 0.5, 0.25, 0.25])
+    weights = torch.tensor([1, 0.5, 0.25])
     losses = [model(batch, WINDOWS, weights, prefixes, count) for count in (0, 50_304)]
     for value, expected in zip(*losses):
         assert torch.equal(value, expected)

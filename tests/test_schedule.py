@@ -6,11 +6,11 @@ from conftest import tiny_config
 from train_gpt import PRESETS, Schedule, Stage
 
 A, B, C = (
-    Stage(1 / 3, 128, 32, 8, 16, 1.0, 0.5, 0.5, 0.25, 0.0, 0.25, 0.25, 0),
-    Stage(1 / 3, 256, 48, 12, 24, 1.52, 0.5, 0.1, 0.0, 0.0, 0.25, 0.0, 0),
-    Stage(1 / 3, 384, 64, 16, 32, 1.73, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0),
+    Stage(1 / 3, 128, 32, 8, 16, 1.0, 0.5, 0.5, 0.25, 0.25, 0),
+    Stage(1 / 3, 256, 48, 12, 24, 1.52, 0.5, 0.1, 0.25, 0.0, 0),
+    Stage(1 / 3, 384, 64, 16, 32, 1.73, 0.0, 0.0, 0.0, 0.0, 0),
 )
-LAST = Stage(1.0, 512, 64, 20, 40, 9.0, 0.0, 0.5, 0.0, 0.0, 0.125, 0.125, 0)
+LAST = Stage(1.0, 512, 64, 20, 40, 9.0, 0.0, 0.5, 0.125, 0.125, 0)
 
 
 def schedule(**changes: object) -> Schedule:
@@ -101,39 +101,39 @@ def test_windows_are_those_of_the_stage():
 
 
 def test_loss_weights():
-    """Next, second, third and prefix token: linear from a stage's start towards its end, which
+    """Next, second and prefix token: linear from a stage's start towards its end, which
     belongs to the first step of the next stage."""
     rows = schedule().loss_weights()
     assert len(rows) == 110
     for step in range(110):
         if step < 33:
-            expected = [1.0, 0.5, 0.25 * (1 - step / 33), 0.25]
+            expected = [1.0, 0.5, 0.25]
         elif step < 67:
             done = (step - 33) / 34
-            expected = [1.0, 0.5 - 0.4 * done, 0.0, 0.25 * (1 - done)]
+            expected = [1.0, 0.5 - 0.4 * done, 0.25 * (1 - done)]
         elif step < 100:
-            expected = [1.0, 0.0, 0.0, 0.0]
+            expected = [1.0, 0.0, 0.0]
         else:
-            expected = [1.0, 0.5 * (step - 100) / 10, 0.0, 0.125]
+            expected = [1.0, 0.5 * (step - 100) / 10, 0.125]
         assert rows[step] == pytest.approx(expected, abs=1e-12), step
 
 
 def test_loss_weights_of_the_speedrun():
-    """Three, then two, then one next token; the prefix token in the first three stages."""
+    """Two next tokens, then one; the prefix token in the first three stages."""
     rows = Schedule(PRESETS["speedrun"]).loss_weights()
     assert len(rows) == 1820
-    assert rows[0] == [1.0, 0.5, 0.25, 0.25]
-    assert rows[359] == pytest.approx([1.0, 0.35 + 0.15 / 360, 0.1 + 0.15 / 360, 0.25])
-    assert rows[360] == [1.0, 0.35, 0.1, 0.25]
-    assert rows[809] == pytest.approx([1.0, 0.25 + 0.1 / 450, 0.1 / 450, 0.25])
-    assert rows[810] == [1.0, 0.25, 0.0, 0.25]
-    assert rows[1259] == pytest.approx([1.0, 0.25 / 450, 0.0, 0.25 / 450])
-    assert rows[1260:] == [[1.0, 0.0, 0.0, 0.0]] * 560
+    assert rows[0] == [1.0, 0.5, 0.25]
+    assert rows[359] == pytest.approx([1.0, 0.35 + 0.15 / 360, 0.25])
+    assert rows[360] == [1.0, 0.35, 0.25]
+    assert rows[809] == pytest.approx([1.0, 0.25 + 0.1 / 450, 0.25])
+    assert rows[810] == [1.0, 0.25, 0.25]
+    assert rows[1259] == pytest.approx([1.0, 0.25 / 450, 0.25 / 450])
+    assert rows[1260:] == [[1.0, 0.0, 0.0]] * 560
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
 def test_every_step_has_loss_weights_whatever_the_length(num_steps):
     rows = schedule(num_steps=num_steps, extension_steps=3).loss_weights()
     assert len(rows) == num_steps + 3
-    assert all(len(row) == 4 and row[0] == 1 for row in rows)
-    assert rows[num_steps] == [1.0, 0.0, 0.0, 0.125]
+    assert all(len(row) == 3 and row[0] == 1 for row in rows)
+    assert rows[num_steps] == [1.0, 0.0, 0.125]

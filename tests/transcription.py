@@ -106,7 +106,7 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     ]
 
     x = c0 = x0 + small["ngrams"][0] * e
-    after: list[Tensor] = []  # the stream behind every layer, with what enters in front of the next
+    after: list[Tensor] = []  # the stream behind every layer
     attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
     for i, row in enumerate(config.layers):
         w_1, w_2 = model.mlp_bank[i].double(), model.mlp_bank[last + 1 + i].double()
@@ -137,12 +137,9 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             x = r * x + p * (torch.cat(y, dim=1) @ weights[3 * dim :].T)
             if i == last:
                 x = x + own["first"] * c0 + own["ngrams"] * e
-            elif row.inputs:
-                x = x + small["x0"][i] * x0 + small["ngrams"][i] * e
+            elif row.ngrams:
+                x = x + small["ngrams"][i] * e
         x = r_mlp * x + p_mlp * (torch.relu(rms(x) @ w_1.T) ** 2 @ w_2)
-        if i < last and config.layers[i + 1].skip_from is not None:
-            c_skip = after[config.layers[i + 1].skip_from]
-            x = x + small["skip"] * c_skip
         after.append(x)
 
     return rms(x + small["attended"] * c_attend)
