@@ -1,7 +1,8 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
-Claim:   none on 8 x H100 and FineWeb yet. On 1 x H100 and the proxy corpus: validation loss 3.3675
-         after 445 + 10 steps, 83.7 s, two runs, 2026-11-23, records/ablations/all_455.txt.
+Claim:   none on 8 x H100 and FineWeb yet. On 1 x H100 and the proxy corpus, some changes ago:
+         validation loss 3.3675 after 445 + 10 steps, 83.7 s, two runs, 2026-11-23,
+         records/ablations/all_455.txt.
 Launch:  ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
 Rooms:   1 this claim, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
          7 data, 8 schedule, 9 train and validate, 10 command line. Later rooms call earlier ones.
