@@ -311,9 +311,9 @@ class Row:
         yield Case("mlp", inputs, lambda op, *x: op(*x, self.own(fp8)), **needs)
 
     def head(self) -> Iterator[Case]:
-        targets, weights = self.batch.targets, torch.tensor([1.0, 0.5, 0.25, 0.25])
-        later = [F.pad(targets, (0, n), value=train_gpt.IGNORED_TARGET)[n:] for n in (1, 2)]
-        terms = torch.stack([targets, *later, targets], dim=1), weights.to(self.device)
+        targets, weights = self.batch.targets, torch.tensor([1.0, 0.5, 0.25])
+        second = F.pad(targets[1:], (0, 1), value=train_gpt.IGNORED_TARGET)
+        terms = torch.stack([targets, second, targets], dim=1), weights.to(self.device)
         inputs = [self.wide(), self.random(VOCAB, DIM, std=0.02, grad=True)]
         products = [(1, self.T, VOCAB, DIM), (1, self.T, DIM, VOCAB), (1, VOCAB, DIM, self.T)]
         needs = {"forward": Need(products=products[:1])}
