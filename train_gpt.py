@@ -1,6 +1,6 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
-Claim:   none on 8 x H100 and FineWeb yet. On 1 x H100 and the proxy corpus, some changes ago:
+Claim:   none on 8 x H100 and FineWeb yet. On 1 x H100 and the proxy corpus an earlier version had
          validation loss 3.3675 after 445 + 10 steps, 83.7 s, two runs, 2026-11-23,
          records/ablations/all_455.txt.
 Launch:  ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
