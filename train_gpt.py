@@ -2416,7 +2416,7 @@ def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Itera
         real = len(row) - 1
         row = np.pad(row, (0, size - real), constant_values=START_TOKEN)  # the last one
         starts = np.union1d([0], np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN))
-        batch = make_batch(row, starts, size, min(config.min_mean_doc_len, 32), pin=False)
+        batch = make_batch(row, starts, size, config.min_mean_doc_len, pin=False)
         batch.targets[real:] = IGNORED_TARGET
         yield batch
 

@@ -155,8 +155,8 @@ def test_help_shows_every_fields_comment(capsys):
         ("--layers short:false:0:false:false:none", "--layers"),
         ("--layers short:false:0:false:false:none:none:none", "--layers"),
         ("--stages 1:2:3:4:5:6", "--stages"),
-        ("--stages 1:2:3:4:5:6:7:8:11:12:x", "--stages"),
-        ("--stages 1:2.5:3:4:5:6:7:8:11:12:0", "--stages"),
+        ("--stages 1:2:3:4:5:6:7:8:9:10:x", "--stages"),
+        ("--stages 1:2.5:3:4:5:6:7:8:9:10:0", "--stages"),
         ("--extension 1:16:16:16:16:1:0:0:0:0:0,", "--extension"),
     ],
 )

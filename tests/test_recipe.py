@@ -242,12 +242,7 @@ def test_small_parameters_start_as_written(runtime):
     assert {name: tuple(weights.shape) for name, weights in small.items()} == shapes
     root = math.sqrt(1.1)
     starts = {"residual": root, "mlp_residual": root, "project": 0.5, "mlp_project": 1.0}
-    starts |= {
-        "ngrams": 0.05,
-        "attended": -0.5,
-        "gate_b_1": 0.0,
-        "gate_w_2": 0.0,
-    }
+    starts |= {"ngrams": 0.05, "attended": -0.5, "gate_b_1": 0.0, "gate_w_2": 0.0}
     for name, start in starts.items():
         assert torch.equal(small[name], torch.full_like(small[name], start).float()), name
     assert small["gate_w_1"].std() > 0.05  # checked with the other uniform ones
