@@ -92,9 +92,9 @@ class Layer:
 # fmt: off
 SPEEDRUN_STAGES = (
     #     share tokens  seq_len  short  long    lr    second      prefix      columns
-    Stage(0.20,  65_536,    896,   128,  384, 0.75, 0.5,  0.35, 0.25, 0.25, 12_288),
+    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.5,  0.35, 0.25, 0.25, 12_288),
     Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.35, 0.25, 0.25, 0.25, 12_288),
-    Stage(0.25, 196_608,   2048,   384,  896, 1.30, 0.25, 0.0,  0.25, 0.0,  14_336),
+    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.25, 0.0,  0.25, 0.0,  14_336),
     Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0,  16_384),
     Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0,  24_576),
 )
@@ -135,9 +135,6 @@ TINY_LAYERS = (
 # stream entering layer 0, "attend" the output of the layer in attend_from (7), "last" the stream
 # entering the last layer.
 LAST_LAYER_GATES = {
-    "value_first": 0.0,  # added to the values
-    "value_attend": 0.0,
-    "value_last": 0.0,
     "value": 2.0,  # on the value embedding
     "x_first": 0.0,  # the residual stream before the layer
     "x_attend": 0.0,
@@ -166,6 +163,7 @@ class Config:
     # Model
     layers: tuple[Layer, ...] = SPEEDRUN_LAYERS  # layer plan, rows of the fields of Layer
     model_dim: int = 768  # width of the residual stream
+    num_heads: int = 4  # attention heads
     head_dim: int = 128  # width of an attention head
     mlp_dim: int = 3072  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
@@ -178,7 +176,7 @@ class Config:
     attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
-    num_steps: int = 1800  # scheduled steps; the learning rate reaches its end here
+    num_steps: int = 2040  # scheduled steps; the learning rate reaches its end here
     stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # rows of the fields of Stage
     extension_steps: int = 20  # steps after the scheduled ones, at the final learning rate
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
@@ -210,8 +208,8 @@ class Config:
     checkpoint: str = ""  # file the final weights are written to
 
     @property
-    def num_heads(self) -> int:
-        return self.model_dim // self.head_dim
+    def attention_dim(self) -> int:
+        return self.num_heads * self.head_dim
 
     @property
     def padded_vocab_size(self) -> int:
@@ -232,7 +230,7 @@ PRESETS = {
     "tiny": Config(
         train_files="data/sample/sample_train_*.bin", val_file="data/sample/sample_val_*.bin",
         val_tokens=16_384, repeat_data=True, min_mean_doc_len=8,
-        layers=TINY_LAYERS, model_dim=64, head_dim=16, mlp_dim=256, gate_dim=16,
+        layers=TINY_LAYERS, model_dim=64, num_heads=2, head_dim=16, mlp_dim=256, gate_dim=16,
         ngram_rows=4096, ngram_dim=64, dtype="float32",
         num_steps=80, stages=TINY_STAGES, extension_steps=4, extension=TINY_EXTENSION,
         final_window_long=512, rows_per_step=2, momentum_warmup_steps=25,
@@ -257,8 +255,8 @@ def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for values that cannot work together."""
     c, rows, vocab = config, config.rows_per_step, config.padded_vocab_size
     positive = ("num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
-                "val_row_tokens min_mean_doc_len model_dim head_dim mlp_dim gate_dim ngram_rows "
-                "ngram_dim")
+                "val_row_tokens min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim "
+                "ngram_rows ngram_dim")
     not_negative = "extension_steps stop_step val_every momentum_cooldown_steps ngram_lr"
     for name in positive.split():
         require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
@@ -283,10 +281,9 @@ def check_config(config: Config, world_size: int) -> None:
             require(stage.columns in range(0, vocab + 1, 16),
                     f"{option}: {stage.columns} columns: take 0, for all, or 16, 32, … to {vocab}")
     require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
-    require(c.model_dim % c.head_dim == 0 and c.head_dim % 8 == 0,
-            f"--head_dim {c.head_dim} is no multiple of 8 that divides --model_dim {c.model_dim}")
+    require(c.head_dim % 8 == 0, f"--head_dim {c.head_dim} is no multiple of 8")
     require(c.num_heads % 2 == 0,  # Muon takes query and key heads in pairs
-            f"--model_dim {c.model_dim} holds {c.num_heads} heads: make it an even number of them")
+            f"--num_heads {c.num_heads} must be even")
     check_layers(c.layers)
     for name in ("match_orders", "ngram_orders"):
         orders = getattr(c, name)
@@ -588,7 +585,7 @@ class QkvFp8(NamedTuple):
     """The factors of the QKV product, and what its gradient in fp8 takes."""
 
     x: Fp8  # (T, dim)
-    w: Fp8  # (3 dim, dim)
+    w: Fp8  # (3 attention_dim, dim)
     unit_grad: Tensor  # of the product
     largest: Tensor  # (1,) of this gradient, seen since the last update
 
@@ -614,7 +611,8 @@ class HeadFp8(NamedTuple):
 
 
 class Fp8Copies:
-    """fp8 copies of the MLP bank, of the QKV rows and of the head, made anew after every update."""
+    """fp8 copies of the MLP bank and of the QKV rows, made anew after every update, and of the
+    head's rows for each row of tokens."""
 
     def __init__(
         self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, attention_layers: list[int],
@@ -631,13 +629,12 @@ class Fp8Copies:
         self.banks = [
             (bank.detach(), fp8_empty(bank.shape, unit(1.0, len(bank)))) for bank in banks
         ]
-        self.head_copy = fp8_empty(self.head_weight.shape, unit(1.6 / 448))
         self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
         # The others' units follow from the largest in the step before, with room to grow: of each
         # layer's squares, gradients of its result, of what is in front of relu and of QKV.
         self.units = unit(0.0, num_layers, 4)
         self.largest = torch.zeros(num_layers, 4, device=head.device)
-        self.head_units = unit(100 / 448), unit(0.75 / 448)
+        self.head_units = unit(1.6 / 448), unit(100 / 448), unit(0.75 / 448)
         self.reset()
 
     def reset(self) -> None:
@@ -648,14 +645,12 @@ class Fp8Copies:
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self, head: bool = True) -> None:
-        """Copy the weights as they are now, the head only if it has changed."""
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
         for bank, copy in self.banks:
             largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
             copy.unit.copy_(largest.clamp_min(1e-12)[:, None] / 448)
             quantize(bank, copy)
-        if head:
-            quantize(self.head_weight, self.head_copy)
         largest = self.largest[:, :, None]
         self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
         self.largest.zero_()
@@ -673,11 +668,9 @@ class Fp8Copies:
 
     def head(self, tokens: Tensor | None = None) -> HeadFp8:
         """Of these rows of the head, or of all."""
-        weight = self.head_copy
-        if tokens is not None:
-            rows = weight.rows.view(torch.uint8)[tokens]
-            weight = Fp8(rows.view(E4M3), rows.mT.contiguous().view(E4M3), weight.unit)
-        return HeadFp8(weight, *self.head_units)
+        weight = self.head_weight if tokens is None else self.head_weight[tokens]
+        unit, *others = self.head_units
+        return HeadFp8(quantize(weight, fp8_empty(weight.shape, unit)), *others)
 
 
 # --- Sums of streams ------------------------------------------------------------------------------
@@ -908,10 +901,10 @@ def prepare_qkv(
     key_offset: bool, head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys and values, (T, heads, head_dim), of the normed stream x (T, dim) and the
-    weights w_qkv (3 dim, dim). What follows their product is computed in fp32; results are in x's
-    dtype.
+    weights w_qkv (3 A, dim), where A is heads · head_dim. What follows their product is computed in
+    fp32; results are in x's dtype.
 
-    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, dim), added to the values. With fp8 all
+    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, A), added to the values. With fp8 all
     of it runs in kernels, and the product and those of its gradient in fp8.
     """
     if fp8 is not None:
@@ -1370,6 +1363,7 @@ def draw_columns(targets: Tensor, vocab: int, count: int) -> Columns:
     return Columns(tokens, offsets, F.pad(place, (0, 1), value=IGNORED_TARGET)[targets])
 
 
+@compiled
 def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
     chunks = zip(x.split(4096), targets.split(4096))  # of logits, 0.8 GB
@@ -1598,7 +1592,7 @@ class Lookups(NamedTuple):
     """What the tables hold for a row of tokens."""
 
     embedded: Tensor  # (T, dim)
-    values: list[Tensor]  # (T, dim) of each value table
+    values: Sequence[Tensor]  # (T, attention_dim) of each value table
     ngrams: Tensor  # (T, dim), with the matches
 
 
@@ -1716,7 +1710,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         dim, device, dtype = config.model_dim, runtime.device, getattr(torch, config.dtype)
-        vocab = config.padded_vocab_size
+        vocab, attention_dim = config.padded_vocab_size, config.attention_dim
         self.attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
         self.small_layout = small_params(config)
 
@@ -1726,12 +1720,13 @@ class GPT(nn.Module):
         def bank(entries: int, rows: int) -> nn.Parameter:
             return zeros(round_up(entries, runtime.world_size), rows, dim)
 
-        self.attention_bank = bank(len(self.attention_layers), 4 * dim)  # rows of q, k, v, o
+        # rows of q, k, v and of the transpose of o
+        self.attention_bank = bank(len(self.attention_layers), 4 * attention_dim)
         self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2
         self.head = zeros(vocab, dim)  # and the embedding
         # one table behind the other, the last for the tokens that matches foretell
         num_tables = config.num_value_tables + bool(config.match_orders)
-        self.value_embed = zeros(num_tables * vocab, dim)
+        self.value_embed = zeros(num_tables * vocab, attention_dim)
         matches = None
         if config.match_orders:
             shape = len(config.match_orders), config.match_slots
@@ -1748,7 +1743,7 @@ class GPT(nn.Module):
             param.grad = torch.zeros_like(param)
         halves = leaves(  # of every entry q, k, v and o
             self.attention_bank,
-            lambda bank: [w for e in bank for w in (e[: 3 * dim], e[3 * dim :])],
+            lambda bank: [w for e in bank for w in e.split([3 * attention_dim, attention_dim])],
         )
         pairs = zip(halves[::2], halves[1::2])
         self.attention_weights = dict(zip(self.attention_layers, pairs))
@@ -1810,22 +1805,23 @@ class GPT(nn.Module):
         """Rows of the embedding tables."""
         tokens, orders = batch.tokens, self.config.match_orders
 
-        def read(tables: list[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+        def read(*tables: list[Tensor], rows: Tensor) -> list[tuple[Tensor, ...]]:
             order = None
             if torch.is_grad_enabled():
                 with self.aside():
                     order = sort_rows(rows)
-            return TableRows.apply(rows, order, *tables)
+            return [TableRows.apply(rows, order, *alike) for alike in tables]
 
         tables = self.value_tables[: self.config.num_value_tables]
-        embedded, *values = read([self.head, *tables], tokens)
+        (embedded,), values = read([self.head], tables, rows=tokens)
         ngrams = NgramRows.apply(embedded, tokens, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
             found, order = find_matches(tokens, starts, self.matches, orders)
             which = order[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
             gain = (which.float() @ self.small_weights["match"])[:, None]
-            match = read([self.value_tables[-1]], found)[0]
+            ((match,),) = read(self.value_tables[-1:], rows=found)
+            match = F.pad(match, (0, ngrams.size(1) - match.size(1)))
             ngrams = combine([ngrams, match], [self.one, gain])[0]
         return Lookups(embedded, values, ngrams)
 
@@ -1858,8 +1854,7 @@ class GPT(nn.Module):
             shares = {"ngrams": small["ngrams"][i]} if row.ngrams else {}
             if i == last:
                 own, streams["last"] = self.last_gates(x), x
-                shares = {name: own["value_" + name] for name in ("first", "attend", "last")}
-                value, _ = add(shares, value, own["value"], norm=False)
+                value, _ = add({}, value, own["value"], norm=False)
                 shares = {name: own["x_" + name] for name in ("first", "attend", "last")}
                 x, _ = add(shares, norm=False)
                 shares = {"first": own["first"], "ngrams": own["ngrams"]}
@@ -1891,13 +1886,13 @@ class GPT(nn.Module):
         fp8: QkvFp8 | None,
     ) -> Tensor:  # fmt: skip
         """Attention of layer i to the normed stream (T, dim), with its projections; (T, dim).
-        value (T, dim) is added to the values."""
+        value (T, attention_dim) is added to the values."""
         config, is_long = self.config, self.config.layers[i].window == "long"
         w_qkv, w_o = self.attention_weights[i]
         q, k, v = prepare_qkv(normed, w_qkv, *self.rotary, value, fp8, is_long, config.head_dim)
         lengths = batch.cu_seqlens, batch.max_seq_len, windows.long if is_long else windows.short
         y = attention(q, k, v, *lengths, config.attention_scale, self.backend)
-        return F.linear(y.reshape(normed.shape), w_o)
+        return y.flatten(1) @ w_o
 
     def forward(
         self, batch: Batch, windows: Windows, loss_weights: Tensor | None = None,
@@ -2087,9 +2082,10 @@ class ParamState:
         if group.rule == "adam":
             self.mean_squares = [torch.zeros_like(self.mean)]
             return
-        dim, (entries, height, width) = config.model_dim, self.shard.shape
+        entries, height, width = self.shard.shape
         if group.name == "attention_bank":  # q and k in pairs of heads, v and o whole
-            self.blocks = [(slice(0, 2 * dim), 2 * config.head_dim), (slice(2 * dim, 4 * dim), dim)]
+            half, matrix = height // 2, height // 4
+            self.blocks = [(slice(0, half), 2 * config.head_dim), (slice(half, height), matrix)]
             scales = torch.ones(entries)
         else:  # W_1 as it is, W_2 with twice the step
             self.blocks = [(slice(0, height), height)]
@@ -2148,7 +2144,7 @@ class Optimizer:
         for work in gathers:
             work.wait()
         if self.model.fp8 is not None:
-            self.model.fp8.refresh(any(state.group.name == "head" for state in due))
+            self.model.fp8.refresh()
 
     def _launch_reduction(self, state: ParamState) -> Callable[[], Tensor]:
         """Start to sum a gradient over the ranks. The function returned waits for the sum and gives

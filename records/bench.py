@@ -30,12 +30,13 @@ import train_gpt
 from train_gpt import E4M3, Config, Log, Runtime, Stage
 
 CONFIG = Config()
-DIM, HEADS, HEAD_DIM, HIDDEN = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim, CONFIG.mlp_dim
+DIM, HIDDEN = CONFIG.model_dim, CONFIG.mlp_dim
+HEADS, HEAD_DIM, WIDTH = CONFIG.num_heads, CONFIG.head_dim, CONFIG.attention_dim
 VOCAB, BF16, FP32 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float32
 STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONFIG.stages}
 # NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
 ATTENTIONS = sum(row.window != "none" for row in CONFIG.layers)
-BLOCKS = {"q, k": (ATTENTIONS, DIM // HEAD_DIM, 2 * HEAD_DIM), "v, o": (ATTENTIONS, 2, DIM)}
+BLOCKS = {"q, k": (ATTENTIONS, HEADS, 2 * HEAD_DIM), "v, o": (ATTENTIONS, 2, WIDTH)}
 BLOCKS["mlp"] = 2 * len(CONFIG.layers), 1, HIDDEN
 
 
@@ -256,14 +257,14 @@ class Row:
 
     def prepare_qkv(self) -> Iterator[Case]:
         tables = train_gpt.rotary_tables(HEAD_DIM, self.T, self.device)
-        w_qkv = self.random(3 * DIM, DIM, std=0.02, grad=True)
-        inputs, value = [self.wide(), w_qkv], [self.wide()]
-        bank = torch.cat([w_qkv, w_qkv[:DIM]]).detach()[None]  # rows of O behind
+        w_qkv = self.random(3 * WIDTH, DIM, std=0.02, grad=True)
+        inputs, value = [self.wide(), w_qkv], [self.wide(WIDTH)]
+        bank = torch.cat([w_qkv, w_qkv[:WIDTH]]).detach()[None]  # rows of O behind
         copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
         room = train_gpt.fp8_empty(inputs[0].shape, copies.unit_x)
         fp8 = copies.qkv(0, train_gpt.quantize(inputs[0], room))
-        forward = [(1, self.T, 3 * DIM, DIM)]
-        backward = [(1, self.T, DIM, 3 * DIM), (1, 3 * DIM, DIM, self.T)]
+        forward = [(1, self.T, 3 * WIDTH, DIM)]
+        backward = [(1, self.T, DIM, 3 * WIDTH), (1, 3 * WIDTH, DIM, self.T)]
         needs = {"forward": Need(products=forward, dtype=E4M3)}
         needs["backward"] = Need(products=backward, dtype=E4M3)
         for kind, more in ("plain", []), ("value", value), ("key offset", []):
@@ -281,9 +282,9 @@ class Row:
         ends = torch.cat([self.batch.cu_seqlens.cpu().long(), torch.tensor([self.T])])
         position = torch.cat([torch.arange(n) for n in ends.diff().tolist()])
         pairs = int(position.clamp_max(window).sum()) + self.T  # of a head
-        flops = 4 * pairs * DIM
-        needs = {"forward": Need(4 * self.stream, flops)}
-        return inputs, needs | {"backward": Need(8 * self.stream, 2.5 * flops)}
+        flops, size = 4 * pairs * WIDTH, inputs[0].nbytes
+        needs = {"forward": Need(4 * size, flops)}
+        return inputs, needs | {"backward": Need(8 * size, 2.5 * flops)}
 
     def attention(self) -> Iterator[Case]:
         documents = self.batch.cu_seqlens, self.batch.max_seq_len
@@ -319,7 +320,7 @@ class Row:
         needs = {"forward": Need(products=products[:1])}
         yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
         bank = self.random(2, 128, DIM)
-        fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head()
+        fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head()  # not timed
         need = Need(products=products, dtype=E4M3)
         yield Case("head_loss", inputs, lambda op, *x: op(*x, *terms, self.own(fp8))[0], both=need)
 
@@ -342,13 +343,14 @@ class Row:
         case.twin = None  # it is plain itself
         yield case
         rows = train_gpt.sort_rows(self.batch.tokens)
-        inputs = [self.random(size, DIM) for size in (VOCAB, self.T) for _ in range(6)]
-        moved = 6 * (self.stream + 4 * DIM * int(rows.count))
+        count = CONFIG.num_value_tables
+        inputs = [self.random(size, WIDTH) for size in (VOCAB, self.T) for _ in range(count)]
+        moved = 2 * count * WIDTH * (self.T + 2 * int(rows.count))
 
         def call(op, *x):
-            return op(x[:6], rows, x[6:])
+            return op(x[:count], rows, x[count:])
 
-        yield Case("add_rows_, 6 tables", inputs, call, forward=moved)
+        yield Case("add_rows_, value tables", inputs, call, forward=moved)
 
 
 # Operations of the optimizer ----------------------------------------------------------------------
@@ -377,15 +379,16 @@ def normuon(bench: Bench) -> Iterator[Case]:
 
 def adam(bench: Bench) -> Iterator[Case]:
     updates, *rates = numbers(bench, 5.0, 1e-4, 1e-8)
-    for name, rows in ("head", VOCAB), ("value_embed", CONFIG.num_value_tables * VOCAB):
+    tables = {"head": (VOCAB, DIM), "value_embed": (CONFIG.num_value_tables * VOCAB, WIDTH)}
+    for name, shape in tables.items():
         dtypes = FP32, BF16, BF16, FP32, FP32
-        inputs = [bench.random(rows, DIM, dtype=dtype, std=100) for dtype in dtypes]
+        inputs = [bench.random(*shape, dtype=dtype, std=100) for dtype in dtypes]
         inputs[-1].abs_()
 
         def call(op, *x):
             return op(*x, (0.5, 0.95), updates, CONFIG.adam_eps, *rates)
 
-        yield Case(f"adam_update_, {name}", inputs, call, forward=28 * rows * DIM)
+        yield Case(f"adam_update_, {name}", inputs, call, forward=28 * math.prod(shape))
 
 
 def ngrams(bench: Bench) -> Iterator[Case]:

@@ -60,6 +60,7 @@ def tiny_config(**changes: object) -> Config:
         "min_mean_doc_len": 4,
         "layers": TINY_LAYERS,
         "model_dim": 32,
+        "num_heads": 2,  # not as wide as the stream
         "head_dim": 8,
         "mlp_dim": 64,
         "gate_dim": 8,

@@ -38,7 +38,7 @@ def changed(model: GPT, batch: Batch, position: int, windows: Windows) -> set[in
 
 # Against a transcription -------------------------------------------------------------------------
 
-SHRUNK_SPEEDRUN = {"layers": SPEEDRUN_LAYERS, "model_dim": 48}  # six heads
+SHRUNK_SPEEDRUN = {"layers": SPEEDRUN_LAYERS, "model_dim": 48, "num_heads": 4}
 SHRUNK_SPEEDRUN |= {"ngram_orders": (2, 3, 4), "ngram_dim": 16}
 DOCUMENTS = [[64], [1, 20, 2, 41]]
 
@@ -122,7 +122,7 @@ def test_gradient_reaches_every_weight_in_use(runtime):
         assert (norms[:used] > 0).all()
         assert (norms[used:] == 0).all()
     tokens = set(batch.tokens.tolist())
-    for table in model.value_embed.grad.view(2, -1, config.model_dim):
+    for table in model.value_embed.grad.unflatten(0, (2, -1)):
         assert set(table.norm(dim=1).nonzero().flatten().tolist()) == tokens
     assert (model.head.grad[: config.vocab_size].norm(dim=1) > 0).all()
     rows, grads = model.ngrams.left
@@ -148,7 +148,7 @@ def without_key_offset(model: GPT) -> GPT:
     config, bank_row = model.config, 0
     with torch.no_grad():
         for row in config.layers:
-            keys = model.attention_bank[bank_row, config.model_dim : 2 * config.model_dim]
+            keys = model.attention_bank[bank_row].chunk(4)[1]
             if row.window == "long":
                 keys.view(config.num_heads, 2, config.head_dim // 2, -1)[:, 1] = 0
             bank_row += row.window != "none"
@@ -209,7 +209,7 @@ def test_window_reach(runtime, layer, windows, reach):
     with torch.no_grad():
         entry = (0, 1, 3, 4).index(layer)  # of the bank; layer 2 has no attention
         own = model.attention_bank[entry].clone()
-        model.attention_bank[:, 3 * 32 :] = 0
+        model.attention_bank[:, 3 * 16 :] = 0
         model.attention_bank[entry] = own
         model.ngrams.table.zero_()
     batch = random_batch(6, [320])
@@ -231,7 +231,7 @@ def test_untrained_network_does_what_its_starts_say(runtime, monkeypatch):
         expected = transcribed_hidden(model, batch, *WINDOWS)
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=2e-5)
         # without the attention of the layers: layer 2 has one factor of sqrt(1.1), others two
-        model.attention_bank[:, 3 * 32 :] = 0
+        model.attention_bank[:, 3 * 16 :] = 0
         model.head *= 1000  # the norms' epsilon no longer shows
         x0 = model.head[batch.tokens.long()]
         x0 = x0 / x0.square().mean(dim=1, keepdim=True).sqrt()
@@ -249,7 +249,7 @@ def test_untrained_network_does_what_its_starts_say(runtime, monkeypatch):
 def test_sizes_of_the_first_weights(runtime):
     """Uniform with std 0.5/sqrt(dim) into and out of attention, into the MLPs and the gates;
     the tables as documented; zero for W_2 and n-grams."""
-    config = tiny_config(model_dim=64, head_dim=8, gate_dim=128)
+    config = tiny_config(model_dim=64, gate_dim=128)
     model = GPT(config, runtime)
     std = 0.5 / math.sqrt(64)
     gate_w_1 = model.unpack_small()["gate_w_1"]
@@ -262,7 +262,7 @@ def test_sizes_of_the_first_weights(runtime):
     assert model.ngrams.table.shape == (512, 32)
     assert model.head.shape == (50_304, 64)
     assert model.head.std().item() == pytest.approx(0.005, rel=0.01)
-    assert model.value_embed.shape == (2 * 50_304, 64)
+    assert model.value_embed.shape == (2 * 50_304, 16)
     assert model.value_embed.std().item() == pytest.approx(0.01, rel=0.01)
 
 
@@ -307,7 +307,7 @@ def test_value_table_that_two_layers_share(runtime):
     rows[0] = dataclasses.replace(rows[0], value_table=0)
     rows[3] = dataclasses.replace(rows[3], value_table=0)
     model = trained_like(tiny_config(layers=tuple(rows)), runtime)
-    assert model.value_embed.shape == (2 * 50_304, 32)
+    assert model.value_embed.shape == (2 * 50_304, 16)
     batch = random_batch(8, [64])
     with torch.no_grad():
         value = model.hidden(batch, WINDOWS)

@@ -262,11 +262,11 @@ def blocks_of(name: str, config: Config) -> list[tuple[int, int, int, float]]:
             (entry, 0, config.mlp_dim, factor * (1 if entry < num_layers else 2))
             for entry in range(2 * num_layers)
         ]
-    pair = 2 * config.head_dim
+    width, pair = config.attention_dim, 2 * config.head_dim
     blocks = []
     for entry in range(used_entries(name, config)):
-        blocks += [(entry, first, pair, 1.0) for first in range(0, 2 * dim, pair)]  # q, then k
-        blocks += [(entry, 2 * dim, dim, 1.0), (entry, 3 * dim, dim, 1.0)]  # v, o
+        blocks += [(entry, first, pair, 1.0) for first in range(0, 2 * width, pair)]  # q, then k
+        blocks += [(entry, 2 * width, width, 1.0), (entry, 3 * width, width, 1.0)]  # v, o
     return blocks
 
 

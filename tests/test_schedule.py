@@ -121,14 +121,14 @@ def test_loss_weights():
 def test_loss_weights_of_the_speedrun():
     """Two next tokens, then one; the prefix token in the first three stages."""
     rows = Schedule(PRESETS["speedrun"]).loss_weights()
-    assert len(rows) == 1820
+    assert len(rows) == 2060
     assert rows[0] == [1.0, 0.5, 0.25]
-    assert rows[359] == pytest.approx([1.0, 0.35 + 0.15 / 360, 0.25])
-    assert rows[360] == [1.0, 0.35, 0.25]
-    assert rows[809] == pytest.approx([1.0, 0.25 + 0.1 / 450, 0.25])
-    assert rows[810] == [1.0, 0.25, 0.25]
-    assert rows[1259] == pytest.approx([1.0, 0.25 / 450, 0.25 / 450])
-    assert rows[1260:] == [[1.0, 0.0, 0.0]] * 560
+    assert rows[611] == pytest.approx([1.0, 0.35 + 0.15 / 612, 0.25])
+    assert rows[612] == [1.0, 0.35, 0.25]
+    assert rows[1121] == pytest.approx([1.0, 0.25 + 0.1 / 510, 0.25])
+    assert rows[1122] == [1.0, 0.25, 0.25]
+    assert rows[1427] == pytest.approx([1.0, 0.25 / 306, 0.25 / 306])
+    assert rows[1428:] == [[1.0, 0.0, 0.0]] * 632
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])

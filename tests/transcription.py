@@ -90,7 +90,7 @@ def ngram_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> lis
 def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tensor:
     """The normed residual stream in front of the head, (T, dim) float64."""
     config, small, document = model.config, small_slices(model), documents_of(batch)
-    dim, head_dim, num_heads = config.model_dim, config.head_dim, config.num_heads
+    head_dim, num_heads = config.head_dim, config.num_heads
     half, last, num_tokens = head_dim // 2, len(config.layers) - 1, len(batch.tokens)
     tokens = batch.tokens.long()
 
@@ -116,25 +116,25 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             window = {"short": short, "long": long}[row.window]
             weights = model.attention_bank[attention_layers.index(i)].double()
             n = rms(x if row.attend_from is None else after[row.attend_from])
-            added = torch.zeros_like(x) if row.value_table is None else values[row.value_table]
+            added = 0 * values[0] if row.value_table is None else values[row.value_table]
             if i == last:
                 c_attend, own = after[row.attend_from], last_gates(model, x)
-                added = own["value"] * added + own["value_first"] * c0
-                added = added + own["value_attend"] * c_attend + own["value_last"] * x
+                added = own["value"] * added
                 x = own["x_last"] * x + own["x_first"] * c0 + own["x_attend"] * c_attend
                 r, p, r_mlp, p_mlp = (
                     own[name] for name in ("residual", "project", "mlp_residual", "mlp_project")
                 )
             y = []
+            *w_qkv, w_o = weights.chunk(4)
             for h in range(num_heads):
                 rows = slice(h * head_dim, (h + 1) * head_dim)
-                w_q, w_k, w_v, _ = (part[rows] for part in weights.split(dim))
+                w_q, w_k, w_v = (part[rows] for part in w_qkv)
                 q, k, v = rms(n @ w_q.T), rms(n @ w_k.T), n @ w_v.T + added[:, rows]
                 if row.window == "long":  # the half that does not turn is the previous position's
                     k = torch.cat([k[:, :half], k[[0, *range(num_tokens - 1)], half:]], 1)
                 seen = probabilities(rotate(q), rotate(k), document, window, config.attention_scale)
                 y.append(seen @ v)
-            x = r * x + p * (torch.cat(y, dim=1) @ weights[3 * dim :].T)
+            x = r * x + p * (torch.cat(y, dim=1) @ w_o)
             if i == last:
                 x = x + own["first"] * c0 + own["ngrams"] * e
             elif row.ngrams:
