@@ -121,14 +121,14 @@ def test_loss_weights():
 def test_loss_weights_of_the_speedrun():
     """Two next tokens, then one; the prefix token in the first three stages."""
     rows = Schedule(PRESETS["speedrun"]).loss_weights()
-    assert len(rows) == 2060
+    assert len(rows) == 2220
     assert rows[0] == [1.0, 0.5, 0.25]
-    assert rows[611] == pytest.approx([1.0, 0.35 + 0.15 / 612, 0.25])
-    assert rows[612] == [1.0, 0.35, 0.25]
-    assert rows[1121] == pytest.approx([1.0, 0.25 + 0.1 / 510, 0.25])
-    assert rows[1122] == [1.0, 0.25, 0.25]
-    assert rows[1427] == pytest.approx([1.0, 0.25 / 306, 0.25 / 306])
-    assert rows[1428:] == [[1.0, 0.0, 0.0]] * 632
+    assert rows[659] == pytest.approx([1.0, 0.35 + 0.15 / 660, 0.25])
+    assert rows[660] == [1.0, 0.35, 0.25]
+    assert rows[1209] == pytest.approx([1.0, 0.25 + 0.1 / 550, 0.25])
+    assert rows[1210] == [1.0, 0.25, 0.25]
+    assert rows[1539] == pytest.approx([1.0, 0.25 / 330, 0.25 / 330])
+    assert rows[1540:] == [[1.0, 0.0, 0.0]] * 680
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
