@@ -256,7 +256,7 @@ def test_no_step_waits_for_its_ngrams():
 
 
 # Entries, matrices of an entry, rows: an MLP bank, pairs of q and k heads, v and o.
-@pytest.mark.parametrize("shape", [(3, 1, 3072), (2, 6, 256), (2, 2, 768)])
+@pytest.mark.parametrize("shape", [(3, 1, 3072), (2, 4, 256), (2, 2, 512)])
 def test_compiled_normuon_is_the_plain_one(shape):
     """In a part of a bank, whose rest stays as it is. Compiled, the norm is not rounded to bf16,
     which moves every singular value along the waves of the Polar Express: by 6 % in all."""
