@@ -682,7 +682,7 @@ def combine(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The sum of coefficient·source; its RMS norm, None unless `norm`; the sources. (T, dim) each.
 
-    sources: (T, dim). coefficients: fp32, one number or, (T, 1), one a token. Everything that
+    sources: (T, dim). coefficients: fp32, one number or, (T,) or (T, 1), one a token. What
     happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
     reads a source again takes it from here: its gradient from there is added in the pass that makes
     the one from here, for which autograd would need another pass. Given room in fp8, the norm is
@@ -815,9 +815,12 @@ class Combine(torch.autograd.Function):
             *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
             LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
-        total = per_token.sum(1) if any(c.numel() == 1 for c in coefficients) else per_token
-        terms = [(total if c.numel() == 1 else per_token)[i] for i, c in enumerate(coefficients)]
-        return None, None, *grads, *(term.view_as(c) for term, c in zip(terms, coefficients))
+        needed = ctx.needs_input_grad[-len(sources) :]
+        terms = (
+            (term if c.numel() > 1 else term.sum()).view_as(c) if need else None
+            for term, c, need in zip(per_token, coefficients, needed)
+        )
+        return None, None, *grads, *terms
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -1678,16 +1681,18 @@ class SmallParam:
 
 def small_params(config: Config) -> dict[str, SmallParam]:
     """The layout of GPT.small."""
-    layers, slow, fast, root = len(config.layers), (0.9, 0.99), (0.9, 0.95), math.sqrt(1.1)
+    earlier, slow, fast, root = config.layers[:-1], (0.9, 0.99), (0.9, 0.95), math.sqrt(1.1)
+    layers, attentions = len(earlier), sum(row.window != "none" for row in earlier)
+    entries = 1 + sum(row.ngrams for row in earlier)  # of n-grams, one in front of the layers
     gates, hidden = [start / GATE_SCALE for start in LAST_LAYER_GATES.values()], config.gate_dim
     # fmt: off
     table = {
         #                           shape       start     betas   lr    weight_decay
-        "residual":     SmallParam((layers,),   root,     fast,   5.0,  0.0),
-        "project":      SmallParam((layers,),   0.5,      slow,   2.5,  0.0),
+        "residual":     SmallParam((attentions,), root,   fast,   5.0,  0.0),
+        "project":      SmallParam((attentions,), 0.5,    slow,   2.5,  0.0),
         "mlp_residual": SmallParam((layers,),   root,     fast,   5.0,  0.0),
         "mlp_project":  SmallParam((layers,),   1.0,      fast,   1.0,  0.0),
-        "ngrams":       SmallParam((layers,),   0.05,     slow,   1.0,  0.0),
+        "ngrams":       SmallParam((entries,),  0.05,     slow,   1.0,  0.0),
         "attended":     SmallParam((1,),        -0.5,     slow,   1.0,  0.0),
         "gate_w_1":     SmallParam((hidden, config.model_dim), None, slow, 0.25, 1.0),
         "gate_b_1":     SmallParam((hidden,),   0.0,      slow,   0.25, 0.0),
@@ -1827,12 +1832,13 @@ class GPT(nn.Module):
 
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
         """The normed residual stream in front of the head, (T, dim)."""
-        lookups = self.look_up(batch)
-        layers, small, one = self.config.layers, dict(self.small_weights), self.one
-        for name in ("residual", "project", "mlp_residual", "mlp_project", "ngrams"):
-            small[name] = small[name].unbind()  # by index each would have a gradient of its size
+        lookups, layers, one = self.look_up(batch), self.config.layers, self.one
+        scalars = self.scalars(len(batch.tokens))
         last, attended, attended_normed = len(layers) - 1, layers[-1].attend_from, None
         streams = {"ngrams": lookups.ngrams}  # that several sums read
+
+        def take(name: str) -> Tensor:
+            return next(scalars[name])
 
         def add(shares: dict[str, Tensor], *terms: Tensor, norm: bool = True) -> tuple:
             """combine of terms, a source and its coefficient each, and of shares of streams, with
@@ -1844,34 +1850,40 @@ class GPT(nn.Module):
             streams.update((name, again.get(id(old), old)) for name, old in streams.items())
             return x, (normed, copy)
 
-        x, normed = add({"ngrams": small["ngrams"][0]}, rms_norm(lookups.embedded), one)
+        x, normed = add({"ngrams": take("ngrams")}, rms_norm(lookups.embedded), one)
         streams["first"] = x
 
         for i, row in enumerate(layers):
-            residual, project = small["residual"][i], small["project"][i]
-            mlp_residual, mlp_project = small["mlp_residual"][i], small["mlp_project"][i]
             value = None if row.value_table is None else lookups.values[row.value_table]
-            shares = {"ngrams": small["ngrams"][i]} if row.ngrams else {}
+            shares = {}
             if i == last:
-                own, streams["last"] = self.last_gates(x), x
-                value, _ = add({}, value, own["value"], norm=False)
-                shares = {name: own["x_" + name] for name in ("first", "attend", "last")}
-                x, _ = add(shares, norm=False)
-                shares = {"first": own["first"], "ngrams": own["ngrams"]}
-                residual, project = own["residual"], own["project"]
-                mlp_residual, mlp_project = own["mlp_residual"], own["mlp_project"]
+                gates, streams["last"] = self.last_gates(x), x
+                value, _ = add({}, value, gates["value"], norm=False)
+                x, _ = add({n: gates["x_" + n] for n in ("first", "attend", "last")}, norm=False)
+                scalars = {name: iter([gate]) for name, gate in gates.items()}
+                shares["first"] = gates["first"]
+            if row.ngrams:
+                shares["ngrams"] = take("ngrams")
             if row.window != "none":
                 source, copy = normed if row.attend_from is None else attended_normed
                 own_fp8 = fp8.qkv(i, copy) if fp8 else None
                 y = self.attend(i, source, value, batch, windows, own_fp8)
-                x, normed = add(shares, x, residual, y, project)
+                x, normed = add(shares, x, take("residual"), y, take("project"))
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
             y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
             norm = i == attended or i < last and layers[i + 1].attend_from is None
-            x, normed = add({}, x, mlp_residual, y, mlp_project, norm=norm)
+            x, normed = add({}, x, take("mlp_residual"), y, take("mlp_project"), norm=norm)
             if i == attended:
                 streams["attend"], attended_normed = x, normed
-        return combine([x, streams["attend"]], [one, small["attended"]], True)[1]
+        return combine([x, streams["attend"]], [one, self.small_weights["attended"]], True)[1]
+
+    def scalars(self, num_tokens: int) -> dict[str, Iterator[Tensor]]:
+        """The coefficients of the layers before the last by name, in the order in which these take
+        them; (num_tokens,) each, so that one kernel sums the gradients of them all."""
+        names = "residual", "project", "mlp_residual", "mlp_project", "ngrams"
+        each = [self.small_weights[name] for name in names]
+        rows = iter(torch.cat(each)[:, None].expand(-1, num_tokens).unbind())
+        return {name: iter([*itertools.islice(rows, len(own))]) for name, own in zip(names, each)}
 
     def last_gates(self, x: Tensor) -> dict[str, Tensor]:
         """Coefficients of the last layer, (T, 1) fp32 each, from the stream that enters it."""

@@ -129,12 +129,7 @@ def test_gradient_reaches_every_weight_in_use(runtime):
     assert rows[:, None].tolist() == ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
     assert grads.shape == (64, 32) and (grads.norm(dim=1) > 0).all()
 
-    gradients = model.small.grad.split([math.prod(r.shape) for r in model.small_layout.values()])
-    # Layer 2 has no attention, the last one gates; n-grams enter in 1 and 3, and in front.
-    idle = {"residual": [2, 4], "project": [2, 4], "mlp_residual": [4], "mlp_project": [4]}
-    idle |= {"ngrams": [2, 4]}
-    for name, gradient in zip(model.small_layout, gradients, strict=True):
-        assert (gradient == 0).nonzero().flatten().tolist() == idle.get(name, []), name
+    assert (model.small.grad != 0).all()
 
 
 # What a position sees ----------------------------------------------------------------------------

@@ -105,16 +105,18 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
         for table in range(len(model.value_embed) // vocab)
     ]
 
-    x = c0 = x0 + small["ngrams"][0] * e
+    gains = iter(small["ngrams"])
+    x = c0 = x0 + next(gains) * e
     after: list[Tensor] = []  # the stream behind every layer
     attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
     for i, row in enumerate(config.layers):
         w_1, w_2 = model.mlp_bank[i].double(), model.mlp_bank[last + 1 + i].double()
-        r, p = small["residual"][i], small["project"][i]
-        r_mlp, p_mlp = small["mlp_residual"][i], small["mlp_project"][i]
+        if i < last:
+            r_mlp, p_mlp = small["mlp_residual"][i], small["mlp_project"][i]
         if row.window != "none":
             window = {"short": short, "long": long}[row.window]
-            weights = model.attention_bank[attention_layers.index(i)].double()
+            entry = attention_layers.index(i)
+            weights = model.attention_bank[entry].double()
             n = rms(x if row.attend_from is None else after[row.attend_from])
             added = 0 * values[0] if row.value_table is None else values[row.value_table]
             if i == last:
@@ -124,6 +126,8 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
                 r, p, r_mlp, p_mlp = (
                     own[name] for name in ("residual", "project", "mlp_residual", "mlp_project")
                 )
+            else:
+                r, p = small["residual"][entry], small["project"][entry]
             y = []
             *w_qkv, w_o = weights.chunk(4)
             for h in range(num_heads):
@@ -138,7 +142,7 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             if i == last:
                 x = x + own["first"] * c0 + own["ngrams"] * e
             elif row.ngrams:
-                x = x + small["ngrams"][i] * e
+                x = x + next(gains) * e
         x = r_mlp * x + p_mlp * (torch.relu(rms(x) @ w_1.T) ** 2 @ w_2)
         after.append(x)
 
