@@ -130,11 +130,13 @@ def agree(
 
 
 def combine_inputs(tokens: int, dim: int, terms: int, norm: bool) -> list:
-    """Every other source is a slice, every other coefficient one a token, a column of several."""
+    """Every other source is a slice. Coefficients are in turn a number, one a token, which is a
+    column of several, and one a token in the same place of memory."""
     sources = [random(tokens, 2, dim)[:, 0] if i % 2 else random(tokens, dim) for i in range(terms)]
     gates = [single(tokens, 3)[:, 1:2] for _ in range(terms)]
     scalars = [2 + single(1) for _ in range(terms)]
-    coefficients = [(gates if i % 2 else scalars)[i] for i in range(terms)]
+    shared = [(2 + single(1)).expand(tokens) for _ in range(terms)]
+    coefficients = [(scalars, gates, shared)[i % 3][i] for i in range(terms)]
     return [sources, coefficients, norm]
 
 
