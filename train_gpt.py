@@ -2579,8 +2579,8 @@ class Trainer:
     """A model and what brings it on: optimizer, schedule, and the passes of rows.
 
     On a GPU the forward and backward pass of a row is a CUDA graph, whose replay costs the host one
-    launch in place of a thousand. Every kind of row (length, windows, columns) has its graph and
-    its own buffers for inputs; their memory is shared.
+    launch in place of a thousand. Every stage has its graph and its own buffers for inputs; their
+    memory is shared.
     """
 
     def __init__(self, model: GPT, runtime: Runtime):
@@ -2592,31 +2592,23 @@ class Trainer:
         self.grad_accum_steps = self.config.rows_per_step // runtime.world_size
         self.position = 0  # in the stream, of the next step; it moves only where matches are noted
         self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
-        self.graphs: dict[tuple, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
+        self.graphs: dict[Stage, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def compute(self, batch: Batch, step: int, loss_weights: Tensor) -> Tensor:
-        *_, windows, columns = self.kind(batch, step)
+        windows, columns = self.schedule.windows(step), self.schedule.stage(step).columns
         loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes, columns)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
         return next_token_loss
-
-    def kind(self, batch: Batch, step: int) -> tuple:
-        """What a graph is captured for."""
-        windows, columns = self.schedule.windows(step), self.schedule.stage(step).columns
-        return len(batch.tokens), batch.max_seq_len, windows, columns
 
     def micro_step(self, batch: Batch, step: int) -> Tensor:
         """Forward and backward pass of one row of a step, added to the gradients. Gives the sum of
         its next-token losses, fp32, valid until the next call."""
         loss_weights = self.loss_weights[step]
         if self.uses_graphs:
-            kind = self.kind(batch, step)
-            if kind not in self.graphs:
-                raise RuntimeError(f"no graph was captured for rows of {kind}")
-            graph, inputs, loss, left = self.graphs[kind]
+            graph, inputs, loss, left = self.graphs[self.schedule.stage(step)]
         if self.uses_graphs and len(batch.cu_seqlens) == len(inputs[2]):
             for mine, given in zip(inputs, (*batch[:3], loss_weights)):
                 mine.copy_(given, non_blocking=True)
@@ -2643,10 +2635,10 @@ class Trainer:
         with torch.cuda.graph(graph, **how):
             loss = self.compute(mine, step, inputs[3])
         left = self.model.ngrams.left  # memory that no other graph takes
-        self.graphs[self.kind(batch, step)] = graph, inputs, loss, left
+        self.graphs[self.schedule.stage(step)] = graph, inputs, loss, left
 
     def prepare(self) -> None:
-        """Compile, capture and warm up on random rows of every kind, then put everything back."""
+        """Compile, capture and warm up on random rows of every stage, then put everything back."""
         config, schedule, begin = self.config, self.schedule, time.perf_counter()
         random = np.random.default_rng(self.runtime.rank)
 
@@ -2659,18 +2651,17 @@ class Trainer:
             self.runtime.synchronize()
             self.runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
 
-        # the last step of every kind of row; the longest first: the graphs of shorter ones find
-        # room in their memory
-        steps = sorted(range(schedule.end_step), key=lambda step: -schedule.row_shape(step)[0])
-        kinds = {(*schedule.row_shape(step), schedule.describe(step)): step for step in steps}
+        # the last step of every stage; the longest rows first: the graphs of shorter ones find room
+        # in their memory
+        lasts = {schedule.stage(step): step for step in range(schedule.end_step)}.values()
         with nothing_changes(self.model, self.optimizer):
-            for (*shape, windows), last in kinds.items():
-                batch = random_batch(*shape)
+            for last in sorted(lasts, key=lambda step: -schedule.row_shape(step)[0]):
+                batch = random_batch(*schedule.row_shape(last))
                 if self.uses_graphs:
                     self.capture(batch, last)
                 for update in range(2):  # an even and an odd one, so that every update runs
                     self.run_step(last, [batch], update)
-                report(f"rows of {shape[0]:,} tokens, windows {windows}")
+                report(f"rows of {len(batch.tokens):,} tokens, windows {schedule.describe(last)}")
             with torch.no_grad():
                 batch = random_batch(config.val_row_tokens, config.val_row_tokens)
                 self.model(to_device(batch, self.runtime.device), schedule.windows(last))
