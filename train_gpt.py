@@ -390,6 +390,14 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """That of every rank, (world_size, *shape)."""
+        if self.world_size == 1:
+            return tensor[None]
+        everyone = tensor.new_empty(self.world_size, *tensor.shape)
+        dist.all_gather_into_tensor(everyone.flatten(0, 1), tensor)
+        return everyone
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -1507,7 +1515,7 @@ def find_matches(
 
 def note_matches_(
     tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
-    base: int,
+    base: int | Tensor,
 ) -> None:  # fmt: skip
     """Write down what followed each context of a row, read from position `base` of the stream on.
     The latest stays, in whichever order rows and threads write."""
@@ -1732,11 +1740,13 @@ class GPT(nn.Module):
         # one table behind the other, the last for the tokens that matches foretell
         num_tables = config.num_value_tables + bool(config.match_orders)
         self.value_embed = zeros(num_tables * vocab, attention_dim)
-        matches = None
+        matches = num_noted = None
         if config.match_orders:
             shape = len(config.match_orders), config.match_slots
             matches = torch.full(shape, -1, dtype=torch.int64, device=device)
+            num_noted = torch.zeros(1, dtype=torch.int64, device=device)
         self.register_buffer("matches", matches)
+        self.register_buffer("num_noted", num_noted)  # how many tokens were entered in them
         self.ngrams = Ngrams(config, runtime)
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
@@ -2218,6 +2228,7 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
             param.grad.zero_()
         if model.matches is not None:
             model.matches.fill_(-1)
+            model.num_noted.zero_()
         model.ngrams.reset()
         if model.fp8 is not None:
             model.fp8.reset()
@@ -2400,10 +2411,10 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
         f"{needed}: {MORE_DATA}",
     )
     require(
-        needed < min(total, 2**31) or not config.match_orders,
+        needed < min(total, 2**31 - config.val_tokens) or not config.match_orders,
         f"--match_orders: the schedule reads {needed} tokens, more than the {total} of "
-        "--train_files or than 2^31: matches would foretell what is repeated; add shards or "
-        "lower --num_steps",
+        "--train_files, which matches would foretell when they are repeated, or than 2^31 less "
+        "--val_tokens: add shards or lower --num_steps",
     )
     if total < 2 * needed and (not config.repeat_data or config.match_orders):
         stream = TokenStream(files, config.vocab_size, repeat=False)
@@ -2590,7 +2601,6 @@ class Trainer:
         self.loss_weights = torch.tensor(self.schedule.loss_weights(), device=runtime.device)
         self.prefixes = read_prefixes(self.config, runtime.device)
         self.grad_accum_steps = self.config.rows_per_step // runtime.world_size
-        self.position = 0  # in the stream, of the next step; it moves only where matches are noted
         self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
         self.graphs: dict[Stage, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
@@ -2666,7 +2676,6 @@ class Trainer:
                 batch = random_batch(config.val_row_tokens, config.val_row_tokens)
                 self.model(to_device(batch, self.runtime.device), schedule.windows(last))
             report(f"validation rows of {config.val_row_tokens:,} tokens")
-        self.position = 0
 
     def run_step(self, step: int, rows: Iterable[Batch], update: int | None = None) -> Tensor:
         """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.
@@ -2678,36 +2687,45 @@ class Trainer:
         rates = self.schedule.lr_scale(step), self.schedule.momentum(step)
         self.optimizer.step(step if update is None else update, *rates)
         if self.model.matches is not None:
-            self.position = note_rows(self.model, read, self.position, self.runtime)
+            note_rows(self.model, read, self.runtime)
         return total / sum(len(row.tokens) for row in read)
 
 
 @torch.no_grad()
-def note_rows(model: GPT, rows: list[Batch], position: int, runtime: Runtime) -> int:
-    """Enter the rows that all ranks read in a step, from `position` of the stream on, in what the
-    model can match. Later steps see them, this one did not. Gives the position behind them."""
+def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
+    """Enter the rows that all ranks read in a step, as many on each, in what the model can match.
+    Later steps see them, this one did not."""
     for row in rows:
         row = to_device(row, runtime.device)
         starts = document_starts(row.cu_seqlens, len(row.tokens))
         own = torch.stack([row.tokens, starts, row.targets.int()])
-        everyone = own[None]
-        if runtime.world_size > 1:
-            everyone = own.new_empty(runtime.world_size, *own.shape)
-            dist.all_gather_into_tensor(everyone.flatten(0, 1), own)
-        for of_rank in everyone:
-            note_matches_(model.matches, *of_rank, model.config.match_orders, position)
-            position += len(row.tokens)
-    return position
+        for of_rank in runtime.all_gather(own):
+            note_matches_(model.matches, *of_rank, model.config.match_orders, model.num_noted)
+            model.num_noted += len(row.tokens)
 
 
 @torch.no_grad()
 def validate(
     model: GPT, config: Config, runtime: Runtime, num_targets: int, windows: Windows
 ) -> float:
-    """Mean cross-entropy in nats over the first `num_targets` targets of the validation file."""
+    """Mean cross-entropy in nats over the first `num_targets` targets of the validation file.
+
+    With matches, rows that have been scored are entered in them, like those of a training step, and
+    at the end they are as they were.
+    """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for batch in validation_rows(config, runtime, num_targets):
-        total += model(to_device(batch, runtime.device), windows)
+    rows = validation_rows(config, runtime, num_targets)
+    memory = () if model.matches is None else (model.matches, model.num_noted)
+    kept = [tensor.clone() for tensor in memory]
+    size = config.rows_per_step * config.val_row_tokens
+    for end in range(size, num_targets + size, size):
+        scored = list(itertools.islice(rows, config.rows_per_step // runtime.world_size))
+        for batch in scored:
+            total += model(to_device(batch, runtime.device), windows)
+        if memory and end < num_targets:
+            note_rows(model, scored, runtime)
+    for tensor, copy in zip(memory, kept):
+        tensor.copy_(copy)
     loss = runtime.all_reduce(total).item() / num_targets
     found = f"the validation loss is {loss}"
     require(math.isfinite(loss), f"{found}: lower --muon_lr or --adam_lr")

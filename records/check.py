@@ -28,7 +28,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = "PRESETS Config Runtime Log GPT Clock validate config_from_text IGNORED_TARGET START_TOKEN"
-ROW = 16  # tokens of a validation row
+ROW, ROWS = 16, 8  # tokens of a validation row, rows of a step on all of up to 8 ranks
 TOLERANCE = 1e-5  # nats: what rounding may change in a loss of about ten
 # How large the judged model is; its layer plan is the speedrun's.
 SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8}
@@ -70,6 +70,9 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
     class Alone(script.Runtime):
         def all_reduce(self, tensor: Tensor) -> Tensor:
             return tensor
+
+        def all_gather(self, tensor: Tensor) -> Tensor:
+            return tensor.expand(world_size, *tensor.shape)
 
     return Alone(rank, world_size, torch.device(device), script.Log(None))
 
@@ -120,14 +123,16 @@ def write_shard(path: Path, tokens: np.ndarray) -> Path:
 
 
 class Probe:
-    """Stands in for the model in validate() and keeps the rows that it is called with."""
+    """Stands in for the model in validate() and keeps the rows that it is called with, and their
+    losses."""
 
     def __init__(self, model: torch.nn.Module, silent: bool = False):
-        self.model, self.silent, self.rows = model, silent, []
+        self.model, self.silent, self.rows, self.losses = model, silent, [], []
 
     def __call__(self, row, *windows) -> Tensor:
         self.rows.append(row)
-        return torch.zeros(()) if self.silent else self.model(row, *windows)
+        self.losses.append(torch.zeros(()) if self.silent else self.model(row, *windows))
+        return self.losses[-1]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
@@ -141,6 +146,7 @@ class Judge:
         tiny, plan = script.PRESETS["tiny"], {"layers": script.PRESETS["speedrun"].layers}
         known = {field.name for field in dataclasses.fields(script.Config)}
         fields = {**SIZES, **plan, "val_row_tokens": ROW, "final_window_long": WINDOWS[1]}
+        fields["rows_per_step"] = ROWS
         # mix_window: of the head mixing that scripts of older records have
         fields |= {"mix_window": WINDOWS[0], "val_file": str(self.file), **changes}
         self.config = dataclasses.replace(
@@ -171,6 +177,7 @@ class Judge:
             start_runtime(self.script, "cpu", rank, world_size),
         )
         loss = self.script.validate(probe, self.config, runtime, num_targets, *self.windows)
+        self.row_losses = [float(loss) for loss in probe.losses]
         return float(loss), probe.rows
 
     @torch.no_grad()
@@ -250,6 +257,19 @@ def check_causality(script: ModuleType, folder: Path) -> str:
             require(moved <= TOLERANCE, seen)
         own = judge.score(changed_rows[k // ROW], {k % ROW: int(tokens[k + 1])})
         require(own != before[k], f"token {k} has no influence on the prediction behind it")
+    # what has been scored may help with later rows, so whole validations too, of texts that recur
+    num_targets = 3 * ROWS * ROW
+    tokens = random_tokens(script, 7, num_targets + 1) % 5
+    judge.validate(tokens, num_targets)
+    before = judge.row_losses
+    for k in 7, ROWS * ROW + 3, 2 * ROWS * ROW + 40:
+        changed = tokens.copy()
+        changed[k] = (tokens[k] + 1) % 5
+        judge.validate(changed, num_targets)
+        for row in range((k - 1) // ROW):
+            moved = abs(judge.row_losses[row] - before[row]) / ROW
+            worst, count = max(worst, moved), count + 1
+            require(moved <= TOLERANCE, f"token {k} moved the loss of row {row} by {moved:.2g}")
     return f"{count} earlier losses moved by at most {worst:.1g}"
 
 

@@ -61,6 +61,20 @@ def hidden(self, *arguments):
 GPT.hidden = hidden
 """,
     ),
+    "a head that has seen the whole file, until it is scored": (
+        "causality",
+        """
+honest = validate
+@torch.no_grad()
+def validate(model, config, runtime, num_targets, windows):
+    head, rows = model.head.clone(), validation_rows(config, runtime, num_targets)
+    seen = torch.cat([batch.targets for batch in rows]).clamp_min(0)
+    model.head.mul_(1 + 0.01 * seen.bincount(minlength=len(head))[:, None])
+    loss = honest(model, config, runtime, num_targets, windows)
+    model.head.copy_(head)
+    return loss
+""",
+    ),
     "probabilities normalised over the row": (
         "normalisation",
         """
@@ -109,6 +123,7 @@ Optimizer.step = step
 }
 SEEN = {
     "a check that the script cannot stand": "cannot be judged: TypeError",
+    "a head that has seen the whole file, until it is scored": "moved the loss of row 0 by",
     "training on the validation file": "another validation file makes other training losses",
     "reading the validation file in a training step": "opened 4 times while the clock ran",
 }

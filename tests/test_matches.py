@@ -48,6 +48,7 @@ from train_gpt import (
     train,
     training_rows,
     validate,
+    validation_rows,
 )
 
 ORDERS, SLOTS = (1, 2, 4), 2**20  # slots for few collisions
@@ -120,7 +121,7 @@ def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
     rows = [few_tokens(seed, [40, 1, 23]) for seed in seeds]
     for batch in rows:
         batch.tokens[39:41] = torch.tensor([1, 5])
-    note_rows(model, rows, 0, cpu_runtime())
+    note_rows(model, rows, cpu_runtime())
     return rows
 
 
@@ -271,15 +272,37 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     assert others == 5  # had rows seen those beside them, it would show
 
 
-def test_validation_enters_nothing(tmp_path, runtime):
-    config = matching_config(**write_few_tokens(tmp_path))
+def test_validation_matches_what_it_has_scored(tmp_path, runtime, monkeypatch):
+    """And what training had read: of every row what dictionaries have of earlier groups of rows."""
+    config, matches = matching_config(**write_few_tokens(tmp_path), rows_per_step=2), []
+    model, memory = trained_like(config, runtime), Memory(ORDERS)
+    for batch in fill(model, range(2)):
+        memory.note(batch)
+    monkeypatch.setattr(
+        train_gpt, "find_matches", lambda *x: matches.append(find_matches(*x)) or matches[-1]
+    )
+    validate(model, config, runtime, 280, WINDOWS)
+    rows, differ = list(validation_rows(config, runtime, 280)), 0
+    assert len(rows) == len(matches) == 5
+    for i, (batch, found) in enumerate(zip(rows, matches)):
+        assert tuple(x.tolist() for x in found) == memory.find(batch)
+        if i % 2:
+            before = memory.find(batch)
+            for scored in rows[i - 1 : i + 1]:
+                memory.note(scored)
+            differ += memory.find(batch) != before
+    assert differ == 2
+
+
+def test_validation_forgets_what_it_has_scored(tmp_path, runtime):
+    config = matching_config(**write_few_tokens(tmp_path), rows_per_step=1)
     model = trained_like(config, runtime)
     empty = validate(model, config, runtime, 200, WINDOWS)
     assert (model.matches == -1).all()
     fill(model, range(3))
     before = model.matches.clone()
     assert validate(model, config, runtime, 200, WINDOWS) != pytest.approx(empty, abs=1e-4)
-    assert torch.equal(model.matches, before)
+    assert torch.equal(model.matches, before) and model.num_noted == 3 * 64
 
 
 def test_nothing_that_was_read_in_between_stays(runtime):
@@ -299,37 +322,49 @@ STEPS = [(64, 48), (64, 48), (96, 64)]  # tokens and longest documents of the ro
 
 
 def read_stream(folder: str, rank: int, world_size: int) -> tuple[Tensor, int]:
-    """The tables behind three steps of four rows, and the position in the stream."""
+    """The tables behind three steps of four rows, and how many tokens they are of."""
     config = matching_config(train_files=f"{folder}/train.bin", match_slots=64)
     count = 4 // world_size
     shapes = [shape for shape in STEPS for _ in range(count)]
-    rows, position = training_rows(config, cpu_runtime(rank, world_size), shapes), 0
+    rows = training_rows(config, cpu_runtime(rank, world_size), shapes)
     model = SimpleNamespace(config=config, matches=empty_tables(slots=64))
+    model.num_noted = torch.zeros(1, dtype=torch.int64)
     runtime = cpu_runtime(rank, world_size)
     for _ in STEPS:
-        position = note_rows(model, [next(rows) for _ in range(count)], position, runtime)
-    return model.matches, position
+        note_rows(model, [next(rows) for _ in range(count)], runtime)
+    return model.matches, model.num_noted.item()
+
+
+def validation_loss(folder: str, rank: int, world_size: int) -> float:
+    """Of five rows of which two are scored at a time."""
+    files = {"train_files": f"{folder}/train.bin", "val_file": f"{folder}/val.bin"}
+    config, runtime = matching_config(**files, rows_per_step=2), cpu_runtime(rank, world_size)
+    return validate(trained_like(config, runtime), config, runtime, 280, WINDOWS)
 
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
-    torch.save(read_stream(folder, rank, 2), f"{folder}/{rank}.pt")
+    saved = *read_stream(folder, rank, 2), validation_loss(folder, rank, 2)
+    torch.save(saved, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_ranks_have_the_tables_of_one_process(tmp_path):
-    """Of the rows in the order of the stream, in slots that many contexts share."""
+    """Of the rows in the order of the stream, in slots that many contexts share. And the same loss
+    in validation, where the last group has a row on one rank alone."""
     write_few_tokens(tmp_path)
-    tables, position = read_stream(str(tmp_path), 0, 1)
-    assert position == 4 * 64 + 4 * 64 + 4 * 96
+    tables, count = read_stream(str(tmp_path), 0, 1)
+    loss = validation_loss(str(tmp_path), 0, 1)
+    assert count == 4 * 64 + 4 * 64 + 4 * 96
     assert (tables >= 0).sum() > 60
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     for rank in range(2):
-        value, end = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(value, tables)
-        assert end == position
+        *read, found = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(read[0], tables)
+        assert read[1] == count
+        assert found == pytest.approx(loss, rel=1e-6)
 
 
 # Lookups and their gradients ---------------------------------------------------------------------
@@ -451,9 +486,9 @@ def test_check_data_refuses_matches_of_what_is_repeated(tmp_path, monkeypatch):
     assert check_data(dataclasses.replace(config, match_orders=()), [(1000, 1000)]) == 49
     monkeypatch.setattr(train_gpt, "read_shard_header", lambda path: 2**33)
     config = dataclasses.replace(config, repeat_data=False)
-    assert check_data(config, [(2**31 - 1, 1000)]) == 200
+    assert check_data(config, [(2**31 - 201, 1000)]) == 200
     with pytest.raises(UserError, match=r"--match_orders: the schedule reads .*2\^31"):
-        check_data(config, [(2**31, 1000)])
+        check_data(config, [(2**31 - 200, 1000)])
 
 
 # A whole run -------------------------------------------------------------------------------------
