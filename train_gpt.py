@@ -390,13 +390,12 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """That of every rank, (world_size, *shape)."""
-        if self.world_size == 1:
-            return tensor[None]
-        everyone = tensor.new_empty(self.world_size, *tensor.shape)
-        dist.all_gather_into_tensor(everyone.flatten(0, 1), tensor)
-        return everyone
+    def all_gather(self, everyone: Tensor, own: Tensor) -> None:
+        """Fill `everyone` with what each rank has, behind one another in the first dimension."""
+        if self.world_size > 1:
+            dist.all_gather_into_tensor(everyone, own)
+        else:
+            everyone.copy_(own)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -1621,7 +1620,7 @@ class Ngrams(nn.Module):
     def __init__(self, config: Config, runtime: Runtime):
         super().__init__()
         self.orders, self.num_rows = config.ngram_orders, config.ngram_rows
-        self.world_size, dim = runtime.world_size, config.ngram_dim
+        self.runtime, dim = runtime, config.ngram_dim
         stages = (*config.stages, *config.extension)
         most = len(self.orders) * max(stage.tokens_per_step for stage in stages)
         zeros = functools.partial(torch.zeros, device=runtime.device)
@@ -1636,12 +1635,9 @@ class Ngrams(nn.Module):
     def gather(self, rows: Tensor, grads: Tensor) -> None:
         """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
         with rows dealt out in turn that is the order of the stream, on however many ranks."""
-        part = slice(self.filled, self.filled + self.world_size * len(rows))
-        for everyone, own in (self.rows[part], rows), (self.grads[part], grads):
-            if self.world_size > 1:
-                dist.all_gather_into_tensor(everyone, own)
-            else:
-                everyone.copy_(own)
+        part = slice(self.filled, self.filled + self.runtime.world_size * len(rows))
+        self.runtime.all_gather(self.rows[part], rows)
+        self.runtime.all_gather(self.grads[part], grads)
         self.filled = part.stop
 
     def update(self, lr: float, eps: float) -> None:
@@ -1868,7 +1864,7 @@ class GPT(nn.Module):
             shares = {}
             if i == last:
                 gates, streams["last"] = self.last_gates(x), x
-                value, _ = add({}, value, gates["value"], norm=False)
+                value = combine([value], [gates["value"]])[0]
                 x, _ = add({n: gates["x_" + n] for n in ("first", "attend", "last")}, norm=False)
                 scalars = {name: iter([gate]) for name, gate in gates.items()}
                 shares["first"] = gates["first"]
@@ -2699,7 +2695,9 @@ def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
         row = to_device(row, runtime.device)
         starts = document_starts(row.cu_seqlens, len(row.tokens))
         own = torch.stack([row.tokens, starts, row.targets.int()])
-        for of_rank in runtime.all_gather(own):
+        everyone = own.new_empty(runtime.world_size, *own.shape)
+        runtime.all_gather(everyone.flatten(0, 1), own)
+        for of_rank in everyone:
             note_matches_(model.matches, *of_rank, model.config.match_orders, model.num_noted)
             model.num_noted += len(row.tokens)
 

@@ -71,8 +71,8 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
         def all_reduce(self, tensor: Tensor) -> Tensor:
             return tensor
 
-        def all_gather(self, tensor: Tensor) -> Tensor:
-            return tensor.expand(world_size, *tensor.shape)
+        def all_gather(self, everyone: Tensor, own: Tensor) -> None:
+            everyone.unflatten(0, (world_size, -1)).copy_(own)
 
     return Alone(rank, world_size, torch.device(device), script.Log(None))
 
@@ -131,8 +131,9 @@ class Probe:
 
     def __call__(self, row, *windows) -> Tensor:
         self.rows.append(row)
-        self.losses.append(torch.zeros(()) if self.silent else self.model(row, *windows))
-        return self.losses[-1]
+        loss = torch.zeros(()) if self.silent else self.model(row, *windows)
+        self.losses.append(float(loss))
+        return loss
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
@@ -169,16 +170,15 @@ class Judge:
 
     def validate(
         self, tokens: np.ndarray, num_targets: int, rank: int = 0, world_size: int = 1, **options
-    ) -> tuple[float, list]:
-        """validate() on a file of these tokens: its result, and the rows that it scored."""
+    ) -> tuple[float, Probe]:
+        """validate() on a file of these tokens: its result, and what the model was called with."""
         write_shard(self.file, tokens)
         probe, runtime = (
             Probe(self.model, **options),
             start_runtime(self.script, "cpu", rank, world_size),
         )
         loss = self.script.validate(probe, self.config, runtime, num_targets, *self.windows)
-        self.row_losses = [float(loss) for loss in probe.losses]
-        return float(loss), probe.rows
+        return float(loss), probe
 
     @torch.no_grad()
     def score(self, row, targets: dict[int, int]) -> float:
@@ -219,7 +219,7 @@ def check_coverage(script: ModuleType, folder: Path) -> str:
     for world_size in (1, 2, 4, 8):
         seen = Counter()
         for rank in range(world_size):
-            for row in judge.validate(tokens, num_targets, rank, world_size, silent=True)[1]:
+            for row in judge.validate(tokens, num_targets, rank, world_size, silent=True)[1].rows:
                 kept = row.targets != script.IGNORED_TARGET
                 seen.update(zip(row.tokens[kept].tolist(), row.targets[kept].tolist()))
         if seen != expected:
@@ -231,8 +231,8 @@ def check_coverage(script: ModuleType, folder: Path) -> str:
 def check_mean(script: ModuleType, folder: Path) -> str:
     """What validate() returns is the mean of the losses of the single targets."""
     judge, num_targets = Judge(script, folder), ROW + 13
-    loss, rows = judge.validate(random_tokens(script, 1, num_targets + 1), num_targets)
-    mean = sum(judge.single_losses(rows, num_targets)) / num_targets
+    loss, probe = judge.validate(random_tokens(script, 1, num_targets + 1), num_targets)
+    mean = sum(judge.single_losses(probe.rows, num_targets)) / num_targets
     seen = f"validate() gives {loss:.6f}, the mean of the single losses is {mean:.6f}"
     return require(abs(loss - mean) < TOLERANCE, seen)
 
@@ -241,14 +241,14 @@ def check_causality(script: ModuleType, folder: Path) -> str:
     """Another token later in the file changes no earlier loss; some later one it does."""
     judge, num_targets = Judge(script, folder), 2 * ROW
     tokens = random_tokens(script, 2, num_targets + 1)
-    rows = judge.validate(tokens, num_targets)[1]
+    rows = judge.validate(tokens, num_targets)[1].rows
     before = judge.single_losses(rows, num_targets)
     worst, count = 0.0, 0
     # within documents, at their starts (the token becomes another), and a start where none was
     for k, token in (3, 7), (5, 7), (8, script.START_TOKEN), (11, 7), (15, 7), (20, 7), (24, 7):
         changed = tokens.copy()
         changed[k] = token
-        changed_rows = judge.validate(changed, num_targets)[1]
+        changed_rows = judge.validate(changed, num_targets)[1].rows
         for t in sorted({*range(max(0, k - 5), k), 0, k // 2}):
             row, target = changed_rows[t // ROW], int(rows[t // ROW].targets[t % ROW])
             moved = abs(judge.score(row, {t % ROW: target}) - before[t])
@@ -260,14 +260,13 @@ def check_causality(script: ModuleType, folder: Path) -> str:
     # what has been scored may help with later rows, so whole validations too, of texts that recur
     num_targets = 3 * ROWS * ROW
     tokens = random_tokens(script, 7, num_targets + 1) % 5
-    judge.validate(tokens, num_targets)
-    before = judge.row_losses
+    before = judge.validate(tokens, num_targets)[1].losses
     for k in 7, ROWS * ROW + 3, 2 * ROWS * ROW + 40:
         changed = tokens.copy()
         changed[k] = (tokens[k] + 1) % 5
-        judge.validate(changed, num_targets)
+        after = judge.validate(changed, num_targets)[1].losses
         for row in range((k - 1) // ROW):
-            moved = abs(judge.row_losses[row] - before[row]) / ROW
+            moved = abs(after[row] - before[row]) / ROW
             worst, count = max(worst, moved), count + 1
             require(moved <= TOLERANCE, f"token {k} moved the loss of row {row} by {moved:.2g}")
     return f"{count} earlier losses moved by at most {worst:.1g}"
@@ -276,7 +275,7 @@ def check_causality(script: ModuleType, folder: Path) -> str:
 def check_targets(script: ModuleType, folder: Path) -> str:
     """A target matters for its own loss alone: losses of any targets add up."""
     judge, rng = Judge(script, folder), np.random.default_rng(3)
-    row = judge.validate(random_tokens(script, 3, ROW + 1), ROW)[1][0]
+    row = judge.validate(random_tokens(script, 3, ROW + 1), ROW)[1].rows[0]
     targets = dict(enumerate(rng.integers(0, script.START_TOKEN, ROW).tolist()))
     single = {t: judge.score(row, {t: target}) for t, target in targets.items()}
     whole, total = judge.score(row, targets), math.fsum(single.values())
@@ -292,11 +291,11 @@ def check_normalisation(script: ModuleType, folder: Path) -> str:
     """Probabilities sum to 1: with a vocabulary of 128 all of them, of the whole one a sample."""
     tiny = script.PRESETS["tiny"]
     judge, position = Judge(script, folder, vocab_size=128, layers=tiny.layers), 11
-    row = judge.validate(np.random.default_rng(4).integers(0, 128, ROW + 1), ROW)[1][0]
+    row = judge.validate(np.random.default_rng(4).integers(0, 128, ROW + 1), ROW)[1].rows[0]
     total = sum(math.exp(-judge.score(row, {position: token})) for token in range(128))
     require(abs(total - 1) < 1e-4, f"the probabilities of 128 tokens sum to {total:.6g}")
     judge = Judge(script, folder, layers=tiny.layers)
-    row = judge.validate(random_tokens(script, 4, ROW + 1), ROW)[1][0]
+    row = judge.validate(random_tokens(script, 4, ROW + 1), ROW)[1].rows[0]
     sample = np.random.default_rng(5).choice(tiny.vocab_size, 80, replace=False).tolist()
     shares = [tiny.vocab_size * math.exp(-judge.score(row, {position: token})) for token in sample]
     mean, error = float(np.mean(shares)), float(np.std(shares)) / math.sqrt(len(shares))
