@@ -64,7 +64,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the schedule. Sizes are in tokens; loss weights change from start to end."""
+    """One row of the schedule. Sizes are in tokens."""
 
     share: float  # of num_steps
     tokens_per_step: int  # over all GPUs and micro-steps
@@ -72,10 +72,8 @@ class Stage:
     window_short: int  # how many earlier tokens a query sees
     window_long: int
     lr: float  # multiplier
-    second_start: float  # loss weight of the token after the next one
-    second_end: float
-    prefix_start: float  # loss weight of the next token's prefix token
-    prefix_end: float
+    second: float  # loss weight of the token after the next one
+    prefix: float  # loss weight of the next token's prefix token
     columns: int  # of the vocabulary that a row's training loss is computed on; 0: all
 
 
@@ -91,15 +89,15 @@ class Layer:
 
 # fmt: off
 SPEEDRUN_STAGES = (
-    #     share tokens  seq_len  short  long    lr    second      prefix      columns
-    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.5,  0.35, 0.25, 0.25, 12_288),
-    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.35, 0.25, 0.25, 0.25, 12_288),
-    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.25, 0.0,  0.25, 0.0,  14_336),
-    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0,  16_384),
-    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  0.0,  0.0,  24_576),
+    #     share tokens  seq_len  short  long    lr    second prefix columns
+    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42, 0.25, 12_288),
+    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30, 0.25, 12_288),
+    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12, 0.12, 14_336),
+    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  16_384),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  24_576),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
-    Stage(1.0,    262_144,   2048,   768, 1664, 1.52, 0.0, 0.0,  0.0,  0.0,  0),
+    Stage(1.0,  262_144,   2048,   768, 1664, 1.52, 0.0,  0.0,  0),
 )
 SPEEDRUN_LAYERS = (
     #     window   value  ngrams  attend_from
@@ -116,11 +114,11 @@ SPEEDRUN_LAYERS = (
     Layer("long",  4,     True,   7),     # 10, with the dynamic skips
 )
 TINY_STAGES = (
-    Stage(1 / 2,    1_024,    256,    64,  128, 1.00, 0.2, 0.0,  0.0,  0.0,  0),
-    Stage(1 / 2,    1_024,    512,   128,  256, 1.00, 0.0, 0.0,  0.0,  0.0,  0),
+    Stage(1 / 2,  1_024,    256,    64,  128, 1.00, 0.1,  0.0,  0),
+    Stage(1 / 2,  1_024,    512,   128,  256, 1.00, 0.0,  0.0,  0),
 )
 TINY_EXTENSION = (
-    Stage(1.0,      1_024,    512,   128,  512, 1.00, 0.0, 0.0,  0.0,  0.0,  0),
+    Stage(1.0,    1_024,    512,   128,  512, 1.00, 0.0,  0.0,  0),
 )
 TINY_LAYERS = (
     #     window   value  ngrams  attend_from
@@ -172,7 +170,8 @@ class Config:
     ngram_rows: int = 2**21  # of each length; with 768 columns 3.01 GiB a GPU
     ngram_dim: int = 768  # columns of these rows; each length has its own of the stream
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
-    match_slots: int = 2**26  # of the table of each length, 8 bytes each, a power of two
+    match_slots: int = 2**28  # of the table of each length, 4 bytes each, a power of two
+    match_shards: int = 0  # of train_files, the last ones: matches hold them from the start
     attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
@@ -224,7 +223,7 @@ class Config:
 PRESETS = {
     "speedrun": Config(),
     "matching": Config(
-        match_orders=(3, 4, 5, 6, 8, 12, 16, 24),
+        match_orders=(2, 3, 4, 5, 6, 8, 12, 16, 24), match_shards=2,
         ngram_orders=(2, 3, 4), ngram_rows=2**23, ngram_dim=256,
     ),
     "tiny": Config(
@@ -257,7 +256,8 @@ def check_config(config: Config, world_size: int) -> None:
     positive = ("num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
                 "val_row_tokens min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim "
                 "ngram_rows ngram_dim")
-    not_negative = "extension_steps stop_step val_every momentum_cooldown_steps ngram_lr"
+    not_negative = ("extension_steps stop_step val_every momentum_cooldown_steps ngram_lr "
+                    "match_shards")
     for name in positive.split():
         require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
     for name in not_negative.split():
@@ -304,6 +304,8 @@ def check_config(config: Config, world_size: int) -> None:
     require(c.dtype in ("bfloat16", "float32"),
             f"--dtype {c.dtype!r} is not one of bfloat16, float32")
     require(c.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
+    require(c.match_orders or not c.match_shards,
+            f"--match_shards {c.match_shards} goes with --match_orders: give some, as 3:4:6")
 
 
 def check_layers(layers: tuple[Layer, ...]) -> None:
@@ -1467,9 +1469,12 @@ class TableRows(torch.autograd.Function):
 
 # --- Exact match ----------------------------------------------------------------------------------
 #
-# What was read, as hash tables, one an order: the slot of the last n tokens of a document holds the
-# token that followed them when they were last seen, as position << 32 | check << 16 | token, so
-# that the largest entry is the latest. Empty slots are -1.
+# What was read, as hash tables, one an order: the slot of the last n tokens of a document holds a
+# token that followed them, as lead << 29 | check << 16 | token. The lead says how sure it is: it
+# grows up to 3 when the token comes again and falls when another token or context wants the slot,
+# which gets it when the lead is used up (Boyer & Moore's vote). An empty slot is 0.
+
+LEADS, CHECKS = 3, 2**13
 
 
 def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -1491,7 +1496,7 @@ def context_keys(
             key = ((token + 1) ^ key) * MIX_1
             key = key ^ (key >> 29)
         mixed = key * MIX_2
-        slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & 0xFFFF
+        slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & (CHECKS - 1)
         found.append((slot, check, position - starts >= order - 1))
     return tuple(torch.stack(of_orders) for of_orders in zip(*found))
 
@@ -1499,29 +1504,35 @@ def context_keys(
 def find_matches(
     tokens: Tensor, starts: Tensor, tables: Tensor, orders: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The token that followed the longest context seen before, and 1 + the number of its order.
+    """The token that has followed the longest context seen before, and how sure it is: of the i-th
+    order, from 0, LEADS · i + its lead.
 
-    tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int64, slots
+    tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int32, slots
     a power of two. orders: ascending. Returns (T,) int64 each; the token itself and 0 without one.
     """
     slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
-    entry = tables.gather(1, slot)
-    hit = long_enough & (entry >= 0) & ((entry >> 16 & 0xFFFF) == check)
-    which = (hit * torch.arange(1, len(orders) + 1, device=tokens.device)[:, None]).amax(0)
-    found = entry.gather(0, (which - 1).clamp_min(0)[None])[0] & 0xFFFF
+    entry = tables.gather(1, slot).long()
+    hit = long_enough & (entry > 0) & ((entry >> 16 & (CHECKS - 1)) == check)
+    number = torch.arange(len(orders), device=tokens.device)[:, None]
+    which = (hit * (LEADS * number + (entry >> 29))).amax(0)
+    found = entry.gather(0, ((which - 1).clamp_min(0) // LEADS)[None])[0] & 0xFFFF
     return torch.where(which > 0, found, tokens), which
 
 
 def note_matches_(
-    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
-    base: int | Tensor,
-) -> None:  # fmt: skip
-    """Write down what followed each context of a row, read from position `base` of the stream on.
-    The latest stays, in whichever order rows and threads write."""
+    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...]
+) -> None:
+    """Write down what followed each context of rows that were read together. Of what wants one slot
+    the largest entry gets it, in whichever order threads write."""
     slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
-    position = base + torch.arange(len(tokens), device=tokens.device)
-    entry = torch.where(long_enough, position << 32 | check << 16 | targets, -1)
-    tables.scatter_reduce_(1, slot, entry, "amax")
+    slot = slot * long_enough  # what is no context yet goes to slot 0, and empties it
+    entry, wanted = tables.gather(1, slot), (check << 16 | targets).int()
+    held, lead = entry & (2**29 - 1), entry >> 29
+    stays = (held != wanted) & (lead > 1)
+    lead = torch.where(stays, lead - 1, torch.where(held == wanted, lead, 0) + 1).clamp_max(LEADS)
+    entry = lead << 29 | torch.where(stays, held, wanted)
+    tables.scatter_(1, slot, 0)
+    tables.scatter_reduce_(1, slot, entry * long_enough, "amax")
 
 
 # --- Hashed n-grams -------------------------------------------------------------------------------
@@ -1704,8 +1715,8 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "gate_b_2":     SmallParam((len(gates),), gates,  slow,   0.25, 0.0),
     }
     # fmt: on
-    if config.match_orders:  # of no match, and of each order
-        starts = [0.0] + [1.0] * len(config.match_orders)
+    if config.match_orders:  # of no match, and of each order and lead
+        starts = [0.0] + [1.0] * (LEADS * len(config.match_orders))
         table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
     return table
 
@@ -1736,13 +1747,11 @@ class GPT(nn.Module):
         # one table behind the other, the last for the tokens that matches foretell
         num_tables = config.num_value_tables + bool(config.match_orders)
         self.value_embed = zeros(num_tables * vocab, attention_dim)
-        matches = num_noted = None
+        matches = None
         if config.match_orders:
             shape = len(config.match_orders), config.match_slots
-            matches = torch.full(shape, -1, dtype=torch.int64, device=device)
-            num_noted = torch.zeros(1, dtype=torch.int64, device=device)
+            matches = torch.zeros(shape, dtype=torch.int32, device=device)
         self.register_buffer("matches", matches)
-        self.register_buffer("num_noted", num_noted)  # how many tokens were entered in them
         self.ngrams = Ngrams(config, runtime)
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
@@ -1829,7 +1838,8 @@ class GPT(nn.Module):
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
             found, order = find_matches(tokens, starts, self.matches, orders)
-            which = order[:, None] == torch.arange(len(orders) + 1, device=tokens.device)
+            count = 1 + LEADS * len(orders)
+            which = order[:, None] == torch.arange(count, device=tokens.device)
             gain = (which.float() @ self.small_weights["match"])[:, None]
             ((match,),) = read(self.value_tables[-1:], rows=found)
             match = F.pad(match, (0, ngrams.size(1) - match.size(1)))
@@ -2223,8 +2233,7 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
         for param in model.parameters():
             param.grad.zero_()
         if model.matches is not None:
-            model.matches.fill_(-1)
-            model.num_noted.zero_()
+            model.matches.zero_()
         model.ngrams.reset()
         if model.fp8 is not None:
             model.fp8.reset()
@@ -2274,6 +2283,14 @@ def find_files(option: str, pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern))
     require(len(files) > 0, f"{option} {pattern}: no such file: {GET_DATA}")
     return files
+
+
+def find_train_files(config: Config) -> tuple[list[str], list[str]]:
+    """The shards that training reads, and those that matches hold from the start."""
+    files, count = find_files("--train_files", config.train_files), config.match_shards
+    few = f"--match_shards {count}: --train_files {config.train_files} has {len(files)} shards, "
+    require(count < len(files), few + "which leaves none to train on: add shards or take less")
+    return files[: len(files) - count], files[len(files) - count :]
 
 
 def ahead(items: Iterator, depth: int) -> Iterator:
@@ -2367,7 +2384,7 @@ def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
 def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[Batch]:
     """This rank's rows, one of every world_size. shapes: (T, max_seq_len) of each micro-step."""
     ranks, pin = range(runtime.world_size), runtime.device.type == "cuda"
-    files = find_files("--train_files", config.train_files)
+    files, _ = find_train_files(config)
     # what is read twice could be foretold
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for num_tokens, max_seq_len in shapes:
@@ -2398,8 +2415,8 @@ def read_prefixes(config: Config, device: torch.device) -> Tensor:
 def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     """See that the data lasts before anything is prepared; gives the number of targets that
     validation scores. shapes: (T, max_seq_len) of every row of all ranks."""
-    files = find_files("--train_files", config.train_files)
-    total = sum(read_shard_header(path) for path in files)
+    files, known = find_train_files(config)
+    total, _ = (sum(map(read_shard_header, paths)) for paths in (files, known))
     needed = sum(num_tokens for num_tokens, _ in shapes)
     require(
         needed < total or config.repeat_data,
@@ -2407,10 +2424,10 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
         f"{needed}: {MORE_DATA}",
     )
     require(
-        needed < min(total, 2**31 - config.val_tokens) or not config.match_orders,
+        needed < total or not config.match_orders,
         f"--match_orders: the schedule reads {needed} tokens, more than the {total} of "
-        "--train_files, which matches would foretell when they are repeated, or than 2^31 less "
-        "--val_tokens: add shards or lower --num_steps",
+        "--train_files, which matches would foretell when they are repeated: add shards or lower "
+        "--num_steps",
     )
     if total < 2 * needed and (not config.repeat_data or config.match_orders):
         stream = TokenStream(files, config.vocab_size, repeat=False)
@@ -2485,18 +2502,6 @@ class Schedule:
         up, cooldown = step / self.config.momentum_warmup_steps, self.config.momentum_cooldown_steps
         down = (self.total_steps - step) / cooldown if cooldown else 1.0
         return start + min(up, down, 1.0) * (peak - start)
-
-    def loss_weights(self) -> list[list[float]]:
-        """Weights of next, second and prefix token for every step, linear in a stage."""
-        rows, begin = [], 0
-        stages = (*self.config.stages, *self.config.extension)
-        for end, stage in zip([*self.stage_ends, self.total_steps], stages):
-            starts = stage.second_start, stage.prefix_start
-            stops = stage.second_end, stage.prefix_end
-            for done in ((step - begin) / (end - begin) for step in range(begin, end)):
-                rows.append([1.0] + [a + done * (b - a) for a, b in zip(starts, stops)])
-            begin = end
-        return rows
 
 
 # ==================================================================================================
@@ -2594,7 +2599,10 @@ class Trainer:
         self.model, self.config, self.runtime = model, model.config, runtime
         self.optimizer = Optimizer(model, self.config, runtime)
         self.schedule = Schedule(self.config)
-        self.loss_weights = torch.tensor(self.schedule.loss_weights(), device=runtime.device)
+        self.loss_weights = {  # of next, second and prefix token
+            stage: torch.tensor([1.0, stage.second, stage.prefix], device=runtime.device)
+            for stage in (*self.config.stages, *self.config.extension)
+        }
         self.prefixes = read_prefixes(self.config, runtime.device)
         self.grad_accum_steps = self.config.rows_per_step // runtime.world_size
         self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
@@ -2602,9 +2610,10 @@ class Trainer:
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def compute(self, batch: Batch, step: int, loss_weights: Tensor) -> Tensor:
-        windows, columns = self.schedule.windows(step), self.schedule.stage(step).columns
-        loss, next_token_loss = self.model(batch, windows, loss_weights, self.prefixes, columns)
+    def compute(self, batch: Batch, step: int) -> Tensor:
+        windows, stage = self.schedule.windows(step), self.schedule.stage(step)
+        how = self.loss_weights[stage], self.prefixes, stage.columns
+        loss, next_token_loss = self.model(batch, windows, *how)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
         return next_token_loss
@@ -2612,15 +2621,14 @@ class Trainer:
     def micro_step(self, batch: Batch, step: int) -> Tensor:
         """Forward and backward pass of one row of a step, added to the gradients. Gives the sum of
         its next-token losses, fp32, valid until the next call."""
-        loss_weights = self.loss_weights[step]
         if self.uses_graphs:
             graph, inputs, loss, left = self.graphs[self.schedule.stage(step)]
         if self.uses_graphs and len(batch.cu_seqlens) == len(inputs[2]):
-            for mine, given in zip(inputs, (*batch[:3], loss_weights)):
+            for mine, given in zip(inputs, batch[:3]):
                 mine.copy_(given, non_blocking=True)
             graph.replay()
         else:  # also a row of more documents than its graph has room for
-            loss = self.compute(to_device(batch, self.runtime.device), step, loss_weights)
+            loss = self.compute(to_device(batch, self.runtime.device), step)
             left = self.model.ngrams.left
         self.model.ngrams.gather(*left)
         return loss
@@ -2628,18 +2636,18 @@ class Trainer:
     def capture(self, batch: Batch, step: int) -> None:
         """Make the graph for rows like this one; changes the gradients."""
         batch = to_device(batch, self.runtime.device)
-        inputs = [tensor.clone() for tensor in (*batch[:3], self.loss_weights[step])]
-        mine = Batch(*inputs[:3], batch.max_seq_len)
+        inputs = [tensor.clone() for tensor in batch[:3]]
+        mine = Batch(*inputs, batch.max_seq_len)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # compiles kernels, makes workspaces
-            self.compute(mine, step, inputs[3])
+            self.compute(mine, step)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, **how):
-            loss = self.compute(mine, step, inputs[3])
+            loss = self.compute(mine, step)
         left = self.model.ngrams.left  # memory that no other graph takes
         self.graphs[self.schedule.stage(step)] = graph, inputs, loss, left
 
@@ -2689,17 +2697,35 @@ class Trainer:
 
 @torch.no_grad()
 def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
-    """Enter the rows that all ranks read in a step, as many on each, in what the model can match.
-    Later steps see them, this one did not."""
-    for row in rows:
-        row = to_device(row, runtime.device)
-        starts = document_starts(row.cu_seqlens, len(row.tokens))
-        own = torch.stack([row.tokens, starts, row.targets.int()])
-        everyone = own.new_empty(runtime.world_size, *own.shape)
-        runtime.all_gather(everyone.flatten(0, 1), own)
-        for of_rank in everyone:
-            note_matches_(model.matches, *of_rank, model.config.match_orders, model.num_noted)
-            model.num_noted += len(row.tokens)
+    """Enter the rows that all ranks read in a step, as many on each and of one length, in what the
+    model can match. Later steps see them, this one did not."""
+    rows = [to_device(row, runtime.device) for row in rows]
+    length = len(rows[0].tokens)
+    parts = ((r.tokens, document_starts(r.cu_seqlens, length), r.targets.int()) for r in rows)
+    own = torch.stack([torch.stack(part) for part in parts])
+    everyone = own.new_empty(runtime.world_size, *own.shape)
+    runtime.all_gather(everyone.flatten(0, 1), own)
+    stream = everyone.transpose(0, 1).flatten(0, 1)  # rows are dealt out in turn
+    begins = length * torch.arange(len(stream), device=stream.device)
+    stream[:, 1] += begins.int()[:, None]
+    stream = stream.transpose(0, 1).flatten(1)
+    note_matches_(model.matches, *stream, model.config.match_orders)
+
+
+@torch.no_grad()
+def note_shards(model: GPT, device: torch.device) -> None:
+    """Enter the shards that matches hold from the start; every rank does so by itself."""
+    config, size = model.config, 2**18
+    files = find_train_files(config)[1]
+    shards = (load_shard(path, config.vocab_size)[0] for path in files)
+    for shard in ahead(shards, depth=1):
+        shard = torch.from_numpy(shard).to(device).int()
+        end = (len(shard) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
+        for begin in range(0, end, size):
+            tokens, targets = (shard[begin + i : min(begin + size, end) + i] for i in range(2))
+            position = torch.arange(len(tokens), dtype=torch.int32, device=device)
+            starts = torch.where(tokens == START_TOKEN, position, 0).cummax(0).values
+            note_matches_(model.matches, tokens, starts, targets, config.match_orders)
 
 
 @torch.no_grad()
@@ -2713,17 +2739,16 @@ def validate(
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     rows = validation_rows(config, runtime, num_targets)
-    memory = () if model.matches is None else (model.matches, model.num_noted)
-    kept = [tensor.clone() for tensor in memory]
+    kept = None if model.matches is None else model.matches.clone()
     size = config.rows_per_step * config.val_row_tokens
     for end in range(size, num_targets + size, size):
         scored = list(itertools.islice(rows, config.rows_per_step // runtime.world_size))
         for batch in scored:
             total += model(to_device(batch, runtime.device), windows)
-        if memory and end < num_targets:
+        if kept is not None and end < num_targets:
             note_rows(model, scored, runtime)
-    for tensor, copy in zip(memory, kept):
-        tensor.copy_(copy)
+    if kept is not None:
+        model.matches.copy_(kept)
     loss = runtime.all_reduce(total).item() / num_targets
     found = f"the validation loss is {loss}"
     require(math.isfinite(loss), f"{found}: lower --muon_lr or --adam_lr")
@@ -2769,6 +2794,7 @@ def train(config: Config, runtime: Runtime) -> None:
     clock = Clock(runtime)
     progress = Progress(runtime, clock, schedule.end_step)
     clock.start()
+    note_shards(model, runtime.device)
     for step in range(schedule.end_step):
         loss = trainer.run_step(step, itertools.islice(rows, trainer.grad_accum_steps))
         progress.launched(step, loss)
@@ -2928,7 +2954,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
             raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
 
     tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
-    tables += "1/3:131072:896:128:384:1:.5:.5:.25:.25:0, a layer short:none:false:none"
+    tables += "1/3:131072:896:128:384:1:.5:.25:0, a layer short:none:false:none"
     parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
     preset = "speedrun" if torch.cuda.is_available() else "tiny"
     text = "where the options not given come from"

@@ -39,7 +39,7 @@ def other_value(name: str) -> object:
     if kind == tuple[Layer, ...]:
         return (LAST, dataclasses.replace(LAST, window="none", ngrams=False))
     if kind == tuple[Stage, ...]:
-        return (Stage(1 / 3, 64, *range(3, 12)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, *([0.1] * 4), 0))
+        return (Stage(1 / 3, 64, *range(3, 10)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, 0.1, 0.2, 0))
     if kind == tuple[int, ...]:
         return (2, 3, 7)
     return {int: 12_345, float: 0.1 + 0.2, str: "some where/*, a:b = 50%.bin"}[kind]
@@ -77,20 +77,20 @@ def test_default_preset_follows_the_device(monkeypatch):
 def test_tables_parse():
     arguments = [
         "--stages",
-        "1/3:96:10:8:9:0.5:1:2:3:4:5, 2/3:192:20:16:18:1e-1:1/2:0:0:0:0",
+        "1/3:96:10:8:9:0.5:1:2:5, 2/3:192:20:16:18:1e-1:1/2:0:0",
     ]
     arguments += ["--layers", "short:none:TRUE:2,long:0:False:none"]
     config = parse_args(arguments)
     assert config.stages == (
-        Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 3.0, 4.0, 5),
-        Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0.0, 0.0, 0),
+        Stage(1 / 3, 96, 10, 8, 9, 0.5, 1.0, 2.0, 5),
+        Stage(2 / 3, 192, 20, 16, 18, 0.1, 0.5, 0.0, 0),
     )
     assert config.layers == (
         Layer("short", None, True, 2),
         Layer("long", 0, False, None),
     )
     assert type(config.stages[0].tokens_per_step) is int
-    assert type(config.stages[0].second_start) is float
+    assert type(config.stages[0].second) is float
     assert type(config.layers[0].ngrams) is bool
     assert type(config.layers[0].attend_from) is int
 
@@ -98,9 +98,8 @@ def test_tables_parse():
 def test_field_names_are_those_of_the_tables():
     """Positions count on the command line, so their order is part of the interface."""
     sizes = ["share", "tokens_per_step", "max_seq_len", "window_short", "window_long", "lr"]
-    weights = ["second_start", "second_end", "prefix_start", "prefix_end"]
     names = [field.name for field in dataclasses.fields(Stage)]
-    assert names == [*sizes, *weights, "columns"]
+    assert names == [*sizes, "second", "prefix", "columns"]
     names = [field.name for field in dataclasses.fields(Layer)]
     assert names == ["window", "value_table", "ngrams", "attend_from"]
 
@@ -155,9 +154,10 @@ def test_help_shows_every_fields_comment(capsys):
         ("--layers short:false:0:false:false:none", "--layers"),
         ("--layers short:false:0:false:false:none:none:none", "--layers"),
         ("--stages 1:2:3:4:5:6", "--stages"),
-        ("--stages 1:2:3:4:5:6:7:8:9:10:x", "--stages"),
-        ("--stages 1:2.5:3:4:5:6:7:8:9:10:0", "--stages"),
-        ("--extension 1:16:16:16:16:1:0:0:0:0:0,", "--extension"),
+        ("--stages 1:2:3:4:5:6:7:8:x", "--stages"),
+        ("--stages 1:2.5:3:4:5:6:7:8:0", "--stages"),
+        ("--stages 1:2:3:4:5:6:7:8:9:10:0", "--stages"),
+        ("--extension 1:16:16:16:16:1:0:0:0,", "--extension"),
     ],
 )
 def test_what_cannot_be_read_ends_with_code_2_and_the_options_name(arguments, named, capsys):

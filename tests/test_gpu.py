@@ -73,7 +73,7 @@ def test_backends_agree_with_the_definition(backend, num_tokens, window, max_seq
 
 # The whole model ---------------------------------------------------------------------------------
 
-STAGE = Stage(1.0, 8192, 512, 128, 256, 1.0, 0.5, 0.5, 0.25, 0.25, 0)
+STAGE = Stage(1.0, 8192, 512, 128, 256, 1.0, 0.5, 0.25, 0)
 WINDOWS = Windows(128, 256)
 WEIGHTS = 1.0, 0.5, 0.25
 
@@ -166,24 +166,28 @@ def test_fp8_is_near_bf16():
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_replayed_graph_is_what_it_captured(fp8):
-    """For other tokens, documents, loss weights and parameters than those captured; gradients add
-    up; a row of more documents than a graph has room for runs without it."""
+    """For other tokens, documents and parameters than those captured, with the loss weights of its
+    own stage; gradients add up; a row of more documents than a graph has room for runs without it.
+    """
     # steps 0 and 1 differ in loss weights alone, step 2 in its windows
-    fade = dataclasses.replace(STAGE, share=0.5, second_end=0.0, prefix_end=0.75)
+    first = dataclasses.replace(STAGE, share=0.25)
+    faded = dataclasses.replace(STAGE, share=0.25, second=0.25, prefix=0.5)
     wide = dataclasses.replace(STAGE, share=0.5, window_long=512)
-    model = make_model(make_config(fp8=fp8, num_steps=4, stages=(fade, wide), extension=(wide,)))
+    stages = {"num_steps": 4, "stages": (first, faded, wide), "extension": (wide,)}
+    model = make_model(make_config(fp8=fp8, **stages))
     trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
     assert trainer.uses_graphs
-    weights = trainer.loss_weights
-    assert weights[:2].tolist() == [list(WEIGHTS), [1.0, 0.25, 0.5]]
-    trainer.capture(ROW, 0)
+    weights = [trainer.loss_weights[stage].tolist() for stage in (first, faded)]
+    assert weights == [list(WEIGHTS), [1.0, 0.25, 0.5]]
+    for step in range(2):
+        trainer.capture(ROW, step)
     rows = ROW, make_row(2, [0, 17, 400, 401, 402, 900]), make_row(3, [0, 512])
     many = make_row(4, [*range(0, 1024, 14)])
     assert len(many.cu_seqlens) > len(ROW.cu_seqlens)
     losses = []
     for row, step in zip((*rows, many), (0, 1, 0, 0)):
         settle(model)
-        loss = trainer.compute(to_device(row, weights.device), step, weights[step])
+        loss = trainer.compute(to_device(row, model.head.device), step)
         expected = {"loss": loss.clone(), **gradients(model)}
         for param in model.parameters():
             param.grad.zero_()
@@ -210,14 +214,14 @@ def test_replays_leave_the_gradients_of_their_ngrams():
     stages = [dataclasses.replace(STAGE, share=0.5, window_short=short) for short in (128, 64)]
     model = make_model(make_config(**NGRAMS, num_steps=2, stages=tuple(stages)))
     trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
-    ngrams, weights = model.ngrams, trainer.loss_weights
+    ngrams = model.ngrams
     ngrams.table.normal_(0, 0.02)
     for step in range(2):
         trainer.capture(ROW, step)
     rows, expected = [make_row(seed, [0, 17, 400, 900]) for seed in range(4)], []
     for i, row in enumerate(rows):
         settle(model)
-        trainer.compute(to_device(row, weights.device), i % 2, weights[i % 2])
+        trainer.compute(to_device(row, ngrams.table.device), i % 2)
         expected.append(ngrams.left)
     settle(model)
     for i, row in enumerate(rows):

@@ -1,8 +1,10 @@
 """What was read before, as the model finds it: against dictionaries, and what a row may see."""
 
+import copy
 import dataclasses
 import datetime
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +23,18 @@ from conftest import (
     write_shard,
 )
 from test_check import check
-from test_train import log_of, run, write_data
+from test_data import reference_rows, row_of, write_shards
+from test_train import log_of, read_shard, run, write_data
 from torch import Tensor
 from transcription import ngram_rows
 
 import train_gpt
 from train_gpt import (
     GPT,
+    LEADS,
     START_TOKEN,
     Batch,
+    Clock,
     Config,
     Optimizer,
     Trainer,
@@ -39,10 +44,13 @@ from train_gpt import (
     check_data,
     config_as_text,
     config_from_text,
+    context_keys,
     document_starts,
     find_matches,
+    find_train_files,
     note_matches_,
     note_rows,
+    note_shards,
     nothing_changes,
     parse_args,
     train,
@@ -55,11 +63,19 @@ ORDERS, SLOTS = (1, 2, 4), 2**20  # slots for few collisions
 WINDOWS = Windows(8, 24)
 
 
+def vote(held: tuple[object, int] | None, token: object) -> tuple[object, int]:
+    """Boyer and Moore's: what is held then, and its lead."""
+    other, lead = held or (token, 0)
+    if other == token:
+        return token, min(lead + 1, LEADS)
+    return (other, lead - 1) if lead > 1 else (token, 1)
+
+
 class Memory:
-    """What followed each context, as dictionaries, an order each."""
+    """What follows each context by the votes, and its lead, as dictionaries, an order each."""
 
     def __init__(self, orders: tuple[int, ...]):
-        self.followers: dict[int, dict[tuple, int]] = {order: {} for order in orders}
+        self.held: dict[int, dict[tuple, tuple[int, int]]] = {order: {} for order in orders}
 
     def contexts(self, batch: Batch, order: int) -> list[tuple | None]:
         """Of each position, the last tokens of its document; None where it has not as many yet."""
@@ -70,18 +86,24 @@ class Memory:
             contexts.append(tuple(tokens[first : t + 1]) if first >= start else None)
         return contexts
 
-    def note(self, batch: Batch) -> None:
-        for order, followers in self.followers.items():
-            for context, target in zip(self.contexts(batch, order), batch.targets.tolist()):
-                if context is not None:
-                    followers[context] = target
+    def note(self, rows: Iterable[Batch]) -> None:
+        """Rows of one call: each position votes on what was held before it, and of the votes of one
+        context the one with the largest lead counts, of these the one for the largest token."""
+        for order, held in self.held.items():
+            votes: dict[tuple | None, list[tuple[int, int]]] = {}
+            for batch in rows:
+                for context, target in zip(self.contexts(batch, order), batch.targets.tolist()):
+                    votes.setdefault(context, []).append(vote(held.get(context), target))
+            votes.pop(None, None)
+            held |= {context: max(each, key=lambda x: x[::-1]) for context, each in votes.items()}
 
     def find(self, batch: Batch) -> tuple[list[int], list[int]]:
         found, which = batch.tokens.tolist(), [0] * len(batch.tokens)
-        for number, (order, followers) in enumerate(self.followers.items(), 1):
+        for i, (order, held) in enumerate(self.held.items()):
             for t, context in enumerate(self.contexts(batch, order)):
-                if context in followers:
-                    found[t], which[t] = followers[context], number
+                if context in held:
+                    found[t], lead = held[context]
+                    which[t] = LEADS * i + lead
         return found, which
 
 
@@ -95,7 +117,7 @@ def starts_of(batch: Batch) -> Tensor:
 
 
 def empty_tables(orders: tuple[int, ...] = ORDERS, slots: int = SLOTS) -> Tensor:
-    return torch.full((len(orders), slots), -1)
+    return torch.zeros((len(orders), slots), dtype=torch.int32)
 
 
 def find(tables: Tensor, batch: Batch, orders: tuple[int, ...] = ORDERS) -> tuple[list, list]:
@@ -104,20 +126,25 @@ def find(tables: Tensor, batch: Batch, orders: tuple[int, ...] = ORDERS) -> tupl
     return found.tolist(), which.tolist()
 
 
-def note(
-    tables: Tensor, rows: Iterable[Batch], orders: tuple[int, ...] = ORDERS, base: int = 0
-) -> None:
+def note(tables: Tensor, rows: Iterable[Batch], orders: tuple[int, ...] = ORDERS) -> None:
+    """A call for each row."""
     for batch in rows:
-        note_matches_(tables, batch.tokens, starts_of(batch), batch.targets, orders, base)
-        base += len(batch.tokens)
+        note_matches_(tables, batch.tokens, starts_of(batch), batch.targets, orders)
 
 
 def matching_config(**changes: object) -> Config:
     return tiny_config(**{"match_orders": ORDERS, "match_slots": SLOTS, **changes})
 
 
+def note_taker(slots: int = SLOTS) -> SimpleNamespace:
+    """What note_rows needs of a model."""
+    config = matching_config(match_slots=slots)
+    return SimpleNamespace(config=config, matches=empty_tables(slots=slots))
+
+
 def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
-    """Let a model have read a row for every seed; the second document has but one token, a 5."""
+    """Let a model have read a step of a row for every seed; the second document has but one token,
+    a 5."""
     rows = [few_tokens(seed, [40, 1, 23]) for seed in seeds]
     for batch in rows:
         batch.tokens[39:41] = torch.tensor([1, 5])
@@ -142,12 +169,11 @@ def test_document_starts(num_tokens, starts):
 
 
 def test_matches_are_those_of_dictionaries():
-    """The longest context, its latest occurrence, and none that crosses the start of a document;
-    also for a row that begins within a document, as one of the validation does."""
+    """The longest context, with every lead, and none that crosses the start of a document; also for
+    a row that begins within a document, as one of the validation does."""
     tables, memory, seen = empty_tables(), Memory(ORDERS), set()
     assert find(tables, few_tokens(0, [9])) == (few_tokens(0, [9]).tokens.tolist(), [0] * 9)
-    rows = [few_tokens(seed, lengths) for seed, lengths in enumerate(STREAM)]
-    base = 0
+    rows = [few_tokens(seed, lengths) for seed, lengths in enumerate(STREAM) for _ in range(8)]
     for batch in rows:
         reader = few_tokens(100 + len(batch.tokens), [30, 1, 33])
         reader.tokens[0] = 2
@@ -155,43 +181,127 @@ def test_matches_are_those_of_dictionaries():
             found = find(tables, reads)
             assert found == memory.find(reads)
             seen |= set(found[1])
-        note(tables, [batch], base=base)
-        memory.note(batch)
-        base += len(batch.tokens)
+        note(tables, [batch])
+        memory.note([batch])
         assert find(tables, batch) == memory.find(batch)
-    assert seen == {0, 1, 2, 3}
+    assert seen == {*range(1 + LEADS * 3)}
 
 
-def test_latest_occurrence_stays_in_whichever_order_rows_are_entered():
-    rows = [few_tokens(seed, lengths) for seed, lengths in enumerate(STREAM)]
-    bases = np.cumsum([0] + [sum(lengths) for lengths in STREAM]).tolist()
-    forward, backward = empty_tables(), empty_tables()
-    note(forward, rows)
-    for base, batch in reversed(list(zip(bases, rows))):
-        note(backward, [batch], base=base)
-    assert torch.equal(forward, backward)
-    assert ((forward >= 0).sum(1) > 0).all()
+def pair(token: int, target: int = 0) -> Batch:
+    """A row of one token."""
+    ends = torch.tensor([0, 1], dtype=torch.int32)
+    return Batch(torch.tensor([token]).int(), torch.tensor([target]), ends, 1)
+
+
+def test_same_token_again_raises_the_lead_and_another_lowers_it():
+    """Up to 3; behind a lead of 1 the other takes its place."""
+    tables = empty_tables((1,))
+    expected = [(9, 1), (9, 2), (9, 3), (9, 3), (9, 2), (9, 1), (6, 1), (6, 2), (6, 1), (5, 1)]
+    for target in [9] * 4 + [6] * 4 + [5] * 2:
+        note(tables, [pair(3, target)], (1,))
+        token, lead = expected.pop(0)
+        assert find(tables, pair(3), (1,)) == ([token], [lead])
+    assert not expected
+
+
+def test_lead_defends_a_slot_against_other_contexts():
+    """In a slot for all of them."""
+    tables, held = empty_tables((1,), slots=1), [(3, 1), (3, 2), (3, 3), (3, 2), (3, 1)]
+    held += [(4, 1), (4, 2), (4, 1), (3, 1)]
+    followers = {3: 9, 4: 8}
+    for token in [3] * 3 + [4] * 4 + [3] * 2:
+        note(tables, [pair(token, followers[token])], (1,))
+        context, lead = held.pop(0)
+        assert find(tables, pair(context), (1,)) == ([followers[context]], [lead])
+        assert find(tables, pair(7 - context), (1,)) == ([7 - context], [0])  # the other one
+    assert not held
+
+
+def test_entries_of_slots_that_contexts_share():
+    """To the bit: all of a call see what was there before it, and of what writes to one slot the
+    largest entry counts. What is no context yet empties slot 0."""
+    tables, leads, emptied = empty_tables(slots=16), set(), 0
+    expected = [[0] * 16 for _ in ORDERS]
+    for seed in range(36):
+        batch = few_tokens(seed // 4, [30, 1, 33])
+        slots, checks, _ = context_keys(batch.tokens, starts_of(batch), ORDERS, 16)
+        for i, order in enumerate(ORDERS):
+            contexts, written = Memory((order,)).contexts(batch, order), {}
+            for t, target in enumerate(batch.targets.tolist()):
+                slot, entry = 0, 0
+                if contexts[t] is not None:
+                    slot, before = slots[i, t].item(), expected[i][slots[i, t].item()]
+                    held = (before % 2**29, before >> 29) if before else None
+                    fact, lead = vote(held, checks[i, t].item() << 16 | target)
+                    entry = lead << 29 | fact
+                written.setdefault(slot, []).append(entry)
+            for slot, entries in written.items():
+                expected[i][slot] = max(entries)
+                leads.add(max(entries) >> 29)
+                emptied += max(entries) == 0
+        note(tables, [batch])
+        assert tables.tolist() == expected
+    assert leads >= {1, 2, 3} and emptied > 0
 
 
 def test_shared_slots_forget_but_do_not_mix_contexts_up():
-    """What is found is what followed this very context, of a shorter order at most."""
-    tables, memory = empty_tables(slots=16), Memory(ORDERS)
-    rows = [random_batch(seed, [30, 34], num_ids=50) for seed in range(20)]
-    note(tables, rows)
-    for batch in rows:
-        memory.note(batch)
-    by_order, forgotten = [Memory((order,)) for order in ORDERS], 0
-    for one, order in zip(by_order, ORDERS):
-        one.followers = {order: memory.followers[order]}
-    for batch in rows:
-        expected = [one.find(batch)[0] for one in by_order]
+    """What is found has followed this very context, in as many rows as its lead at least. Of other
+    rows than these one context in 8192 has the check bits of what it finds."""
+    tables, memory, followed = empty_tables(slots=16), Memory(ORDERS), Counter()
+    rows, leads, forgotten = [], set(), 0
+    for i in range(80):
+        rows.append(random_batch(i // 4, [30, 34], num_ids=50))
+        note(tables, rows[-1:])
+        memory.note(rows[-1:])
+        for order in ORDERS:
+            contexts = memory.contexts(rows[-1], order)
+            followed.update({*zip(contexts, rows[-1].targets.tolist())})
+    for batch in rows[::4]:
+        contexts = [memory.contexts(batch, order) for order in ORDERS]
         longest = memory.find(batch)[1]
-        for t, (token, number) in enumerate(zip(*find(tables, batch))):
-            assert number <= longest[t]
-            assert token == (expected[number - 1][t] if number else batch.tokens[t])
-            forgotten += number < longest[t]
-    assert forgotten > 100
-    assert ((tables >= 0).sum(1) > 10).all()
+        for t, (token, which) in enumerate(zip(*find(tables, batch))):
+            number, lead = -(-which // LEADS), (which - 1) % LEADS + 1
+            assert number <= -(-longest[t] // LEADS)
+            if number:
+                assert lead <= followed[contexts[number - 1][t], token]
+                leads.add(lead)
+            else:
+                assert token == batch.tokens[t]
+            forgotten += number < -(-longest[t] // LEADS)
+    assert forgotten > 100 and leads >= {2, 3}
+    assert ((tables > 0).sum(1) > 10).all()
+
+
+def test_rows_of_a_step_vote_on_what_was_there_before_it(runtime):
+    """Not on one another: a step moves a lead by one, and up if any of its rows says so."""
+    model = note_taker()
+    for targets, token, lead in (
+        ((9, 9, 9, 9), 9, 1),
+        ((6, 9, 6, 6), 9, 2),
+        ((9, 9, 9, 9), 9, 3),
+        ((9, 9, 9, 9), 9, 3),
+        ((6, 6, 6, 6), 9, 2),
+        ((6, 8, 6, 8), 9, 1),
+        ((6, 8, 6, 7), 8, 1),
+        ((6, 9, 7, 6), 9, 1),
+    ):
+        note_rows(model, [pair(3, target) for target in targets], runtime)
+        assert find(model.matches, pair(3)) == ([token], [lead])
+
+
+def test_steps_of_rows_are_those_of_dictionaries(runtime):
+    """And not those of the same rows one after the other."""
+    model, memory, alone = note_taker(), Memory(ORDERS), Memory(ORDERS)
+    for step in range(5):
+        rows = [few_tokens(10 * step + i, [20, 1, 43]) for i in range(4)]
+        note_rows(model, rows, runtime)
+        memory.note(rows)
+        for batch in rows:
+            alone.note([batch])
+        for batch in (*rows, few_tokens(100 + step, [64])):
+            assert find(model.matches, batch) == memory.find(batch) != alone.find(batch)
+    filled = [len(held) for held in memory.held.values()]
+    assert (model.matches > 0).sum(1).tolist() == filled
 
 
 # What a row may see ------------------------------------------------------------------------------
@@ -264,11 +374,11 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
             assert torch.equal(batch.tokens, next(stream).tokens)
             assert (found, which) == memory.find(batch)
             assert any(which) == (step > 0)
-        for batch, *_ in rows[:-1]:
-            memory.note(batch)
+        beside = copy.deepcopy(memory)
+        beside.note([batch for batch, *_ in rows[:-1]])
         batch, found, _ = rows[-1]
-        others += memory.find(batch)[0] != found
-        memory.note(batch)
+        others += beside.find(batch)[0] != found
+        memory.note([batch for batch, *_ in rows])
     assert others == 5  # had rows seen those beside them, it would show
 
 
@@ -276,8 +386,7 @@ def test_validation_matches_what_it_has_scored(tmp_path, runtime, monkeypatch):
     """And what training had read: of every row what dictionaries have of earlier groups of rows."""
     config, matches = matching_config(**write_few_tokens(tmp_path), rows_per_step=2), []
     model, memory = trained_like(config, runtime), Memory(ORDERS)
-    for batch in fill(model, range(2)):
-        memory.note(batch)
+    memory.note(fill(model, range(2)))
     monkeypatch.setattr(
         train_gpt, "find_matches", lambda *x: matches.append(find_matches(*x)) or matches[-1]
     )
@@ -288,8 +397,7 @@ def test_validation_matches_what_it_has_scored(tmp_path, runtime, monkeypatch):
         assert tuple(x.tolist() for x in found) == memory.find(batch)
         if i % 2:
             before = memory.find(batch)
-            for scored in rows[i - 1 : i + 1]:
-                memory.note(scored)
+            memory.note(rows[i - 1 : i + 1])
             differ += memory.find(batch) != before
     assert differ == 2
 
@@ -298,22 +406,177 @@ def test_validation_forgets_what_it_has_scored(tmp_path, runtime):
     config = matching_config(**write_few_tokens(tmp_path), rows_per_step=1)
     model = trained_like(config, runtime)
     empty = validate(model, config, runtime, 200, WINDOWS)
-    assert (model.matches == -1).all()
+    assert not model.matches.any()
     fill(model, range(3))
     before = model.matches.clone()
     assert validate(model, config, runtime, 200, WINDOWS) != pytest.approx(empty, abs=1e-4)
-    assert torch.equal(model.matches, before) and model.num_noted == 3 * 64
+    assert torch.equal(model.matches, before)
 
 
 def test_nothing_that_was_read_in_between_stays(runtime):
     config = matching_config()
     model = GPT(config, runtime)
-    assert (model.matches == -1).all()
+    assert not model.matches.any()
     with nothing_changes(model, Optimizer(model, config, runtime)):
         fill(model, range(2))
-        assert ((model.matches >= 0).sum(1) > 0).all()
-    assert (model.matches == -1).all()
+        assert model.matches.any(1).all()
+    assert not model.matches.any()
     assert GPT(tiny_config(), runtime).matches is None
+
+
+# Known shards ------------------------------------------------------------------------------------
+
+
+def write_known_shards(folder: Path) -> dict[str, object]:
+    """Two shards to train on and two to know, all of them cut within documents, and the options
+    that name them; a step reads 256 tokens."""
+    lengths = np.random.default_rng(0).integers(2, 30, 170).tolist()
+    tokens = random_documents(3, lengths, num_ids=4)
+    files = {"train_files": write_shards(folder, tokens, [1000, 1600, 1900])}
+    files["val_file"] = str(write_shard(folder / "val.bin", tokens[:300]))
+    return {**files, "match_shards": 2, "rows_per_step": 4}
+
+
+def tokens_of(folder: Path, *shards: int) -> list[int]:
+    return [token for i in shards for token in read_shard(folder / f"train_{i:02}.bin").tolist()]
+
+
+def known_row(folder: Path, i: int) -> Batch:
+    """A shard as a row, but for its last few tokens, so that its length is a multiple of 16."""
+    tokens = torch.tensor(tokens_of(folder, i))
+    tokens = tokens[: (len(tokens) - 1) // 16 * 16 + 1]
+    starts = (tokens[:-1] == START_TOKEN).nonzero().flatten().tolist()
+    ends = torch.tensor(sorted({0, *starts, len(tokens) - 1}), dtype=torch.int32)
+    return Batch(tokens[:-1].int(), tokens[1:], ends, len(tokens))
+
+
+def test_known_shards_are_the_last_ones(tmp_path, runtime):
+    """Each a call of its own, whole but for less than 16 tokens; also where one begins within a
+    document, of which it does not know the begin."""
+    config, memory = matching_config(**write_known_shards(tmp_path)), Memory(ORDERS)
+    model = note_taker()
+    model.config = config
+    note_shards(model, runtime.device)
+    rows = [known_row(tmp_path, i) for i in (2, 3)]
+    for row in rows:
+        memory.note([row])
+    for row in (*rows, known_row(tmp_path, 0), few_tokens(1, [64])):
+        assert find(model.matches, row) == memory.find(row)
+    assert (model.matches > 0).sum(1).tolist() == [len(held) for held in memory.held.values()]
+    model.config, before = dataclasses.replace(config, match_shards=0), model.matches.clone()
+    note_shards(model, runtime.device)
+    assert torch.equal(model.matches, before)
+
+
+def test_long_known_shards_are_entered_piece_by_piece(tmp_path, runtime):
+    size = 2**18
+    tokens = random_documents(0, [1000] * 300, num_ids=4)[: size + 105]
+    write_shard(tmp_path / "train_0.bin", tokens)
+    write_shard(tmp_path / "train_1.bin", tokens)
+    model, tables = note_taker(), empty_tables()
+    files = str(tmp_path / "train_*.bin")
+    model.config = matching_config(train_files=files, match_shards=1)
+    note_shards(model, runtime.device)
+    tokens, begins = torch.tensor(tokens), torch.arange(0, size + 105, 1000).int()
+    for begin, end in (0, size), (size, size + 96):
+        row, targets = tokens[begin:end].int(), tokens[begin + 1 : end + 1]
+        starts = begins[(begins >= begin) & (begins < end)] - begin
+        ends = torch.cat([torch.zeros(1).int(), starts, torch.tensor([end - begin]).int()])
+        starts = document_starts(ends.unique(), len(row))
+        note_matches_(tables, row, starts, targets, ORDERS)
+    assert torch.equal(model.matches, tables) and tables.any(1).all()
+
+
+def test_training_with_known_shards(tmp_path, runtime, monkeypatch):
+    """The preparation leaves the tables empty; when the clock runs, before the first step, they get
+    the known shards and nothing else, which this step finds; steps read the other shards."""
+    config = matching_config(
+        **write_known_shards(tmp_path), num_steps=3, extension_steps=1, val_every=0
+    )
+    memory, events, micro_step = Memory(ORDERS), [], Trainer.micro_step
+    prepared = []  # what the tables held before the known shards were entered
+    start, started = Clock.start, []
+
+    def start_and_tell(self: Clock) -> None:
+        start(self)
+        started.append(self)
+
+    def enter_and_look(model: GPT, device: torch.device) -> None:
+        prepared.append(model.matches.any().item())
+        assert events, "the preparation finds nothing"
+        assert started, "the clock stands still"
+        note_shards(model, device)
+        for i in (2, 3):
+            memory.note([known_row(tmp_path, i)])
+        filled = [len(held) for held in memory.held.values()]
+        assert (model.matches > 0).sum(1).tolist() == filled
+        events.clear()
+
+    def find_and_keep(*args: Tensor) -> tuple[Tensor, Tensor]:
+        events.append(find_matches(*args))
+        return events[-1]
+
+    def compute_and_keep(self: Trainer, batch: Batch, step: int) -> Tensor:
+        loss = micro_step(self, batch, step)
+        events.append((batch, *(x.tolist() for x in events.pop())))
+        return loss
+
+    monkeypatch.setattr(Clock, "start", start_and_tell)
+    monkeypatch.setattr(Trainer, "micro_step", compute_and_keep)
+    monkeypatch.setattr(train_gpt, "find_matches", find_and_keep)
+    monkeypatch.setattr(train_gpt, "note_shards", enter_and_look)
+    monkeypatch.setattr(train_gpt, "validate", lambda *arguments: 1.0)
+    monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
+    train(config, runtime)
+
+    assert prepared == [False]
+    shapes = [(64, 48)] * 12 + [(64, 64)] * 4
+    expected, ignorant = reference_rows(tokens_of(tmp_path, 0, 1), shapes), Memory(ORDERS)
+    for _ in range(4):
+        found, events = events[:4], events[4:]
+        for batch, *of_batch in found:
+            assert row_of(batch) == next(expected)[0]
+            assert tuple(of_batch) == memory.find(batch) != ignorant.find(batch)
+            assert all(of_batch[1])  # over four ids every token alone is known
+        for notes in memory, ignorant:
+            notes.note([batch for batch, *_ in found])
+    assert not events and next(expected, None) is None
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_match_shards_leave_some_to_train_on(tmp_path, count):
+    options = write_known_shards(tmp_path)
+    config = matching_config(**options | {"match_shards": count})
+    message = rf"--match_shards {count}: --train_files .* has 4 shards, .*: add shards or take less"
+    for refuse in (find_train_files, lambda config: check_data(config, [])):
+        with pytest.raises(UserError, match=message):
+            refuse(config)
+    for known in range(4):
+        config = matching_config(**options | {"match_shards": known})
+        train_files, known_files = find_train_files(config)
+        assert [*train_files, *known_files] == sorted(map(str, tmp_path.glob("train_*.bin")))
+        assert len(known_files) == known
+
+
+def test_check_data_reads_the_headers_of_known_shards(tmp_path):
+    """Before anything is prepared, not when the clock runs."""
+    config, path = matching_config(**write_known_shards(tmp_path)), tmp_path / "train_03.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train_03\.bin: .* bytes, expected"):
+        check_data(config, [])
+
+
+def test_training_ends_with_the_shards_to_train_on(tmp_path):
+    config = matching_config(**write_known_shards(tmp_path))
+    expected = list(reference_rows(tokens_of(tmp_path, 0, 1), [(64, 48)] * 25))
+    rows = training_rows(config, cpu_runtime(), [(64, 48)] * 25)
+    for row, _ in expected:
+        assert row_of(next(rows)) == row
+    with pytest.raises(UserError, match=f"ran out after {len(expected)} rows"):
+        next(rows)
+    assert check_data(config, [(64, 48)] * 16) == 200
+    with pytest.raises(UserError, match="--train_files .*: 1600 tokens, but the schedule reads at"):
+        check_data(config, [(64, 48)] * 25)
 
 
 # Ranks -------------------------------------------------------------------------------------------
@@ -321,18 +584,15 @@ def test_nothing_that_was_read_in_between_stays(runtime):
 STEPS = [(64, 48), (64, 48), (96, 64)]  # tokens and longest documents of the rows of a step
 
 
-def read_stream(folder: str, rank: int, world_size: int) -> tuple[Tensor, int]:
-    """The tables behind three steps of four rows, and how many tokens they are of."""
-    config = matching_config(train_files=f"{folder}/train.bin", match_slots=64)
-    count = 4 // world_size
+def read_stream(folder: str, rank: int, world_size: int) -> Tensor:
+    """The tables behind three steps of four rows."""
+    config = matching_config(train_files=f"{folder}/train.bin")
+    model, runtime, count = note_taker(slots=64), cpu_runtime(rank, world_size), 4 // world_size
     shapes = [shape for shape in STEPS for _ in range(count)]
-    rows = training_rows(config, cpu_runtime(rank, world_size), shapes)
-    model = SimpleNamespace(config=config, matches=empty_tables(slots=64))
-    model.num_noted = torch.zeros(1, dtype=torch.int64)
-    runtime = cpu_runtime(rank, world_size)
+    rows = training_rows(config, runtime, shapes)
     for _ in STEPS:
         note_rows(model, [next(rows) for _ in range(count)], runtime)
-    return model.matches, model.num_noted.item()
+    return model.matches
 
 
 def validation_loss(folder: str, rank: int, world_size: int) -> float:
@@ -342,29 +602,63 @@ def validation_loss(folder: str, rank: int, world_size: int) -> float:
     return validate(trained_like(config, runtime), config, runtime, 280, WINDOWS)
 
 
+def trained_tables(folder: str, rank: int, world_size: int) -> Tensor:
+    """The tables at the end of a run that knows shards."""
+    files = {"train_files": f"{folder}/known/train_*.bin", "val_file": f"{folder}/val.bin"}
+    steps = {"num_steps": 2, "extension_steps": 1, "val_every": 0, "match_slots": 1024}
+    config, tables = matching_config(**files, **steps, match_shards=2), []
+
+    def keep(model: GPT, *arguments: object) -> float:
+        tables.append(model.matches.clone())
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "validate", keep)
+        patch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
+        train(config, cpu_runtime(rank, world_size))
+    return tables[0]
+
+
+def seen_by(folder: str, rank: int, world_size: int) -> dict[str, object]:
+    functions = read_stream, validation_loss, trained_tables
+    return {function.__name__: function(folder, rank, world_size) for function in functions}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
-    saved = *read_stream(folder, rank, 2), validation_loss(folder, rank, 2)
-    torch.save(saved, f"{folder}/{rank}.pt")
+    torch.save(seen_by(folder, rank, 2), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_have_the_tables_of_one_process(tmp_path):
+@pytest.fixture(scope="module")
+def alone_and_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What one process sees, and each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_few_tokens(folder)
+    (folder / "known").mkdir()
+    write_known_shards(folder / "known")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [seen_by(str(folder), 0, 1), *(torch.load(folder / f"{rank}.pt") for rank in range(2))]
+
+
+def test_ranks_have_the_tables_of_one_process(alone_and_ranks):
     """Of the rows in the order of the stream, in slots that many contexts share. And the same loss
     in validation, where the last group has a row on one rank alone."""
-    write_few_tokens(tmp_path)
-    tables, count = read_stream(str(tmp_path), 0, 1)
-    loss = validation_loss(str(tmp_path), 0, 1)
-    assert count == 4 * 64 + 4 * 64 + 4 * 96
-    assert (tables >= 0).sum() > 60
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        *read, found = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(read[0], tables)
-        assert read[1] == count
-        assert found == pytest.approx(loss, rel=1e-6)
+    alone, *ranks = alone_and_ranks
+    assert alone["read_stream"].count_nonzero() > 60
+    for seen in ranks:
+        assert torch.equal(seen["read_stream"], alone["read_stream"])
+        assert seen["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-6)
+
+
+def test_ranks_know_the_shards_of_one_process(alone_and_ranks):
+    """And have read the same steps since."""
+    alone, *ranks = alone_and_ranks
+    assert alone["trained_tables"].count_nonzero() > 60
+    for seen in ranks:
+        assert torch.equal(seen["trained_tables"], alone["trained_tables"])
 
 
 # Lookups and their gradients ---------------------------------------------------------------------
@@ -376,19 +670,21 @@ def match_gains(model: GPT, vector: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("read", [True, False], ids=["matches", "none"])
 def test_match_embedding_and_its_gradients(runtime, read):
-    """The row of the last table of values for what is found, by the gain of its order; where
-    nothing is, of the token itself, by the first gain."""
+    """The row of the last table of values for what is found, by the gain of its order and lead;
+    where nothing is, of the token itself, by the first gain."""
     config = matching_config()
     model = trained_like(config, runtime)
     memory, vocab = Memory(ORDERS), config.padded_vocab_size
-    for batch in fill(model, range(2)) if read else []:
-        memory.note(batch)
+    for seeds in ((0, 1), (0, 1), (0,), (1,), (2,)) if read else ():
+        memory.note(fill(model, seeds))
     batch = random_batch(7, [30, 2, 32], num_ids=7)
     batch.tokens[10:12] = torch.tensor([1, 5])  # read in two documents
     batch.tokens[29:31] = torch.tensor([1, 2])  # and the other way round
     found, which = memory.find(batch)
-    assert [which[11], which[30]] == [int(read)] * 2
-    assert set(which) == ({0, 1, 2, 3} if read else {0})
+    numbers = [-(-number // LEADS) for number in which]  # of the orders, from 1
+    assert [numbers[11], numbers[30]] == [int(read)] * 2
+    assert set(numbers) == ({0, 1, 2, 3} if read else {0})
+    assert len(set(which)) > 8 or not read  # several leads of an order
     grad = torch.randn(64, 32, generator=torch.manual_seed(0), dtype=torch.float64)
     for param in model.parameters():
         param.grad.fill_(2.0)
@@ -397,7 +693,7 @@ def test_match_embedding_and_its_gradients(runtime, read):
 
     table = model.value_embed.detach()[2 * vocab :].double().requires_grad_()
     gains = match_gains(model, model.small).detach().double().requires_grad_()
-    assert len(table) == vocab and len(lookups.values) == 2 and gains.shape == (4,)
+    assert len(table) == vocab and len(lookups.values) == 2 and gains.shape == (1 + LEADS * 3,)
     rows = ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
     ngrams = model.ngrams.table[torch.tensor(rows)[:, 0]].double().requires_grad_()
     expected = torch.stack(
@@ -421,7 +717,7 @@ def test_match_embedding_and_its_gradients(runtime, read):
 def test_gains_start_with_none_for_no_match(runtime):
     """So that the first rows are those of a model without matches."""
     model = GPT(matching_config(), runtime)
-    assert match_gains(model, model.small).tolist() == [0, 1, 1, 1]
+    assert match_gains(model, model.small).tolist() == [0] + [1] * LEADS * 3
     assert len(model.value_embed) == 3 * model.config.padded_vocab_size
     with torch.no_grad():
         table = model.ngrams.table.normal_(generator=torch.manual_seed(0))
@@ -448,11 +744,14 @@ def test_gains_start_with_none_for_no_match(runtime):
         ({"match_slots": 0}, "--match_slots 0 is no power of two"),
         ({"match_slots": -4}, "--match_slots -4 is no power of two"),
         ({"match_slots": 1000}, "--match_slots 1000 is no power of two"),
+        ({"match_shards": -1}, "--match_shards -1 must not be negative"),
+        ({"match_shards": 2, "match_orders": ()}, "--match_shards 2 .* --match_orders: give some"),
     ],
 )
 def test_check_config_names_what_cannot_match(changes, message):
     for orders in ((), (1,), (1, 31), (3, 4, 5)):
-        check_config(matching_config(match_orders=orders, match_slots=1), 1)
+        shards = 5 if orders else 0
+        check_config(matching_config(match_orders=orders, match_slots=1, match_shards=shards), 1)
     with pytest.raises(UserError, match=message):
         check_config(matching_config(**changes), 1)
 
@@ -474,8 +773,8 @@ def test_orders_that_cannot_be_read_are_named(text, capsys):
     assert "argument --match_orders:" in capsys.readouterr().err
 
 
-def test_check_data_refuses_matches_of_what_is_repeated(tmp_path, monkeypatch):
-    """Which would foretell it; and a stream longer than its positions."""
+def test_check_data_refuses_matches_of_what_is_repeated(tmp_path):
+    """Which would foretell it."""
     write_shard(tmp_path / "train.bin", [START_TOKEN] * 1000)
     write_shard(tmp_path / "val.bin", [START_TOKEN] * 50)
     files = {"train_files": str(tmp_path / "train.bin"), "val_file": str(tmp_path / "val.bin")}
@@ -484,11 +783,6 @@ def test_check_data_refuses_matches_of_what_is_repeated(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--match_orders: the schedule reads 1000 tokens"):
         check_data(config, [(1000, 1000)])
     assert check_data(dataclasses.replace(config, match_orders=()), [(1000, 1000)]) == 49
-    monkeypatch.setattr(train_gpt, "read_shard_header", lambda path: 2**33)
-    config = dataclasses.replace(config, repeat_data=False)
-    assert check_data(config, [(2**31 - 201, 1000)]) == 200
-    with pytest.raises(UserError, match=r"--match_orders: the schedule reads .*2\^31"):
-        check_data(config, [(2**31 - 200, 1000)])
 
 
 # A whole run -------------------------------------------------------------------------------------
@@ -510,7 +804,7 @@ def test_run_with_matches(tmp_path):
     windows = Windows(config.stages[-1].window_short, config.stages[-1].window_long)
     scored = model, config, cpu_runtime(), check_data(config, []), windows
     assert validate(*scored) == pytest.approx(losses[-1], abs=1e-5)
-    model.matches.fill_(-1)
+    model.matches.zero_()
     assert validate(*scored) != pytest.approx(losses[-1], abs=1e-3)
 
 
@@ -522,12 +816,12 @@ class Filled(check.Judge):
         vocab, orders = self.config.vocab_size, self.config.match_orders
         tokens = torch.arange(vocab, dtype=torch.int32)
         targets = torch.randperm(vocab, generator=torch.manual_seed(0))
-        note_matches_(self.model.matches, tokens, torch.zeros_like(tokens), targets, orders, 0)
+        note_matches_(self.model.matches, tokens, torch.zeros_like(tokens), targets, orders)
         for seed in (1, 2, 3, 4):
             known = torch.from_numpy(check.random_tokens(script, seed, 33)) % vocab
             starts = torch.zeros(32, dtype=torch.int32)
             row = known[:-1].int(), starts, known[1:]
-            note_matches_(self.model.matches, *row, orders, vocab + 32 * seed)
+            note_matches_(self.model.matches, *row, orders)
 
 
 @pytest.mark.parametrize("name", check.CHECKS)

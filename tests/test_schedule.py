@@ -1,16 +1,17 @@
 """Room 8: stages, learning rate, momentum and loss weights against the formulas."""
 
 import pytest
-from conftest import tiny_config
+import torch
+from conftest import cpu_runtime, tiny_config
 
-from train_gpt import PRESETS, Schedule, Stage
+from train_gpt import GPT, PRESETS, Schedule, Stage, Trainer
 
 A, B, C = (
-    Stage(1 / 3, 128, 32, 8, 16, 1.0, 0.5, 0.5, 0.25, 0.25, 0),
-    Stage(1 / 3, 256, 48, 12, 24, 1.52, 0.5, 0.1, 0.25, 0.0, 0),
-    Stage(1 / 3, 384, 64, 16, 32, 1.73, 0.0, 0.0, 0.0, 0.0, 0),
+    Stage(1 / 3, 128, 32, 8, 16, 1.0, 0.5, 0.25, 0),
+    Stage(1 / 3, 256, 48, 12, 24, 1.52, 0.1, 0.25, 0),
+    Stage(1 / 3, 384, 64, 16, 32, 1.73, 0.0, 0.0, 0),
 )
-LAST = Stage(1.0, 512, 64, 20, 40, 9.0, 0.0, 0.5, 0.125, 0.125, 0)
+LAST = Stage(1.0, 512, 64, 20, 40, 9.0, 0.5, 0.125, 0)
 
 
 def schedule(**changes: object) -> Schedule:
@@ -100,40 +101,33 @@ def test_windows_are_those_of_the_stage():
         assert plan.windows(step) == (stage.window_short, stage.window_long)
 
 
+def loss_weights(plan: Schedule) -> list[list[float]]:
+    """What a trainer has for every step."""
+    trainer = Trainer(GPT(plan.config, cpu_runtime()), cpu_runtime())
+    rows = [trainer.loss_weights[plan.stage(step)] for step in range(plan.total_steps)]
+    assert all(row.dtype == torch.float32 for row in rows)
+    return [row.tolist() for row in rows]
+
+
 def test_loss_weights():
-    """Next, second and prefix token: linear from a stage's start towards its end, which
-    belongs to the first step of the next stage."""
-    rows = schedule().loss_weights()
-    assert len(rows) == 110
-    for step in range(110):
-        if step < 33:
-            expected = [1.0, 0.5, 0.25]
-        elif step < 67:
-            done = (step - 33) / 34
-            expected = [1.0, 0.5 - 0.4 * done, 0.25 * (1 - done)]
-        elif step < 100:
-            expected = [1.0, 0.0, 0.0]
-        else:
-            expected = [1.0, 0.5 * (step - 100) / 10, 0.125]
-        assert rows[step] == pytest.approx(expected, abs=1e-12), step
+    """Next, second and prefix token, the same in every step of a stage."""
+    first, second, third = [1.0, 0.5, 0.25], pytest.approx([1.0, 0.1, 0.25]), [1.0, 0.0, 0.0]
+    rows = loss_weights(schedule())
+    assert rows == [first] * 33 + [second] * 34 + [third] * 33 + [[1.0, 0.5, 0.125]] * 10
 
 
 def test_loss_weights_of_the_speedrun():
     """Two next tokens, then one; the prefix token in the first three stages."""
-    rows = Schedule(PRESETS["speedrun"]).loss_weights()
-    assert len(rows) == 2220
-    assert rows[0] == [1.0, 0.5, 0.25]
-    assert rows[659] == pytest.approx([1.0, 0.35 + 0.15 / 660, 0.25])
-    assert rows[660] == [1.0, 0.35, 0.25]
-    assert rows[1209] == pytest.approx([1.0, 0.25 + 0.1 / 550, 0.25])
-    assert rows[1210] == [1.0, 0.25, 0.25]
-    assert rows[1539] == pytest.approx([1.0, 0.25 / 330, 0.25 / 330])
-    assert rows[1540:] == [[1.0, 0.0, 0.0]] * 680
+    plan = Schedule(PRESETS["speedrun"])
+    rows = [(plan.stage(step).second, plan.stage(step).prefix) for step in range(2220)]
+    first, second, third = [(0.42, 0.25)] * 660, [(0.3, 0.25)] * 550, [(0.12, 0.12)] * 330
+    assert rows == first + second + third + [(0.0, 0.0)] * 680
+    assert plan.total_steps == 2220
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
 def test_every_step_has_loss_weights_whatever_the_length(num_steps):
-    rows = schedule(num_steps=num_steps, extension_steps=3).loss_weights()
+    rows = loss_weights(schedule(num_steps=num_steps, extension_steps=3))
     assert len(rows) == num_steps + 3
     assert all(len(row) == 3 and row[0] == 1 for row in rows)
-    assert rows[num_steps] == [1.0, 0.0, 0.125]
+    assert rows[num_steps:] == [[1.0, 0.5, 0.125]] * 3

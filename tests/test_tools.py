@@ -223,7 +223,7 @@ def test_volumes_by_hand(runtime, capsys):
         assert rows[f"GB sent, {kind}"] == sent
         updated = [f"{(size / n + here) / 1e6:.1f}" for n, size in sizes.items()]
         assert rows[f"M weights updated, {kind}"] == updated
-    stage = "1:1000000:64:8:16:1" + 5 * ":0"
+    stage = "1:1000000:64:8:16:1" + 3 * ":0"
     many = printed("--stages", stage)
     assert many["GB sent, n-grams of 1,000,000 tokens"] == ["0.000", "0.066", "0.099"]
 
@@ -263,7 +263,7 @@ def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.C
     options = OPTIONS | {"stop_step": 13, "prefix_file": ROOT / "data/gpt2_prefix_tokens.npy"}
     options |= {"train_files": folder / "train.bin", "rows_per_step": 1}
     options |= {"model_dim": 16, "head_dim": 8, "ngram_rows": 256, "ngram_dim": 16}
-    options |= {"stages": "1/2:64:48:8:16:1:.5:0:.25:.1:0,1/2:64:64:16:32:1:0:0:0:0:0"} | changes
+    options |= {"stages": "1/2:64:48:8:16:1:.25:.15:0,1/2:64:64:16:32:1:0:0:0"} | changes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
     command += [ROOT / "records" / "trace.py", "--steps", "1", "--out", folder]

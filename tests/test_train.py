@@ -47,9 +47,9 @@ OPTIONS = {
     "ngram_rows": 4096,
     "ngram_dim": 32,
     "num_steps": 24,
-    "stages": "1/2:128:48:8:16:1:.5:0:.25:.1:0,1/2:256:64:16:32:1.2:.2:.1:.1:0:0",
+    "stages": "1/2:128:48:8:16:1:.25:.15:0,1/2:256:64:16:32:1.2:.15:.05:0",
     "extension_steps": 2,
-    "extension": "1:256:64:16:2:1:0:0:0:0:0",  # a window unlike that of the final validation
+    "extension": "1:256:64:16:2:1:0:0:0",  # a window unlike that of the final validation
     "final_window_long": 64,
     "rows_per_step": 2,
     "momentum_warmup_steps": 5,
@@ -176,7 +176,7 @@ def test_log_has_the_script_the_config_and_a_line_for_every_step(trained):
     script = SCRIPT.read_text(encoding="utf-8")
     assert text.startswith(script)
     rest = text[len(script) :]
-    assert '"extension": "1.0:256:64:16:2:1.0:0.0:0.0:0.0:0.0:0"' in rest
+    assert '"extension": "1.0:256:64:16:2:1.0:0.0:0.0:0"' in rest
     number = r"(\d+\.\d+)"
     step_line = rf"^step (\d+) train_loss {number} train_time {number} s step {number} ms$"
     lines = re.findall(step_line, rest, re.MULTILINE)
@@ -286,12 +286,7 @@ def test_run_is_the_plain_loop(trained):
     prefixes[:50_257] = torch.from_numpy(np.load(trained / "prefixes.npy"))
     schedule, losses = Schedule(config), []
     for step, stage in enumerate(stages):
-        done = step % 12 / 12  # of the stage
-        weights = torch.tensor([1, 0.5 - 0.5 * done, 0.25 - 0.15 * done])
-        if step >= 12:
-            weights = torch.tensor([1, 0.2 - 0.1 * done, 0.1 - 0.1 * done])
-        if step >= 24:
-            weights = torch.tensor([1.0, 0, 0])
+        weights = torch.tensor([[1, 0.25, 0.15], [1, 0.15, 0.05], [1.0, 0, 0]][step // 12])
         windows = Windows(stage.window_short, stage.window_long)
         losses.append(0.0)
         for _ in "ab":
@@ -350,27 +345,31 @@ def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
     assert validation_losses(data) == pytest.approx(validation_losses(alone), abs=1e-3)
 
 
-def test_micro_step_adds_its_share_of_the_gradient(runtime):
-    """That of the loss in nats a row, over the rows of a step; on a CPU without any graph."""
+@pytest.mark.parametrize(
+    ("step", "windows", "weights"),
+    [(0, Windows(8, 24), [1, 0.5, 0.25]), (8, Windows(12, 32), [1, 0.0, 0.0])],
+)
+def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weights):
+    """That of the loss in nats a row, by the windows and weights of its stage, over the rows of a
+    step; on a CPU without any graph."""
     config = tiny_config(rows_per_step=4)
     model, batch = trained_like(config, runtime), random_batch(1, [20, 44])
     trainer = Trainer(model, runtime)
-    weights = torch.tensor([1, 0.5, 0.25])
-    loss, plain = model(batch, Windows(8, 24), weights, trainer.prefixes)
+    loss, plain = model(batch, windows, torch.tensor(weights), trainer.prefixes)
     loss.backward()
     expected = {name: param.grad.clone() for name, param in model.named_parameters()}
     for param in model.parameters():
         param.grad.zero_()
     assert not trainer.uses_graphs
     for rows in (1, 2, 3):
-        assert trainer.micro_step(batch, 0).item() == plain.item()
+        assert trainer.micro_step(batch, step).item() == plain.item()
         for name, param in model.named_parameters():
             torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
 
 
 # Failures ----------------------------------------------------------------------------------------
 
-FEW_COLUMNS = "1:128:48:8:16:1:.5:0:.25:.1:16"  # for 16 letters and the start token
+FEW_COLUMNS = "1:128:48:8:16:1:.5:.25:16"  # for 16 letters and the start token
 
 
 def truncate(folder: Path) -> None:
