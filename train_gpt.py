@@ -1837,10 +1837,10 @@ class GPT(nn.Module):
         ngrams = NgramRows.apply(embedded, tokens, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
-            found, order = find_matches(tokens, starts, self.matches, orders)
-            count = 1 + LEADS * len(orders)
-            which = order[:, None] == torch.arange(count, device=tokens.device)
-            gain = (which.float() @ self.small_weights["match"])[:, None]
+            found, which = find_matches(tokens, starts, self.matches, orders)
+            gains = self.small_weights["match"]
+            one_hot = which[:, None] == torch.arange(len(gains), device=tokens.device)
+            gain = (one_hot.float() @ gains)[:, None]
             ((match,),) = read(self.value_tables[-1:], rows=found)
             match = F.pad(match, (0, ngrams.size(1) - match.size(1)))
             ngrams = combine([ngrams, match], [self.one, gain])[0]
@@ -2416,7 +2416,8 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     """See that the data lasts before anything is prepared; gives the number of targets that
     validation scores. shapes: (T, max_seq_len) of every row of all ranks."""
     files, known = find_train_files(config)
-    total, _ = (sum(map(read_shard_header, paths)) for paths in (files, known))
+    sizes = [read_shard_header(path) for path in (*files, *known)]  # a bad one is found here
+    total = sum(sizes[: len(files)])
     needed = sum(num_tokens for num_tokens, _ in shapes)
     require(
         needed < total or config.repeat_data,
