@@ -2717,16 +2717,16 @@ def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
 def note_shards(model: GPT, device: torch.device) -> None:
     """Enter the shards that matches hold from the start; every rank does so by itself."""
     config, size = model.config, 2**18
-    files = find_train_files(config)[1]
-    shards = (load_shard(path, config.vocab_size)[0] for path in files)
-    for shard in ahead(shards, depth=1):
-        shard = torch.from_numpy(shard).to(device).int()
+    shards = (load_shard(path, config.vocab_size) for path in find_train_files(config)[1])
+    for shard, begins in ahead(shards, depth=1):
+        begins = np.union1d([0], begins)
+        shard, begins = (torch.from_numpy(x).to(device).int() for x in (shard, begins))
+        starts = document_starts(begins, len(shard))
         end = (len(shard) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
-        for begin in range(0, end, size):
-            tokens, targets = (shard[begin + i : min(begin + size, end) + i] for i in range(2))
-            position = torch.arange(len(tokens), dtype=torch.int32, device=device)
-            starts = torch.where(tokens == START_TOKEN, position, 0).cummax(0).values
-            note_matches_(model.matches, tokens, starts, targets, config.match_orders)
+        for first in range(0, end, size):
+            part = slice(first, min(first + size, end))
+            own, targets = (starts[part] - first).clamp_min(0), shard[1:][part]
+            note_matches_(model.matches, shard[part], own, targets, config.match_orders)
 
 
 @torch.no_grad()
