@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_batch, tiny_config, trained_like
+from conftest import ROOT, random_batch, tiny_config, trained_like, write_shard
 from torch import Tensor
 from transcription import (
     last_gates,
@@ -37,6 +37,7 @@ from train_gpt import (
     next_token_loss,
     prepare_qkv,
     read_prefixes,
+    read_proposal,
     shift,
     small_params,
 )
@@ -422,21 +423,28 @@ def random_targets(seed: int, tokens: int, vocab: int) -> Tensor:
     return targets
 
 
+def uneven(vocab: int) -> Tensor:
+    """A proposal, from 0.1 to 10."""
+    return 10 ** torch.empty(vocab).uniform_(-1, 1, generator=torch.manual_seed(3))
+
+
 @pytest.mark.parametrize(("vocab", "count"), [(300, 112), (50_304, 12_288), (50_304, 96)])
-def test_columns_are_the_targets_the_frequent_tokens_and_others(vocab, count):
-    targets = random_targets(1, 20, vocab)
-    columns = draw_columns(targets, vocab, count)
+def test_columns_are_the_targets_and_others(vocab, count):
+    """What a drawn one stands for follows from one threshold for all of them."""
+    targets, proposal = random_targets(1, 20, vocab), uneven(vocab)
+    columns = draw_columns(targets, proposal, count)
     tokens, kinds = columns.tokens.tolist(), set(targets.flatten().tolist()) - {IGNORED_TARGET}
-    assert tokens == sorted(set(tokens)) and len(tokens) == count
-    assert 0 <= tokens[0] and tokens[-1] < vocab
-    rest = [token for token in range(vocab) if token not in kinds]
-    frequent = rest[: int(0.75 * (count - len(kinds)))]  # that many at most
-    kinds |= {token for token in frequent if token < count // 2}
+    assert len(set(tokens)) == len(tokens) == count
+    assert 0 <= min(tokens) and max(tokens) < vocab
     assert kinds < set(tokens)
-    others = math.log((vocab - len(kinds)) / (count - len(kinds)))
-    expected = [0.0 if token in kinds else others for token in tokens]
     assert columns.offsets.dtype == torch.float32
-    assert columns.offsets.tolist() == pytest.approx(expected, rel=1e-5)
+    drawn = [(token, x) for token, x in zip(tokens, columns.offsets.tolist()) if token not in kinds]
+    assert sum(x == 0 for x in columns.offsets.tolist()) >= len(kinds)
+    thresholds = [math.exp(x) * proposal[token].item() for token, x in drawn if x > 0]
+    assert len(thresholds) > 10
+    assert thresholds == pytest.approx([thresholds[0]] * len(thresholds), rel=1e-4)
+    for token, x in drawn:
+        assert (x == 0) == (proposal[token].item() >= thresholds[0] * (1 - 1e-6)), token
     assert columns.targets.shape == targets.shape
     ignored = targets == IGNORED_TARGET
     assert ignored.any() and (columns.targets[ignored] == IGNORED_TARGET).all()
@@ -445,46 +453,96 @@ def test_columns_are_the_targets_the_frequent_tokens_and_others(vocab, count):
 
 def test_columns_are_drawn_by_the_row():
     """The same ones for the same row, for others even the others of equal targets are others."""
-    targets = random_targets(1, 20, 5000)
-    first, again = (draw_columns(targets, 5000, 1024) for _ in range(2))
+    targets, proposal = random_targets(1, 20, 5000), torch.ones(5000)
+    first, again = (draw_columns(targets, proposal, 1024) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, again))
-    kinds = targets.unique()
+    kinds = len(targets.unique())
     for other in (targets.flip(0), random_targets(2, 20, 5000)):
-        tokens = draw_columns(other, 5000, 1024).tokens
-        common = set(first.tokens.tolist()) & set(tokens.tolist()) - set(range(512))
-        expected = 512 * 512 / (5000 - 512)  # of two independent draws
-        assert abs(len(common) - expected) < len(kinds) + 4 * math.sqrt(expected)
+        tokens = draw_columns(other, proposal, 1024).tokens
+        common = set(first.tokens.tolist()) & set(tokens.tolist())
+        expected = (1024 - kinds) ** 2 / 5000  # of two independent draws
+        assert abs(len(common) - expected) < 2 * kinds + 4 * math.sqrt(expected)
+
+
+def test_tokens_come_as_often_as_proposed():
+    """Where few of many are drawn."""
+    proposal, times = uneven(2000), torch.zeros(2000)
+    for row in range(500):
+        times[draw_columns(torch.tensor([[row]]), proposal, 81).tokens] += 1
+    large = proposal > proposal.median()
+    assert times[large].sum() / times[~large].sum() == pytest.approx(
+        (proposal[large].sum() / proposal[~large].sum()).item(), rel=0.2
+    )
 
 
 def test_columns_estimate_the_denominator_without_bias():
     """Each row has its own targets, and draws its own columns. Logits go up with the ids, so that
-    uneven draws would show."""
-    vocab, count = 400, 208
+    draws that are not accounted for would show. A proposal like the terms is better than an even
+    one, and an opposite one is worse, but as right."""
+    vocab, count, errors = 400, 128, []
     logits = gaussian(vocab) + torch.linspace(0, 2, vocab)
-    exact, estimates = logits.exp().sum().item(), []
-    for row in range(400):
-        columns = draw_columns(random_targets(row, 20, vocab), vocab, count)
-        estimates.append((logits[columns.tokens] + columns.offsets).exp().sum().item())
-    error = np.std(estimates) / math.sqrt(len(estimates))
-    assert 0 < error < 0.01 * exact
-    assert abs(np.mean(estimates) - exact) < 2 * error
+    exact = logits.exp().sum().item()
+    for proposal in ((logits / 2).exp(), torch.ones(vocab), (-logits / 4).exp()):
+        estimates = []
+        for row in range(400):
+            columns = draw_columns(random_targets(row, 20, vocab), proposal, count)
+            estimates.append((logits[columns.tokens] + columns.offsets).exp().sum().item())
+        errors.append(np.std(estimates) / math.sqrt(len(estimates)))
+        assert 0 < errors[-1] < 0.02 * exact
+        assert abs(np.mean(estimates) - exact) < 2.5 * errors[-1]
+    assert 1.2 * errors[0] < errors[1] and 1.1 * errors[1] < errors[2]
 
 
 @pytest.mark.parametrize("vocab", [48, 320])
 def test_all_columns_are_the_whole_vocabulary(vocab):
-    """Bit for bit, also where every token is a target."""
+    """Also where every token is a target."""
     targets = random_targets(1, 100, vocab)
-    columns = draw_columns(targets, vocab, vocab)
+    columns = draw_columns(targets, uneven(vocab), vocab)
     assert (len(targets.unique()) == vocab + 1) == (vocab == 48)
-    assert columns.tokens.tolist() == list(range(vocab))
+    assert sorted(columns.tokens.tolist()) == list(range(vocab))
     assert columns.offsets.tolist() == [0.0] * vocab
-    assert torch.equal(columns.targets, targets)
+    ignored = targets == IGNORED_TARGET
+    assert (columns.targets[ignored] == IGNORED_TARGET).all()
+    assert torch.equal(columns.tokens[columns.targets[~ignored]], targets[~ignored])
+
+
+def test_proposal_is_the_root_of_what_training_reads_first(tmp_path):
+    write_shard(tmp_path / "t_1.bin", [START_TOKEN, 7, 7, 7, 7, 7, 7, 7, 9])
+    write_shard(tmp_path / "t_2.bin", [START_TOKEN, 8])
+    proposal = read_proposal(tiny_config(train_files=str(tmp_path / "t_*.bin")))
+    assert proposal.dtype == torch.float32 and proposal.shape == (50_304,)
+    assert [proposal[i].item() ** 2 for i in (7, 9, START_TOKEN, 8, 50_303)] == pytest.approx(
+        [9, 3, 3, 2, 2]
+    )
+
+
+def test_training_draws_by_the_proposal(tmp_path, runtime, monkeypatch):
+    """From the first step on, which the preparation does not."""
+    for name in ("train", "val"):
+        write_shard(tmp_path / f"{name}.bin", [START_TOKEN, 5, 5, 6] * 100)
+    files = {"train_files": str(tmp_path / "train.bin"), "val_file": str(tmp_path / "val.bin")}
+    config = tiny_config(**files, val_every=0, num_steps=1, extension_steps=0)
+    seen, compute = [], train_gpt.Trainer.compute
+
+    def compute_and_keep(self: train_gpt.Trainer, *arguments: object) -> Tensor:
+        seen.append(self.model.proposal.clone())
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(train_gpt.Trainer, "compute", compute_and_keep)
+    monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
+    train_gpt.train(config, runtime)
+    count = config.rows_per_step
+    assert len(seen) > count
+    for proposal in seen[-count:]:
+        assert torch.equal(proposal, read_proposal(config))
+    for proposal in seen[:-count]:
+        assert (proposal == 1).all()
 
 
 @pytest.mark.parametrize(("kinds", "finite"), [(15, True), (16, False), (17, False), (40, False)])
 def test_too_few_columns_give_nan(kinds, finite):
     targets = torch.arange(4 * 40).view(40, 4) % kinds
-    columns = draw_columns(targets, 300, 16)
+    columns = draw_columns(targets, torch.ones(300), 16)
     x, head = gaussian(40, 16).float(), gaussian(300, 16, seed=1).float()
     weights = torch.tensor([1, 0.5, 0.25, 0.125])
     inputs = x, head[columns.tokens], columns.targets, weights, None, columns.offsets
@@ -502,6 +560,8 @@ def test_forward_on_columns_and_its_gradients(runtime):
         for param in model.parameters():
             param.grad.fill_(2.0)
     model, other = models
+    for each in models:
+        each.proposal.copy_(uneven(50_304))
     place = model.head.grad.data_ptr()
     loss, next_token = model(batch, WINDOWS, torch.tensor(weights), prefixes, count)
     loss.backward()
@@ -510,7 +570,7 @@ def test_forward_on_columns_and_its_gradients(runtime):
     for t, target in enumerate(targets):
         second = targets[t + 1] if t + 1 < 64 else -1
         terms.append([target, second, prefixes[target].item()])
-    columns = draw_columns(torch.tensor(terms), 50_304, count)
+    columns = draw_columns(torch.tensor(terms), uneven(50_304), count)
     head = other.head.detach().double().requires_grad_()
     hidden = other.hidden(batch, WINDOWS).double()
     logits = 23 * torch.sigmoid((hidden @ head.T + 5) / 7.5)
