@@ -521,6 +521,12 @@ def row_stride(x: Tensor) -> int:
     return x.stride(0)
 
 
+def mix(key: Tensor) -> Tensor:
+    """A round of a hash, int64: spreads what tells keys apart over the bits."""
+    key = key * MIX_1
+    return key ^ (key >> 29)
+
+
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS.value)
 
@@ -1355,8 +1361,7 @@ def draw_columns(targets: Tensor, proposal: Tensor, count: int) -> Columns:
     flat = targets.flatten() % (vocab + 1)  # IGNORED_TARGET goes behind the end
     is_target = torch.zeros(vocab + 1, device=targets.device).scatter_(0, flat, 1.0)[:vocab] > 0
     seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum()
-    key = (token * MIX_2 + seed) * MIX_1
-    key = (key ^ (key >> 29)) * MIX_2
+    key = mix(token * MIX_2 + seed) * MIX_2
     even = ((key >> 40).float() + 2**23 + 0.5) / 2**24
     priority = F.pad(torch.where(is_target, math.inf, proposal / even), (0, 1))
     priority, tokens = priority.sort(descending=True, stable=True)
@@ -1488,8 +1493,7 @@ def context_keys(
     for done, order in itertools.pairwise((0, *orders)):
         for back in range(done, order):
             token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
-            key = ((token + 1) ^ key) * MIX_1
-            key = key ^ (key >> 29)
+            key = mix((token + 1) ^ key)
         mixed = key * MIX_2
         slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & (CHECKS - 1)
         found.append((slot, check, position - starts >= order - 1))
@@ -2412,7 +2416,7 @@ def read_proposal(config: Config) -> Tensor:
     """How often draw_columns takes a token beside others: the root of how often it comes in the
     first four million training tokens, which halves the variance of even draws; (vocab,) fp32."""
     path = find_train_files(config)[0][0]
-    tokens = read_tokens(path, min(2**22, read_shard_header(path)), config.vocab_size)
+    tokens = read_tokens(path, 2**22, config.vocab_size)
     counts = np.bincount(tokens, minlength=config.padded_vocab_size)
     return torch.from_numpy(counts + 2).float().sqrt()
 

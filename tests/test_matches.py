@@ -136,10 +136,10 @@ def matching_config(**changes: object) -> Config:
     return tiny_config(**{"match_orders": ORDERS, "match_slots": SLOTS, **changes})
 
 
-def note_taker(slots: int = SLOTS) -> SimpleNamespace:
-    """What note_rows needs of a model."""
-    config = matching_config(match_slots=slots)
-    return SimpleNamespace(config=config, matches=empty_tables(slots=slots))
+def note_taker(**changes: object) -> SimpleNamespace:
+    """What note_rows and note_shards need of a model."""
+    config = matching_config(**changes)
+    return SimpleNamespace(config=config, matches=empty_tables(slots=config.match_slots))
 
 
 def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
@@ -453,9 +453,7 @@ def known_row(folder: Path, i: int) -> Batch:
 def test_known_shards_are_the_last_ones(tmp_path, runtime):
     """Each a call of its own, whole but for less than 16 tokens; also where one begins within a
     document, of which it does not know the begin."""
-    config, memory = matching_config(**write_known_shards(tmp_path)), Memory(ORDERS)
-    model = note_taker()
-    model.config = config
+    model, memory = note_taker(**write_known_shards(tmp_path)), Memory(ORDERS)
     note_shards(model, runtime.device)
     rows = [known_row(tmp_path, i) for i in (2, 3)]
     for row in rows:
@@ -463,7 +461,7 @@ def test_known_shards_are_the_last_ones(tmp_path, runtime):
     for row in (*rows, known_row(tmp_path, 0), few_tokens(1, [64])):
         assert find(model.matches, row) == memory.find(row)
     assert (model.matches > 0).sum(1).tolist() == [len(held) for held in memory.held.values()]
-    model.config, before = dataclasses.replace(config, match_shards=0), model.matches.clone()
+    before, model.config = model.matches.clone(), dataclasses.replace(model.config, match_shards=0)
     note_shards(model, runtime.device)
     assert torch.equal(model.matches, before)
 
@@ -473,9 +471,8 @@ def test_long_known_shards_are_entered_piece_by_piece(tmp_path, runtime):
     tokens = random_documents(0, [1000] * 300, num_ids=4)[: size + 105]
     write_shard(tmp_path / "train_0.bin", tokens)
     write_shard(tmp_path / "train_1.bin", tokens)
-    model, tables = note_taker(), empty_tables()
-    files = str(tmp_path / "train_*.bin")
-    model.config = matching_config(train_files=files, match_shards=1)
+    model = note_taker(train_files=str(tmp_path / "train_*.bin"), match_shards=1)
+    tables = empty_tables()
     note_shards(model, runtime.device)
     tokens, begins = torch.tensor(tokens), torch.arange(0, size + 105, 1000).int()
     for begin, end in (0, size), (size, size + 96):
@@ -586,10 +583,10 @@ STEPS = [(64, 48), (64, 48), (96, 64)]  # tokens and longest documents of the ro
 
 def read_stream(folder: str, rank: int, world_size: int) -> Tensor:
     """The tables behind three steps of four rows."""
-    config = matching_config(train_files=f"{folder}/train.bin")
-    model, runtime, count = note_taker(slots=64), cpu_runtime(rank, world_size), 4 // world_size
+    model = note_taker(train_files=f"{folder}/train.bin", match_slots=64)
+    runtime, count = cpu_runtime(rank, world_size), 4 // world_size
     shapes = [shape for shape in STEPS for _ in range(count)]
-    rows = training_rows(config, runtime, shapes)
+    rows = training_rows(model.config, runtime, shapes)
     for _ in STEPS:
         note_rows(model, [next(rows) for _ in range(count)], runtime)
     return model.matches
