@@ -73,7 +73,6 @@ class Stage:
     window_long: int
     lr: float  # multiplier
     second: float  # loss weight of the token after the next one
-    prefix: float  # loss weight of the next token's prefix token
     columns: int  # of the vocabulary that a row's training loss is computed on; 0: all
 
 
@@ -81,7 +80,7 @@ class Stage:
 class Layer:
     """One row of the layer plan. Layers are named by their number, from 0."""
 
-    window: str  # short, long (with the partial key offset), or none: no attention, an MLP alone
+    window: str  # short or long (with the partial key offset)
     value_table: int | None  # value embedding added to v
     ngrams: bool  # the n-grams enter the stream again
     attend_from: int | None  # attention reads the output of that earlier layer
@@ -89,48 +88,45 @@ class Layer:
 
 # fmt: off
 SPEEDRUN_STAGES = (
-    #     share tokens  seq_len  short  long    lr    second prefix columns
-    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42, 0.25, 12_288),
-    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30, 0.25, 12_288),
-    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12, 0.12, 14_336),
-    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  16_384),
-    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  0.0,  24_576),
+    #     share tokens  seq_len  short  long    lr    second columns
+    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42,  8_704),
+    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  9_216),
+    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12, 11_264),
+    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  13_312),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  18_432),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
-    Stage(1.0,  262_144,   2048,   768, 1664, 1.52, 0.0,  0.0,  0),
+    Stage(1.0,  262_144,   2048,   768, 1664, 1.52, 0.0,  0),
 )
 SPEEDRUN_LAYERS = (
     #     window   value  ngrams  attend_from
-    Layer("none",  None,  False,  None),  # 0
-    Layer("short", 0,     False,  None),  # 1
-    Layer("short", 1,     False,  None),  # 2
-    Layer("long",  None,  True,   None),  # 3
-    Layer("none",  None,  False,  None),  # 4
-    Layer("short", None,  False,  None),  # 5
-    Layer("none",  None,  False,  None),  # 6
-    Layer("short", None,  True,   None),  # 7
-    Layer("short", 2,     False,  7),     # 8
-    Layer("short", 3,     False,  7),     # 9
-    Layer("long",  4,     True,   7),     # 10, with the dynamic skips
+    Layer("short", 0,     False,  None),  # 0
+    Layer("short", 1,     False,  None),  # 1
+    Layer("long",  None,  True,   None),  # 2
+    Layer("short", None,  False,  None),  # 3
+    Layer("short", None,  True,   None),  # 4
+    Layer("short", 2,     False,  4),     # 5
+    Layer("short", 3,     False,  4),     # 6
+    Layer("long",  4,     True,   4),     # 7, with the dynamic skips
 )
 TINY_STAGES = (
-    Stage(1 / 2,  1_024,    256,    64,  128, 1.00, 0.1,  0.0,  0),
-    Stage(1 / 2,  1_024,    512,   128,  256, 1.00, 0.0,  0.0,  0),
+    Stage(1 / 2,  1_024,    256,    64,  128, 1.00, 0.1,  0),
+    Stage(1 / 2,  1_024,    512,   128,  256, 1.00, 0.0,  0),
 )
 TINY_EXTENSION = (
-    Stage(1.0,    1_024,    512,   128,  512, 1.00, 0.0,  0.0,  0),
+    Stage(1.0,    1_024,    512,   128,  512, 1.00, 0.0,  0),
 )
 TINY_LAYERS = (
     #     window   value  ngrams  attend_from
     Layer("short", 0,     False,  None),  # 0
     Layer("long",  None,  True,   None),  # 1
-    Layer("none",  None,  False,  None),  # 2
+    Layer("short", None,  False,  None),  # 2
     Layer("short", None,  True,   None),  # 3
     Layer("long",  1,     True,   3),     # 4
 )
 
 # What an MLP makes for the last layer, a coefficient a token each, name: start. "first" is the
-# stream entering layer 0, "attend" the output of the layer in attend_from (7), "last" the stream
+# stream entering layer 0, "attend" the output of the layer in attend_from (4), "last" the stream
 # entering the last layer.
 LAST_LAYER_GATES = {
     "value": 2.0,  # on the value embedding
@@ -163,11 +159,11 @@ class Config:
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 4  # attention heads
     head_dim: int = 128  # width of an attention head
-    mlp_dim: int = 3072  # hidden width of the MLP
+    mlp_dim: int = 4224  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the MLP of the last layer's gates
     ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
-    ngram_rows: int = 2**21  # of each length; with 768 columns 3.01 GiB a GPU
+    ngram_rows: int = 2**22  # of each length; with 768 columns 6.02 GiB a GPU
     ngram_dim: int = 768  # columns of these rows; each length has its own of the stream
     match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
     match_slots: int = 2**28  # of the table of each length, 4 bytes each, a power of two
@@ -181,7 +177,6 @@ class Config:
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
     final_window_long: int = 2560  # long window of the final validation
     rows_per_step: int = 8  # rows a step is cut in: one a GPU and micro-step
-    prefix_file: str = "data/gpt2_prefix_tokens.npy"  # prefix token of every token
     stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
     # Optimizer
     muon_lr: float = 0.023  # NorMuon, all attention and MLP matrices
@@ -313,14 +308,10 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
     require(len(layers) > 0, "--layers has no row: give at least one")
     last, attended = layers[-1], {row.attend_from for row in layers} - {None}
     for i, row in enumerate(layers):
-        require(row.window in ("short", "long", "none"),
-                f"--layers: window {row.window!r} is none of short, long, none")
+        require(row.window in ("short", "long"),
+                f"--layers: window {row.window!r} is neither short nor long")
         require(row.attend_from is None or 0 <= row.attend_from < i,
                 f"--layers: attend_from of layer {i} names {row.attend_from}, no earlier one")
-        bare = not row.ngrams and row.value_table is None and row.attend_from is None
-        require(row.window != "none" or bare,
-                f"--layers: layer {i} has window none, but what only attention can have: give it a "
-                "window")
     tables = sorted({row.value_table for row in layers} - {None})
     require(len(tables) > 0 and tables == [*range(len(tables))],
             f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
@@ -629,18 +620,14 @@ class Fp8Copies:
     """fp8 copies of the MLP bank and of the QKV rows, made anew after every update, and of the
     head's rows for each row of tokens."""
 
-    def __init__(
-        self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, attention_layers: list[int],
-        num_layers: int,
-    ):  # fmt: skip
+    def __init__(self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, num_layers: int):
         self.num_layers, self.head_weight = num_layers, head.detach()
-        self.entries = {layer: entry for entry, layer in enumerate(attention_layers)}
         rows = attention_bank.size(1) // 4 * 3
 
         def unit(value: float, *shape: int) -> Tensor:
             return torch.full((*shape, 4), value, device=head.device)
 
-        banks = mlp_bank[: 2 * num_layers], attention_bank[: len(attention_layers), :rows]
+        banks = mlp_bank[: 2 * num_layers], attention_bank[:num_layers, :rows]
         self.banks = [
             (bank.detach(), fp8_empty(bank.shape, unit(1.0, len(bank)))) for bank in banks
         ]
@@ -672,7 +659,7 @@ class Fp8Copies:
 
     def qkv(self, layer: int, x: Fp8) -> QkvFp8:
         """For this layer, given a copy of the stream."""
-        w = Fp8(*(tensor[self.entries[layer]] for tensor in self.banks[1][1]))
+        w = Fp8(*(tensor[layer] for tensor in self.banks[1][1]))
         return QkvFp8(x, w, self.units[layer, 3], self.largest[layer, 3:])
 
     def mlp(self, layer: int, x: Fp8) -> MlpFp8:
@@ -1519,11 +1506,13 @@ def find_matches(
 
 
 def note_matches_(
-    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...]
-) -> None:
-    """Write down what followed each context of rows that were read together. Of what wants one slot
-    the largest entry gets it, in whichever order threads write."""
-    slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
+    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
+    own: slice = slice(None),
+) -> None:  # fmt: skip
+    """Write down what followed each context of rows that were read together, in these tables of the
+    orders. Of what wants one slot the largest entry gets it, in whichever order threads write."""
+    keys, tables = context_keys(tokens, starts, orders, tables.size(1)), tables[own]
+    slot, check, long_enough = (key[own] for key in keys)
     slot = slot * long_enough  # what is no context yet goes to slot 0, and empties it
     entry, wanted = tables.gather(1, slot), (check << 16 | targets).int()
     held, lead = entry & (2**29 - 1), entry >> 29
@@ -1696,16 +1685,16 @@ class SmallParam:
 def small_params(config: Config) -> dict[str, SmallParam]:
     """The layout of GPT.small."""
     earlier, slow, fast, root = config.layers[:-1], (0.9, 0.99), (0.9, 0.95), math.sqrt(1.1)
-    layers, attentions = len(earlier), sum(row.window != "none" for row in earlier)
+    layers = (len(earlier),)
     entries = 1 + sum(row.ngrams for row in earlier)  # of n-grams, one in front of the layers
     gates, hidden = [start / GATE_SCALE for start in LAST_LAYER_GATES.values()], config.gate_dim
     # fmt: off
     table = {
         #                           shape       start     betas   lr    weight_decay
-        "residual":     SmallParam((attentions,), root,   fast,   5.0,  0.0),
-        "project":      SmallParam((attentions,), 0.5,    slow,   2.5,  0.0),
-        "mlp_residual": SmallParam((layers,),   root,     fast,   5.0,  0.0),
-        "mlp_project":  SmallParam((layers,),   1.0,      fast,   1.0,  0.0),
+        "residual":     SmallParam(layers,      root,     fast,   5.0,  0.0),
+        "project":      SmallParam(layers,      0.5,      slow,   2.5,  0.0),
+        "mlp_residual": SmallParam(layers,      root,     fast,   5.0,  0.0),
+        "mlp_project":  SmallParam(layers,      1.0,      fast,   1.0,  0.0),
         "ngrams":       SmallParam((entries,),  0.05,     slow,   1.0,  0.0),
         "attended":     SmallParam((1,),        -0.5,     slow,   1.0,  0.0),
         "gate_w_1":     SmallParam((hidden, config.model_dim), None, slow, 0.25, 1.0),
@@ -1730,7 +1719,6 @@ class GPT(nn.Module):
         self.config = config
         dim, device, dtype = config.model_dim, runtime.device, getattr(torch, config.dtype)
         vocab, attention_dim = config.padded_vocab_size, config.attention_dim
-        self.attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
         self.small_layout = small_params(config)
 
         def zeros(*shape: int) -> nn.Parameter:
@@ -1740,7 +1728,7 @@ class GPT(nn.Module):
             return zeros(round_up(entries, runtime.world_size), rows, dim)
 
         # rows of q, k, v and of the transpose of o
-        self.attention_bank = bank(len(self.attention_layers), 4 * attention_dim)
+        self.attention_bank = bank(len(config.layers), 4 * attention_dim)
         self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2
         self.head = zeros(vocab, dim)  # and the embedding
         # one table behind the other, the last for the tokens that matches foretell
@@ -1764,8 +1752,7 @@ class GPT(nn.Module):
             self.attention_bank,
             lambda bank: [w for e in bank for w in e.split([3 * attention_dim, attention_dim])],
         )
-        pairs = zip(halves[::2], halves[1::2])
-        self.attention_weights = dict(zip(self.attention_layers, pairs))
+        self.attention_weights = [*zip(halves[::2], halves[1::2])]
         self.mlp_weights = leaves(self.mlp_bank, list)
         self.value_tables = leaves(
             self.value_embed, lambda table: list(table.unflatten(0, (-1, vocab)))
@@ -1779,8 +1766,8 @@ class GPT(nn.Module):
         self.rotary = rotary_tables(config.head_dim, max(longest, config.val_row_tokens), device)
         self.fp8 = None
         if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
-            banks, layers = (self.mlp_bank, self.attention_bank, self.head), self.attention_layers
-            self.fp8 = Fp8Copies(*banks, layers, len(config.layers))
+            banks = self.mlp_bank, self.attention_bank, self.head
+            self.fp8 = Fp8Copies(*banks, len(config.layers))
         self.register_buffer("one", torch.ones(1, device=device), persistent=False)
         self.register_buffer("proposal", torch.ones(vocab, device=device), persistent=False)
 
@@ -1792,7 +1779,7 @@ class GPT(nn.Module):
             bound = math.sqrt(3) * 0.5 / math.sqrt(weights.size(-1))
             weights.uniform_(-bound, bound, generator=generator)
 
-        uniform_(self.attention_bank[: len(self.attention_layers)])
+        uniform_(self.attention_bank[: len(config.layers)])
         uniform_(self.mlp_bank[: len(config.layers)])  # W_2 stays zero
         self.head.normal_(0, 0.005, generator=generator)
         self.value_embed.normal_(0, 0.01, generator=generator)
@@ -1814,12 +1801,16 @@ class GPT(nn.Module):
         return dict(zip(self.small_layout, self.cut_small(self.small)))
 
     def aside(self) -> contextlib.AbstractContextManager:
-        """What depends on the tokens alone, many small kernels, runs beside the layers; a training
-        pass waits for it in front of the head."""
+        """What depends on the tokens alone, many small kernels, runs beside the layers and the
+        optimizer; join() waits for it."""
         if self.beside is None:
             return contextlib.nullcontext()
         self.beside.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.beside)
+
+    def join(self) -> None:
+        if self.beside is not None:
+            torch.cuda.current_stream().wait_stream(self.beside)
 
     def look_up(self, batch: Batch) -> Lookups:
         """Rows of the embedding tables."""
@@ -1880,11 +1871,10 @@ class GPT(nn.Module):
                 shares["first"] = gates["first"]
             if row.ngrams:
                 shares["ngrams"] = take("ngrams")
-            if row.window != "none":
-                source, copy = normed if row.attend_from is None else attended_normed
-                own_fp8 = fp8.qkv(i, copy) if fp8 else None
-                y = self.attend(i, source, value, batch, windows, own_fp8)
-                x, normed = add(shares, x, take("residual"), y, take("project"))
+            source, copy = normed if row.attend_from is None else attended_normed
+            own_fp8 = fp8.qkv(i, copy) if fp8 else None
+            y = self.attend(i, source, value, batch, windows, own_fp8)
+            x, normed = add(shares, x, take("residual"), y, take("project"))
             w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
             y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
             norm = i == attended or i < last and layers[i + 1].attend_from is None
@@ -1923,13 +1913,11 @@ class GPT(nn.Module):
         return y.flatten(1) @ w_o
 
     def forward(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor | None = None,
-        prefixes: Tensor | None = None, columns: int = 0,
-    ) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
+        self, batch: Batch, windows: Windows, loss_weights: Tensor | None = None, columns: int = 0
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """The loss to train on and the plain next-token loss, both fp32 sums over the row in nats.
 
-        loss_weights, (3,): of the next token, of the one after it, and of the next token's prefix
-        token, prefixes[target] (IGNORED_TARGET where there is none). columns: how many of the
+        loss_weights, (2,): of the next token and of the one after it. columns: how many of the
         vocabulary estimate the softmax, 0 for all. Without weights, as validation has it, the
         next-token loss alone, in bf16.
         """
@@ -1938,13 +1926,12 @@ class GPT(nn.Module):
         targets, head, tokens, offsets = batch.targets, self.head, None, None
         with self.aside():
             second = F.pad(targets[1:], (0, 1), value=IGNORED_TARGET)
-            terms = torch.stack([targets, second, prefixes[targets]], dim=1)
+            terms = torch.stack([targets, second], dim=1)
             if columns:
                 tokens, offsets, terms = draw_columns(terms, self.proposal, columns)
             fp8 = self.fp8.head(tokens) if self.fp8 else None
         x = self.hidden(batch, windows, self.fp8)
-        if self.beside is not None:
-            torch.cuda.current_stream().wait_stream(self.beside)
+        self.join()
         if columns:
             place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
             order = SortedRows(tokens, place[:-1], place, place[-1:])
@@ -2394,24 +2381,6 @@ def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterato
         yield make_batch(*row, max_seq_len, config.min_mean_doc_len, pin)
 
 
-def read_prefixes(config: Config, device: torch.device) -> Tensor:
-    """The longest other token that each token's bytes begin with, or IGNORED_TARGET; (vocab,)."""
-    path, padded = config.prefix_file, np.full(config.padded_vocab_size, IGNORED_TARGET, np.int64)
-    remedy = "make it again with data/prefix_tokens.py"
-    try:
-        table = np.asarray(np.load(path))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--prefix_file {path}: cannot be read ({error}): {remedy}") from None
-    kind, count = (table.dtype, table.ndim), table.size
-    fits = kind == (np.int32, 1) and 0 < count <= len(padded) and IGNORED_TARGET <= table.min()
-    require(
-        fits and table.max() < count,
-        f"--prefix_file {path}: not int32 token ids, for {len(padded)} tokens at most: {remedy}",
-    )
-    padded[:count] = table
-    return torch.from_numpy(padded).to(device)
-
-
 def read_proposal(config: Config) -> Tensor:
     """How often draw_columns takes a token beside others: the root of how often it comes in the
     first four million training tokens, which halves the variance of even draws; (vocab,) fp32."""
@@ -2609,11 +2578,10 @@ class Trainer:
         self.model, self.config, self.runtime = model, model.config, runtime
         self.optimizer = Optimizer(model, self.config, runtime)
         self.schedule = Schedule(self.config)
-        self.loss_weights = {  # of next, second and prefix token
-            stage: torch.tensor([1.0, stage.second, stage.prefix], device=runtime.device)
+        self.loss_weights = {  # of the next token and of the one after it
+            stage: torch.tensor([1.0, stage.second], device=runtime.device)
             for stage in (*self.config.stages, *self.config.extension)
         }
-        self.prefixes = read_prefixes(self.config, runtime.device)
         self.grad_accum_steps = self.config.rows_per_step // runtime.world_size
         self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
         self.graphs: dict[Stage, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
@@ -2622,7 +2590,7 @@ class Trainer:
 
     def compute(self, batch: Batch, step: int) -> Tensor:
         windows, stage = self.schedule.windows(step), self.schedule.stage(step)
-        how = self.loss_weights[stage], self.prefixes, stage.columns
+        how = self.loss_weights[stage], stage.columns
         loss, next_token_loss = self.model(batch, windows, *how)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
@@ -2698,10 +2666,12 @@ class Trainer:
         for row in rows:
             total += self.micro_step(row, step)
             read.append(row)
+        if self.model.matches is not None:  # while the optimizer works
+            with self.model.aside():
+                note_rows(self.model, read, self.runtime)
         rates = self.schedule.lr_scale(step), self.schedule.momentum(step)
         self.optimizer.step(step if update is None else update, *rates)
-        if self.model.matches is not None:
-            note_rows(self.model, read, self.runtime)
+        self.model.join()
         return total / sum(len(row.tokens) for row in read)
 
 
@@ -2723,10 +2693,12 @@ def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
 
 
 @torch.no_grad()
-def note_shards(model: GPT, device: torch.device) -> None:
-    """Enter the shards that matches hold from the start; every rank does so by itself."""
-    config, size = model.config, 2**18
-    shards = (load_shard(path, config.vocab_size) for path in find_train_files(config)[1])
+def note_shards(model: GPT, runtime: Runtime) -> None:
+    """Enter the shards that matches hold from the start. The ranks share out the tables."""
+    config, size, device = model.config, 2**18, runtime.device
+    own = slice(runtime.rank, None, runtime.world_size)
+    paths = find_train_files(config)[1] if config.match_orders[own] else []
+    shards = (load_shard(path, config.vocab_size) for path in paths)
     for shard, begins in ahead(shards, depth=1):
         begins = np.union1d([0], begins)
         shard, begins = (torch.from_numpy(x).to(device).int() for x in (shard, begins))
@@ -2734,8 +2706,11 @@ def note_shards(model: GPT, device: torch.device) -> None:
         end = (len(shard) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
         for first in range(0, end, size):
             part = slice(first, min(first + size, end))
-            own, targets = (starts[part] - first).clamp_min(0), shard[1:][part]
-            note_matches_(model.matches, shard[part], own, targets, config.match_orders)
+            inputs = shard[part], (starts[part] - first).clamp_min(0), shard[1:][part]
+            note_matches_(model.matches, *inputs, config.match_orders, own)
+    if config.match_shards and runtime.world_size > 1:
+        for i, table in enumerate(model.matches):
+            dist.broadcast(table, i % runtime.world_size)
 
 
 @torch.no_grad()
@@ -2805,7 +2780,7 @@ def train(config: Config, runtime: Runtime) -> None:
     progress = Progress(runtime, clock, schedule.end_step)
     clock.start()
     model.proposal.copy_(read_proposal(config))
-    note_shards(model, runtime.device)
+    note_shards(model, runtime)
     for step in range(schedule.end_step):
         loss = trainer.run_step(step, itertools.islice(rows, trainer.grad_accum_steps))
         progress.launched(step, loss)
@@ -2965,7 +2940,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
             raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
 
     tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
-    tables += "1/3:131072:896:128:384:1:.5:.25:0, a layer short:none:false:none"
+    tables += "1/3:131072:896:128:384:1:.5:0, a layer short:none:false:none"
     parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
     preset = "speedrun" if torch.cuda.is_available() else "tiny"
     text = "where the options not given come from"

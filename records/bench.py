@@ -35,7 +35,7 @@ HEADS, HEAD_DIM, WIDTH = CONFIG.num_heads, CONFIG.head_dim, CONFIG.attention_dim
 VOCAB, BF16, FP32 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float32
 STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONFIG.stages}
 # NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
-ATTENTIONS = sum(row.window != "none" for row in CONFIG.layers)
+ATTENTIONS = len(CONFIG.layers)
 BLOCKS = {"q, k": (ATTENTIONS, HEADS, 2 * HEAD_DIM), "v, o": (ATTENTIONS, 2, WIDTH)}
 BLOCKS["mlp"] = 2 * len(CONFIG.layers), 1, HIDDEN
 
@@ -260,7 +260,7 @@ class Row:
         w_qkv = self.random(3 * WIDTH, DIM, std=0.02, grad=True)
         inputs, value = [self.wide(), w_qkv], [self.wide(WIDTH)]
         bank = torch.cat([w_qkv, w_qkv[:WIDTH]]).detach()[None]  # rows of O behind
-        copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
+        copies = train_gpt.Fp8Copies(bank, bank, bank[0], 1)
         room = train_gpt.fp8_empty(inputs[0].shape, copies.unit_x)
         fp8 = copies.qkv(0, train_gpt.quantize(inputs[0], room))
         forward = [(1, self.T, 3 * WIDTH, DIM)]
@@ -304,7 +304,7 @@ class Row:
         inputs = [self.wide(), *(w.requires_grad_() for w in bank.unbind())]
         forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
         backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
-        copies = train_gpt.Fp8Copies(bank, bank, bank[0], [0], 1)
+        copies = train_gpt.Fp8Copies(bank, bank, bank[0], 1)
         room = train_gpt.fp8_empty(inputs[0].shape, copies.unit_x)
         fp8 = copies.mlp(0, train_gpt.quantize(inputs[0], room))
         needs = {"forward": Need(products=forward, dtype=E4M3)}
@@ -320,7 +320,7 @@ class Row:
         needs = {"forward": Need(products=products[:1])}
         yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
         bank = self.random(2, 128, DIM)
-        fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], [0], 1).head()  # not timed
+        fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], 1).head()  # not timed
         need = Need(products=products, dtype=E4M3)
         yield Case("head_loss", inputs, lambda op, *x: op(*x, *terms, self.own(fp8))[0], both=need)
 

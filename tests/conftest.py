@@ -68,12 +68,11 @@ def tiny_config(**changes: object) -> Config:
         "ngram_dim": 32,
         "dtype": "float32",
         "num_steps": 8,
-        "stages": (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 0.25, 0),),
+        "stages": (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 0),),
         "extension_steps": 2,
-        "extension": (Stage(1.0, 256, 64, 12, 32, 1.0, 0.0, 0.0, 0),),
+        "extension": (Stage(1.0, 256, 64, 12, 32, 1.0, 0.0, 0),),
         "final_window_long": 64,
         "rows_per_step": 4,
-        "prefix_file": str(ROOT / "data" / "gpt2_prefix_tokens.npy"),
         "momentum_warmup_steps": 4,
         "momentum_cooldown_steps": 2,
         "val_row_tokens": 64,
@@ -90,9 +89,8 @@ def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
     projection is zero; the padding of the banks stays zero."""
     model = GPT(config, runtime)
     generator = torch.Generator().manual_seed(seed)
-    num_attention = sum(row.window != "none" for row in config.layers)
     with torch.no_grad():
-        model.attention_bank[:num_attention].normal_(0, 0.2, generator=generator)
+        model.attention_bank[: len(config.layers)].normal_(0, 0.2, generator=generator)
         model.mlp_bank[: 2 * len(config.layers)].normal_(0, 0.1, generator=generator)
         for table in (model.head, model.value_embed, model.ngrams.table):
             table.normal_(0, 0.5, generator=generator)

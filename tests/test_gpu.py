@@ -1,8 +1,9 @@
 """What only a GPU can show: the attention backends agree, fp8 is near bf16, graphs replay what they
-captured, and n-grams keep nothing waiting."""
+captured, n-grams keep nothing waiting, and matches are a CPU's."""
 
 import dataclasses
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ from train_gpt import (
     Windows,
     attention,
     attention_backend,
+    document_starts,
+    find_matches,
     ngram_hash,
+    note_rows,
     to_device,
 )
 
@@ -73,9 +77,9 @@ def test_backends_agree_with_the_definition(backend, num_tokens, window, max_seq
 
 # The whole model ---------------------------------------------------------------------------------
 
-STAGE = Stage(1.0, 8192, 512, 128, 256, 1.0, 0.5, 0.25, 0)
+STAGE = Stage(1.0, 8192, 512, 128, 256, 1.0, 0.5, 0)
 WINDOWS = Windows(128, 256)
-WEIGHTS = 1.0, 0.5, 0.25
+WEIGHTS = 1.0, 0.5
 
 
 def make_config(**changes: object) -> Config:
@@ -108,10 +112,6 @@ def make_row(seed: int, starts: list[int]) -> Batch:
     return Batch(tokens[:-1].int(), tokens[1:].long(), cu_seqlens, 512)
 
 
-def prefixes_of(config: Config, device: str = "cuda") -> torch.Tensor:
-    return torch.arange(config.padded_vocab_size, device=device) - 1
-
-
 def settle(model: GPT) -> None:
     """Give fp8 its units as in the middle of a run, and no gradient."""
     if model.fp8 is not None:
@@ -130,7 +130,7 @@ def outcome(model: GPT, row: Batch) -> dict[str, torch.Tensor]:
     row, weights = to_device(row, device), torch.tensor(WEIGHTS, device=device)
     for _ in range(2):
         settle(model)
-        loss, plain = model(row, WINDOWS, weights, prefixes_of(model.config, device))
+        loss, plain = model(row, WINDOWS, weights)
         (loss / 8).backward()
     losses = {"loss": loss.detach(), "plain": plain}
     return {**losses, **gradients(model), "ngrams": model.ngrams.left[1]}
@@ -171,14 +171,14 @@ def test_replayed_graph_is_what_it_captured(fp8):
     """
     # steps 0 and 1 differ in loss weights alone, step 2 in its windows
     first = dataclasses.replace(STAGE, share=0.25)
-    faded = dataclasses.replace(STAGE, share=0.25, second=0.25, prefix=0.5)
+    faded = dataclasses.replace(STAGE, share=0.25, second=0.25)
     wide = dataclasses.replace(STAGE, share=0.5, window_long=512)
     stages = {"num_steps": 4, "stages": (first, faded, wide), "extension": (wide,)}
     model = make_model(make_config(fp8=fp8, **stages))
     trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
     assert trainer.uses_graphs
     weights = [trainer.loss_weights[stage].tolist() for stage in (first, faded)]
-    assert weights == [list(WEIGHTS), [1.0, 0.25, 0.5]]
+    assert weights == [list(WEIGHTS), [1.0, 0.25]]
     for step in range(2):
         trainer.capture(ROW, step)
     rows = ROW, make_row(2, [0, 17, 400, 401, 402, 900]), make_row(3, [0, 512])
@@ -234,6 +234,27 @@ def test_replays_leave_the_gradients_of_their_ngrams():
         assert relative_error(ngrams.grads[part], grads) < 2e-2
 
 
+def test_steps_enter_their_rows_in_matches():
+    """Beside the optimizer and with graphs: to the bit what a CPU enters, and finds then."""
+    orders = (2, 3, 5)
+    config = make_config(match_orders=orders, match_slots=2**12, num_steps=4, fp8=False)
+    model = make_model(config)
+    trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
+    trainer.capture(ROW, 0)
+    cpu = SimpleNamespace(config=config, matches=torch.zeros_like(model.matches, device="cpu"))
+    for step in range(3):
+        rows = [make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)]
+        rows = [row._replace(tokens=row.tokens % 9, targets=row.targets % 9) for row in rows]
+        trainer.run_step(0, iter(rows), step)
+        note_rows(cpu, rows, Runtime(0, 1, torch.device("cpu"), Log(None)))
+        assert torch.equal(model.matches.cpu(), cpu.matches)
+        row = rows[-1].tokens, document_starts(rows[-1].cu_seqlens, 1024)
+        expected = find_matches(*row, cpu.matches, orders)
+        found = find_matches(*(x.cuda() for x in row), model.matches, orders)
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(found, expected))
+    assert (cpu.matches >> 29).amax() > 1, "no context came twice"
+
+
 def test_no_step_waits_for_its_ngrams():
     """Neither gathering nor updating lets the host wait for the device."""
     config = make_config(**NGRAMS)
@@ -257,12 +278,12 @@ def test_no_step_waits_for_its_ngrams():
 
 
 # Entries, matrices of an entry, rows: an MLP bank, pairs of q and k heads, v and o.
-@pytest.mark.parametrize("shape", [(3, 1, 3072), (2, 4, 256), (2, 2, 512)])
+@pytest.mark.parametrize("shape", [(3, 1, 4224), (2, 4, 256), (2, 2, 512)])
 def test_compiled_normuon_is_the_plain_one(shape):
     """In a part of a bank, whose rest stays as it is. Compiled, the norm is not rounded to bf16,
     which moves every singular value along the waves of the Polar Express: by 6 % in all."""
     torch.manual_seed(0)
-    bank, results = (shape[0], 3072, 768), []
+    bank, results = (shape[0], 4224, 768), []
     start = torch.randn(bank, device="cuda"), torch.randn(bank, device="cuda")
     grad = torch.randn(bank, device="cuda", dtype=torch.bfloat16)
     count, by_row = shape[0] * shape[1], shape[2] >= 768

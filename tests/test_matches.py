@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +37,7 @@ from train_gpt import (
     Clock,
     Config,
     Optimizer,
+    Runtime,
     Trainer,
     UserError,
     Windows,
@@ -454,7 +455,7 @@ def test_known_shards_are_the_last_ones(tmp_path, runtime):
     """Each a call of its own, whole but for less than 16 tokens; also where one begins within a
     document, of which it does not know the begin."""
     model, memory = note_taker(**write_known_shards(tmp_path)), Memory(ORDERS)
-    note_shards(model, runtime.device)
+    note_shards(model, runtime)
     rows = [known_row(tmp_path, i) for i in (2, 3)]
     for row in rows:
         memory.note([row])
@@ -462,7 +463,7 @@ def test_known_shards_are_the_last_ones(tmp_path, runtime):
         assert find(model.matches, row) == memory.find(row)
     assert (model.matches > 0).sum(1).tolist() == [len(held) for held in memory.held.values()]
     before, model.config = model.matches.clone(), dataclasses.replace(model.config, match_shards=0)
-    note_shards(model, runtime.device)
+    note_shards(model, runtime)
     assert torch.equal(model.matches, before)
 
 
@@ -473,7 +474,7 @@ def test_long_known_shards_are_entered_piece_by_piece(tmp_path, runtime):
     write_shard(tmp_path / "train_1.bin", tokens)
     model = note_taker(train_files=str(tmp_path / "train_*.bin"), match_shards=1)
     tables = empty_tables()
-    note_shards(model, runtime.device)
+    note_shards(model, runtime)
     tokens, begins = torch.tensor(tokens), torch.arange(0, size + 105, 1000).int()
     for begin, end in (0, size), (size, size + 96):
         row, targets = tokens[begin:end].int(), tokens[begin + 1 : end + 1]
@@ -498,11 +499,11 @@ def test_training_with_known_shards(tmp_path, runtime, monkeypatch):
         start(self)
         started.append(self)
 
-    def enter_and_look(model: GPT, device: torch.device) -> None:
+    def enter_and_look(model: GPT, runtime: Runtime) -> None:
         prepared.append(model.matches.any().item())
         assert events, "the preparation finds nothing"
         assert started, "the clock stands still"
-        note_shards(model, device)
+        note_shards(model, runtime)
         for i in (2, 3):
             memory.note([known_row(tmp_path, i)])
         filled = [len(held) for held in memory.held.values()]
@@ -616,28 +617,58 @@ def trained_tables(folder: str, rank: int, world_size: int) -> Tensor:
     return tables[0]
 
 
-def seen_by(folder: str, rank: int, world_size: int) -> dict[str, object]:
-    functions = read_stream, validation_loss, trained_tables
+def known_tables(folder: str, rank: int, world_size: int) -> dict[str, object]:
+    """The tables of two known shards, and the orders that were entered here."""
+    files, entered = {"train_files": f"{folder}/known/train_*.bin"}, set()
+    model = note_taker(**files, match_shards=2, match_slots=64)
+
+    def note_and_keep(*arguments: object) -> None:
+        orders, own = arguments[-2:]
+        entered.update(orders[own])
+        note_matches_(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "note_matches_", note_and_keep)
+        note_shards(model, cpu_runtime(rank, world_size))
+    return {"tables": model.matches, "entered": sorted(entered)}
+
+
+FUNCTIONS = read_stream, validation_loss, trained_tables, known_tables
+
+
+def seen_by(
+    folder: str, rank: int, world_size: int, functions: tuple[Callable, ...] = FUNCTIONS
+) -> dict[str, object]:
     return {function.__name__: function(folder, rank, world_size) for function in functions}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, world_size: int, functions: tuple[Callable, ...]) -> None:
     torch.set_num_threads(1)
-    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
-    torch.save(seen_by(folder, rank, 2), f"{folder}/{rank}.pt")
+    how = {"init_method": f"file://{folder}/store{world_size}", "rank": rank}
+    how |= {"world_size": world_size, "timeout": datetime.timedelta(seconds=60)}
+    dist.init_process_group("gloo", **how)
+    torch.save(seen_by(folder, rank, world_size, functions), f"{folder}/{world_size}_{rank}.pt")
     dist.destroy_process_group()
 
 
+def seen_by_ranks(folder: Path, world_size: int, *functions: Callable) -> list[dict]:
+    torch.multiprocessing.spawn(worker, (str(folder), world_size, functions), nprocs=world_size)
+    return [torch.load(folder / f"{world_size}_{rank}.pt") for rank in range(world_size)]
+
+
 @pytest.fixture(scope="module")
-def alone_and_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What one process sees, and each of two ranks."""
+def rank_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_few_tokens(folder)
     (folder / "known").mkdir()
     write_known_shards(folder / "known")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
-    return [seen_by(str(folder), 0, 1), *(torch.load(folder / f"{rank}.pt") for rank in range(2))]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone_and_ranks(rank_data: Path) -> list[dict]:
+    """What one process sees, and each of two ranks."""
+    return [seen_by(str(rank_data), 0, 1), *seen_by_ranks(rank_data, 2, *FUNCTIONS)]
 
 
 def test_ranks_have_the_tables_of_one_process(alone_and_ranks):
@@ -656,6 +687,26 @@ def test_ranks_know_the_shards_of_one_process(alone_and_ranks):
     assert alone["trained_tables"].count_nonzero() > 60
     for seen in ranks:
         assert torch.equal(seen["trained_tables"], alone["trained_tables"])
+
+
+def check_known(alone: dict, ranks: list[dict]) -> None:
+    """To the bit, in slots that many contexts share; a rank has entered its own tables alone."""
+    assert alone["tables"].any(1).all() and alone["tables"][-1].count_nonzero() > 60
+    assert alone["entered"] == list(ORDERS)
+    for rank, seen in enumerate(ranks):
+        assert torch.equal(seen["tables"], alone["tables"]), rank
+        assert seen["entered"] == list(ORDERS[rank :: len(ranks)]), rank
+
+
+def test_two_ranks_share_out_the_tables_of_known_shards(alone_and_ranks):
+    alone, *ranks = (seen["known_tables"] for seen in alone_and_ranks)
+    check_known(alone, ranks)
+
+
+def test_more_ranks_than_tables_share_them_out(alone_and_ranks, rank_data):
+    """One of four has none to enter, and reads no shard."""
+    ranks = [seen["known_tables"] for seen in seen_by_ranks(rank_data, 4, known_tables)]
+    check_known(alone_and_ranks[0]["known_tables"], ranks)
 
 
 # Lookups and their gradients ---------------------------------------------------------------------

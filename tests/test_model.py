@@ -116,7 +116,7 @@ def test_gradient_reaches_every_weight_in_use(runtime):
     model = trained_like(config, runtime)
     batch = random_batch(4, [64], num_ids=500)
     model(batch, WINDOWS).backward()
-    used_of_bank = (model.attention_bank, 4), (model.mlp_bank, 10)  # layer 2 has no attention
+    used_of_bank = (model.attention_bank, 5), (model.mlp_bank, 10)
     for bank, used in used_of_bank:
         norms = bank.grad.flatten(1).norm(dim=1)
         assert (norms[:used] > 0).all()
@@ -140,13 +140,12 @@ LENGTHS, STARTS = [10, 24, 1, 29], [0, 10, 34, 35, 64]
 def without_key_offset(model: GPT) -> GPT:
     """The unturned halves of the keys of long layers are zero, so that taking them from the
     previous position changes nothing."""
-    config, bank_row = model.config, 0
+    config = model.config
     with torch.no_grad():
-        for row in config.layers:
-            keys = model.attention_bank[bank_row].chunk(4)[1]
+        for row, weights in zip(config.layers, model.attention_bank):
+            keys = weights.chunk(4)[1]
             if row.window == "long":
                 keys.view(config.num_heads, 2, config.head_dim // 2, -1)[:, 1] = 0
-            bank_row += row.window != "none"
     return model
 
 
@@ -191,6 +190,7 @@ def test_key_offset_lets_the_state_before_a_document_in_behind_its_first_positio
     ("layer", "windows", "reach"),
     [
         (0, Windows(8, 270), 8),
+        (2, Windows(5, 270), 5),
         (3, Windows(5, 270), 5),
         (1, Windows(5, 270), 271),  # the key offset adds one
         (4, Windows(5, 270), 271),
@@ -202,10 +202,9 @@ def test_window_reach(runtime, layer, windows, reach):
     config = tiny_config(final_window_long=windows.long, val_row_tokens=320)
     model = trained_like(config, runtime)
     with torch.no_grad():
-        entry = (0, 1, 3, 4).index(layer)  # of the bank; layer 2 has no attention
-        own = model.attention_bank[entry].clone()
+        own = model.attention_bank[layer].clone()
         model.attention_bank[:, 3 * 16 :] = 0
-        model.attention_bank[entry] = own
+        model.attention_bank[layer] = own
         model.ngrams.table.zero_()
     batch = random_batch(6, [320])
     for position in (0, 17, 49, 300):
@@ -225,13 +224,12 @@ def test_untrained_network_does_what_its_starts_say(runtime, monkeypatch):
         value = model.hidden(batch, WINDOWS)
         expected = transcribed_hidden(model, batch, *WINDOWS)
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=2e-5)
-        # without the attention of the layers: layer 2 has one factor of sqrt(1.1), others two
+        # without the attention of the layers
         model.attention_bank[:, 3 * 16 :] = 0
         model.head *= 1000  # the norms' epsilon no longer shows
         x0 = model.head[batch.tokens.long()]
         x0 = x0 / x0.square().mean(dim=1, keepdim=True).sqrt()
-        behind_2 = 1.1**2 * math.sqrt(1.1)
-        behind_3 = 1.1 * behind_2
+        behind_3 = 1.1**4
         end = 1.1 * behind_3 - 0.5 * behind_3
         streams = []
         monkeypatch.setattr(
@@ -248,7 +246,7 @@ def test_sizes_of_the_first_weights(runtime):
     model = GPT(config, runtime)
     std = 0.5 / math.sqrt(64)
     gate_w_1 = model.unpack_small()["gate_w_1"]
-    for weights in (*model.attention_bank[:4].chunk(4, dim=1), model.mlp_bank[:5], gate_w_1):
+    for weights in (*model.attention_bank.chunk(4, dim=1), model.mlp_bank[:5], gate_w_1):
         assert weights.abs().max() <= std * math.sqrt(3)
         assert weights.std().item() == pytest.approx(std, rel=0.03)
         assert abs(weights.mean().item()) < 0.03 * std
@@ -283,10 +281,10 @@ def test_same_seed_same_weights_on_any_number_of_ranks(dtype):
 def test_banks_divide_by_the_ranks_and_only_grow_by_zeros(changes):
     config = tiny_config(**changes)
     expected = weights_of(config, 1)
-    attentions = sum(row.window != "none" for row in config.layers)
+    num_layers = len(config.layers)
     for world_size in (2, 3, 12, 16):
         weights = weights_of(config, world_size)
-        for name, used in ("attention_bank", attentions), ("mlp_bank", 2 * len(config.layers)):
+        for name, used in ("attention_bank", num_layers), ("mlp_bank", 2 * num_layers):
             bank, alone = weights[name], expected[name]
             assert len(bank) % world_size == 0
             assert len(alone) == used <= len(bank)

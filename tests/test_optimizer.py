@@ -25,7 +25,6 @@ from train_gpt import (
     normuon_update_,
     nothing_changes,
     polar_express,
-    read_prefixes,
 )
 
 GROUPS = {group.name: group for group in PARAM_GROUPS}
@@ -39,8 +38,7 @@ def gaussian(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
 
 def used_entries(name: str, config: Config) -> int:
     """Entries of a bank that are no padding."""
-    attention_layers = sum(row.window != "none" for row in config.layers)
-    return {"attention_bank": attention_layers, "mlp_bank": 2 * len(config.layers)}[name]
+    return {"attention_bank": 1, "mlp_bank": 2}[name] * len(config.layers)
 
 
 # Polar factor ------------------------------------------------------------------------------------
@@ -378,15 +376,14 @@ def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
     runtime = cpu_runtime(rank, world_size)
     model, schedule = GPT(config, runtime), Schedule(config)
     optimizer = Optimizer(model, config, runtime)
-    prefixes = read_prefixes(config, runtime.device)
     for step in range(7):
         stage = schedule.stage(step)
-        weights = torch.tensor([1.0, stage.second, stage.prefix])
+        weights = torch.tensor([1.0, stage.second])
         for row in range(4)[rank::world_size]:
             seed = 2000 + 10 * step + row  # of rows with hardly a gradient that is all rounding
             batch = random_batch(seed, [20, 44])
             windows = schedule.windows(step)
-            loss, _ = model(batch, windows, weights, prefixes)
+            loss, _ = model(batch, windows, weights)
             (loss / config.rows_per_step).backward()
             model.ngrams.gather(*model.ngrams.left)
         optimizer.step(step, schedule.lr_scale(step), schedule.momentum(step))

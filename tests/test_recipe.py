@@ -1,16 +1,12 @@
 """Every named technique of the recipe alone, against straightforward reference code."""
 
 import dataclasses
-import importlib.util
 import math
-import os
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_batch, tiny_config, trained_like, write_shard
+from conftest import random_batch, tiny_config, trained_like, write_shard
 from torch import Tensor
 from transcription import (
     last_gates,
@@ -29,20 +25,17 @@ from train_gpt import (
     SPEEDRUN_LAYERS,
     START_TOKEN,
     Batch,
-    UserError,
     Windows,
     combine,
     draw_columns,
     head_loss,
     next_token_loss,
     prepare_qkv,
-    read_prefixes,
     read_proposal,
     shift,
     small_params,
 )
 
-CPU = torch.device("cpu")
 WINDOWS = Windows(8, 24)
 SHRUNK_SPEEDRUN = {"layers": SPEEDRUN_LAYERS, "model_dim": 48}
 
@@ -74,7 +67,7 @@ def streams_of(
     calls = recorded(monkeypatch, "combine")
     with torch.no_grad():
         model.hidden(batch, WINDOWS)
-    names = "first,attention 0,mlp 0,attention 1,mlp 1,mlp 2,attention 3,mlp 3"
+    names = "first,attention 0,mlp 0,attention 1,mlp 1,attention 2,mlp 2,attention 3,mlp 3"
     names += ",value 4,enter 4,attention 4,mlp 4,output"
     return dict(zip(names.split(","), calls, strict=True))
 
@@ -149,7 +142,7 @@ def test_queries_keys_values_head_by_head(runtime):
     """Norm a head, rotary on the first half with its own position."""
     model, n = trained_like(tiny_config(), runtime), rms(gaussian(20, 32))
     q, k, v = prepared(model, n.float(), 3)
-    weights = model.attention_bank[2].double()
+    weights = model.attention_bank[3].double()
     for h in range(2):
         rows = slice(8 * h, 8 * h + 8)
         for z, part in (q, 0), (k, 16):
@@ -180,8 +173,8 @@ def test_what_is_added_to_the_values(runtime, monkeypatch):
     of_last = streams_of(model, batch, monkeypatch)["value 4"][1][0]
     added = [args[4] for args, _ in calls]
     assert torch.equal(added[0], model.value_embed[batch.tokens.long()])
-    assert added[1] is added[2] is None
-    assert added[3] is of_last
+    assert added[1] is added[2] is added[3] is None
+    assert added[4] is of_last
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 5e-3)])
@@ -189,12 +182,12 @@ def test_layer_projects_its_heads(runtime, monkeypatch, dtype, error):
     """Beside one another, by its own O; and their gradient."""
     model, batch = trained_like(tiny_config(dtype=dtype), runtime), random_batch(1, [40, 24])
     n, grad = (gaussian(64, 32, seed=seed).to(model.head.dtype) for seed in range(2))
-    for entry, layer in enumerate((0, 1, 3, 4)):
+    for layer in range(5):
         y = gaussian(64, 2, 8, seed=10 + layer).to(model.head.dtype).requires_grad_()
         monkeypatch.setattr(train_gpt, "attention", lambda *_, y=y: y)
         value = model.attend(layer, n, None, batch, WINDOWS, None)
         exact = y.detach().double().requires_grad_()
-        expected = exact.flatten(1) @ model.attention_bank[entry, 48:].detach().double()
+        expected = exact.flatten(1) @ model.attention_bank[layer, 48:].detach().double()
         found = value, *torch.autograd.grad(value, y, grad)
         references = expected, *torch.autograd.grad(expected, exact, grad.double())
         for result, reference in zip(found, references, strict=True):
@@ -208,7 +201,7 @@ def test_attention_of_every_layer_has_its_window_and_the_scale(runtime, monkeypa
         model.hidden(batch, WINDOWS)
     options = [args[3:] for args, _ in calls]
     lengths = batch.cu_seqlens, batch.max_seq_len
-    assert options == [(*lengths, window, 0.3, "plain") for window in (8, 24, 8, 24)]
+    assert options == [(*lengths, window, 0.3, "plain") for window in (8, 24, 8, 8, 24)]
 
 
 # Gates and their starts --------------------------------------------------------------------------
@@ -237,7 +230,7 @@ def test_small_parameters_start_as_written(runtime):
     config = tiny_config(**SHRUNK_SPEEDRUN)
     small = small_slices(GPT(config, runtime))
     scalars = "residual", "project", "mlp_residual", "mlp_project", "ngrams"
-    shapes = dict(zip(scalars, [(7,), (7,), (10,), (10,), (3,)]))  # the last layer has gates
+    shapes = dict(zip(scalars, [(7,), (7,), (7,), (7,), (3,)]))  # the last layer has gates
     shapes |= {"attended": (1,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
     shapes |= {"gate_w_2": (10, 8), "gate_b_2": (10,)}
     assert {name: tuple(weights.shape) for name, weights in small.items()} == shapes
@@ -286,15 +279,15 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     close(calls["first"][0][0][0], x0)
     first, attend = out["first"], out["mlp 3"]
     check("first", x0 + small["ngrams"][0] * e)
-    gains = (0, small["ngrams"][1], small["ngrams"][2])
-    before = {0: first, 1: out["mlp 0"], 3: out["mlp 2"]}
-    for i, r, p, gain in zip(before, small["residual"], small["project"], gains, strict=True):
-        check(f"attention {i}", r * before[i] + p * layer[f"attention {i}"] + gain * e)
-    for i, before in enumerate(("attention 0", "attention 1", "mlp 1", "attention 3")):
-        x = small["mlp_residual"][i] * out[before] + small["mlp_project"][i] * layer[f"mlp {i}"]
-        check(f"mlp {i}", x)
+    x, gains = first, (0, small["ngrams"][1], 0, small["ngrams"][2])
+    for i, gain in enumerate(gains):
+        r, p = small["residual"][i], small["project"][i]
+        check(f"attention {i}", r * x + p * layer[f"attention {i}"] + gain * e)
+        r, p, x = small["mlp_residual"][i], small["mlp_project"][i], out[f"attention {i}"]
+        check(f"mlp {i}", r * x + p * layer[f"mlp {i}"])
+        x = out[f"mlp {i}"]
 
-    x = out["mlp 3"]  # entering the last layer, in the tiny plan also what it attends from
+    # x enters the last layer, in the tiny plan it is also what that attends from
     check("value 4", own["value"] * values[1])
     check("enter 4", own["x_first"] * first + own["x_attend"] * attend + own["x_last"] * x)
     x = own["residual"] * out["enter 4"] + own["project"] * layer["attention 4"]
@@ -309,11 +302,10 @@ def test_mlp_reads_the_normed_stream(runtime, monkeypatch):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     mlps = recorded(monkeypatch, "mlp")
     streams = streams_of(model, batch, monkeypatch)
-    names = ("attention 0", "attention 1", "mlp 1", "attention 3", "attention 4")
-    for i, name in enumerate(names):
-        (x, _, _, fp8), y = mlps[i]
+    assert len(mlps) == 5
+    for i, ((x, _, _, fp8), y) in enumerate(mlps):
         assert fp8 is None
-        close(x, rms(streams[name][1][0].double()))
+        close(x, rms(streams[f"attention {i}"][1][0].double()))
         w_1, w_2 = model.mlp_bank[i].double(), model.mlp_bank[5 + i].double()
         close(y, torch.relu(x.double() @ w_1.T) ** 2 @ w_2, atol=1e-4)
 
@@ -340,34 +332,27 @@ def test_every_scalar_and_gate_changes_the_output(runtime, changes):
 
 
 def reference_loss(
-    model: GPT, hidden: Tensor, targets: list[int], weights: list[float], prefixes: list[int]
+    model: GPT, hidden: Tensor, targets: list[int], weights: list[float]
 ) -> tuple[float, float]:
-    """Weighted sum of the terms, and the next-token term, from a loop over the targets."""
-    num_tokens, total = len(targets), 0.0
-    terms = [targets, [], []]
-    for t, target in enumerate(targets):
-        terms[1].append(targets[t + 1] if t + 1 < num_tokens else -1)
-        terms[2].append(-1 if target < 0 else prefixes[target])
-    losses = [sum(target_losses(model, hidden, term)) for term in terms]
-    total = sum(weight * loss for weight, loss in zip(weights, losses))
+    """Weighted sum of the terms, and the next-token term."""
+    losses = [sum(target_losses(model, hidden, term)) for term in (targets, [*targets[1:], -1])]
+    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
     assert all(loss > 0 for loss in losses)
     return total, losses[0]
 
 
-@pytest.mark.parametrize("weights", [[1, 0.5, 0.25], [1, 0, 0], [0.3, 2, 0], [0, 0, 1]])
+@pytest.mark.parametrize("weights", [[1, 0.5], [1, 0], [0.3, 2], [0, 1]])
 def test_training_loss_term_by_term(runtime, weights):
-    """The row's last target has no second next token, many have no prefix."""
+    """The row's last target has no second next token."""
     config = tiny_config()
     model = trained_like(config, runtime)
-    prefixes = read_prefixes(config, CPU)
     batch = random_batch(2, [20, 12])
     targets = batch.targets.clone()
     targets[[5, 31]] = IGNORED_TARGET
     batch, hidden = batch._replace(targets=targets), gaussian(32, 32).float()
     model.hidden = lambda *_: hidden
-    loss, next_token = model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float32), prefixes)
-    expected = reference_loss(model, hidden, targets.tolist(), weights, prefixes.tolist())
-    assert (prefixes[batch.targets] == -1).any()
+    loss, next_token = model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float32))
+    expected = reference_loss(model, hidden, targets.tolist(), weights)
     assert loss.item() == pytest.approx(expected[0], rel=1e-5)
     assert next_token.item() == pytest.approx(expected[1], rel=1e-5)
     assert loss.dtype == next_token.dtype == torch.float32
@@ -377,12 +362,11 @@ def test_training_loss_term_by_term(runtime, weights):
 
 
 def test_forward_gives_both_losses(runtime):
-    config = tiny_config()
-    model, prefixes = trained_like(config, runtime), read_prefixes(config, CPU)
-    batch, weights = random_batch(2, [40, 24]), [1.0, 0.5, 0.25]
-    loss, next_token = model(batch, WINDOWS, torch.tensor(weights), prefixes)
+    model = trained_like(tiny_config(), runtime)
+    batch, weights = random_batch(2, [40, 24]), [1.0, 0.5]
+    loss, next_token = model(batch, WINDOWS, torch.tensor(weights))
     hidden = transcribed_hidden(model, batch, *WINDOWS)
-    expected = reference_loss(model, hidden, batch.targets.tolist(), weights, prefixes.tolist())
+    expected = reference_loss(model, hidden, batch.targets.tolist(), weights)
     assert loss.item() == pytest.approx(expected[0], rel=1e-4)
     assert next_token.item() == pytest.approx(expected[1], rel=1e-4)
 
@@ -554,7 +538,7 @@ def test_forward_on_columns_and_its_gradients(runtime):
     """Those of the loss written down in float64 behind the model's hidden states; what the
     gradients hold already stays."""
     config, batch, count = tiny_config(), random_batch(2, [40, 24]), 256
-    weights, prefixes = [1.0, 0.5, 0.25], read_prefixes(config, CPU)
+    weights = [1.0, 0.5]
     models = [trained_like(config, runtime) for _ in range(2)]
     for model in models:
         for param in model.parameters():
@@ -563,19 +547,17 @@ def test_forward_on_columns_and_its_gradients(runtime):
     for each in models:
         each.proposal.copy_(uneven(50_304))
     place = model.head.grad.data_ptr()
-    loss, next_token = model(batch, WINDOWS, torch.tensor(weights), prefixes, count)
+    loss, next_token = model(batch, WINDOWS, torch.tensor(weights), count)
     loss.backward()
 
-    targets, terms = batch.targets.tolist(), []
-    for t, target in enumerate(targets):
-        second = targets[t + 1] if t + 1 < 64 else -1
-        terms.append([target, second, prefixes[target].item()])
+    targets = batch.targets.tolist()
+    terms = [*zip(targets, [*targets[1:], -1], strict=True)]
     columns = draw_columns(torch.tensor(terms), uneven(50_304), count)
     head = other.head.detach().double().requires_grad_()
     hidden = other.hidden(batch, WINDOWS).double()
     logits = 23 * torch.sigmoid((hidden @ head.T + 5) / 7.5)
     estimate = (logits[:, columns.tokens].exp() * columns.offsets.double().exp()).sum(1).log()
-    losses = [0.0] * 3
+    losses = [0.0] * 2
     for t, row in enumerate(terms):
         for i, target in enumerate(row):
             losses[i] += estimate[t] - logits[t, target] if target >= 0 else 0.0
@@ -595,122 +577,10 @@ def test_forward_on_columns_and_its_gradients(runtime):
 
 def test_forward_on_all_columns_is_forward_without(runtime):
     config, batch = tiny_config(), random_batch(2, [40, 24])
-    model, prefixes = trained_like(config, runtime), read_prefixes(config, CPU)
-    weights = torch.tensor([1, 0.5, 0.25])
-    losses = [model(batch, WINDOWS, weights, prefixes, count) for count in (0, 50_304)]
+    model, weights = trained_like(config, runtime), torch.tensor([1, 0.5])
+    losses = [model(batch, WINDOWS, weights, count) for count in (0, 50_304)]
     for value, expected in zip(*losses):
         assert torch.equal(value, expected)
-
-
-# Prefix tokens -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def prefix_tool() -> ModuleType:
-    path = ROOT / "data" / "prefix_tokens.py"
-    spec = importlib.util.spec_from_file_location("prefix_tokens", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_prefix_tokens_by_brute_force(prefix_tool, seed):
-    """A vocabulary of random byte strings over two letters, in random order: many prefixes."""
-    random = np.random.default_rng(seed)
-    words = {
-        bytes(random.integers(0, 2, random.integers(1, 7)).astype(np.uint8)) for _ in range(60)
-    }
-    words = sorted(words)
-    random.shuffle(words)
-    vocabulary = {word: index for index, word in enumerate(words)}
-    table = prefix_tool.prefix_tokens(vocabulary)
-    assert table.dtype == np.int32
-    assert table.shape == (len(words),)
-    found = 0
-    for index, word in enumerate(words):
-        longest = -1
-        for other, candidate in enumerate(words):
-            begins = len(candidate) < len(word) and word[: len(candidate)] == candidate
-            if begins and (longest < 0 or len(candidate) > len(words[longest])):
-                longest = other
-        assert table[index] == longest
-        found += longest >= 0
-    assert found > 10
-
-
-def shipped_table() -> np.ndarray:
-    return np.load(ROOT / "data" / "gpt2_prefix_tokens.npy")
-
-
-def test_shipped_prefix_table():
-    """What is true of it without the vocabulary: single bytes are the ids below 256 and begin
-    with nothing; every other token begins with its first byte, so the way there ends with one."""
-    table = shipped_table()
-    assert table.shape == (50_257,)
-    assert table.dtype == np.int32
-    assert table.min() == -1
-    assert table.max() < START_TOKEN
-    assert (table[:256] == -1).all()
-    assert table[START_TOKEN] == -1
-    assert (table[256:START_TOKEN] >= 0).all()
-    ends, hops = np.arange(256, START_TOKEN), 0
-    while (ends >= 256).any():
-        ends = np.where(ends >= 256, table[ends], ends)
-        hops += 1
-        assert hops < 130  # no token is longer than 128 bytes
-    assert (ends >= 0).all()
-    assert hops > 10
-    assert len(np.unique(table)) > 5000
-
-
-def test_shipped_prefix_table_for_tokens_known_by_heart():
-    """Some of GPT-2's first merges: 256 is a space and t, 257 a space and a, 258 he, 262 a space
-    and the, 284 a space and to, 294 a space and th."""
-    table = shipped_table()
-    space, h = 220, 71
-    assert table[[256, 257, 258, 262, 284, 294]].tolist() == [space, space, h, 294, 256, 256]
-
-
-def test_shipped_prefix_table_is_that_of_the_vocabulary(prefix_tool, tmp_path, monkeypatch):
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary")
-    monkeypatch.setattr(sys, "argv", ["prefix_tokens.py", str(tmp_path / "fresh.npy")])
-    if prefix_tool.main() != 0:
-        pytest.skip("tiktoken cannot load GPT-2's vocabulary")
-    assert np.array_equal(np.load(tmp_path / "fresh.npy"), shipped_table())
-
-
-def test_prefixes_are_padded_to_the_rows_of_the_head():
-    config = tiny_config()
-    prefixes = read_prefixes(config, CPU)
-    assert prefixes.dtype == torch.int64
-    assert len(prefixes) == config.padded_vocab_size == 50_304
-    assert prefixes[:50_257].tolist() == shipped_table().tolist()
-    assert (prefixes[50_257:] == IGNORED_TARGET).all()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read"),
-        (b"no array", "cannot be read"),
-        (np.zeros((2, 3), dtype=np.int32), "not int32 token ids, for 50304 tokens at most"),
-        (np.zeros(50_257, dtype=np.int64), "not int32 token ids, for 50304 tokens at most"),
-        (np.zeros(50_305, dtype=np.int32), "not int32 token ids, for 50304 tokens at most"),
-        (np.int32([0, 3, 1]), "not int32 token ids, for 50304 tokens at most"),
-        (np.int32([0, -2, 1]), "not int32 token ids, for 50304 tokens at most"),
-    ],
-    ids=["missing", "text", "shape", "dtype", "long", "large", "negative"],
-)
-def test_broken_prefix_file_is_named(tmp_path, content, message):
-    path = tmp_path / "prefixes.npy"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        np.save(path, content)
-    with pytest.raises(UserError, match=f"--prefix_file {path}: .*{message}.*prefix_tokens.py"):
-        read_prefixes(tiny_config(prefix_file=str(path)), CPU)
 
 
 # Head and embedding ------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ TRAINING = {
     "preset": "tiny",
     "train_files": "data/sample_train_*.bin",
     "val_file": "data/sample_val_0.bin",
-    "prefix_file": "data/prefixes.npy",
     "val_tokens": 200,
     "val_row_tokens": 64,
     "val_every": 2,
@@ -36,9 +35,9 @@ TRAINING = {
     "ngram_rows": 256,
     "ngram_dim": 16,
     "num_steps": STEPS,
-    "stages": "1/2:128:48:8:16:1:.25:.15:0,1/2:128:64:16:32:1.2:.15:.05:0",
+    "stages": "1/2:128:48:8:16:1:.25:0,1/2:128:64:16:32:1.2:.15:0",
     "extension_steps": EXTENSION,
-    "extension": "1:128:64:16:2:1:0:0:0",
+    "extension": "1:128:64:16:2:1:0:0",
     "seed": 5,
 }
 WORDS = "Two seeds of nothing new. With | bars,\n\n- a list\n- and `code`."

@@ -7,11 +7,11 @@ from conftest import cpu_runtime, tiny_config
 from train_gpt import GPT, PRESETS, Schedule, Stage, Trainer
 
 A, B, C = (
-    Stage(1 / 3, 128, 32, 8, 16, 1.0, 0.5, 0.25, 0),
-    Stage(1 / 3, 256, 48, 12, 24, 1.52, 0.1, 0.25, 0),
-    Stage(1 / 3, 384, 64, 16, 32, 1.73, 0.0, 0.0, 0),
+    Stage(1 / 3, 128, 32, 8, 16, 1.0, 0.5, 0),
+    Stage(1 / 3, 256, 48, 12, 24, 1.52, 0.1, 0),
+    Stage(1 / 3, 384, 64, 16, 32, 1.73, 0.0, 0),
 )
-LAST = Stage(1.0, 512, 64, 20, 40, 9.0, 0.5, 0.125, 0)
+LAST = Stage(1.0, 512, 64, 20, 40, 9.0, 0.5, 0)
 
 
 def schedule(**changes: object) -> Schedule:
@@ -110,18 +110,17 @@ def loss_weights(plan: Schedule) -> list[list[float]]:
 
 
 def test_loss_weights():
-    """Next, second and prefix token, the same in every step of a stage."""
-    first, second, third = [1.0, 0.5, 0.25], pytest.approx([1.0, 0.1, 0.25]), [1.0, 0.0, 0.0]
+    """Of the next token and the one after it, the same in every step of a stage."""
+    first, second, third = [1.0, 0.5], pytest.approx([1.0, 0.1]), [1.0, 0.0]
     rows = loss_weights(schedule())
-    assert rows == [first] * 33 + [second] * 34 + [third] * 33 + [[1.0, 0.5, 0.125]] * 10
+    assert rows == [first] * 33 + [second] * 34 + [third] * 33 + [first] * 10
 
 
 def test_loss_weights_of_the_speedrun():
-    """Two next tokens, then one; the prefix token in the first three stages."""
+    """Two next tokens in the first three stages, then one."""
     plan = Schedule(PRESETS["speedrun"])
-    rows = [(plan.stage(step).second, plan.stage(step).prefix) for step in range(2220)]
-    first, second, third = [(0.42, 0.25)] * 660, [(0.3, 0.25)] * 550, [(0.12, 0.12)] * 330
-    assert rows == first + second + third + [(0.0, 0.0)] * 680
+    rows = [plan.stage(step).second for step in range(2220)]
+    assert rows == [0.42] * 660 + [0.3] * 550 + [0.12] * 330 + [0.0] * 680
     assert plan.total_steps == 2220
 
 
@@ -129,5 +128,5 @@ def test_loss_weights_of_the_speedrun():
 def test_every_step_has_loss_weights_whatever_the_length(num_steps):
     rows = loss_weights(schedule(num_steps=num_steps, extension_steps=3))
     assert len(rows) == num_steps + 3
-    assert all(len(row) == 3 and row[0] == 1 for row in rows)
-    assert rows[num_steps:] == [[1.0, 0.5, 0.125]] * 3
+    assert all(len(row) == 2 and row[0] == 1 for row in rows)
+    assert rows[num_steps:] == [[1.0, 0.5]] * 3

@@ -47,9 +47,9 @@ OPTIONS = {
     "ngram_rows": 4096,
     "ngram_dim": 32,
     "num_steps": 24,
-    "stages": "1/2:128:48:8:16:1:.25:.15:0,1/2:256:64:16:32:1.2:.15:.05:0",
+    "stages": "1/2:128:48:8:16:1:.25:0,1/2:256:64:16:32:1.2:.15:0",
     "extension_steps": 2,
-    "extension": "1:256:64:16:2:1:0:0:0",  # a window unlike that of the final validation
+    "extension": "1:256:64:16:2:1:0:0",  # a window unlike that of the final validation
     "final_window_long": 64,
     "rows_per_step": 2,
     "momentum_warmup_steps": 5,
@@ -60,6 +60,7 @@ OPTIONS = {
     "val_every": 12,
     "val_row_tokens": 64,
     "lr_decay_start": 0.4,
+    "seed": 2,  # one with which the long window comes to matter
 }
 ALPHABET = "abcdefghijklmnop"
 
@@ -91,11 +92,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def write_data(folder: Path) -> Path:
-    """Two training shards, one for validation, and a prefix token for every other letter."""
-    prefixes = np.full(50_257, -1, dtype=np.int32)
-    ids = [int(BYTE_TO_ID[ord(letter)]) for letter in ALPHABET]
-    prefixes[ids[1::2]] = ids[::2]
-    np.save(folder / "prefixes.npy", prefixes)
+    """Two training shards, and one for validation."""
     tokens = letters(1, 8000)
     write_shard(folder / "train_0.bin", tokens[:3501])
     write_shard(folder / "train_1.bin", tokens[3501:])
@@ -113,7 +110,6 @@ def command(folder: Path, ranks: int, script: Path = SCRIPT, **changes: object) 
         **OPTIONS,
         "train_files": folder / "train_*.bin",
         "val_file": folder / "val.bin",
-        "prefix_file": folder / "prefixes.npy",
         "log_dir": folder / "logs",
         **changes,
     }
@@ -176,7 +172,7 @@ def test_log_has_the_script_the_config_and_a_line_for_every_step(trained):
     script = SCRIPT.read_text(encoding="utf-8")
     assert text.startswith(script)
     rest = text[len(script) :]
-    assert '"extension": "1.0:256:64:16:2:1.0:0.0:0.0:0"' in rest
+    assert '"extension": "1.0:256:64:16:2:1.0:0.0:0"' in rest
     number = r"(\d+\.\d+)"
     step_line = rf"^step (\d+) train_loss {number} train_time {number} s step {number} ms$"
     lines = re.findall(step_line, rest, re.MULTILINE)
@@ -282,15 +278,13 @@ def test_run_is_the_plain_loop(trained):
     stages = [first] * 12 + [second] * 12 + [last] * 2
     shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages for _ in "ab"]
     rows = training_rows(config, cpu_runtime(), shapes)
-    prefixes = torch.full((50_304,), -1)
-    prefixes[:50_257] = torch.from_numpy(np.load(trained / "prefixes.npy"))
     schedule, losses = Schedule(config), []
     for step, stage in enumerate(stages):
-        weights = torch.tensor([[1, 0.25, 0.15], [1, 0.15, 0.05], [1.0, 0, 0]][step // 12])
+        weights = torch.tensor([[1, 0.25], [1, 0.15], [1.0, 0]][step // 12])
         windows = Windows(stage.window_short, stage.window_long)
         losses.append(0.0)
         for _ in "ab":
-            loss, next_token_loss = model(next(rows), windows, weights, prefixes)
+            loss, next_token_loss = model(next(rows), windows, weights)
             (loss / 2).backward()
             model.ngrams.gather(*model.ngrams.left)
             losses[-1] += next_token_loss.item() / stage.tokens_per_step
@@ -347,7 +341,7 @@ def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("step", "windows", "weights"),
-    [(0, Windows(8, 24), [1, 0.5, 0.25]), (8, Windows(12, 32), [1, 0.0, 0.0])],
+    [(0, Windows(8, 24), [1, 0.5]), (8, Windows(12, 32), [1, 0.0])],
 )
 def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weights):
     """That of the loss in nats a row, by the windows and weights of its stage, over the rows of a
@@ -355,7 +349,7 @@ def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weigh
     config = tiny_config(rows_per_step=4)
     model, batch = trained_like(config, runtime), random_batch(1, [20, 44])
     trainer = Trainer(model, runtime)
-    loss, plain = model(batch, windows, torch.tensor(weights), trainer.prefixes)
+    loss, plain = model(batch, windows, torch.tensor(weights))
     loss.backward()
     expected = {name: param.grad.clone() for name, param in model.named_parameters()}
     for param in model.parameters():
@@ -369,7 +363,7 @@ def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weigh
 
 # Failures ----------------------------------------------------------------------------------------
 
-FEW_COLUMNS = "1:128:48:8:16:1:.5:.25:16"  # for 16 letters and the start token
+FEW_COLUMNS = "1:128:48:8:16:1:.5:16"  # for 16 letters and the start token
 
 
 def truncate(folder: Path) -> None:
@@ -413,7 +407,6 @@ def remove_shards(folder: Path) -> None:
         (None, {"stages": FEW_COLUMNS}, r"loss is nan at step 1 .*raise the columns of --stages"),
         (None, {"rows_per_step": 5}, r"--stages: 128 tokens a step do not make 5 rows"),
         (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
-        (None, {"prefix_file": "gone.npy"}, r"--prefix_file gone\.npy: cannot be read"),
     ],
 )
 def test_one_message_names_what_to_mend(data, spoil, changes, message):
@@ -501,7 +494,6 @@ def test_tiny_preset_learns_the_built_in_sample(tmp_path):
     arguments = ["--preset", "tiny", "--stop_step", "44"]
     arguments += ["--train_files", "sample/sample_train_*.bin"]
     arguments += ["--val_file", str(val_file)]
-    arguments += ["--prefix_file", str(ROOT / "data" / "gpt2_prefix_tokens.npy")]
     started = time.monotonic()
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],

@@ -108,41 +108,38 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     gains = iter(small["ngrams"])
     x = c0 = x0 + next(gains) * e
     after: list[Tensor] = []  # the stream behind every layer
-    attention_layers = [i for i, row in enumerate(config.layers) if row.window != "none"]
     for i, row in enumerate(config.layers):
         w_1, w_2 = model.mlp_bank[i].double(), model.mlp_bank[last + 1 + i].double()
         if i < last:
             r_mlp, p_mlp = small["mlp_residual"][i], small["mlp_project"][i]
-        if row.window != "none":
-            window = {"short": short, "long": long}[row.window]
-            entry = attention_layers.index(i)
-            weights = model.attention_bank[entry].double()
-            n = rms(x if row.attend_from is None else after[row.attend_from])
-            added = 0 * values[0] if row.value_table is None else values[row.value_table]
-            if i == last:
-                c_attend, own = after[row.attend_from], last_gates(model, x)
-                added = own["value"] * added
-                x = own["x_last"] * x + own["x_first"] * c0 + own["x_attend"] * c_attend
-                r, p, r_mlp, p_mlp = (
-                    own[name] for name in ("residual", "project", "mlp_residual", "mlp_project")
-                )
-            else:
-                r, p = small["residual"][entry], small["project"][entry]
-            y = []
-            *w_qkv, w_o = weights.chunk(4)
-            for h in range(num_heads):
-                rows = slice(h * head_dim, (h + 1) * head_dim)
-                w_q, w_k, w_v = (part[rows] for part in w_qkv)
-                q, k, v = rms(n @ w_q.T), rms(n @ w_k.T), n @ w_v.T + added[:, rows]
-                if row.window == "long":  # the half that does not turn is the previous position's
-                    k = torch.cat([k[:, :half], k[[0, *range(num_tokens - 1)], half:]], 1)
-                seen = probabilities(rotate(q), rotate(k), document, window, config.attention_scale)
-                y.append(seen @ v)
-            x = r * x + p * (torch.cat(y, dim=1) @ w_o)
-            if i == last:
-                x = x + own["first"] * c0 + own["ngrams"] * e
-            elif row.ngrams:
-                x = x + next(gains) * e
+        window = {"short": short, "long": long}[row.window]
+        weights = model.attention_bank[i].double()
+        n = rms(x if row.attend_from is None else after[row.attend_from])
+        added = 0 * values[0] if row.value_table is None else values[row.value_table]
+        if i == last:
+            c_attend, own = after[row.attend_from], last_gates(model, x)
+            added = own["value"] * added
+            x = own["x_last"] * x + own["x_first"] * c0 + own["x_attend"] * c_attend
+            r, p, r_mlp, p_mlp = (
+                own[name] for name in ("residual", "project", "mlp_residual", "mlp_project")
+            )
+        else:
+            r, p = small["residual"][i], small["project"][i]
+        y = []
+        *w_qkv, w_o = weights.chunk(4)
+        for h in range(num_heads):
+            rows = slice(h * head_dim, (h + 1) * head_dim)
+            w_q, w_k, w_v = (part[rows] for part in w_qkv)
+            q, k, v = rms(n @ w_q.T), rms(n @ w_k.T), n @ w_v.T + added[:, rows]
+            if row.window == "long":  # the half that does not turn is the previous position's
+                k = torch.cat([k[:, :half], k[[0, *range(num_tokens - 1)], half:]], 1)
+            seen = probabilities(rotate(q), rotate(k), document, window, config.attention_scale)
+            y.append(seen @ v)
+        x = r * x + p * (torch.cat(y, dim=1) @ w_o)
+        if i == last:
+            x = x + own["first"] * c0 + own["ngrams"] * e
+        elif row.ngrams:
+            x = x + next(gains) * e
         x = r_mlp * x + p_mlp * (torch.relu(rms(x) @ w_1.T) ** 2 @ w_2)
         after.append(x)
 
