@@ -2709,7 +2709,7 @@ def note_shards(model: GPT, runtime: Runtime) -> None:
             inputs = shard[part], (starts[part] - first).clamp_min(0), shard[1:][part]
             note_matches_(model.matches, *inputs, config.match_orders, own)
     if config.match_shards and runtime.world_size > 1:
-        for i, table in enumerate(model.matches):
+        for i, table in enumerate(model.matches):  # from the rank that has entered it
             dist.broadcast(table, i % runtime.world_size)
 
 
