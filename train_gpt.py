@@ -1490,8 +1490,9 @@ def context_keys(
 def find_matches(
     tokens: Tensor, starts: Tensor, tables: Tensor, orders: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The token that has followed the longest context seen before, and how sure it is: of the i-th
-    order, from 0, LEADS · i + its lead.
+    """The token that has followed a context seen before, and how sure it is: of the i-th order,
+    from 0, LEADS · i + its lead. Of several contexts it is that with the largest i + 2 · lead, of
+    equals the longest: in text a lead tells as much as two orders.
 
     tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int32, slots
     a power of two. orders: ascending. Returns (T,) int64 each; the token itself and 0 without one.
@@ -1499,9 +1500,10 @@ def find_matches(
     slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
     entry = tables.gather(1, slot).long()
     hit = long_enough & (entry > 0) & ((entry >> 16 & (CHECKS - 1)) == check)
-    number = torch.arange(len(orders), device=tokens.device)[:, None]
-    which = (hit * (LEADS * number + (entry >> 29))).amax(0)
-    found = entry.gather(0, ((which - 1).clamp_min(0) // LEADS)[None])[0] & 0xFFFF
+    number, lead = torch.arange(len(orders), device=tokens.device)[:, None], entry >> 29
+    best = (hit * (len(orders) * (number + 2 * lead) + number)).argmax(0, keepdim=True)
+    which = (hit * (LEADS * number + lead)).gather(0, best)[0]
+    found = entry.gather(0, best)[0] & 0xFFFF
     return torch.where(which > 0, found, tokens), which
 
 
