@@ -1513,6 +1513,7 @@ def note_matches_(
 ) -> None:  # fmt: skip
     """Write down what followed each context of rows that were read together, in these tables of the
     orders. Of what wants one slot the largest entry gets it, in whichever order threads write."""
+    # keys of all orders: for others than a pass has they would be compiled anew
     keys, tables = context_keys(tokens, starts, orders, tables.size(1)), tables[own]
     slot, check, long_enough = (key[own] for key in keys)
     slot = slot * long_enough  # what is no context yet goes to slot 0, and empties it
@@ -1687,16 +1688,16 @@ class SmallParam:
 def small_params(config: Config) -> dict[str, SmallParam]:
     """The layout of GPT.small."""
     earlier, slow, fast, root = config.layers[:-1], (0.9, 0.99), (0.9, 0.95), math.sqrt(1.1)
-    layers = (len(earlier),)
+    layers = len(earlier)
     entries = 1 + sum(row.ngrams for row in earlier)  # of n-grams, one in front of the layers
     gates, hidden = [start / GATE_SCALE for start in LAST_LAYER_GATES.values()], config.gate_dim
     # fmt: off
     table = {
         #                           shape       start     betas   lr    weight_decay
-        "residual":     SmallParam(layers,      root,     fast,   5.0,  0.0),
-        "project":      SmallParam(layers,      0.5,      slow,   2.5,  0.0),
-        "mlp_residual": SmallParam(layers,      root,     fast,   5.0,  0.0),
-        "mlp_project":  SmallParam(layers,      1.0,      fast,   1.0,  0.0),
+        "residual":     SmallParam((layers,),   root,     fast,   5.0,  0.0),
+        "project":      SmallParam((layers,),   0.5,      slow,   2.5,  0.0),
+        "mlp_residual": SmallParam((layers,),   root,     fast,   5.0,  0.0),
+        "mlp_project":  SmallParam((layers,),   1.0,      fast,   1.0,  0.0),
         "ngrams":       SmallParam((entries,),  0.05,     slow,   1.0,  0.0),
         "attended":     SmallParam((1,),        -0.5,     slow,   1.0,  0.0),
         "gate_w_1":     SmallParam((hidden, config.model_dim), None, slow, 0.25, 1.0),
@@ -2592,8 +2593,7 @@ class Trainer:
 
     def compute(self, batch: Batch, step: int) -> Tensor:
         windows, stage = self.schedule.windows(step), self.schedule.stage(step)
-        how = self.loss_weights[stage], stage.columns
-        loss, next_token_loss = self.model(batch, windows, *how)
+        loss, next_token_loss = self.model(batch, windows, self.loss_weights[stage], stage.columns)
         # summed over tokens, averaged over ranks and micro-steps
         (loss / self.config.rows_per_step).backward()
         return next_token_loss

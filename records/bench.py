@@ -35,9 +35,9 @@ HEADS, HEAD_DIM, WIDTH = CONFIG.num_heads, CONFIG.head_dim, CONFIG.attention_dim
 VOCAB, BF16, FP32 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float32
 STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONFIG.stages}
 # NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
-ATTENTIONS = len(CONFIG.layers)
-BLOCKS = {"q, k": (ATTENTIONS, HEADS, 2 * HEAD_DIM), "v, o": (ATTENTIONS, 2, WIDTH)}
-BLOCKS["mlp"] = 2 * len(CONFIG.layers), 1, HIDDEN
+LAYERS = len(CONFIG.layers)
+BLOCKS = {"q, k": (LAYERS, HEADS, 2 * HEAD_DIM), "v, o": (LAYERS, 2, WIDTH)}
+BLOCKS["mlp"] = 2 * LAYERS, 1, HIDDEN
 
 
 @dataclass

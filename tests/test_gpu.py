@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import cpu_runtime
 
 import train_gpt
 from train_gpt import (
@@ -246,7 +247,7 @@ def test_steps_enter_their_rows_in_matches():
         rows = [make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)]
         rows = [row._replace(tokens=row.tokens % 9, targets=row.targets % 9) for row in rows]
         trainer.run_step(0, iter(rows), step)
-        note_rows(cpu, rows, Runtime(0, 1, torch.device("cpu"), Log(None)))
+        note_rows(cpu, rows, cpu_runtime())
         assert torch.equal(model.matches.cpu(), cpu.matches)
         row = rows[-1].tokens, document_starts(rows[-1].cu_seqlens, 1024)
         expected = find_matches(*row, cpu.matches, orders)
