@@ -89,11 +89,11 @@ class Layer:
 # fmt: off
 SPEEDRUN_STAGES = (
     #     share tokens  seq_len  short  long    lr    second columns
-    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42,  8_704),
-    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  9_216),
-    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12, 11_264),
-    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  13_312),
-    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  18_432),
+    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42,  6_656),
+    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  7_168),
+    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12,  9_216),
+    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  11_264),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  15_360),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
     Stage(1.0,  262_144,   2048,   768, 1664, 1.52, 0.0,  0),
@@ -103,11 +103,10 @@ SPEEDRUN_LAYERS = (
     Layer("short", 0,     False,  None),  # 0
     Layer("short", 1,     False,  None),  # 1
     Layer("long",  None,  True,   None),  # 2
-    Layer("short", None,  False,  None),  # 3
-    Layer("short", None,  True,   None),  # 4
-    Layer("short", 2,     False,  4),     # 5
-    Layer("short", 3,     False,  4),     # 6
-    Layer("long",  4,     True,   4),     # 7, with the dynamic skips
+    Layer("short", None,  True,   None),  # 3
+    Layer("short", 2,     False,  3),     # 4
+    Layer("short", 3,     False,  3),     # 5
+    Layer("long",  4,     True,   3),     # 6, with the dynamic skips
 )
 TINY_STAGES = (
     Stage(1 / 2,  1_024,    256,    64,  128, 1.00, 0.1,  0),
@@ -126,7 +125,7 @@ TINY_LAYERS = (
 )
 
 # What an MLP makes for the last layer, a coefficient a token each, name: start. "first" is the
-# stream entering layer 0, "attend" the output of the layer in attend_from (4), "last" the stream
+# stream entering layer 0, "attend" the output of the layer in attend_from (3), "last" the stream
 # entering the last layer.
 LAST_LAYER_GATES = {
     "value": 2.0,  # on the value embedding
@@ -159,7 +158,7 @@ class Config:
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 4  # attention heads
     head_dim: int = 128  # width of an attention head
-    mlp_dim: int = 4224  # hidden width of the MLP
+    mlp_dim: int = 4864  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the MLP of the last layer's gates
     ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
