@@ -484,13 +484,14 @@ def has_kernels(device: torch.device) -> bool:
 def compiled(function: Callable, dynamic: bool = False) -> Callable:
     """The function by torch.compile where its first argument is on a GPU, as it is elsewhere. What
     changes from step to step comes in tensors: another number would be compiled anew, and so would
-    another length, unless `dynamic`."""
+    another length, unless `dynamic`. One such function becomes part of another that calls it."""
     how = {"fullgraph": True, "dynamic": dynamic}
     compile_once = functools.cache(lambda: torch.compile(function, **how))
 
     @functools.wraps(function)
     def call(first: Tensor, *others: object) -> object:
-        return (compile_once() if first.is_cuda else function)(first, *others)
+        as_it_is = torch.compiler.is_compiling() or not first.is_cuda
+        return (function if as_it_is else compile_once())(first, *others)
 
     return call
 
@@ -1378,18 +1379,19 @@ class SortedRows(NamedTuple):
     rows: Tensor  # (n,) sorted
     order: Tensor  # (n,) where each came from
     starts: Tensor  # (n + 1,) of the runs of equal rows; n behind the last one
+    runs: Tensor  # (n,) which run each is in
     count: Tensor  # (1,) how many runs
 
 
 def sort_rows(rows: Tensor) -> SortedRows:
     rows, order = rows.sort(stable=True)
     begins = F.pad(rows[1:] != rows[:-1], (1, 0), value=True)
-    run, position = begins.cumsum(0), torch.arange(len(rows), device=rows.device)
+    runs, position = begins.cumsum(0) - 1, torch.arange(len(rows), device=rows.device)
     starts = torch.full((len(rows) + 1,), len(rows), device=rows.device)
     # what begins no run goes behind the end, where n stands anyway
-    places = torch.where(begins, run - 1, len(rows))
+    places = torch.where(begins, runs, len(rows))
     starts.scatter_(0, places, torch.where(begins, position, len(rows)))
-    return SortedRows(rows, order, starts, run[-1:])
+    return SortedRows(rows, order, starts, runs, runs[-1:] + 1)
 
 
 @triton.jit
@@ -1406,20 +1408,41 @@ def _add_run(total, values, order, at, end, stride, column, inside, ROWS: tl.con
 
 
 @triton.jit
-def _add_rows_kernel(
-    tables, rows, order, values, strides, starts, count, dim, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _add_to_row(table, rows, order, values, stride, at, end, dim, column, ROWS: tl.constexpr):
+    """Add a run's values to its row, in these columns."""
     inside = column < dim
+    target = table + tl.load(rows + at).to(tl.int64) * dim + column
+    total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    total = _add_run(total, values, order, at, end, stride, column, inside, ROWS)
+    tl.store(target, total, mask=inside)
+
+
+@triton.jit
+def _add_rows_kernel(
+    tables, rows, order, values, strides, starts, runs, count, dim, SHORT: tl.constexpr,
+    LONG: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    program, parts = tl.program_id(0), tl.cdiv(dim, PART)
+    # of a long run: the first multiple of LONG in it, and a part of the row
+    position, part = (program - SHORT) // parts * LONG, (program - SHORT) % parts
     for i in tl.static_range(len(tables)):
-        if tl.program_id(2) == i:
-            for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        if tl.program_id(1) == i:
+            if program < SHORT:
+                for run in range(program, tl.load(count), SHORT):
+                    at, end = tl.load(starts + run), tl.load(starts + run + 1)
+                    if end - at < LONG:
+                        column = tl.arange(0, BLOCK)
+                        _add_to_row(
+                            tables[i], rows, order, values[i], strides[i], at, end, dim, column, 4
+                        )
+            else:
+                run = tl.load(runs + position)
                 at, end = tl.load(starts + run), tl.load(starts + run + 1)
-                target = tables[i] + tl.load(rows + at).to(tl.int64) * dim + column
-                total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-                total = _add_run(total, values[i], order, at, end, strides[i], column, inside, ROWS)
-                tl.store(target, total, mask=inside)
+                if (end - at >= LONG) & (position - at < LONG):
+                    column = part * PART + tl.arange(0, PART)
+                    _add_to_row(
+                        tables[i], rows, order, values[i], strides[i], at, end, dim, column, 32
+                    )
 
 
 def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
@@ -1430,11 +1453,14 @@ def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tenso
             table.index_add_(0, rows.rows, value[rows.order])
         return
     count, dim = values[0].shape
-    # Many small programs: a frequent token is one long run, the others must not wait for it, nor
-    # the other tables.
-    _add_rows_kernel[min(count, 4096), triton.cdiv(dim, 128), len(tables)](
+    # Most runs are a few rows, for which a program adds whole ones; a frequent token is a run of
+    # thousands, shared out by columns over programs behind those.
+    short, long, part = min(count, 4096), 32, 128
+    programs = short + triton.cdiv(count, long) * triton.cdiv(dim, part)
+    _add_rows_kernel[programs, len(tables)](
         tuple(tables), rows.rows, rows.order, tuple(values), tuple(map(row_stride, values)),
-        rows.starts, rows.count, dim, BLOCK=128, ROWS=16, num_warps=1,
+        rows.starts, rows.runs, rows.count, dim, SHORT=short, LONG=long,
+        BLOCK=triton.next_power_of_2(dim), PART=part, num_warps=1,
     )  # fmt: skip
 
 
@@ -1486,6 +1512,8 @@ def context_keys(
     return tuple(torch.stack(of_orders) for of_orders in zip(*found))
 
 
+@torch.no_grad()
+@functools.partial(compiled, dynamic=True)
 def find_matches(
     tokens: Tensor, starts: Tensor, tables: Tensor, orders: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -1512,8 +1540,9 @@ def note_matches_(
 ) -> None:  # fmt: skip
     """Write down what followed each context of rows that were read together, in these tables of the
     orders. Of what wants one slot the largest entry gets it, in whichever order threads write."""
-    # keys of all orders: for others than a pass has they would be compiled anew
-    keys, tables = context_keys(tokens, starts, orders, tables.size(1)), tables[own]
+    # keys of all orders, and of copies: for some orders, or views, they would be compiled anew
+    keys = context_keys(tokens.clone(), starts.clone(), orders, tables.size(1))
+    tables = tables[own]
     slot, check, long_enough = (key[own] for key in keys)
     slot = slot * long_enough  # what is no context yet goes to slot 0, and empties it
     entry, wanted = tables.gather(1, slot), (check << 16 | targets).int()
@@ -1531,6 +1560,7 @@ def note_matches_(
 # and Adam's states it is too large: a step changes the rows that it has read.
 
 
+@functools.partial(compiled, dynamic=True)
 def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int) -> Tensor:
     """The row of the n-gram that ends at each token, of whichever documents; (T, orders) int32.
 
@@ -1936,7 +1966,7 @@ class GPT(nn.Module):
         self.join()
         if columns:
             place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
-            order = SortedRows(tokens, place[:-1], place, place[-1:])
+            order = SortedRows(tokens, place[:-1], place, place[:-1], place[-1:])
             (head,) = TableRows.apply(tokens, order, head)
         return head_loss(x, head, terms, loss_weights, fp8, offsets)
 

@@ -1,5 +1,5 @@
 """What only a GPU can show: the attention backends agree, fp8 is near bf16, graphs replay what they
-captured, n-grams keep nothing waiting, and matches are a CPU's."""
+captured, n-grams keep nothing waiting, matches are a CPU's, and nothing is compiled too late."""
 
 import dataclasses
 import time
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import cpu_runtime
+from conftest import cpu_runtime, random_documents, write_shard
+from torch._dynamo.utils import counters
 
 import train_gpt
 from train_gpt import (
@@ -28,6 +29,7 @@ from train_gpt import (
     find_matches,
     ngram_hash,
     note_rows,
+    note_shards,
     to_device,
 )
 
@@ -254,6 +256,25 @@ def test_steps_enter_their_rows_in_matches():
         found = find_matches(*(x.cuda() for x in row), model.matches, orders)
         assert all(torch.equal(x.cpu(), y) for x, y in zip(found, expected))
     assert (cpu.matches >> 29).amax() > 1, "no context came twice"
+
+
+def test_nothing_is_compiled_while_the_clock_runs(tmp_path):
+    """Shards that matches hold from the start, steps and scored rows find what prepare() made."""
+    for i, length in enumerate((40_000, 300_000)):
+        write_shard(tmp_path / f"train_{i}.bin", random_documents(i, [length - 1]))
+    files = {"train_files": str(tmp_path / "train_*.bin"), "match_shards": 1}
+    config = make_config(match_orders=(2, 3), match_slots=2**12, num_steps=2, fp8=False, **files)
+    runtime = Runtime(0, 1, torch.device("cuda"), Log(None))
+    trainer = Trainer(make_model(config), runtime)
+    trainer.prepare()
+    compiled = counters["stats"]["unique_graphs"]
+    note_shards(trainer.model, runtime)
+    assert trainer.model.matches.any()
+    for step in range(2):
+        trainer.run_step(step, (make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)))
+    with torch.no_grad():
+        trainer.model(to_device(ROW, runtime.device), WINDOWS)
+    assert counters["stats"]["unique_graphs"] == compiled
 
 
 def test_no_step_waits_for_its_ngrams():

@@ -561,6 +561,7 @@ def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
     assert torch.equal(order.rows, index[order.order])
     assert torch.equal(order.starts[: num_runs + 1].diff(), numbers)
     assert (order.starts[num_runs:] == count).all()
+    assert torch.equal(kinds[order.runs], order.rows)
     expected = table.double().index_add(0, index, values.double())
     for kernel in (True, False):
         mine, other = table.clone(), -table
@@ -572,6 +573,17 @@ def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
         untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE)
         untouched[index] = False
         assert torch.equal(mine[untouched], table[untouched])
+
+
+@pytest.mark.parametrize("lengths", [(31, 32, 33), (1, 64, 2, 63), (95, 97, 1), (5, 32, 32, 11)])
+def test_runs_of_every_length_are_added_once(monkeypatch, lengths):
+    """Those that one program adds and those that several share, wherever they begin."""
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
+    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
+    values, table = single(len(index), 150), single(len(lengths), 150)
+    expected = table.double().index_add(0, index, values.double())
+    add_rows_([table], sort_rows(index), [values])
+    assert relative_error(table, expected) < 1e-6
 
 
 def test_rows_of_a_table_have_the_gradients_of_their_definition():
