@@ -382,12 +382,13 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_gather(self, everyone: Tensor, own: Tensor) -> None:
-        """Fill `everyone` with what each rank has, behind one another in the first dimension."""
-        if self.world_size > 1:
-            dist.all_gather_into_tensor(everyone, own)
-        else:
-            everyone.copy_(own)
+    def all_gather(self, everyone: Tensor, own: Tensor) -> Callable[[], object]:
+        """Start to fill `everyone` with what each rank has, behind one another in the first
+        dimension. The function returned waits for it; `own` may change before that."""
+        own = everyone.chunk(self.world_size)[self.rank].copy_(own)
+        if self.world_size == 1:
+            return lambda: None
+        return dist.all_gather_into_tensor(everyone, own, async_op=True).wait
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -1661,18 +1662,22 @@ class Ngrams(nn.Module):
         # of one step, in the order of the stream
         self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
         self.filled = 0  # how many of these there are so far
+        self.waits = []  # for those that are on their way
         self.left = None  # rows and grads of the last backward pass
 
     def gather(self, rows: Tensor, grads: Tensor) -> None:
         """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
-        with rows dealt out in turn that is the order of the stream, on however many ranks."""
+        with rows dealt out in turn that is the order of the stream, on however many ranks. It
+        travels while the next row is computed."""
         part = slice(self.filled, self.filled + self.runtime.world_size * len(rows))
-        self.runtime.all_gather(self.rows[part], rows)
-        self.runtime.all_gather(self.grads[part], grads)
+        for everyone, own in ((self.rows[part], rows), (self.grads[part], grads)):
+            self.waits.append(self.runtime.all_gather(everyone, own))
         self.filled = part.stop
 
     def update(self, lr: float, eps: float) -> None:
         """With all that was gathered since the last one."""
+        while self.waits:
+            self.waits.pop()()
         if self.filled:
             rows, grads = sort_rows(self.rows[: self.filled]), self.grads[: self.filled]
             update_ngrams_(self.table, self.sum_squares, rows, grads, lr, eps)
@@ -2715,7 +2720,7 @@ def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
     parts = ((r.tokens, document_starts(r.cu_seqlens, length), r.targets.int()) for r in rows)
     own = torch.stack([torch.stack(part) for part in parts])
     everyone = own.new_empty(runtime.world_size, *own.shape)
-    runtime.all_gather(everyone.flatten(0, 1), own)
+    runtime.all_gather(everyone.flatten(0, 1), own)()
     stream = everyone.transpose(0, 1).flatten(0, 1)  # rows are dealt out in turn
     begins = length * torch.arange(len(stream), device=stream.device)
     stream[:, 1] += begins.int()[:, None]

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from train_gpt import (
     GPT,
     Batch,
     Config,
+    Log,
     Ngrams,
     Optimizer,
     Runtime,
@@ -319,6 +321,27 @@ def exact_updates(rank: int, world_size: int, dtype: str) -> list[Tensor]:
             ngrams.gather(rows, gaussian(128, DIM, seed=seed).type_as(ngrams.table))
         ngrams.update(0.1, 1e-10)
     return [ngrams.table, ngrams.sum_squares]
+
+
+def test_an_update_waits_for_what_is_on_its_way():
+    """What other ranks send may come after later rows were given, in any order."""
+
+    class Slow(Runtime):
+        def all_gather(self, everyone: Tensor, own: Tensor) -> Callable[[], object]:
+            own = own.clone()  # which may change
+            return lambda: super(Slow, self).all_gather(everyone, own)
+
+    config, tables = ngram_config(ngram_rows=101), []
+    for kind in (Runtime, Slow):
+        ngrams = Ngrams(config, kind(0, 1, torch.device("cpu"), Log(None)))
+        rows, grads = torch.empty(128, dtype=torch.int32), torch.empty(128, DIM)
+        for step in range(2):
+            for seed in range(10 * step, 10 * step + 3):
+                rows.copy_(ngram_hash(few_tokens(seed, [64]).tokens, ORDERS, 101).flatten())
+                ngrams.gather(rows, grads.copy_(gaussian(128, DIM, seed=seed)))
+            ngrams.update(0.1, 1e-10)
+        tables.append(ngrams.table)
+    assert tables[0].any() and torch.equal(*tables)
 
 
 def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
