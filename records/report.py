@@ -504,14 +504,15 @@ def draw_history(records: list[Record], path: Path) -> None:
         times = [[run.time for run in record.runs] for _, record in members]
         means = [statistics.fmean(values) for values in times]
         deviations = [statistics.stdev(v) if len(v) > 1 else 0 for v in times]
-        style = {"linestyle": "-", "marker": "o"}
+        style = {"linestyle": "-", "marker": "oD^v"[i // 10 % 4]}  # there are ten colors
         if members[0][1].shortfalls:
-            style = {"linestyle": ":", "marker": "s", "markerfacecolor": "white"}
+            style = {"linestyle": ":", "marker": "sd<>"[i // 10 % 4], "markerfacecolor": "white"}
         axes.errorbar(days, means, deviations, color=f"C{i % 10}", capsize=3, label=name, **style)
         for (number, record), day, mean in zip(members, days, means):
             run = record.first
             unfinished = "" if run.finished else ", unfinished"
             beside = {"xytext": (7, 0), "ha": "left", "va": "center"}  # days may be few
+            beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
             label_point(axes, (day, mean), f"{number}: {mean:.1f} s{unfinished}", **beside)
     label = f"public record on 8 × H100: {PUBLIC_SECONDS} s"
     axes.axhline(PUBLIC_SECONDS, color="black", linestyle="--", linewidth=1, label=label)
