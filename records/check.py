@@ -73,7 +73,7 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
 
         def all_gather(self, everyone: Tensor, own: Tensor) -> Callable[[], None]:
             everyone.unflatten(0, (world_size, -1)).copy_(own)
-            return lambda: None  # scripts since then wait by calling what they get
+            return lambda: None  # to wait by; scripts of older records do not call it
 
     return Alone(rank, world_size, torch.device(device), script.Log(None))
 

@@ -312,13 +312,15 @@ def test_model_with_rows_passes_the_check(name, tmp_path, monkeypatch):
 # Ranks -------------------------------------------------------------------------------------------
 
 
-def exact_updates(rank: int, world_size: int, dtype: str) -> list[Tensor]:
-    """Two steps of four rows with given gradients, dealt out as training_rows does."""
-    ngrams = Ngrams(ngram_config(ngram_rows=101, dtype=dtype), cpu_runtime(rank, world_size))
+def exact_updates(runtime: Runtime, dtype: str) -> list[Tensor]:
+    """Two steps of four rows with given gradients, dealt out as training_rows does, each in the
+    place of the one before it."""
+    ngrams = Ngrams(ngram_config(ngram_rows=101, dtype=dtype), runtime)
+    rows, grads = torch.empty(128, dtype=torch.int32), ngrams.table.new_empty(128, DIM)
     for step in range(2):
-        for seed in range(10 * step, 10 * step + 4)[rank::world_size]:
-            rows = ngram_hash(few_tokens(seed, [64]).tokens, ORDERS, 101).flatten()
-            ngrams.gather(rows, gaussian(128, DIM, seed=seed).type_as(ngrams.table))
+        for seed in range(10 * step, 10 * step + 4)[runtime.rank :: runtime.world_size]:
+            rows.copy_(ngram_hash(few_tokens(seed, [64]).tokens, ORDERS, 101).flatten())
+            ngrams.gather(rows, grads.copy_(gaussian(128, DIM, seed=seed)))
         ngrams.update(0.1, 1e-10)
     return [ngrams.table, ngrams.sum_squares]
 
@@ -331,16 +333,8 @@ def test_an_update_waits_for_what_is_on_its_way():
             own = own.clone()  # which may change
             return lambda: super(Slow, self).all_gather(everyone, own)
 
-    config, tables = ngram_config(ngram_rows=101), []
-    for kind in (Runtime, Slow):
-        ngrams = Ngrams(config, kind(0, 1, torch.device("cpu"), Log(None)))
-        rows, grads = torch.empty(128, dtype=torch.int32), torch.empty(128, DIM)
-        for step in range(2):
-            for seed in range(10 * step, 10 * step + 3):
-                rows.copy_(ngram_hash(few_tokens(seed, [64]).tokens, ORDERS, 101).flatten())
-                ngrams.gather(rows, grads.copy_(gaussian(128, DIM, seed=seed)))
-            ngrams.update(0.1, 1e-10)
-        tables.append(ngrams.table)
+    slow = Slow(0, 1, torch.device("cpu"), Log(None))
+    tables = [exact_updates(runtime, "float32")[0] for runtime in (cpu_runtime(), slow)]
     assert tables[0].any() and torch.equal(*tables)
 
 
@@ -361,7 +355,8 @@ def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
 def worker(rank: int, world_size: int, folder: Path) -> None:
     store = f"file://{folder}/store{world_size}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    results = [exact_updates(rank, world_size, dtype) for dtype in ("float32", "bfloat16")]
+    runtime = cpu_runtime(rank, world_size)
+    results = [exact_updates(runtime, dtype) for dtype in ("float32", "bfloat16")]
     results.append(whole_steps(rank, world_size, folder))
     torch.save(results, folder / f"{world_size}_{rank}.pt")
     dist.destroy_process_group()
@@ -371,7 +366,7 @@ def test_ranks_have_the_same_tables(tmp_path):
     """To the bit; with given gradients also those of one process, because rows come in the order
     of the stream. Two ranks take two micro-steps a step, four take one."""
     write_data(tmp_path)
-    given = [exact_updates(0, 1, dtype) for dtype in ("float32", "bfloat16")]
+    given = [exact_updates(cpu_runtime(), dtype) for dtype in ("float32", "bfloat16")]
     alone = whole_steps(0, 1, tmp_path)
     assert all(table.any(1).sum() > 50 for table, _ in (*given, alone))
     fork = multiprocessing.get_context("fork")  # spares them the imports

@@ -3,15 +3,13 @@
 import importlib.util
 import os
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from train_gpt import START_TOKEN
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
