@@ -73,7 +73,7 @@ class Stage:
     window_long: int
     lr: float  # multiplier
     second: float  # loss weight of the token after the next one
-    columns: int  # of the vocabulary that a row's training loss is computed on; 0: all
+    columns: int  # of the vocabulary that the loss of tokens_per_draw is computed on; 0: all
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class Layer:
 SPEEDRUN_STAGES = (
     #     share tokens  seq_len  short  long    lr    second columns
     Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42,  6_656),
-    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  7_168),
-    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12,  9_216),
-    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,  11_264),
-    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  15_360),
+    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  5_888),
+    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12,  7_168),
+    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,   8_192),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  12_800),
 )
 SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
     Stage(1.0,  262_144,   2048,   768, 1664, 1.52, 0.0,  0),
@@ -158,7 +158,7 @@ class Config:
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 4  # attention heads
     head_dim: int = 128  # width of an attention head
-    mlp_dim: int = 4864  # hidden width of the MLP
+    mlp_dim: int = 3840  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the MLP of the last layer's gates
     ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
@@ -170,12 +170,14 @@ class Config:
     attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
-    num_steps: int = 2320  # scheduled steps; the learning rate reaches its end here
+    num_steps: int = 2420  # scheduled steps; the learning rate reaches its end here
     stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # rows of the fields of Stage
     extension_steps: int = 20  # steps after the scheduled ones, at the final learning rate
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
     final_window_long: int = 2560  # long window of the final validation
-    rows_per_step: int = 8  # rows a step is cut in: one a GPU and micro-step
+    rows_per_step: int = 8  # rows a step is cut in, shared out over the GPUs
+    tokens_per_pass: int = 131_072  # a GPU computes as many of its rows at once, at least one
+    tokens_per_draw: int = 8192  # of a row, for which the columns of stages are drawn
     stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
     # Optimizer
     muon_lr: float = 0.023  # NorMuon, all attention and MLP matrices
@@ -212,6 +214,11 @@ class Config:
     def num_value_tables(self) -> int:
         return len({row.value_table for row in self.layers} - {None})
 
+    def rows_per_pass(self, num_tokens: int, world_size: int) -> int:
+        """How many rows of as many tokens a GPU computes at once: a divisor of those it has."""
+        own, most = self.rows_per_step // world_size, max(1, self.tokens_per_pass // num_tokens)
+        return max(count for count in range(1, own + 1) if own % count == 0 and count <= most)
+
 
 # fmt: off
 PRESETS = {
@@ -247,9 +254,9 @@ def require(condition: bool, message: str) -> None:
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for values that cannot work together."""
     c, rows, vocab = config, config.rows_per_step, config.padded_vocab_size
-    positive = ("num_steps rows_per_step final_window_long momentum_warmup_steps val_tokens "
-                "val_row_tokens min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim "
-                "ngram_rows ngram_dim")
+    positive = ("num_steps rows_per_step tokens_per_pass tokens_per_draw final_window_long "
+                "momentum_warmup_steps val_tokens val_row_tokens min_mean_doc_len model_dim "
+                "num_heads head_dim mlp_dim gate_dim ngram_rows ngram_dim")
     not_negative = ("extension_steps stop_step val_every momentum_cooldown_steps ngram_lr "
                     "match_shards")
     for name in positive.split():
@@ -382,13 +389,12 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_gather(self, everyone: Tensor, own: Tensor) -> Callable[[], object]:
-        """Start to fill `everyone` with what each rank has, behind one another in the first
-        dimension. The function returned waits for it; `own` may change before that."""
-        own = everyone.chunk(self.world_size)[self.rank].copy_(own)
-        if self.world_size == 1:
-            return lambda: None
-        return dist.all_gather_into_tensor(everyone, own, async_op=True).wait
+    def all_gather(self, everyone: Tensor, own: Tensor) -> None:
+        """Fill `everyone` with what each rank has, behind one another in the first dimension."""
+        if self.world_size > 1:
+            dist.all_gather_into_tensor(everyone, own)
+        else:
+            everyone.copy_(own)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -619,7 +625,7 @@ class HeadFp8(NamedTuple):
 
 class Fp8Copies:
     """fp8 copies of the MLP bank and of the QKV rows, made anew after every update, and of the
-    head's rows for each row of tokens."""
+    head's rows for each draw of columns."""
 
     def __init__(self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, num_layers: int):
         self.num_layers, self.head_weight = num_layers, head.detach()
@@ -894,9 +900,10 @@ def attention(
     return torch.cat(outputs)
 
 
-def shift(x: Tensor) -> Tensor:
-    """x of the previous position, (T, ...); the first position keeps its own."""
-    return torch.cat([x[:1], x[:-1]])
+def shift(x: Tensor, length: int) -> Tensor:
+    """x (T, ...) of the previous position in rows of that length; the first ones keep their own."""
+    rows = x.unflatten(0, (-1, length))
+    return torch.cat([rows[:, :1], rows[:, :-1]], dim=1).flatten(0, 1)
 
 
 # --- Around attention -----------------------------------------------------------------------------
@@ -904,21 +911,22 @@ def shift(x: Tensor) -> Tensor:
 
 def prepare_qkv(
     x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, fp8: QkvFp8 | None,
-    key_offset: bool, head_dim: int,
+    key_offset: int, head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys and values, (T, heads, head_dim), of the normed stream x (T, dim) and the
     weights w_qkv (3 A, dim), where A is heads · head_dim. What follows their product is computed in
     fp32; results are in x's dtype.
 
-    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, A), added to the values. With fp8 all
-    of it runs in kernels, and the product and those of its gradient in fp8.
+    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, A), added to the values. key_offset: the
+    tokens of a row, in which the half of a key that rotary leaves is that of the token before; 0
+    for none. With fp8 all of it runs in kernels, and the product and those of its gradient in fp8.
     """
     if fp8 is not None:
         return PrepareQkv.apply(x, w_qkv, cos, sin, value, fp8, key_offset, head_dim)
     q, k, v = widen(x @ w_qkv.mT).view(len(x), 3, -1, head_dim).unbind(1)
     q, k = rms_norm(q), rms_norm(k)
     if key_offset:
-        k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :])], dim=-1)
+        k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :], key_offset)], dim=-1)
     if value is not None:
         v = v + value.view_as(v)
     q, k = (apply_rotary(z, cos[: len(x)], sin[: len(x)]) for z in (q, k))
@@ -959,7 +967,7 @@ def _norm_gradient(d_turned, d_still, turned, still, gain):
 
 @triton.jit
 def _prepare_qkv_kernel(
-    qkv, cos, sin, value, q, k, v, num_tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    qkv, cos, sin, value, q, k, v, num_tokens, length, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
@@ -986,7 +994,7 @@ def _prepare_qkv_kernel(
     norm = _norm_factor(k_turned, k_still)
     tl.store(k + outputs, _turn(norm * k_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
     if KEY_OFFSET:
-        inputs = tl.maximum(row - 1, 0) * (3 * DIM) + columns
+        inputs = tl.where(row % length == 0, row, row - 1) * (3 * DIM) + columns
         k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
         norm = _norm_factor(k_turned, k_still)
     tl.store(k + outputs + HALF, norm * k_still, mask=mask)
@@ -1007,8 +1015,9 @@ def _store_gradient(turned, still, column, target, WIDTH: tl.constexpr, LIMIT: t
 
 @triton.jit
 def _prepare_qkv_backward_kernel(
-    dq, dk, dv, qkv, cos, sin, dqkv, dqkv_t, unit, largest, num_tokens, HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr,
+    dq, dk, dv, qkv, cos, sin, dqkv, dqkv_t, unit, largest, num_tokens, length,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -1033,8 +1042,8 @@ def _prepare_qkv_backward_kernel(
     largest_q = _store_gradient(d_turned, d_still, column, target, 3 * DIM, LIMIT)
     d_turned, d_still = _load_halves(dk, grads, mask, HALF)
     if KEY_OFFSET:  # the still half went to the next token, the first one's to itself too
-        d_still = tl.where(row == 0, d_still, 0.0)
-        follows = row + 1 < num_tokens
+        d_still = tl.where(row % length == 0, d_still, 0.0)
+        follows = mask & ((row + 1) % length > 0)
         d_still += tl.load(dk + grads + DIM + HALF, mask=follows, other=0.0).to(tl.float32)
     turned, still = _load_halves(qkv + DIM, inputs, mask, HALF)
     d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
@@ -1050,15 +1059,16 @@ class PrepareQkv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
-        fp8: QkvFp8, key_offset: bool, head_dim: int,
+        fp8: QkvFp8, key_offset: int, head_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         qkv = fp8_product(fp8.x, fp8.w)
         num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
         q, k, v = (x.new_empty(num_tokens, heads, head_dim) for _ in range(3))
         # half a head of 128, 16 tokens: a load of 16 bytes for each thread of 4 warps
         _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, 16)](
-            qkv, cos, sin, packed(value), q, k, v, num_tokens, heads, head_dim, key_offset, TILE=16
-        )
+            qkv, cos, sin, packed(value), q, k, v, num_tokens, key_offset, heads, head_dim,
+            key_offset > 0, TILE=16,
+        )  # fmt: skip
         ctx.save_for_backward(qkv, cos, sin)
         ctx.fp8, ctx.key_offset, ctx.has_value = fp8, key_offset, value is not None
         return q, k, v
@@ -1070,8 +1080,9 @@ class PrepareQkv(torch.autograd.Function):
         dqkv = fp8_empty(qkv.shape, fp8.unit_grad)
         # a row of a transposed tile is two sectors of memory
         _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 64)](
-            *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, heads, head_dim,
-            ctx.key_offset, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=64, num_warps=8,
+            *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, ctx.key_offset,
+            heads, head_dim, ctx.key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=64,
+            num_warps=8,
         )  # fmt: skip
         dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, fp8.x.T)
         d_value = grads[2].flatten(1) if ctx.has_value else None
@@ -1326,11 +1337,11 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Columns(NamedTuple):
-    """The part of the vocabulary that the loss of one row is computed on."""
+    """The part of the vocabulary that the loss of some tokens is computed on."""
 
     tokens: Tensor  # (columns,) int64, each once
     offsets: Tensor  # (columns,) fp32, as head_loss takes them
-    targets: Tensor  # like the row's targets, as places among the columns
+    targets: Tensor  # like those given, as places among the columns
 
 
 def draw_columns(targets: Tensor, proposal: Tensor, count: int) -> Columns:
@@ -1562,12 +1573,15 @@ def note_matches_(
 
 
 @functools.partial(compiled, dynamic=True)
-def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int) -> Tensor:
-    """The row of the n-gram that ends at each token, of whichever documents; (T, orders) int32.
+def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1) -> Tensor:
+    """The row of the n-gram that ends at each token, of whichever documents, in each of as many
+    equal parts of the tokens; (T, orders) int32.
 
     Of the num_rows of an order the last one is for positions with fewer than n tokens up to there.
     """
-    slot, _, fits = context_keys(tokens, torch.zeros_like(tokens), orders, 2**44)  # all its bits
+    starts = torch.arange(len(tokens), device=tokens.device)
+    starts -= starts % (len(tokens) // parts)
+    slot, _, fits = context_keys(tokens, starts, orders, 2**44)  # all its bits
     row = torch.where(fits, slot % (num_rows - 1), num_rows - 1)
     return (row + num_rows * torch.arange(len(orders), device=row.device)[:, None]).mT.int()
 
@@ -1622,12 +1636,13 @@ def update_ngrams_(
 
 
 class Batch(NamedTuple):
-    """One row: whole documents packed behind one another."""
+    """Rows that are computed at once: whole documents packed behind one another."""
 
     tokens: Tensor  # (T,) int32
     targets: Tensor  # (T,) int64, the next tokens
     cu_seqlens: Tensor  # int32: document starts, padded with T to the length that graphs take
-    max_seq_len: int  # no document of the row is longer
+    max_seq_len: int  # no document is longer
+    rows: int = 1  # how many rows, each as long
 
 
 class Lookups(NamedTuple):
@@ -1662,22 +1677,18 @@ class Ngrams(nn.Module):
         # of one step, in the order of the stream
         self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
         self.filled = 0  # how many of these there are so far
-        self.waits = []  # for those that are on their way
         self.left = None  # rows and grads of the last backward pass
 
     def gather(self, rows: Tensor, grads: Tensor) -> None:
         """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
-        with rows dealt out in turn that is the order of the stream, on however many ranks. It
-        travels while the next row is computed."""
+        as rows are dealt out that is the order of the stream, on however many ranks."""
         part = slice(self.filled, self.filled + self.runtime.world_size * len(rows))
-        for everyone, own in ((self.rows[part], rows), (self.grads[part], grads)):
-            self.waits.append(self.runtime.all_gather(everyone, own))
+        self.runtime.all_gather(self.rows[part], rows)
+        self.runtime.all_gather(self.grads[part], grads)
         self.filled = part.stop
 
     def update(self, lr: float, eps: float) -> None:
         """With all that was gathered since the last one."""
-        while self.waits:
-            self.waits.pop()()
         if self.filled:
             rows, grads = sort_rows(self.rows[: self.filled]), self.grads[: self.filled]
             update_ngrams_(self.table, self.sum_squares, rows, grads, lr, eps)
@@ -1694,8 +1705,9 @@ class NgramRows(torch.autograd.Function):
     a gradient as `embedded`, (T, dim), does. The backward pass leaves it in `ngrams`."""
 
     @staticmethod
-    def forward(ctx, embedded: Tensor, tokens: Tensor, ngrams: Ngrams) -> Tensor:
-        ctx.ngrams, ctx.rows = ngrams, ngram_hash(tokens, ngrams.orders, ngrams.num_rows)
+    def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
+        which = batch.tokens, ngrams.orders, ngrams.num_rows, batch.rows
+        ctx.ngrams, ctx.rows = ngrams, ngram_hash(*which)
         rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
         missing = embedded.size(1) - rows.size(1)
         return F.pad(rows, (0, missing)) if missing else rows  # a padding of 0 would copy them
@@ -1800,7 +1812,8 @@ class GPT(nn.Module):
         self.backend = attention_backend(device, dtype)
         stages = (*config.stages, *config.extension)
         longest = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
-        self.rotary = rotary_tables(config.head_dim, max(longest, config.val_row_tokens), device)
+        longest = max(longest, config.tokens_per_pass, config.val_row_tokens)
+        self.rotary = rotary_tables(config.head_dim, longest, device)
         self.fp8 = None
         if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
             banks = self.mlp_bank, self.attention_bank, self.head
@@ -1862,7 +1875,7 @@ class GPT(nn.Module):
 
         tables = self.value_tables[: self.config.num_value_tables]
         (embedded,), values = read([self.head], tables, rows=tokens)
-        ngrams = NgramRows.apply(embedded, tokens, self.ngrams)
+        ngrams = NgramRows.apply(embedded, batch, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
             found, which = find_matches(tokens, starts, self.matches, orders)
@@ -1944,7 +1957,8 @@ class GPT(nn.Module):
         value (T, attention_dim) is added to the values."""
         config, is_long = self.config, self.config.layers[i].window == "long"
         w_qkv, w_o = self.attention_weights[i]
-        q, k, v = prepare_qkv(normed, w_qkv, *self.rotary, value, fp8, is_long, config.head_dim)
+        offset = len(normed) // batch.rows if is_long else 0
+        q, k, v = prepare_qkv(normed, w_qkv, *self.rotary, value, fp8, offset, config.head_dim)
         lengths = batch.cu_seqlens, batch.max_seq_len, windows.long if is_long else windows.short
         y = attention(q, k, v, *lengths, config.attention_scale, self.backend)
         return y.flatten(1) @ w_o
@@ -1952,28 +1966,38 @@ class GPT(nn.Module):
     def forward(
         self, batch: Batch, windows: Windows, loss_weights: Tensor | None = None, columns: int = 0
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """The loss to train on and the plain next-token loss, both fp32 sums over the row in nats.
+        """The loss to train on and the plain next-token loss, both fp32 sums over tokens in nats.
 
         loss_weights, (2,): of the next token and of the one after it. columns: how many of the
-        vocabulary estimate the softmax, 0 for all. Without weights, as validation has it, the
-        next-token loss alone, in bf16.
+        vocabulary estimate the softmax of a part of a row, 0 for all. Without weights, as
+        validation has it, the next-token loss alone, in bf16.
         """
         if loss_weights is None:
             return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
-        targets, head, tokens, offsets = batch.targets, self.head, None, None
+        targets, size = batch.targets.unflatten(0, (batch.rows, -1)), self.config.tokens_per_draw
+        sizes = [len(part) for row in targets for part in row.split(size)]
         with self.aside():
-            second = F.pad(targets[1:], (0, 1), value=IGNORED_TARGET)
-            terms = torch.stack([targets, second], dim=1)
-            if columns:
-                tokens, offsets, terms = draw_columns(terms, self.proposal, columns)
-            fp8 = self.fp8.head(tokens) if self.fp8 else None
+            second = F.pad(targets[:, 1:], (0, 1), value=IGNORED_TARGET)
+            terms = torch.stack([targets, second], dim=2).flatten(0, 1)
+            drawn = [self.draw(part, columns) for part in terms.split(sizes)]
         x = self.hidden(batch, windows, self.fp8)
         self.join()
+        losses = []
+        for part, (tokens, offsets, places, fp8) in zip(x.split(sizes), drawn):
+            head = self.head
+            if columns:
+                place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
+                order = SortedRows(tokens, place[:-1], place, place[:-1], place[-1:])
+                (head,) = TableRows.apply(tokens, order, head)
+            losses.append(head_loss(part, head, places, loss_weights, fp8, offsets))
+        return tuple(map(sum, zip(*losses)))
+
+    def draw(self, targets: Tensor, columns: int) -> tuple[Tensor | HeadFp8 | None, ...]:
+        """Columns for the targets of a part of a row, and the head's rows for these in fp8."""
+        drawn = None, None, targets
         if columns:
-            place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
-            order = SortedRows(tokens, place[:-1], place, place[:-1], place[-1:])
-            (head,) = TableRows.apply(tokens, order, head)
-        return head_loss(x, head, terms, loss_weights, fp8, offsets)
+            drawn = draw_columns(targets, self.proposal, columns)
+        return *drawn, self.fp8.head(drawn[0]) if self.fp8 else None
 
 
 def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
@@ -2383,20 +2407,22 @@ class TokenStream:
 
 
 def make_batch(
-    tokens: np.ndarray, starts: np.ndarray, max_seq_len: int, min_mean_doc_len: int, pin: bool
+    rows: list[tuple[np.ndarray, np.ndarray]], max_seq_len: int, min_mean_doc_len: int, pin: bool
 ) -> Batch:
-    """Batch of T + 1 tokens and the positions where their documents start; T / min_mean_doc_len of
-    them, or more if there are more."""
-    num_tokens = len(tokens) - 1
-    starts = starts[starts < num_tokens]
+    """Batch of rows, T + 1 tokens and the positions where their documents start each; it has room
+    for a document in min_mean_doc_len tokens, or for more if there are more."""
+    tokens = np.stack([tokens for tokens, _ in rows])
+    length, num_tokens = tokens.shape[1] - 1, len(rows) * (tokens.shape[1] - 1)
+    starts = [starts[starts < length] + i * length for i, (_, starts) in enumerate(rows)]
+    starts = np.concatenate(starts)
     room = max(num_tokens // min_mean_doc_len + 1, len(starts))
     cu_seqlens = np.full(room + 1, num_tokens, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
-    arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
-    batch = [torch.from_numpy(array) for array in arrays]
+    inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int64)
+    batch = [torch.from_numpy(array) for array in (inputs.ravel(), targets.ravel(), cu_seqlens)]
     if pin:  # torch keeps pinned buffers and reuses one only when the copy out of it is done
         batch = [tensor.pin_memory() for tensor in batch]
-    return Batch(*batch, max_seq_len)
+    return Batch(*batch, max_seq_len, len(rows))
 
 
 def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
@@ -2405,17 +2431,20 @@ def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
     return (START_TOKEN ** random.random(count)).astype(np.uint16) - 1
 
 
-def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[Batch]:
-    """This rank's rows, one of every world_size. shapes: (T, max_seq_len) of each micro-step."""
-    ranks, pin = range(runtime.world_size), runtime.device.type == "cuda"
+def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[list[Batch]]:
+    """This rank's rows of every step, pass by pass: in each the ranks take what follows one
+    another. shapes: (T, max_seq_len) of a row, for each step."""
+    ranks, pin = runtime.world_size, runtime.device.type == "cuda"
     files, _ = find_train_files(config)
     # what is read twice could be foretold
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for num_tokens, max_seq_len in shapes:
-        documents = [stream.next_row(num_tokens, max_seq_len) for _ in ranks][runtime.rank]
-        starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
-        row = np.concatenate(documents), starts
-        yield make_batch(*row, max_seq_len, config.min_mean_doc_len, pin)
+        rows = [stream.next_row(num_tokens, max_seq_len) for _ in range(config.rows_per_step)]
+        rows = [(np.concatenate(row), np.cumsum([0, *map(len, row[:-1])])) for row in rows]
+        count = config.rows_per_pass(num_tokens, ranks)
+        firsts = range(runtime.rank * count, len(rows), ranks * count)
+        how = max_seq_len, config.min_mean_doc_len, pin
+        yield [make_batch(rows[first : first + count], *how) for first in firsts]
 
 
 def read_proposal(config: Config) -> Tensor:
@@ -2464,14 +2493,14 @@ def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Itera
         real = len(row) - 1
         row = np.pad(row, (0, size - real), constant_values=START_TOKEN)  # the last one
         starts = np.union1d([0], np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN))
-        batch = make_batch(row, starts, size, config.min_mean_doc_len, pin=False)
+        batch = make_batch([(row, starts)], size, config.min_mean_doc_len, pin=False)
         batch.targets[real:] = IGNORED_TARGET
         yield batch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     tensors = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
-    return Batch(*tensors, batch.max_seq_len)
+    return batch._replace(**dict(zip(batch._fields, tensors)))
 
 
 # ==================================================================================================
@@ -2606,9 +2635,9 @@ class Progress:
 class Trainer:
     """A model and what brings it on: optimizer, schedule, and the passes of rows.
 
-    On a GPU the forward and backward pass of a row is a CUDA graph, whose replay costs the host one
-    launch in place of a thousand. Every stage has its graph and its own buffers for inputs; their
-    memory is shared.
+    On a GPU the forward and backward pass of rows that are computed at once is a CUDA graph, whose
+    replay costs the host one launch in place of a thousand. Every stage has its graph and its own
+    buffers for inputs; their memory is shared.
     """
 
     def __init__(self, model: GPT, runtime: Runtime):
@@ -2619,7 +2648,6 @@ class Trainer:
             stage: torch.tensor([1.0, stage.second], device=runtime.device)
             for stage in (*self.config.stages, *self.config.extension)
         }
-        self.grad_accum_steps = self.config.rows_per_step // runtime.world_size
         self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
         self.graphs: dict[Stage, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
@@ -2633,12 +2661,12 @@ class Trainer:
         return next_token_loss
 
     def micro_step(self, batch: Batch, step: int) -> Tensor:
-        """Forward and backward pass of one row of a step, added to the gradients. Gives the sum of
-        its next-token losses, fp32, valid until the next call."""
+        """Forward and backward pass of rows of a step, added to the gradients. Gives the sum of
+        their next-token losses, fp32, valid until the next call."""
         if self.uses_graphs:
             graph, inputs, loss, left = self.graphs[self.schedule.stage(step)]
         if self.uses_graphs and len(batch.cu_seqlens) == len(inputs[2]):
-            for mine, given in zip(inputs, batch[:3]):
+            for mine, given in zip(inputs, batch):
                 mine.copy_(given, non_blocking=True)
             graph.replay()
         else:  # also a row of more documents than its graph has room for
@@ -2647,16 +2675,20 @@ class Trainer:
         self.model.ngrams.gather(*left)
         return loss
 
+    def rehearse(self, batch: Batch, step: int) -> None:
+        """Compile kernels and make workspaces for rows like these, without a graph; changes the
+        gradients."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.compute(to_device(batch, self.runtime.device), step)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # graphs keep memory of their own
+
     def capture(self, batch: Batch, step: int) -> None:
-        """Make the graph for rows like this one; changes the gradients."""
+        """Make the graph for rows like these, once they are rehearsed."""
         batch = to_device(batch, self.runtime.device)
         inputs = [tensor.clone() for tensor in batch[:3]]
-        mine = Batch(*inputs, batch.max_seq_len)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # compiles kernels, makes workspaces
-            self.compute(mine, step)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph keeps memory of its own
+        mine = Batch(*inputs, *batch[3:])
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
@@ -2670,45 +2702,51 @@ class Trainer:
         config, schedule, begin = self.config, self.schedule, time.perf_counter()
         random = np.random.default_rng(self.runtime.rank)
 
-        def random_batch(num_tokens: int, max_seq_len: int) -> Batch:
-            tokens = random_tokens(random, num_tokens + 1)
+        def random_batch(num_tokens: int, max_seq_len: int, rows: int) -> Batch:
             starts = np.arange(0, num_tokens, max_seq_len)
-            return make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, False)
+            rows = [(random_tokens(random, num_tokens + 1), starts) for _ in range(rows)]
+            return make_batch(rows, max_seq_len, config.min_mean_doc_len, False)
 
         def report(what: str) -> None:
             self.runtime.synchronize()
             self.runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
 
-        # the last step of every stage; the longest rows first: the graphs of shorter ones find room
-        # in their memory
-        lasts = {schedule.stage(step): step for step in range(schedule.end_step)}.values()
+        lasts, batches = {schedule.stage(step): step for step in range(schedule.end_step)}, []
+        for last in lasts.values():  # the last step of every stage
+            shape = schedule.row_shape(last)
+            rows = config.rows_per_pass(shape[0], self.runtime.world_size)
+            batches.append((random_batch(*shape, rows), last))
+        # the longest first: the graphs of shorter ones find room in their memory
+        batches.sort(key=lambda item: -len(item[0].tokens))
         with nothing_changes(self.model, self.optimizer):
-            for last in sorted(lasts, key=lambda step: -schedule.row_shape(step)[0]):
-                batch = random_batch(*schedule.row_shape(last))
+            for batch, last in batches if self.uses_graphs else []:
+                self.rehearse(batch, last)
+                rows = f"{batch.rows} rows of {len(batch.tokens) // batch.rows:,} tokens"
+                report(f"{rows}, windows {schedule.describe(last)}")
+            for batch, last in batches:
                 if self.uses_graphs:
                     self.capture(batch, last)
                 for update in range(2):  # an even and an odd one, so that every update runs
                     self.run_step(last, [batch], update)
-                report(f"rows of {len(batch.tokens):,} tokens, windows {schedule.describe(last)}")
+            report(f"{len(self.graphs)} graphs and the updates")
             with torch.no_grad():
-                batch = random_batch(config.val_row_tokens, config.val_row_tokens)
+                batch = random_batch(config.val_row_tokens, config.val_row_tokens, 1)
                 self.model(to_device(batch, self.runtime.device), schedule.windows(last))
             report(f"validation rows of {config.val_row_tokens:,} tokens")
 
-    def run_step(self, step: int, rows: Iterable[Batch], update: int | None = None) -> Tensor:
+    def run_step(self, step: int, rows: list[Batch], update: int | None = None) -> Tensor:
         """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.
         update: the optimizer's number of it, where it is not the schedule's."""
-        total, read = torch.zeros((), device=self.runtime.device), []
-        for row in rows:
-            total += self.micro_step(row, step)
-            read.append(row)
+        total = torch.zeros((), device=self.runtime.device)
+        for batch in rows:
+            total += self.micro_step(batch, step)
         if self.model.matches is not None:  # while the optimizer works
             with self.model.aside():
-                note_rows(self.model, read, self.runtime)
+                note_rows(self.model, rows, self.runtime)
         rates = self.schedule.lr_scale(step), self.schedule.momentum(step)
         self.optimizer.step(step if update is None else update, *rates)
         self.model.join()
-        return total / sum(len(row.tokens) for row in read)
+        return total / sum(len(batch.tokens) for batch in rows)
 
 
 @torch.no_grad()
@@ -2720,7 +2758,7 @@ def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
     parts = ((r.tokens, document_starts(r.cu_seqlens, length), r.targets.int()) for r in rows)
     own = torch.stack([torch.stack(part) for part in parts])
     everyone = own.new_empty(runtime.world_size, *own.shape)
-    runtime.all_gather(everyone.flatten(0, 1), own)()
+    runtime.all_gather(everyone.flatten(0, 1), own)
     stream = everyone.transpose(0, 1).flatten(0, 1)  # rows are dealt out in turn
     begins = length * torch.arange(len(stream), device=stream.device)
     stream[:, 1] += begins.int()[:, None]
@@ -2810,15 +2848,14 @@ def train(config: Config, runtime: Runtime) -> None:
     trainer.prepare()
     preparation = time.perf_counter() - begin
 
-    shapes = (row for row in shapes for _ in range(trainer.grad_accum_steps))
-    rows = ahead(training_rows(config, runtime, shapes), depth=8)
+    rows = ahead(training_rows(config, runtime, shapes), depth=2)
     clock = Clock(runtime)
     progress = Progress(runtime, clock, schedule.end_step)
     clock.start()
     model.proposal.copy_(read_proposal(config))
     note_shards(model, runtime)
     for step in range(schedule.end_step):
-        loss = trainer.run_step(step, itertools.islice(rows, trainer.grad_accum_steps))
+        loss = trainer.run_step(step, next(rows))
         progress.launched(step, loss)
 
         done = step + 1
@@ -3010,6 +3047,9 @@ def main(arguments: list[str] | None = None) -> int:
         code, message = 130, f"interrupted; the log so far is {log.path}"
     except UserError as error:
         code, message = 1, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        found = f"{str(error).partition('. ')[0]}: lower --tokens_per_pass"
+        code, message = 1, f"error: {found} {config.tokens_per_pass}, or raise --rows_per_step"
     except Exception:  # noqa: BLE001 (reported with its traceback)
         code, message = 1, traceback.format_exc()
     # every rank is interrupted, and the main one speaks; other failures may be of one rank alone

@@ -226,7 +226,7 @@ class Row:
     def __init__(self, bench: Bench, stage: Stage, num_tokens: int):
         self.device, self.random, self.stage, self.T = bench.device, bench.random, stage, num_tokens
         random = np.random.default_rng(num_tokens)
-        batch = random_batch(random, num_tokens, stage.max_seq_len, CONFIG, False)
+        batch = random_batch(random, num_tokens, stage.max_seq_len, 1, CONFIG, False)
         self.batch = train_gpt.to_device(batch, bench.device)
         self.stream = 2 * num_tokens * DIM  # bytes in bf16
 
@@ -270,8 +270,8 @@ class Row:
         for kind, more in ("plain", []), ("value", value), ("key offset", []):
 
             def call(op, *x, kind=kind):
-                value = x[2] if kind == "value" else None
-                return op(*x[:2], *tables, value, self.own(fp8), "key" in kind, HEAD_DIM)
+                value, offset = x[2] if kind == "value" else None, self.T * ("key" in kind)
+                return op(*x[:2], *tables, value, self.own(fp8), offset, HEAD_DIM)
 
             yield Case(f"prepare_qkv, {kind}", inputs + more, call, **needs)
 
@@ -422,8 +422,9 @@ def micro_steps(bench: Bench, chosen: list[int]) -> None:
             continue
         with bench.attempt(f"micro-step of {num_tokens:,} tokens"):
             updates = []
-            rows = [random_batch(random, *sizes, CONFIG, False) for _ in range(4)]
+            rows = [random_batch(random, *sizes, 1, CONFIG, False) for _ in range(4)]
             rows = itertools.cycle([train_gpt.to_device(row, bench.device) for row in rows])
+            trainer.rehearse(next(rows), first)
             trainer.capture(next(rows), first)
 
             def run(rows=rows, first=first, count=1) -> None:

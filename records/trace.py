@@ -245,24 +245,33 @@ def volumes(config: Config) -> str:
 
 
 def random_batch(
-    random: np.random.Generator, num_tokens: int, max_seq_len: int, config: Config, pin: bool
-) -> Batch:
-    """Random documents of a few hundred tokens; a token is as rare as its id is high."""
-    tokens = train_gpt.random_tokens(random, num_tokens + 1)
-    longest = min(max_seq_len, 1024)
-    lengths = random.integers(longest // 4, longest + 1, 4 * num_tokens // longest + 4)
-    starts = np.concatenate([[0], lengths.cumsum()])
-    tokens[starts[starts <= num_tokens]] = START_TOKEN
-    return train_gpt.make_batch(tokens, starts, max_seq_len, config.min_mean_doc_len, pin)
+    random: np.random.Generator, num_tokens: int, max_seq_len: int, count: int, config: Config,
+    pin: bool,
+) -> Batch:  # fmt: skip
+    """Rows of random documents of a few hundred tokens; a token is as rare as its id is high."""
+    longest, rows = min(max_seq_len, 1024), []
+    for _ in range(count):
+        tokens = train_gpt.random_tokens(random, num_tokens + 1)
+        lengths = random.integers(longest // 4, longest + 1, 4 * num_tokens // longest + 4)
+        starts = np.concatenate([[0], lengths.cumsum()])
+        tokens[starts[starts <= num_tokens]] = START_TOKEN
+        rows.append((tokens, starts))
+    return train_gpt.make_batch(rows, max_seq_len, config.min_mean_doc_len, pin)
 
 
 def rows_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> Iterator:
-    """Rows of the training files or, where there are none, random ones."""
+    """Rows of steps from the training files or, where there are none, random ones."""
     pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
     if glob.glob(config.train_files):
         return train_gpt.training_rows(config, runtime, shapes)
     runtime.log.line(f"no file matches --train_files {config.train_files}: the rows are random")
-    return (random_batch(random, *shape, config, pin) for shape in shapes)
+
+    def passes(shape: tuple[int, int]) -> list[Batch]:
+        count = config.rows_per_pass(shape[0], runtime.world_size)
+        steps = range(config.rows_per_step // (runtime.world_size * count))
+        return [random_batch(random, *shape, count, config, pin) for _ in steps]
+
+    return map(passes, shapes)
 
 
 def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
@@ -272,16 +281,14 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     log, schedule = runtime.log, trainer.schedule
 
     begins = [step for step in sorted({0, *schedule.stage_ends}) if step < schedule.end_step]
-    grad_accum_steps, warm_up = trainer.grad_accum_steps, 2
+    warm_up = 2
     shapes = (
-        schedule.row_shape(begin)
-        for begin in begins
-        for _ in range((warm_up + count + count + 2) * grad_accum_steps)
+        schedule.row_shape(begin) for begin in begins for _ in range(warm_up + count + count + 2)
     )
-    rows, updates = train_gpt.ahead(rows_like(config, runtime, shapes), depth=8), itertools.count()
+    rows, updates = train_gpt.ahead(rows_like(config, runtime, shapes), depth=2), itertools.count()
 
     def run(begin: int) -> None:
-        trainer.run_step(begin, itertools.islice(rows, grad_accum_steps), next(updates))
+        trainer.run_step(begin, next(rows), next(updates))
 
     for number, begin in enumerate(begins, 1):
         for _ in range(warm_up):
@@ -296,8 +303,10 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         times = profile(functools.partial(run, begin), count, runtime.device, path)
         if not runtime.is_main:
             path.unlink()
-        rows_are = f"{grad_accum_steps} x {schedule.row_shape(begin)[0]:,} tokens"
-        rows_are += f" a process, {schedule.describe(begin)}"
+        length, own = schedule.row_shape(begin)[0], config.rows_per_step // runtime.world_size
+        at_once = config.rows_per_pass(length, runtime.world_size)
+        rows_are = f"{own} x {length:,} tokens a process, {at_once} at once"
+        rows_are += f", {schedule.describe(begin)}"
         log.line(f"\nstage {number} of {len(begins)}: {rows_are}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
         if runtime.world_size > 1:

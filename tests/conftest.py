@@ -73,6 +73,7 @@ def tiny_config(**changes: object) -> Config:
         "extension": (Stage(1.0, 256, 64, 12, 32, 1.0, 0.0, 0),),
         "final_window_long": 64,
         "rows_per_step": 4,
+        "tokens_per_pass": 64,  # one row
         "momentum_warmup_steps": 4,
         "momentum_cooldown_steps": 2,
         "val_row_tokens": 64,

@@ -255,6 +255,8 @@ def test_check_config_names_the_option(changes, message):
     [
         ({"rows_per_step": 0}, "--rows_per_step"),
         ({"rows_per_step": -4}, "--rows_per_step"),
+        ({"tokens_per_pass": 0}, "--tokens_per_pass 0 must be positive"),
+        ({"tokens_per_draw": -1}, "--tokens_per_draw -1 must be positive"),
         ({"head_dim": 0}, "--head_dim"),
         ({"num_heads": 0}, "--num_heads"),
         ({"model_dim": 0}, "--model_dim"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import cpu_runtime, random_documents, tiny_config, write_shard
 
 from train_gpt import (
@@ -88,20 +89,38 @@ def write_shards(folder: Path, tokens: np.ndarray, borders: list[int]) -> str:
 SHAPES = [(64, 48)] * 8 + [(128, 48)] * 8 + [(96, 1000)] * 8
 
 
+def split(batch: Batch) -> list[Batch]:
+    """Its rows, without the padding of cu_seqlens."""
+    length = len(batch.tokens) // batch.rows
+    parts = zip(batch.tokens.split(length), batch.targets.split(length))
+    starts, rows = np.array(starts_of(batch)), []
+    for i, part in enumerate(parts):
+        own = starts[starts // length == i] - i * length
+        rows.append(Batch(*part, torch.tensor([*own, length]), batch.max_seq_len))
+    return rows
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 128, 1000])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("borders", [[], [700, 5400, 5450, 9600]])
-def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders):
+def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders, tokens_per_pass):
     tokens = random_documents(1, skewed_lengths(1, 20_000), num_ids=1000)
     pattern = write_shards(tmp_path, tokens, borders)
-    config = tiny_config(train_files=pattern, min_mean_doc_len=2)
-    rounds = [shape for shape in SHAPES for _ in range(4 // world_size)]
+    config = tiny_config(train_files=pattern, min_mean_doc_len=2, tokens_per_pass=tokens_per_pass)
     expected = list(reference_rows(tokens.tolist(), [shape for shape in SHAPES for _ in range(4)]))
     assert len(expected) == 4 * len(SHAPES)
     ranks = [
-        list(training_rows(config, cpu_runtime(rank, world_size), rounds))
+        list(training_rows(config, cpu_runtime(rank, world_size), SHAPES))
         for rank in range(world_size)
     ]
-    rows = [batch for one_of_each in zip(*ranks, strict=True) for batch in one_of_each]
+    passes = [together for step in zip(*ranks, strict=True) for together in zip(*step, strict=True)]
+    for batch in itertools.chain(*passes):
+        length, own = len(batch.tokens) // batch.rows, 4 // world_size
+        most = max(1, tokens_per_pass // length)
+        assert batch.rows == max(n for n in (1, 2, 4) if n <= min(own, most))
+        assert len(batch.cu_seqlens) == len(batch.tokens) // 2 + 2
+        assert [str(t.dtype) for t in batch[:3]] == ["torch.int32", "torch.int64", "torch.int32"]
+    rows = [row for together in passes for batch in together for row in split(batch)]
     assert len(rows) == len(expected)
     for batch, (row, starts), shape in zip(
         rows, expected, np.repeat(SHAPES, 4, axis=0), strict=True
@@ -112,8 +131,6 @@ def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders
         assert row[0] == START_TOKEN
         assert starts_of(batch) == [start for start in starts if start < num_tokens]
         assert np.diff(batch.cu_seqlens.numpy()).max() <= max_seq_len
-        assert len(batch.cu_seqlens) == num_tokens // 2 + 2
-        assert [str(t.dtype) for t in batch[:3]] == ["torch.int32", "torch.int64", "torch.int32"]
 
 
 def test_documents_across_shard_borders_are_whole(tmp_path):
@@ -147,13 +164,13 @@ def test_row_ends_with_the_data(tmp_path):
     tokens = random_documents(4, [30, 20, 15], num_ids=1000)
     for missing in (0, 1):
         pattern = write_shards(tmp_path, tokens[: len(tokens) - missing], [45])
-        config = tiny_config(train_files=pattern)
+        config = tiny_config(train_files=pattern, rows_per_step=1)
         rows = training_rows(config, cpu_runtime(), [(64, 64)])
         if missing:
             with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
                 next(rows)
         else:
-            assert row_of(next(rows)) == tokens.tolist()
+            assert [row_of(row) for row in next(rows)] == [tokens.tolist()]
 
 
 def test_end_of_data_and_repetition(tmp_path):
@@ -162,16 +179,17 @@ def test_end_of_data_and_repetition(tmp_path):
     shapes = [(48, 40)] * 60
     once = list(reference_rows(tokens.tolist(), shapes))
     assert 5 < len(once) < 60
-    rows = training_rows(tiny_config(train_files=pattern), cpu_runtime(), shapes)
+    config = tiny_config(train_files=pattern, rows_per_step=1)
+    rows = training_rows(config, cpu_runtime(), shapes)
     for row, _ in once:
-        assert row_of(next(rows)) == row
+        assert [row_of(batch) for batch in next(rows)] == [row]
     with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
         next(rows)
 
-    config = tiny_config(train_files=pattern, repeat_data=True)
+    config = tiny_config(train_files=pattern, repeat_data=True, rows_per_step=1)
     endless = list(reference_rows(tokens.tolist() * 10, shapes))
     assert len(endless) == 60
-    rows = list(training_rows(config, cpu_runtime(), shapes))
+    rows = itertools.chain(*training_rows(config, cpu_runtime(), shapes))
     assert [row_of(batch) for batch in rows] == [row for row, _ in endless]
 
 
@@ -200,12 +218,14 @@ def test_room_for_documents():
     """T // min_mean_doc_len + 1 documents leave cu_seqlens as long as it is, one more does not."""
     tokens = np.arange(65, dtype=np.uint16)
     for count in (1, 9, 10):
-        batch = make_batch(tokens, np.arange(count), 64, min_mean_doc_len=8, pin=False)
+        batch = make_batch([(tokens, np.arange(count))], 64, min_mean_doc_len=8, pin=False)
         assert starts_of(batch) == list(range(count))
         assert batch.cu_seqlens[count:].tolist() == [64] * (max(10, count + 1) - count)
     # a start token that is only the last target starts no document of the row
-    batch = make_batch(tokens, np.array([0, 64]), 64, min_mean_doc_len=8, pin=False)
-    assert starts_of(batch) == [0]
+    row = tokens, np.array([0, 64])
+    batch = make_batch([row, row], 64, min_mean_doc_len=8, pin=False)
+    assert starts_of(batch) == [0, 64]
+    assert len(batch.tokens) == len(batch.targets) == 128 and len(batch.cu_seqlens) == 18
 
 
 # Validation --------------------------------------------------------------------------------------

@@ -203,20 +203,22 @@ def test_gradients_add_up_along_a_chain_of_sums(tokens, dim):
 
 
 def prepare_inputs(case: tuple) -> list:
-    """With rotary tables longer than the row, and a slice as value."""
+    """With rotary tables longer than the rows, and a slice as value. One row, or `rows`: three."""
     tokens, heads, head_dim, present = case
     dim = heads * head_dim
     value = random(tokens, 3, dim)[:, 1] if "value" in present else None
     inputs = [random(tokens, dim), random(3 * dim, dim, std=dim**-0.5)]
     inputs += [*rotary_tables(head_dim, tokens + 3, DEVICE), value, None]
-    return [*inputs, "offset" in present, head_dim]
+    length = tokens // (3 if "rows" in present else 1)
+    return [*inputs, length if "offset" in present else 0, head_dim]
 
 
 # tokens, heads, head_dim, what is there
 PREPARE = [(37, 4, 16, ""), (33, 4, 16, "offset"), (21, 6, 32, "value")]
 PREPARE += [(32, 6, 16, "value offset"), (1, 2, 8, "value offset")]
+PREPARE += [(147, 2, 8, "offset rows")]  # more than a program takes
 REAL_PREPARE = [(16384, 6, 128, ""), (32768, 6, 128, "value")]
-REAL_PREPARE += [(49152, 6, 128, "offset"), (16391, 6, 128, "value offset")]
+REAL_PREPARE += [(49152, 6, 128, "offset rows"), (16391, 6, 128, "value offset")]
 
 
 @interpreted

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import datetime
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -371,8 +372,8 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     assert all(math.isfinite(row["train_loss"]) for row in runtime.log.data["steps"])
     validated = len(runtime.log.data["validations"]) * math.ceil(200 / config.val_row_tokens)
     assert len(matches) == len(seen) + validated + 1  # the preparation's row of a validation
-    shapes = [(64, 48)] * 16 + [(64, 64)] * 4
-    memory, stream, others = Memory(ORDERS), training_rows(config, cpu_runtime(), shapes), 0
+    stream = itertools.chain(*training_rows(config, cpu_runtime(), [(64, 48)] * 4 + [(64, 64)]))
+    memory, others = Memory(ORDERS), 0
     for step in range(5):
         rows = seen[len(seen) - 20 + 4 * step :][:4]
         for batch, found, which in rows:
@@ -569,11 +570,11 @@ def test_check_data_reads_the_headers_of_known_shards(tmp_path):
 
 
 def test_training_ends_with_the_shards_to_train_on(tmp_path):
-    config = matching_config(**write_known_shards(tmp_path))
+    config = matching_config(**write_known_shards(tmp_path) | {"rows_per_step": 1})
     expected = list(reference_rows(tokens_of(tmp_path, 0, 1), [(64, 48)] * 25))
     rows = training_rows(config, cpu_runtime(), [(64, 48)] * 25)
     for row, _ in expected:
-        assert row_of(next(rows)) == row
+        assert [row_of(batch) for batch in next(rows)] == [row]
     with pytest.raises(UserError, match=f"ran out after {len(expected)} rows"):
         next(rows)
     assert check_data(config, [(64, 48)] * 16) == 200
@@ -588,12 +589,10 @@ STEPS = [(64, 48), (64, 48), (96, 64)]  # tokens and longest documents of the ro
 
 def read_stream(folder: str, rank: int, world_size: int) -> Tensor:
     """The tables behind three steps of four rows."""
-    model = note_taker(train_files=f"{folder}/train.bin", match_slots=64)
-    runtime, count = cpu_runtime(rank, world_size), 4 // world_size
-    shapes = [shape for shape in STEPS for _ in range(count)]
-    rows = training_rows(model.config, runtime, shapes)
-    for _ in STEPS:
-        note_rows(model, [next(rows) for _ in range(count)], runtime)
+    model = note_taker(train_files=f"{folder}/train.bin", match_slots=64, tokens_per_pass=128)
+    runtime = cpu_runtime(rank, world_size)
+    for rows in training_rows(model.config, runtime, STEPS):
+        note_rows(model, rows, runtime)
     return model.matches
 
 

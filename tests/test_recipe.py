@@ -97,8 +97,13 @@ def test_sum_of_streams():
 
 
 def test_rotary_tables_reach_over_the_longest_row(runtime):
-    """Of the stages, the extension or the validation."""
-    for changes, longest in (({}, 64), ({"val_row_tokens": 96}, 96), ({"rows_per_step": 2}, 128)):
+    """Of the stages, the extension or the validation, or what a GPU computes at once."""
+    for changes, longest in (
+        ({}, 64),
+        ({"val_row_tokens": 96}, 96),
+        ({"rows_per_step": 2}, 128),
+        ({"tokens_per_pass": 200}, 200),
+    ):
         for table in GPT(tiny_config(**changes), runtime).rotary:
             assert table.shape == (longest, 1, 2)
     extension = dataclasses.replace(tiny_config().extension[0], tokens_per_step=448)
@@ -116,26 +121,27 @@ def prepared(model: GPT, n: Tensor, layer: int, **changes: object) -> tuple[Tens
         "sin": model.rotary[1],
         "value": None,
         "fp8": None,
-        "key_offset": model.config.layers[layer].window == "long",
+        "key_offset": len(n) if model.config.layers[layer].window == "long" else 0,
         "head_dim": model.config.head_dim,
     }
     return prepare_qkv(*{**arguments, **changes}.values())
 
 
 def test_key_offset_moves_the_unturned_half_of_keys_only(runtime):
-    """One position back, the first key keeps its own; queries, values, turned halves stay."""
+    """One position back, the first key of a row keeps its own; queries, values, turned halves
+    stay. Two rows of ten tokens."""
     model, n = trained_like(tiny_config(), runtime), rms(gaussian(20, 32)).float()
-    q, k, v = prepared(model, n, 1, key_offset=False)
-    offset_q, offset_k, offset_v = prepared(model, n, 1, key_offset=True)
+    q, k, v = prepared(model, n, 1, key_offset=0)
+    offset_q, offset_k, offset_v = prepared(model, n, 1, key_offset=10)
     assert torch.equal(offset_q, q)
     assert torch.equal(offset_v, v)
     assert torch.equal(offset_k[..., :4], k[..., :4])
-    assert torch.equal(offset_k[0, :, 4:], k[0, :, 4:])
-    for t in range(1, 20):
-        assert torch.equal(offset_k[t, :, 4:], k[t - 1, :, 4:])
+    for t in range(20):
+        assert torch.equal(offset_k[t, :, 4:], k[t - (t % 10 > 0), :, 4:])
     assert not torch.equal(k[1, :, 4:], k[0, :, 4:])
-    assert torch.equal(shift(n)[1:], n[:-1])
-    assert torch.equal(shift(n)[0], n[0])
+    assert not torch.equal(k[10, :, 4:], k[9, :, 4:])
+    assert torch.equal(shift(n, 20)[1:], n[:-1])
+    assert torch.equal(shift(n, 20)[0], n[0])
 
 
 def test_queries_keys_values_head_by_head(runtime):
@@ -534,10 +540,12 @@ def test_too_few_columns_give_nan(kinds, finite):
     assert torch.isfinite(losses).all() if finite else torch.isnan(losses).all()
 
 
-def test_forward_on_columns_and_its_gradients(runtime):
-    """Those of the loss written down in float64 behind the model's hidden states; what the
-    gradients hold already stays."""
-    config, batch, count = tiny_config(), random_batch(2, [40, 24]), 256
+@pytest.mark.parametrize("tokens_per_draw", [64, 25])
+def test_forward_on_columns_and_its_gradients(runtime, tokens_per_draw):
+    """Those of the loss written down in float64 behind the model's hidden states, on columns drawn
+    for the whole row or for 25, 25 and 14 tokens of it; what the gradients hold already stays."""
+    config, count = tiny_config(tokens_per_draw=tokens_per_draw), 256
+    batch = random_batch(2, [40, 24])
     weights = [1.0, 0.5]
     models = [trained_like(config, runtime) for _ in range(2)]
     for model in models:
@@ -552,15 +560,17 @@ def test_forward_on_columns_and_its_gradients(runtime):
 
     targets = batch.targets.tolist()
     terms = [*zip(targets, [*targets[1:], -1], strict=True)]
-    columns = draw_columns(torch.tensor(terms), uneven(50_304), count)
     head = other.head.detach().double().requires_grad_()
     hidden = other.hidden(batch, WINDOWS).double()
     logits = 23 * torch.sigmoid((hidden @ head.T + 5) / 7.5)
-    estimate = (logits[:, columns.tokens].exp() * columns.offsets.double().exp()).sum(1).log()
-    losses = [0.0] * 2
-    for t, row in enumerate(terms):
-        for i, target in enumerate(row):
-            losses[i] += estimate[t] - logits[t, target] if target >= 0 else 0.0
+    losses, drawn = [0.0] * 2, set()
+    for part in torch.arange(64).split(tokens_per_draw):
+        columns = draw_columns(torch.tensor(terms)[part], uneven(50_304), count)
+        weighted = logits[part][:, columns.tokens].exp() * columns.offsets.double().exp()
+        for t, estimate in zip(part.tolist(), weighted.sum(1).log()):
+            for i, target in enumerate(terms[t]):
+                losses[i] += estimate - logits[t, target] if target >= 0 else 0.0
+        drawn |= set(columns.tokens.tolist())
     total = sum(weight * term for weight, term in zip(weights, losses))
     total.backward()
     other.head.grad += head.grad
@@ -572,7 +582,7 @@ def test_forward_on_columns_and_its_gradients(runtime):
         value, expected = param.grad - 2.0, reference.grad - 2.0
         assert (value - expected).norm() < 1e-4 * expected.norm(), name
     touched = (model.head.grad != 2.0).any(1).nonzero().flatten().tolist()
-    assert set(touched) == set(columns.tokens.tolist()) | set(batch.tokens.tolist())
+    assert set(touched) == drawn | set(batch.tokens.tolist())
 
 
 def test_forward_on_all_columns_is_forward_without(runtime):

@@ -119,9 +119,9 @@ def test_loss_weights():
 def test_loss_weights_of_the_speedrun():
     """Two next tokens in the first three stages, then one."""
     plan = Schedule(PRESETS["speedrun"])
-    rows = [plan.stage(step).second for step in range(2340)]
-    assert rows == [0.42] * 696 + [0.3] * 580 + [0.12] * 348 + [0.0] * 716
-    assert plan.total_steps == 2340
+    rows = [plan.stage(step).second for step in range(2440)]
+    assert rows == [0.42] * 726 + [0.3] * 605 + [0.12] * 363 + [0.0] * 746
+    assert plan.total_steps == 2440
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])

@@ -122,7 +122,7 @@ def test_a_trace_gives_kernels_with_their_launches_or_outermost_operators(tmp_pa
 @pytest.mark.parametrize("max_seq_len", [48, 896, 4096])
 def test_random_rows_are_whole_documents(max_seq_len):
     random, config = np.random.default_rng(0), tiny_config()
-    batch = trace.random_batch(random, 4096, max_seq_len, config, False)
+    batch = trace.random_batch(random, 4096, max_seq_len, 1, config, False)
     lengths = batch.cu_seqlens.diff()
     assert batch.cu_seqlens[-1] == len(batch.tokens) == 4096 and lengths.max() <= max_seq_len
     starts = batch.cu_seqlens[:-1][lengths > 0].long()
@@ -281,8 +281,8 @@ def test_profile_on_the_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     tables = result.stdout.split("\nstage ")[1:]
     assert [text.split(";")[0] for text in tables] == [
-        "1 of 2: 1 x 64 tokens a process, Windows(short=8, long=16)",
-        "2 of 2: 1 x 64 tokens a process, Windows(short=16, long=32)",
+        "1 of 2: 1 x 64 tokens a process, 1 at once, Windows(short=8, long=16)",
+        "2 of 2: 1 x 64 tokens a process, 1 at once, Windows(short=16, long=32)",
     ]
     for number, text in enumerate(tables, 1):
         lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:])

@@ -1,5 +1,6 @@
 """Room 9 end to end: the script as a user starts it, on small streams and on the sample."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cpu_runtime, random_batch, tiny_config, trained_like, write_shard
+from conftest import (
+    ROOT,
+    cpu_runtime,
+    random_batch,
+    random_documents,
+    tiny_config,
+    trained_like,
+    write_shard,
+)
 
 from train_gpt import (
     GPT,
@@ -25,6 +34,7 @@ from train_gpt import (
     Config,
     Optimizer,
     Schedule,
+    Stage,
     Trainer,
     Windows,
     config_from_text,
@@ -276,15 +286,15 @@ def test_run_is_the_plain_loop(trained):
     optimizer = Optimizer(model, config, cpu_runtime())
     first, second, last = *config.stages, config.extension[0]
     stages = [first] * 12 + [second] * 12 + [last] * 2
-    shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages for _ in "ab"]
-    rows = training_rows(config, cpu_runtime(), shapes)
+    shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages]
+    rows = training_rows(dataclasses.replace(config, tokens_per_pass=1), cpu_runtime(), shapes)
     schedule, losses = Schedule(config), []
     for step, stage in enumerate(stages):
         weights = torch.tensor([[1, 0.25], [1, 0.15], [1.0, 0]][step // 12])
         windows = Windows(stage.window_short, stage.window_long)
         losses.append(0.0)
-        for _ in "ab":
-            loss, next_token_loss = model(next(rows), windows, weights)
+        for row in next(rows):  # computed at once there
+            loss, next_token_loss = model(row, windows, weights)
             (loss / 2).backward()
             model.ngrams.gather(*model.ngrams.left)
             losses[-1] += next_token_loss.item() / stage.tokens_per_step
@@ -359,6 +369,29 @@ def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weigh
         assert trainer.micro_step(batch, step).item() == plain.item()
         for name, param in model.named_parameters():
             torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_at_once_are_rows_in_turn(tmp_path, runtime):
+    """A pass of several rows, with columns drawn for each and keys that come from the token before,
+    has the loss, the gradients and the n-grams of passes of one row: a row knows of no other."""
+    tokens = random_documents(1, [5, 40, 90, 61, 8, 33, 70, 48] * 2, num_ids=300)
+    files = {"train_files": str(write_shard(tmp_path / "train.bin", tokens))}
+    stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 512),)
+    kinds = {"ngram_orders": (2, 3), "ngram_dim": 16, "stages": stages, "tokens_per_draw": 48}
+    results = []
+    for tokens_per_pass, count in ((64, 4), (128, 2), (191, 2), (10_000, 1)):
+        config = tiny_config(**files, **kinds, tokens_per_pass=tokens_per_pass)
+        model = trained_like(config, runtime)
+        trainer = Trainer(model, runtime)
+        (rows,) = training_rows(config, runtime, [(64, 48)])
+        assert [batch.rows for batch in rows] == [4 // count] * count
+        loss = sum(trainer.micro_step(batch, 0) for batch in rows)
+        found = model.ngrams.rows[:512], model.ngrams.grads[:512]
+        results.append([loss, *found, *(param.grad for param in model.parameters())])
+    for result in results[1:]:
+        for value, expected in zip(result, results[0], strict=True):
+            assert expected.any()
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
 # Failures ----------------------------------------------------------------------------------------
@@ -444,6 +477,27 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.1)
+
+
+OUT_OF_MEMORY = """
+import sys
+sys.path.insert(0, ROOT)
+import torch
+import train_gpt
+def compute(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB. GPU 0 has")
+train_gpt.Trainer.compute = compute
+sys.exit(train_gpt.main())
+"""
+
+
+def test_too_little_memory_has_a_remedy(data, tmp_path):
+    (script := tmp_path / "script.py").write_text(OUT_OF_MEMORY.replace("ROOT", repr(str(ROOT))))
+    result = run(data, script=script, tokens_per_pass=512)
+    assert result.returncode == 1
+    found = "CUDA out of memory: lower --tokens_per_pass 512, or raise --rows_per_step"
+    assert result.stderr.splitlines()[-1] == f"error: {found}"
+    assert found in log_of(data)[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -47,8 +47,8 @@ def main() -> int:
 
     def note_rows(items, depth):
         for item in ahead(items, depth):
-            if isinstance(item, train_gpt.Batch):  # and not a shard
-                seen["rows"].append(row_of(item))
+            if isinstance(item, list):  # of a step, and not a shard
+                seen["rows"] += map(row_of, item)
             yield item
 
     def note_loss(self, step, loss):
