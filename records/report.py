@@ -511,7 +511,9 @@ def draw_history(records: list[Record], path: Path) -> None:
         for (number, record), day, mean in zip(members, days, means):
             run = record.first
             unfinished = "" if run.finished else ", unfinished"
-            beside = {"xytext": (7, 0), "ha": "left", "va": "center"}  # days may be few
+            # days may be few, and what is joined may be near
+            x, side = (7, "left") if record is members[-1][1] else (-7, "right")
+            beside = {"xytext": (x, 0), "ha": side, "va": "center"}
             beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
             label_point(axes, (day, mean), f"{number}: {mean:.1f} s{unfinished}", **beside)
     label = f"public record on 8 × H100: {PUBLIC_SECONDS} s"
