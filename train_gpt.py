@@ -2728,7 +2728,7 @@ class Trainer:
                     self.capture(batch, last)
                 for update in range(2):  # an even and an odd one, so that every update runs
                     self.run_step(last, [batch], update)
-            report(f"{len(self.graphs)} graphs and the updates")
+            report("graphs and updates" if self.uses_graphs else "updates")
             with torch.no_grad():
                 batch = random_batch(config.val_row_tokens, config.val_row_tokens, 1)
                 self.model(to_device(batch, self.runtime.device), schedule.windows(last))
