@@ -1339,8 +1339,8 @@ class HeadLoss(torch.autograd.Function):
 class Columns(NamedTuple):
     """The part of the vocabulary that the loss of some tokens is computed on."""
 
-    tokens: Tensor  # (columns,) int64, each once
-    offsets: Tensor  # (columns,) fp32, as head_loss takes them
+    tokens: Tensor | None  # (columns,) int64, each once; None for all
+    offsets: Tensor | None  # (columns,) fp32, as head_loss takes them
     targets: Tensor  # like those given, as places among the columns
 
 
@@ -1983,7 +1983,7 @@ class GPT(nn.Module):
         x = self.hidden(batch, windows, self.fp8)
         self.join()
         losses = []
-        for part, (tokens, offsets, places, fp8) in zip(x.split(sizes), drawn):
+        for part, ((tokens, offsets, places), fp8) in zip(x.split(sizes), drawn):
             head = self.head
             if columns:
                 place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
@@ -1992,12 +1992,12 @@ class GPT(nn.Module):
             losses.append(head_loss(part, head, places, loss_weights, fp8, offsets))
         return tuple(map(sum, zip(*losses)))
 
-    def draw(self, targets: Tensor, columns: int) -> tuple[Tensor | HeadFp8 | None, ...]:
+    def draw(self, targets: Tensor, count: int) -> tuple[Columns, HeadFp8 | None]:
         """Columns for the targets of a part of a row, and the head's rows for these in fp8."""
-        drawn = None, None, targets
-        if columns:
-            drawn = draw_columns(targets, self.proposal, columns)
-        return *drawn, self.fp8.head(drawn[0]) if self.fp8 else None
+        columns = Columns(None, None, targets)
+        if count:
+            columns = draw_columns(targets, self.proposal, count)
+        return columns, self.fp8.head(columns.tokens) if self.fp8 else None
 
 
 def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
@@ -2623,7 +2623,7 @@ class Progress:
                 math.isfinite(value),
                 f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
                 "lower --muon_lr or --adam_lr, check the data of --train_files, or raise the "
-                "columns of --stages if rows have more different targets than that",
+                "columns of --stages if --tokens_per_draw can have more different targets than that",
             )
             step_ms, self.last_time = 1000 * (now - self.last_time), now
             self.runtime.log.step(step + 1, value, now, step_ms)
