@@ -2623,7 +2623,7 @@ class Progress:
                 math.isfinite(value),
                 f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
                 "lower --muon_lr or --adam_lr, check the data of --train_files, or raise the "
-                "columns of --stages if --tokens_per_draw can have more different targets than that",
+                "columns of --stages if --tokens_per_draw has more different targets than that",
             )
             step_ms, self.last_time = 1000 * (now - self.last_time), now
             self.runtime.log.step(step + 1, value, now, step_ms)
