@@ -266,12 +266,12 @@ def rows_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]
         return train_gpt.training_rows(config, runtime, shapes)
     runtime.log.line(f"no file matches --train_files {config.train_files}: the rows are random")
 
-    def passes(shape: tuple[int, int]) -> list[Batch]:
+    def step(shape: tuple[int, int]) -> list[Batch]:
         count = config.rows_per_pass(shape[0], runtime.world_size)
-        steps = range(config.rows_per_step // (runtime.world_size * count))
-        return [random_batch(random, *shape, count, config, pin) for _ in steps]
+        passes = range(config.rows_per_step // (runtime.world_size * count))
+        return [random_batch(random, *shape, count, config, pin) for _ in passes]
 
-    return map(passes, shapes)
+    return map(step, shapes)
 
 
 def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
