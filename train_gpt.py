@@ -1982,11 +1982,10 @@ class GPT(nn.Module):
             drawn = [self.draw(part, columns) for part in terms.split(sizes)]
         x = self.hidden(batch, windows, self.fp8)
         self.join()
-        losses = []
+        losses, place = [], torch.arange(columns + 1, device=x.device)
         for part, ((tokens, offsets, places), fp8) in zip(x.split(sizes), drawn):
             head = self.head
-            if columns:
-                place = torch.arange(columns + 1, device=tokens.device)  # each is a run of its own
+            if columns:  # each is a run of its own
                 order = SortedRows(tokens, place[:-1], place, place[:-1], place[-1:])
                 (head,) = TableRows.apply(tokens, order, head)
             losses.append(head_loss(part, head, places, loss_weights, fp8, offsets))
@@ -2412,13 +2411,13 @@ def make_batch(
     """Batch of rows, T + 1 tokens and the positions where their documents start each; it has room
     for a document in min_mean_doc_len tokens, or for more if there are more."""
     tokens = np.stack([tokens for tokens, _ in rows])
-    length, num_tokens = tokens.shape[1] - 1, len(rows) * (tokens.shape[1] - 1)
+    inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int64)
+    length, num_tokens = inputs.shape[1], inputs.size
     starts = [starts[starts < length] + i * length for i, (_, starts) in enumerate(rows)]
     starts = np.concatenate(starts)
     room = max(num_tokens // min_mean_doc_len + 1, len(starts))
     cu_seqlens = np.full(room + 1, num_tokens, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
-    inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int64)
     batch = [torch.from_numpy(array) for array in (inputs.ravel(), targets.ravel(), cu_seqlens)]
     if pin:  # torch keeps pinned buffers and reuses one only when the copy out of it is done
         batch = [tensor.pin_memory() for tensor in batch]
@@ -2435,16 +2434,19 @@ def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterato
     """This rank's rows of every step, pass by pass: in each the ranks take what follows one
     another. shapes: (T, max_seq_len) of a row, for each step."""
     ranks, pin = runtime.world_size, runtime.device.type == "cuda"
+
+    def join(row: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate(row), np.cumsum([0, *map(len, row[:-1])])
+
     files, _ = find_train_files(config)
     # what is read twice could be foretold
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for num_tokens, max_seq_len in shapes:
         rows = [stream.next_row(num_tokens, max_seq_len) for _ in range(config.rows_per_step)]
-        rows = [(np.concatenate(row), np.cumsum([0, *map(len, row[:-1])])) for row in rows]
         count = config.rows_per_pass(num_tokens, ranks)
         firsts = range(runtime.rank * count, len(rows), ranks * count)
         how = max_seq_len, config.min_mean_doc_len, pin
-        yield [make_batch(rows[first : first + count], *how) for first in firsts]
+        yield [make_batch([*map(join, rows[first : first + count])], *how) for first in firsts]
 
 
 def read_proposal(config: Config) -> Tensor:
@@ -2500,7 +2502,7 @@ def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Itera
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     tensors = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
-    return batch._replace(**dict(zip(batch._fields, tensors)))
+    return Batch(*tensors, *batch[3:])
 
 
 # ==================================================================================================
@@ -2759,7 +2761,7 @@ def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
     own = torch.stack([torch.stack(part) for part in parts])
     everyone = own.new_empty(runtime.world_size, *own.shape)
     runtime.all_gather(everyone.flatten(0, 1), own)
-    stream = everyone.transpose(0, 1).flatten(0, 1)  # rows are dealt out in turn
+    stream = everyone.transpose(0, 1).flatten(0, 1)  # pass by pass, rank by rank
     begins = length * torch.arange(len(stream), device=stream.device)
     stream[:, 1] += begins.int()[:, None]
     stream = stream.transpose(0, 1).flatten(1)
