@@ -1179,9 +1179,12 @@ class Mlp(torch.autograd.Function):
 # --- Head -----------------------------------------------------------------------------------------
 
 
+CAP, CAP_SHIFT, CAP_SCALE = map(tl.constexpr, (23.0, 5.0, 7.5))
+
+
 def softcap(logits: Tensor) -> Tensor:
-    """Logits between 0 and 23, fp32."""
-    return 23 * torch.sigmoid((widen(logits) + 5) / 7.5)
+    """Logits between 0 and CAP, fp32."""
+    return CAP.value * torch.sigmoid((widen(logits) + CAP_SHIFT.value) / CAP_SCALE.value)
 
 
 def head_loss(
@@ -1206,8 +1209,8 @@ def head_loss(
 
 @triton.jit
 def _sigmoid_of_logits(logits, APPROXIMATE: tl.constexpr):
-    """softcap / 23; APPROXIMATE: by the GPU's own tanh, with an error of 2^-11."""
-    x = (logits.to(tl.float32) + 5) * (0.5 / 7.5)
+    """softcap / CAP; APPROXIMATE: by the GPU's own tanh, with an error of 2^-11."""
+    x = (logits.to(tl.float32) + CAP_SHIFT) * (0.5 / CAP_SCALE)
     if APPROXIMATE:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -1223,8 +1226,8 @@ def _lse_kernel(logits, offsets, lse, vocab, APPROXIMATE: tl.constexpr, BLOCK: t
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         tile = tl.load(logits + row * vocab + column, mask=column < vocab, other=0.0)
-        # The sum of 50,000 times e^23 at most: fp32 needs no maximum taken out.
-        tile = 23 * _sigmoid_of_logits(tile, APPROXIMATE)
+        # The sum of 50,000 times e^CAP at most: fp32 needs no maximum taken out.
+        tile = CAP * _sigmoid_of_logits(tile, APPROXIMATE)
         if offsets is not None:
             tile += tl.load(offsets + column, mask=column < vocab, other=0.0)
         tile = tl.exp(tile)
@@ -1252,11 +1255,11 @@ def _logits_gradient_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = row < num_rows
     inside = real[:, None] & (column < vocab)[None, :]
-    scale = _sum_weights(targets, weights, row, real, TERMS) * (23 / 7.5) / tl.load(unit)
+    scale = _sum_weights(targets, weights, row, real, TERMS) * (CAP / CAP_SCALE) / tl.load(unit)
     shift = tl.load(lse + row, mask=real, other=0.0)
     tile = tl.load(logits + row[:, None] * vocab + column[None, :], mask=inside, other=0.0)
     tile = _sigmoid_of_logits(tile, APPROXIMATE)
-    tile = tl.exp2(tile * (23 * LOG2_E) - (shift * LOG2_E)[:, None]) * (tile - tile * tile)
+    tile = tl.exp2(tile * (CAP * LOG2_E) - (shift * LOG2_E)[:, None]) * (tile - tile * tile)
     if offsets is not None:
         tile *= tl.exp(tl.load(offsets + column, mask=column < vocab, other=0.0))[None, :]
     tile *= scale[:, None]
@@ -1282,18 +1285,18 @@ def _targets_kernel(
         scored = target >= 0
         tile = tl.load(logits + row * vocab + target, mask=scored, other=0.0)
         tile = _sigmoid_of_logits(tile, APPROXIMATE)
-        loss = tl.where(scored, shift - 23 * tile, 0.0)
+        loss = tl.where(scored, shift - CAP * tile, 0.0)
         if term == 0:
             tl.store(losses + num_rows + row, loss, mask=real)
         weighted += tl.load(weights + term) * loss
-        likely = 23 * tile - shift
+        likely = CAP * tile - shift
         if offsets is not None:
             likely += tl.load(offsets + target, mask=scored, other=0.0)
         values = all_weights * tl.exp(likely)
         for other in tl.static_range(TERMS):  # two terms may have the same target
             same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
             values -= tl.where(same, tl.load(weights + other), 0.0)
-        values = values * (23 / 7.5) / tl.load(unit) * tile * (1 - tile)
+        values = values * (CAP / CAP_SCALE) / tl.load(unit) * tile * (1 - tile)
         values = values.to(grad.dtype.element_ty)
         tl.store(grad + row * vocab + target, values, mask=scored)
         tl.store(grad_t + target * num_rows + row, values, mask=scored)
