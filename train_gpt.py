@@ -934,35 +934,36 @@ def prepare_qkv(
 
 
 @triton.jit
-def _load_halves(pointer, offsets, mask, HALF: tl.constexpr):
-    """The half of a head that rotary turns and the one that stays, (tokens, HALF) fp32."""
-    turned = tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    return turned, tl.load(pointer + HALF + offsets, mask=mask, other=0.0).to(tl.float32)
+def _load_head(pointer, row, stride, column, mask):
+    """Columns of a head for some tokens, (tokens, HEAD_DIM) fp32."""
+    return tl.load(pointer + row * stride + column, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _turn(x, cos, sin, TILE: tl.constexpr, HALF: tl.constexpr):
-    """x (TILE, HALF) with adjacent pairs turned; loads stay 16 bytes wide this way."""
-    even, odd = tl.split(tl.reshape(x, (TILE, HALF // 2, 2)))
-    pairs = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    return tl.reshape(pairs, (TILE, HALF))
+def _turn(x, cos, sin, row, mask, SIGN: tl.constexpr):
+    """x (tokens, HEAD_DIM) with adjacent pairs in the first half of the head turned."""
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    pair = tl.arange(0, PAIRS)[None, :]
+    angles, turns = row * (PAIRS // 2) + pair, mask & (pair < PAIRS // 2)
+    cos_tile = tl.load(cos + angles, mask=turns, other=1.0)
+    sin_tile = SIGN * tl.load(sin + angles, mask=turns, other=0.0)
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS, 2)))
+    pairs = tl.join(even * cos_tile - odd * sin_tile, even * sin_tile + odd * cos_tile)
+    return tl.reshape(pairs, x.shape)
 
 
 @triton.jit
-def _norm_factor(turned, still):
-    """What takes the halves of a head to its RMS norm, (tokens, 1)."""
-    mean = (tl.sum(turned * turned, 1) + tl.sum(still * still, 1)) / (2 * turned.shape[1])
-    return tl.rsqrt(mean + EPS)[:, None]
+def _norm_factor(x):
+    """What takes heads to their RMS norm, (tokens, 1)."""
+    return tl.rsqrt(tl.sum(x * x, 1) / x.shape[1] + EPS)[:, None]
 
 
 @triton.jit
-def _norm_gradient(d_turned, d_still, turned, still, gain):
-    """Gradient, times gain, of the halves of a head from that of their RMS norm."""
-    factor = _norm_factor(turned, still)
-    turned, still = turned * factor, still * factor
-    along = (tl.sum(d_turned * turned, 1) + tl.sum(d_still * still, 1)) / (2 * turned.shape[1])
-    along, factor = along[:, None], gain * factor
-    return factor * (d_turned - turned * along), factor * (d_still - still * along)
+def _norm_gradient(grad, x):
+    """Gradient of heads from that of their RMS norm."""
+    factor = _norm_factor(x)
+    x *= factor
+    return factor * (grad - x * (tl.sum(grad * x, 1) / x.shape[1])[:, None])
 
 
 @triton.jit
@@ -971,46 +972,35 @@ def _prepare_qkv_kernel(
     KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
-    HALF: tl.constexpr = HEAD_DIM // 2
-    head = tl.program_id(0)
-    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask, row = (tokens < num_tokens)[:, None], tokens[:, None]
-    columns = head * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    v_tile = tl.load(qkv + row * (3 * DIM) + 2 * DIM + columns, mask=mask, other=0.0).to(tl.float32)
+    row = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
+    part = tl.arange(0, HEAD_DIM)[None, :]
+    mask, column = row < num_tokens, tl.program_id(0) * HEAD_DIM + part
+    out = row * DIM + column
+    tile = _load_head(qkv, row, 3 * DIM, 2 * DIM + column, mask)
     if value is not None:
-        v_tile += tl.load(value + row * DIM + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(v + row * DIM + columns, v_tile, mask=mask)
-
-    columns = head * HEAD_DIM + tl.arange(0, HALF)[None, :]
-    inputs, outputs = row * (3 * DIM) + columns, row * DIM + columns
-    q_turned, q_still = _load_halves(qkv, inputs, mask, HALF)
-    k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
-    angles = row * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
-    cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
-    sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
-    norm = _norm_factor(q_turned, q_still)
-    tl.store(q + outputs, _turn(norm * q_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
-    tl.store(q + outputs + HALF, norm * q_still, mask=mask)
-    norm = _norm_factor(k_turned, k_still)
-    tl.store(k + outputs, _turn(norm * k_turned, cos_tile, sin_tile, TILE, HALF), mask=mask)
+        tile += _load_head(value, row, DIM, column, mask)
+    tl.store(v + out, tile, mask=mask)
+    tile = _load_head(qkv, row, 3 * DIM, column, mask)
+    tile *= _norm_factor(tile)
+    tl.store(q + out, _turn(tile, cos, sin, row, mask, 1), mask=mask)
+    tile = _load_head(qkv, row, 3 * DIM, DIM + column, mask)
+    tile *= _norm_factor(tile)
     if KEY_OFFSET:
-        inputs = tl.where(row % length == 0, row, row - 1) * (3 * DIM) + columns
-        k_turned, k_still = _load_halves(qkv + DIM, inputs, mask, HALF)
-        norm = _norm_factor(k_turned, k_still)
-    tl.store(k + outputs + HALF, norm * k_still, mask=mask)
+        before = tl.where(row % length == 0, row, row - 1)
+        earlier = _load_head(qkv, before, 3 * DIM, DIM + column, mask)
+        tile = tl.where(part < HEAD_DIM // 2, tile, earlier * _norm_factor(earlier))
+    tl.store(k + out, _turn(tile, cos, sin, row, mask, 1), mask=mask)
 
 
 @triton.jit
-def _store_gradient(turned, still, column, target, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
-    """Write the halves of a head both ways round. Gives the largest of every token."""
+def _store_gradient(tile, column, target, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
+    """Write columns of a head both ways round. Gives the largest."""
     dqkv, dqkv_t, row, mask, num_tokens = target
-    for half in tl.static_range(2):
-        at, tile = column + half * turned.shape[1], still if half else turned
-        tile = tl.clamp(tile, -LIMIT, LIMIT)
-        at_t = tl.trans(at) * num_tokens + tl.trans(row)
-        tl.store(dqkv_t + at_t, _transposed(tile, dqkv_t), mask=tl.trans(mask))
-        tl.store(dqkv + row * WIDTH + at, tile.to(dqkv.dtype.element_ty), mask=mask)
-    return tl.max(tl.maximum(tl.abs(turned), tl.abs(still)), 1)
+    values = tl.clamp(tile, -LIMIT, LIMIT)
+    tl.store(dqkv + row * WIDTH + column, values.to(dqkv.dtype.element_ty), mask=mask)
+    at_t = tl.trans(column) * num_tokens + tl.trans(row)
+    tl.store(dqkv_t + at_t, _transposed(values, dqkv_t), mask=tl.trans(mask))
+    return tl.max(tl.abs(tile))
 
 
 @triton.jit
@@ -1020,37 +1010,25 @@ def _prepare_qkv_backward_kernel(
     TILE: tl.constexpr,
 ):  # fmt: skip
     DIM: tl.constexpr = HEADS * HEAD_DIM
-    HALF: tl.constexpr = HEAD_DIM // 2
-    head = tl.program_id(0)
-    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask, row = (tokens < num_tokens)[:, None], tokens[:, None]
-    inverse = 1 / tl.load(unit)
-    column = head * HEAD_DIM + tl.arange(0, HALF)[None, :]
-    target = dqkv, dqkv_t, row, mask, num_tokens
-    grads, inputs = row * DIM + column, row * (3 * DIM) + column
-    low, high = _load_halves(dv, grads, mask, HALF)
-    column_v = 2 * DIM + column
-    largest_v = _store_gradient(inverse * low, inverse * high, column_v, target, 3 * DIM, LIMIT)
-
-    angles = row * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
-    cos_tile = tl.load(cos + angles, mask=mask, other=0.0)
-    sin_tile = tl.load(sin + angles, mask=mask, other=0.0)
-    d_turned, d_still = _load_halves(dq, grads, mask, HALF)
-    turned, still = _load_halves(qkv, inputs, mask, HALF)
-    d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
-    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, inverse)
-    largest_q = _store_gradient(d_turned, d_still, column, target, 3 * DIM, LIMIT)
-    d_turned, d_still = _load_halves(dk, grads, mask, HALF)
+    row = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
+    part = tl.arange(0, HEAD_DIM)[None, :]
+    mask, column = row < num_tokens, tl.program_id(0) * HEAD_DIM + part
+    inverse, target = 1 / tl.load(unit), (dqkv, dqkv_t, row, mask, num_tokens)
+    grad = inverse * _load_head(dv, row, DIM, column, mask)
+    top = _store_gradient(grad, 2 * DIM + column, target, 3 * DIM, LIMIT)
+    grad = _turn(inverse * _load_head(dq, row, DIM, column, mask), cos, sin, row, mask, -1)
+    grad = _norm_gradient(grad, _load_head(qkv, row, 3 * DIM, column, mask))
+    top = tl.maximum(top, _store_gradient(grad, column, target, 3 * DIM, LIMIT))
+    grad = inverse * _load_head(dk, row, DIM, column, mask)
     if KEY_OFFSET:  # the still half went to the next token, the first one's to itself too
-        d_still = tl.where(row % length == 0, d_still, 0.0)
-        follows = mask & ((row + 1) % length > 0)
-        d_still += tl.load(dk + grads + DIM + HALF, mask=follows, other=0.0).to(tl.float32)
-    turned, still = _load_halves(qkv + DIM, inputs, mask, HALF)
-    d_turned = _turn(d_turned, cos_tile, -sin_tile, TILE, HALF)
-    d_turned, d_still = _norm_gradient(d_turned, d_still, turned, still, inverse)
-    largest_k = _store_gradient(d_turned, d_still, DIM + column, target, 3 * DIM, LIMIT)
-    largest_here = tl.max(tl.maximum(tl.maximum(largest_q, largest_k), largest_v))
-    tl.atomic_max(largest, largest_here * tl.load(unit))
+        still = part >= HEAD_DIM // 2
+        grad = tl.where(still & (row % length > 0), 0.0, grad)
+        follows = mask & still & ((row + 1) % length > 0)
+        grad += inverse * _load_head(dk, row + 1, DIM, column, follows)
+    grad = _turn(grad, cos, sin, row, mask, -1)
+    grad = _norm_gradient(grad, _load_head(qkv, row, 3 * DIM, DIM + column, mask))
+    top = tl.maximum(top, _store_gradient(grad, DIM + column, target, 3 * DIM, LIMIT))
+    tl.atomic_max(largest, top * tl.load(unit))
 
 
 class PrepareQkv(torch.autograd.Function):
@@ -1078,11 +1056,10 @@ class PrepareQkv(torch.autograd.Function):
         (qkv, cos, sin), fp8 = ctx.saved_tensors, ctx.fp8
         num_tokens, heads, head_dim = grads[0].shape
         dqkv = fp8_empty(qkv.shape, fp8.unit_grad)
-        # a row of a transposed tile is two sectors of memory
-        _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 64)](
+        # a row of a transposed tile is a sector of memory
+        _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 32)](
             *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, ctx.key_offset,
-            heads, head_dim, ctx.key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=64,
-            num_warps=8,
+            heads, head_dim, ctx.key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=32,
         )  # fmt: skip
         dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, fp8.x.T)
         d_value = grads[2].flatten(1) if ctx.has_value else None
