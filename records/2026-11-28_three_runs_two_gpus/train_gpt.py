@@ -1,0 +1,3047 @@
+"""Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
+
+Claim:   none on 8 x H100 and FineWeb yet. On 2 x H100 and the proxy corpus: validation loss 3.3712
+         after 580 + 10 steps, 33.2 s, two runs, 2026-11-24,
+         records/2026-11-24_rows_at_once_two_gpus.
+Launch:  ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
+Rooms:   1 this claim, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
+         7 data, 8 schedule, 9 train and validate, 10 command line. Later rooms call earlier ones.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import glob
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import signal
+import sys
+import time
+import traceback
+import typing
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from tqdm import tqdm
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# ==================================================================================================
+# 2. Config and tables
+# ==================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+START_TOKEN = 50256  # GPT-2's <|endoftext|>; it begins every document
+IGNORED_TARGET = -1  # a target that is not scored: padding behind the last validation token
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the file or option and the remedy."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the schedule. Sizes are in tokens."""
+
+    share: float  # of num_steps
+    tokens_per_step: int  # over all GPUs and micro-steps
+    max_seq_len: int  # longer documents are cut
+    window_short: int  # how many earlier tokens a query sees
+    window_long: int
+    lr: float  # multiplier
+    second: float  # loss weight of the token after the next one
+    columns: int  # of the vocabulary that the loss of tokens_per_draw is computed on; 0: all
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of the layer plan. Layers are named by their number, from 0."""
+
+    window: str  # short or long (with the partial key offset)
+    value_table: int | None  # value embedding added to v
+    ngrams: bool  # the n-grams enter the stream again
+    attend_from: int | None  # attention reads the output of that earlier layer
+
+
+# fmt: off
+SPEEDRUN_STAGES = (
+    #     share tokens  seq_len  short  long    lr    second columns
+    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42,  6_656),
+    Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  5_888),
+    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12,  7_168),
+    Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,   8_192),
+    Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  12_800),
+)
+SPEEDRUN_EXTENSION = (  # after num_steps: longer windows at the final learning rate
+    Stage(1.0,  262_144,   2048,   768, 1664, 1.52, 0.0,  0),
+)
+SPEEDRUN_LAYERS = (
+    #     window   value  ngrams  attend_from
+    Layer("short", 0,     False,  None),  # 0
+    Layer("short", 1,     False,  None),  # 1
+    Layer("long",  None,  True,   None),  # 2
+    Layer("short", None,  True,   None),  # 3
+    Layer("short", 2,     False,  3),     # 4
+    Layer("short", 3,     False,  3),     # 5
+    Layer("long",  4,     True,   3),     # 6, with the dynamic skips
+)
+TINY_STAGES = (
+    Stage(1 / 2,  1_024,    256,    64,  128, 1.00, 0.1,  0),
+    Stage(1 / 2,  1_024,    512,   128,  256, 1.00, 0.0,  0),
+)
+TINY_EXTENSION = (
+    Stage(1.0,    1_024,    512,   128,  512, 1.00, 0.0,  0),
+)
+TINY_LAYERS = (
+    #     window   value  ngrams  attend_from
+    Layer("short", 0,     False,  None),  # 0
+    Layer("long",  None,  True,   None),  # 1
+    Layer("short", None,  False,  None),  # 2
+    Layer("short", None,  True,   None),  # 3
+    Layer("long",  1,     True,   3),     # 4
+)
+
+# What an MLP makes for the last layer, a coefficient a token each, name: start. "first" is the
+# stream entering layer 0, "attend" the output of the layer in attend_from (3), "last" the stream
+# entering the last layer.
+LAST_LAYER_GATES = {
+    "value": 2.0,  # on the value embedding
+    "x_first": 0.0,  # the residual stream before the layer
+    "x_attend": 0.0,
+    "x_last": 1.0,
+    "residual": math.sqrt(1.1),  # in place of the learned scalars of the other layers
+    "project": 0.5,
+    "first": 0.0,
+    "ngrams": 0.05,
+    "mlp_residual": math.sqrt(1.1),
+    "mlp_project": 1.0,
+}
+GATE_SCALE = 0.1  # of the MLP's outputs
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. A field is an option (--num_steps 100), its comment the help."""
+
+    # Data
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # training shards, a glob pattern
+    val_file: str = "data/fineweb10B/fineweb_val_000000.bin"  # validation shard
+    val_tokens: int = 10_485_760  # targets scored, from the start of val_file
+    repeat_data: bool = False  # start over when the training shards run out
+    min_mean_doc_len: int = 224  # rows of shorter documents, on average, run without a CUDA graph
+    # Model
+    layers: tuple[Layer, ...] = SPEEDRUN_LAYERS  # layer plan, rows of the fields of Layer
+    model_dim: int = 768  # width of the residual stream
+    num_heads: int = 4  # attention heads
+    head_dim: int = 128  # width of an attention head
+    mlp_dim: int = 3840  # hidden width of the MLP
+    vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
+    gate_dim: int = 64  # hidden width of the MLP of the last layer's gates
+    ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
+    ngram_rows: int = 2**22  # of each length; with 768 columns 6.02 GiB a GPU
+    ngram_dim: int = 768  # columns of these rows; each length has its own of the stream
+    match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
+    match_slots: int = 2**28  # of the table of each length, 4 bytes each, a power of two
+    match_shards: int = 0  # of train_files, the last ones: matches hold them from the start
+    attention_scale: float = 0.1  # factor on q.k before the softmax
+    dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
+    # Schedule
+    num_steps: int = 2420  # scheduled steps; the learning rate reaches its end here
+    stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # rows of the fields of Stage
+    extension_steps: int = 20  # steps after the scheduled ones, at the final learning rate
+    extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
+    final_window_long: int = 2560  # long window of the final validation
+    rows_per_step: int = 8  # rows a step is cut in, shared out over the GPUs
+    tokens_per_pass: int = 131_072  # a GPU computes as many of its rows at once, at least one
+    tokens_per_draw: int = 8192  # of a row, for which the columns of stages are drawn
+    stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
+    # Optimizer
+    muon_lr: float = 0.023  # NorMuon, all attention and MLP matrices
+    muon_weight_decay: float = 0.6  # times lr²; cautious
+    muon_beta2: float = 0.9  # decay of NorMuon's running mean squares
+    momentum_start: float = 0.85  # Muon momentum at the first and the last step
+    momentum_peak: float = 0.95  # and in between
+    momentum_warmup_steps: int = 300  # steps from start to peak
+    momentum_cooldown_steps: int = 50  # steps back at the end
+    adam_lr: float = 0.008  # Adam, embeddings and gates
+    adam_weight_decay: float = 0.005  # times lr²; cautious
+    adam_eps: float = 1e-10  # added to the root of Adam's second moment, and of n-grams' Adagrad
+    ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a value row is 2.9
+    lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
+    lr_end: float = 0.25  # learning rate multiplier at num_steps
+    # Run
+    seed: int = 1337  # of the initial weights
+    val_every: int = 250  # steps between validations; 0: only the final one
+    val_row_tokens: int = 32_768  # tokens of one validation row
+    fp8: bool = True  # QKV, MLP and head by kernels in fp8 where the GPU has it
+    cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
+    log_dir: str = "logs"  # where <run id>.txt, .json and .png go
+    checkpoint: str = ""  # file the final weights are written to
+
+    @property
+    def attention_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return round_up(self.vocab_size, 128)
+
+    @property
+    def num_value_tables(self) -> int:
+        return len({row.value_table for row in self.layers} - {None})
+
+    def rows_per_pass(self, num_tokens: int, world_size: int) -> int:
+        """How many rows of as many tokens a GPU computes at once: a divisor of those it has."""
+        own, most = self.rows_per_step // world_size, max(1, self.tokens_per_pass // num_tokens)
+        return max(count for count in range(1, own + 1) if own % count == 0 and count <= most)
+
+
+# fmt: off
+PRESETS = {
+    "speedrun": Config(),
+    "matching": Config(
+        match_orders=(2, 3, 4, 5, 6, 8, 12, 16, 24), match_shards=2,
+        ngram_orders=(2, 3, 4), ngram_rows=2**23, ngram_dim=256,
+    ),
+    "tiny": Config(
+        train_files="data/sample/sample_train_*.bin", val_file="data/sample/sample_val_*.bin",
+        val_tokens=16_384, repeat_data=True, min_mean_doc_len=8,
+        layers=TINY_LAYERS, model_dim=64, num_heads=2, head_dim=16, mlp_dim=256, gate_dim=16,
+        ngram_rows=4096, ngram_dim=64, dtype="float32",
+        num_steps=80, stages=TINY_STAGES, extension_steps=4, extension=TINY_EXTENSION,
+        final_window_long=512, rows_per_step=2, momentum_warmup_steps=25,
+        momentum_cooldown_steps=10, val_every=40, val_row_tokens=512, ngram_lr=30.0,
+        adam_lr=0.035,  # few tokens, each of them often; at 0.07 the loss leapt and stayed there
+    ),
+}
+# fmt: on
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+# fmt: off
+def check_config(config: Config, world_size: int) -> None:
+    """Raise UserError for values that cannot work together."""
+    c, rows, vocab = config, config.rows_per_step, config.padded_vocab_size
+    positive = ("num_steps rows_per_step tokens_per_pass tokens_per_draw final_window_long "
+                "momentum_warmup_steps val_tokens val_row_tokens min_mean_doc_len model_dim "
+                "num_heads head_dim mlp_dim gate_dim ngram_rows ngram_dim")
+    not_negative = ("extension_steps stop_step val_every momentum_cooldown_steps ngram_lr "
+                    "match_shards")
+    for name in positive.split():
+        require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
+    for name in not_negative.split():
+        require(getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must not be negative")
+    require(0 <= c.lr_decay_start < 1,
+            f"--lr_decay_start {c.lr_decay_start} must be a share of num_steps below 1")
+    require(rows % world_size == 0,
+            f"--rows_per_step {rows} is not divisible by the {world_size} processes: start 1, 2, 4 "
+            f"or 8 of them, or pass --rows_per_step {round_up(rows, world_size)}")
+    for option, stages in ("--stages", c.stages), ("--extension", c.extension):
+        require(len(stages) > 0, f"{option} has no row: give at least one")
+        shares = sum(stage.share for stage in stages)
+        require(abs(shares - 1) < 1e-6,
+                f"{option}: the shares add up to {shares:g}: make them add up to 1")
+        for stage in stages:
+            require(stage.tokens_per_step % (16 * rows) == 0,
+                    f"{option}: {stage.tokens_per_step} tokens a step do not make {rows} rows of a "
+                    "multiple of 16 tokens: change them or --rows_per_step")
+            require(min(dataclasses.astuple(stage)[:6]) > 0,
+                    f"{option}: share, tokens, max_seq_len, windows and lr must be > 0: {stage}")
+            require(stage.columns in range(0, vocab + 1, 16),
+                    f"{option}: {stage.columns} columns: take 0, for all, or 16, 32, … to {vocab}")
+    require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
+    require(c.head_dim % 8 == 0, f"--head_dim {c.head_dim} is no multiple of 8")
+    require(c.num_heads % 2 == 0,  # Muon takes query and key heads in pairs
+            f"--num_heads {c.num_heads} must be even")
+    check_layers(c.layers)
+    for name in ("match_orders", "ngram_orders"):
+        orders = getattr(c, name)
+        require(orders == tuple(sorted({*orders} & {*range(1, 32)})),
+                f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order")
+    require(c.match_slots > 0 and c.match_slots.bit_count() == 1,
+            f"--match_slots {c.match_slots} is no power of two")
+    count, lengths = len(c.ngram_orders), "one for each of --ngram_orders"
+    require(count > 0, "--ngram_orders none: give at least one length, as 2")
+    require(c.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
+    require(count * c.ngram_dim <= c.model_dim,
+            f"--ngram_dim {c.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
+            f"{c.model_dim}: take less")
+    require(count * c.ngram_rows < 2**31,
+            f"--ngram_rows {c.ngram_rows}: {count} of them, {lengths}, must be below 2^31")
+    require(c.vocab_size > START_TOKEN,
+            f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
+    require(c.dtype in ("bfloat16", "float32"),
+            f"--dtype {c.dtype!r} is not one of bfloat16, float32")
+    require(c.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
+    require(c.match_orders or not c.match_shards,
+            f"--match_shards {c.match_shards} goes with --match_orders: give some, as 3:4:6")
+
+
+def check_layers(layers: tuple[Layer, ...]) -> None:
+    """The shape that GPT.hidden expects of a plan."""
+    require(len(layers) > 0, "--layers has no row: give at least one")
+    last, attended = layers[-1], {row.attend_from for row in layers} - {None}
+    for i, row in enumerate(layers):
+        require(row.window in ("short", "long"),
+                f"--layers: window {row.window!r} is neither short nor long")
+        require(row.attend_from is None or 0 <= row.attend_from < i,
+                f"--layers: attend_from of layer {i} names {row.attend_from}, no earlier one")
+    tables = sorted({row.value_table for row in layers} - {None})
+    require(len(tables) > 0 and tables == [*range(len(tables))],
+            f"--layers: value tables {tables} are not numbered 0, 1, 2, … in a row")
+    require(len(attended) == 1, f"--layers: attend_from names {len(attended)} layers, not one")
+    complete = last.ngrams and last.value_table is not None and last.attend_from is not None
+    require(last.window == "long" and complete,
+            "--layers: the last one must be long, with value table, ngrams and attend_from")
+# fmt: on
+
+
+# ==================================================================================================
+# 3. Runtime and log
+# ==================================================================================================
+
+
+class Log:
+    """Writes the run down as it goes: <run id>.txt line by line, <run id>.json at the end.
+
+    Only the main rank has one that writes; on the others every method does nothing.
+    """
+
+    def __init__(self, folder: str | None, run_id: str = ""):
+        self.path = self.file = None
+        self.data: dict = {"run_id": run_id, "steps": [], "validations": []}
+        if folder is not None:
+            self.path = Path(folder, f"{run_id}.txt")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.open("w", encoding="utf-8", buffering=1)  # a line at a time
+            except OSError as error:
+                raise UserError(
+                    f"--log_dir {folder}: cannot write there ({error}): choose another"
+                ) from None
+
+    def line(self, text: str, screen: bool = True) -> None:
+        if self.file is not None:
+            self.file.write(text + "\n")
+            if screen:
+                tqdm.write(text)  # leaves a progress bar below the text
+
+    def step(self, step: int, train_loss: float, train_time: float, step_ms: float) -> None:
+        """Times in seconds since the clock started, and milliseconds for this step."""
+        row = {"step": step, "train_loss": train_loss, "train_time_s": train_time}
+        self.data["steps"].append(row | {"step_ms": step_ms})
+        loss_and_time = f"train_loss {train_loss:.4f} train_time {train_time:.3f} s"
+        self.line(f"step {step} {loss_and_time} step {step_ms:.1f} ms", screen=False)
+
+    def write_json(self) -> None:
+        if self.path is not None:
+            self.path.with_suffix(".json").write_text(json.dumps(self.data, indent=1))
+
+
+@dataclass
+class Runtime:
+    """Who this process is. Passed to whatever communicates, allocates or reports."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    log: Log
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_gather(self, everyone: Tensor, own: Tensor) -> None:
+        """Fill `everyone` with what each rank has, behind one another in the first dimension."""
+        if self.world_size > 1:
+            dist.all_gather_into_tensor(everyone, own)
+        else:
+            everyone.copy_(own)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def connect() -> dist.Store | None:
+    """The key-value store that torchrun's processes share; None for a process started alone."""
+    return next(dist.rendezvous("env://"))[0] if "WORLD_SIZE" in os.environ else None
+
+
+def speaks_for_error(store: dist.Store | None) -> bool:
+    """True on the first rank that asks: the one that tells the user what stopped the run."""
+    try:
+        return store is None or store.add("speedrun/errors", 1) == 1
+    except RuntimeError:  # the store is gone with the launcher, so somebody has spoken
+        return False
+
+
+def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
+    """Choose the device, join the other processes, open the log."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    check_config(config, world_size)
+    device, backend, options = torch.device("cpu"), "gloo", {}
+    if torch.cuda.is_available():
+        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        require(
+            local_rank < count,
+            f"process {local_rank} of this machine has no GPU: {count} are visible. Start as many "
+            "processes as GPUs (NPROC for run.sh, --nproc_per_node for torchrun)",
+        )
+        device = torch.device("cuda", local_rank)
+        backend, options = "nccl", {"device_id": device}
+        torch.cuda.set_device(device)
+        # flash-attn-4 keeps what it compiled on disk only if asked; its compiler warns of an
+        # argument left out here
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        warnings.filterwarnings("ignore", message="Argument aux_data")
+    else:
+        keep_freed_memory()
+    if store is not None:
+        # torch 2.13 has new names for the two collectives, which 2.11 does not know
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter|all_gather)")
+        options |= {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **options)
+    run_id = f"{datetime.now():%Y-%m-%d_%H%M%S}_{uuid.uuid4().hex[:8]}"
+    return Runtime(rank, world_size, device, Log(config.log_dir if rank == 0 else None, run_id))
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from giving large freed buffers back to the system: mapping the logits anew in
+    every step costs several times what computing them does."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have none
+        mallopt(-4, 0)  # M_MMAP_MAX: take large buffers from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and leave them there
+
+
+def describe_environment(runtime: Runtime) -> dict:
+    device, cuda = f"CPU {platform.machine()}", None
+    if runtime.device.type == "cuda":
+        device, cuda = torch.cuda.get_device_name(runtime.device), torch.version.cuda
+    return {
+        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": cuda,
+        "devices": device,
+        "world_size": runtime.world_size,
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+# ==================================================================================================
+# 4. Operations
+# ==================================================================================================
+#
+# A fused operation is one name with two bodies: kernels where has_kernels says so, those of QKV,
+# MLP and head in fp8 alone, and a few lines of plain PyTorch, which define it, elsewhere.
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # of every RMS norm, what F.rms_norm takes
+MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687  # a hash's
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels of this file run here: they are written for Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def compiled(function: Callable, dynamic: bool = False) -> Callable:
+    """The function by torch.compile where its first argument is on a GPU, as it is elsewhere. What
+    changes from step to step comes in tensors: another number would be compiled anew, and so would
+    another length, unless `dynamic`. One such function becomes part of another that calls it."""
+    how = {"fullgraph": True, "dynamic": dynamic}
+    compile_once = functools.cache(lambda: torch.compile(function, **how))
+
+    @functools.wraps(function)
+    def call(first: Tensor, *others: object) -> object:
+        as_it_is = torch.compiler.is_compiling() or not first.is_cuda
+        return (function if as_it_is else compile_once())(first, *others)
+
+    return call
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp32, or fp64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """x as the kernels read it, all dimensions adjacent: nearly always x itself."""
+    return None if x is None else x.contiguous()
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from one row of x to the next; a kernel takes the columns of a row as adjacent."""
+    assert x.stride(1) == 1 or x.size(1) == 1, f"columns {x.stride(1)} elements apart"
+    return x.stride(0)
+
+
+def mix(key: Tensor) -> Tensor:
+    """A round of a hash, int64: spreads what tells keys apart over the bits."""
+    key = key * MIX_1
+    return key ^ (key >> 29)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=EPS.value)
+
+
+# --- fp8 ------------------------------------------------------------------------------------------
+
+
+class Fp8(NamedTuple):
+    """A matrix in fp8. Products read rows of both factors, so what is multiplied from both sides is
+    kept both ways round."""
+
+    rows: Tensor
+    columns: Tensor  # its transpose
+    unit: Tensor  # what 1.0 stands for: fp32, padded to the 16 bytes at which cuBLAS wants it
+
+    @property
+    def T(self) -> "Fp8":
+        return Fp8(self.columns, self.rows, self.unit)
+
+
+def fp8_empty(shape: Sequence[int], unit: Tensor, dtype: torch.dtype | None = None) -> Fp8:
+    """Room for a matrix, or a batch of them with a unit each, in e4m3 unless it says otherwise."""
+    *batch, rows, columns = shape
+    shapes = shape, (*batch, columns, rows)
+    return Fp8(*(unit.new_empty(shape, dtype=dtype or E4M3) for shape in shapes), unit)
+
+
+def fp8_product(a: Fp8, b: Fp8) -> Tensor:
+    """a bᵀ in bf16 for a (rows, inner) and b (cols, inner)."""
+    return torch._scaled_mm(a.rows, b.rows.mT, a.unit[0], b.unit[0], out_dtype=torch.bfloat16)
+
+
+@triton.jit
+def _quantize_kernel(
+    x, unit, out, out_t, largest, num_rows, num_columns, matrix_stride, LIMIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
+    x += tl.program_id(2).to(tl.int64) * matrix_stride - matrix
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    at = matrix + row[:, None] * num_columns + column[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if largest is not None:
+        tl.atomic_max(largest, tl.max(tl.abs(values)))
+    values *= 1 / tl.load(unit + 4 * tl.program_id(2))
+    values = tl.clamp(values, -LIMIT, LIMIT).to(out.dtype.element_ty)
+    tl.store(out + at, values, mask=inside)
+    at_t = matrix + column[:, None] * num_rows + row[None, :]
+    tl.store(out_t + at_t, tl.trans(values), mask=tl.trans(inside))
+
+
+def quantize(x: Tensor, out: Fp8, largest: Tensor | None = None) -> Fp8:
+    """Write x to `out`, saturated; raise largest (1,) to that of |x|.
+
+    x: (rows, cols) with one unit (4,), or (batch, rows, cols), the first rows of larger matrices or
+    all, with units (batch, 4).
+    """
+    *batch, rows, columns = x.shape
+    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
+    x = x.flatten(-2) if batch else packed(x)  # a view
+    _quantize_kernel[grid](
+        x, out.unit, out.rows, out.columns, largest, rows, columns, x.stride(0),
+        LIMIT=torch.finfo(out.rows.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+class QkvFp8(NamedTuple):
+    """The factors of the QKV product, and what its gradient in fp8 takes."""
+
+    x: Fp8  # (T, dim)
+    w: Fp8  # (3 attention_dim, dim)
+    unit_grad: Tensor  # of the product
+    largest: Tensor  # (1,) of this gradient, seen since the last update
+
+
+class MlpFp8(NamedTuple):
+    """The input and the weights of an MLP, and what the rest in fp8 takes."""
+
+    x: Fp8  # (T, dim)
+    w_1: Fp8  # (hidden, dim)
+    w_2: Fp8
+    unit_square: Tensor
+    unit_grad: Tensor  # of the MLP's result
+    unit_hidden: Tensor  # of the gradient in front of relu
+    largest: Tensor  # (3,) of these, seen since the last update
+
+
+class HeadFp8(NamedTuple):
+    """The head, and the units of its input and of the gradient of the logits."""
+
+    weight: Fp8  # (vocab, dim)
+    unit_x: Tensor
+    unit_grad: Tensor
+
+
+class Fp8Copies:
+    """fp8 copies of the MLP bank and of the QKV rows, made anew after every update, and of the
+    head's rows for each draw of columns."""
+
+    def __init__(self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, num_layers: int):
+        self.num_layers, self.head_weight = num_layers, head.detach()
+        rows = attention_bank.size(1) // 4 * 3
+
+        def unit(value: float, *shape: int) -> Tensor:
+            return torch.full((*shape, 4), value, device=head.device)
+
+        banks = mlp_bank[: 2 * num_layers], attention_bank[:num_layers, :rows]
+        self.banks = [
+            (bank.detach(), fp8_empty(bank.shape, unit(1.0, len(bank)))) for bank in banks
+        ]
+        self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
+        # The others' units follow from the largest in the step before, with room to grow: of each
+        # layer's squares, gradients of its result, of what is in front of relu and of QKV.
+        self.units = unit(0.0, num_layers, 4)
+        self.largest = torch.zeros(num_layers, 4, device=head.device)
+        self.head_units = unit(1.6 / 448), unit(100 / 448), unit(0.75 / 448)
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first step: nothing is known of a layer's numbers yet."""
+        for units, guess in zip(self.units.unbind(1), (16.0, 2.0**-6, 2.0**-6, 2.0**-6)):
+            units.fill_(guess / 448)
+        self.largest.zero_()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
+        for bank, copy in self.banks:
+            largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
+            copy.unit.copy_(largest.clamp_min(1e-12)[:, None] / 448)
+            quantize(bank, copy)
+        largest = self.largest[:, :, None]
+        self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
+        self.largest.zero_()
+
+    def qkv(self, layer: int, x: Fp8) -> QkvFp8:
+        """For this layer, given a copy of the stream."""
+        w = Fp8(*(tensor[layer] for tensor in self.banks[1][1]))
+        return QkvFp8(x, w, self.units[layer, 3], self.largest[layer, 3:])
+
+    def mlp(self, layer: int, x: Fp8) -> MlpFp8:
+        """For this layer, given a copy of the stream."""
+        entries = layer, self.num_layers + layer
+        weights = (Fp8(*(tensor[entry] for tensor in self.banks[0][1])) for entry in entries)
+        return MlpFp8(x, *weights, *self.units[layer, :3], self.largest[layer, :3])
+
+    def head(self, tokens: Tensor | None = None) -> HeadFp8:
+        """Of these rows of the head, or of all."""
+        weight = self.head_weight if tokens is None else self.head_weight[tokens]
+        unit, *others = self.head_units
+        return HeadFp8(quantize(weight, fp8_empty(weight.shape, unit)), *others)
+
+
+# --- Sums of streams ------------------------------------------------------------------------------
+
+
+def combine(
+    sources: Sequence[Tensor], coefficients: Sequence[Tensor], norm: bool = False,
+    fp8: Fp8 | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The sum of coefficient·source; its RMS norm, None unless `norm`; the sources. (T, dim) each.
+
+    sources: (T, dim). coefficients: fp32, one number or, (T,) or (T, 1), one a token. What
+    happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
+    reads a source again takes it from here: its gradient from there is added in the pass that makes
+    the one from here, for which autograd would need another pass. Given room in fp8, the norm is
+    written there, and the one returned has its shape and its gradient, but no memory.
+    """
+    if has_kernels(sources[0].device):
+        return Combine.apply(norm, fp8, *sources, *coefficients)
+    total = sum(c.view(-1, 1) * source for c, source in zip(coefficients, sources))
+    normed = rms_norm(total).type_as(sources[0]) if norm else None
+    return total.type_as(sources[0]), normed, *sources
+
+
+@triton.jit
+def _transposed(tile, pointer):
+    """The tile, transposed, as it is stored at the pointer. In 16 bits: of fp8 Triton 3.6 would
+    move every byte on its own."""
+    return tl.trans(tile.to(tl.float16)).to(tl.float32).to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def _combine_tile(sources, coefficients, rows, steps, t, real, column, inside):
+    """The sum, fp32 in the shape of `inside`, for tokens t, where they are real, and columns."""
+    total = tl.zeros(inside.shape, tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
+        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1), mask=real, other=0.0)
+        total += coefficient * source.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _combine_kernel(
+    sources, coefficients, rows, steps, stream, normed, normed_t, unit, num_tokens, dim,
+    LIMIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    real, squares = t < num_tokens, tl.zeros((TOKENS,), tl.float32)
+    for start in range(0, dim, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        inside = real & (column < dim)
+        total = _combine_tile(sources, coefficients, rows, steps, t, real, column, inside)
+        tl.store(stream + t * dim + column, total, mask=inside)
+        squares += tl.sum(total * total, 1)
+    if normed is not None:
+        scale = tl.rsqrt(squares / dim + EPS)
+        if unit is not None:
+            scale /= tl.load(unit)
+        tl.debug_barrier()  # the stream is read as other threads may have stored it
+        for start in range(0, dim, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            inside = real & (column < dim)
+            tile = tl.load(stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+            tile *= scale[:, None]
+            if normed_t is not None:
+                tile = tl.clamp(tile, -LIMIT, LIMIT)
+                at_t = tl.trans(column) * num_tokens + tl.trans(t)
+                tl.store(normed_t + at_t, _transposed(tile, normed), mask=tl.trans(inside))
+            tl.store(normed + t * dim + column, tile.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine_backward_kernel(
+    sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
+    grad_coefficients, dim, LATER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """LATER: bit i is set if source i has a gradient from later on."""
+    t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    grad = tl.zeros(column.shape, tl.float32)
+    if grad_stream is not None:
+        grad += tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+    if grad_normed is not None:
+        total = _combine_tile(sources, coefficients, rows, steps, t, True, column, inside)
+        scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
+        total *= scale
+        outer = tl.load(grad_normed + t * dim + column, mask=inside, other=0.0).to(tl.float32)
+        grad += scale * (outer - total * (tl.sum(outer * total) / dim))
+    for i in tl.static_range(len(sources)):
+        source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
+        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
+        grad_source = coefficient * grad
+        if (LATER >> i) & 1:
+            later = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
+            grad_source += later.to(tl.float32)
+        tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
+        tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
+
+
+def combine_arguments(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
+    """Sources, coefficients, and how far apart the rows of each are."""
+    sources, coefficients = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    # Odd numbers from 3 on: of 0, 1 and multiples of 16 Triton would make kernels of their own.
+    steps = tuple(3 + 2 * (0 if c.numel() == 1 else c.stride(0)) for c in coefficients)
+    return sources, coefficients, tuple(map(row_stride, sources)), steps
+
+
+class Combine(torch.autograd.Function):
+    """combine by kernels; sources and coefficients come one by one, as autograd sees them."""
+
+    @staticmethod
+    def forward(ctx, norm: bool, fp8: Fp8 | None, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        sources, *_ = arguments = combine_arguments(tensors)
+        num_tokens, dim = sources[0].shape
+        stream = sources[0].new_empty(num_tokens, dim)
+        normed = torch.empty_like(stream) if norm and fp8 is None else None
+        out = fp8 or Fp8(normed, None, None)
+        _combine_kernel[(triton.cdiv(num_tokens, 32),)](
+            *arguments, stream, *out, num_tokens, dim, LIMIT=torch.finfo(E4M3).max, TOKENS=32,
+            COLUMNS=256, num_warps=8,
+        )  # fmt: skip
+        if fp8 is not None:
+            normed = stream.new_empty(1).expand(num_tokens, dim)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
+        return stream, normed, *sources
+
+    @staticmethod
+    def backward(
+        ctx, grad_stream: Tensor | None, grad_normed: Tensor | None, *later: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        sources, coefficients, *_ = arguments = combine_arguments(ctx.saved_tensors)
+        num_tokens, dim = sources[0].shape
+        grads = tuple(source.new_empty(num_tokens, dim) for source in sources)
+        per_token = sources[0].new_empty((len(sources), num_tokens), dtype=torch.float32)
+        present = sum(1 << i for i, grad in enumerate(later) if grad is not None)
+        later = tuple(grad if x is None else packed(x) for grad, x in zip(grads, later))
+        # a row a warp: its sums need no shared memory
+        _combine_backward_kernel[(num_tokens,)](
+            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
+            LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
+        needed = ctx.needs_input_grad[-len(sources) :]
+        terms = (
+            (term if c.numel() > 1 else term.sum()).view_as(c) if need else None
+            for term, c, need in zip(per_token, coefficients, needed)
+        )
+        return None, None, *grads, *terms
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+def rotary_tables(head_dim: int, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times frequency, each (num_positions, 1, head_dim / 4) fp32; in
+    radians a position the frequencies go from 1 down to 1/1024."""
+    frequencies = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None, None] * frequencies
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (T, heads, head_dim) with adjacent pairs in the first half of the head turned."""
+    turned, still = x.chunk(2, dim=-1)
+    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return torch.cat([pairs.flatten(-2).type_as(x), still], dim=-1)
+
+
+def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest attention here: flash-attn-4, varlen (FlashAttention-2 in torch) or plain."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "plain"
+    if torch.cuda.get_device_capability(device)[0] >= 9 and importlib.util.find_spec(
+        "flash_attn.cute"
+    ):
+        return "flash-attn-4"
+    return "varlen"
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq_len: int, window: int,
+    scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """Causal attention over packed documents, each query seeing itself and `window` earlier tokens.
+
+    q, k, v: (T, heads, head_dim). cu_seqlens: int32 document starts, padded at the end with T, so
+    that document i is cu_seqlens[i] to cu_seqlens[i + 1]. max_seq_len: no document is longer.
+    Returns (T, heads, head_dim).
+    """
+    if backend == "flash-attn-4":
+        from flash_attn.cute import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seq_len,
+            max_seqlen_k=max_seq_len, softmax_scale=scale, causal=True, window_size=(window, 0),
+        )[0]  # fmt: skip
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        lengths = (cu_seqlens, cu_seqlens, max_seq_len, max_seq_len)
+        return varlen_attn(q, k, v, *lengths, window_size=(window, 0), scale=scale)
+    # the definition, a block of queries at a time so that memory grows with T and not with T²
+    position = torch.arange(q.size(0), device=q.device)
+    document = torch.searchsorted(cu_seqlens, position.int(), right=True)
+    outputs = []
+    for start in range(0, q.size(0), 256):
+        queries = slice(start, start + 256)
+        keys = slice(max(0, start - window), start + 256)
+        distance = position[queries, None] - position[None, keys]
+        visible = (distance >= 0) & (distance <= window)
+        visible &= document[queries, None] == document[None, keys]
+        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]).float() * scale
+        probabilities = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", probabilities.type_as(v), v[keys]))
+    return torch.cat(outputs)
+
+
+def shift(x: Tensor, length: int) -> Tensor:
+    """x (T, ...) of the previous position in rows of that length; the first ones keep their own."""
+    rows = x.unflatten(0, (-1, length))
+    return torch.cat([rows[:, :1], rows[:, :-1]], dim=1).flatten(0, 1)
+
+
+# --- Around attention -----------------------------------------------------------------------------
+
+
+def prepare_qkv(
+    x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None, fp8: QkvFp8 | None,
+    key_offset: int, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values, (T, heads, head_dim), of the normed stream x (T, dim) and the
+    weights w_qkv (3 A, dim), where A is heads · head_dim. What follows their product is computed in
+    fp32; results are in x's dtype.
+
+    cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, A), added to the values. key_offset: the
+    tokens of a row, in which the half of a key that rotary leaves is that of the token before; 0
+    for none. With fp8 all of it runs in kernels, and the product and those of its gradient in fp8.
+    """
+    if fp8 is not None:
+        return PrepareQkv.apply(x, w_qkv, cos, sin, value, fp8, key_offset, head_dim)
+    q, k, v = widen(x @ w_qkv.mT).view(len(x), 3, -1, head_dim).unbind(1)
+    q, k = rms_norm(q), rms_norm(k)
+    if key_offset:
+        k = torch.cat([k[..., : head_dim // 2], shift(k[..., head_dim // 2 :], key_offset)], dim=-1)
+    if value is not None:
+        v = v + value.view_as(v)
+    q, k = (apply_rotary(z, cos[: len(x)], sin[: len(x)]) for z in (q, k))
+    return q.type_as(x), k.type_as(x), v.type_as(x)
+
+
+@triton.jit
+def _load_head(pointer, row, stride, column, mask):
+    """Columns of a head for some tokens, (tokens, HEAD_DIM) fp32."""
+    return tl.load(pointer + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _turn(x, cos, sin, row, mask, SIGN: tl.constexpr):
+    """x (tokens, HEAD_DIM) with adjacent pairs in the first half of the head turned."""
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    pair = tl.arange(0, PAIRS)[None, :]
+    angles, turns = row * (PAIRS // 2) + pair, mask & (pair < PAIRS // 2)
+    cos_tile = tl.load(cos + angles, mask=turns, other=1.0)
+    sin_tile = SIGN * tl.load(sin + angles, mask=turns, other=0.0)
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS, 2)))
+    pairs = tl.join(even * cos_tile - odd * sin_tile, even * sin_tile + odd * cos_tile)
+    return tl.reshape(pairs, x.shape)
+
+
+@triton.jit
+def _norm_factor(x):
+    """What takes heads to their RMS norm, (tokens, 1)."""
+    return tl.rsqrt(tl.sum(x * x, 1) / x.shape[1] + EPS)[:, None]
+
+
+@triton.jit
+def _norm_gradient(grad, x):
+    """Gradient of heads from that of their RMS norm."""
+    factor = _norm_factor(x)
+    x *= factor
+    return factor * (grad - x * (tl.sum(grad * x, 1) / x.shape[1])[:, None])
+
+
+@triton.jit
+def _prepare_qkv_kernel(
+    qkv, cos, sin, value, q, k, v, num_tokens, length, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KEY_OFFSET: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    DIM: tl.constexpr = HEADS * HEAD_DIM
+    row = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
+    part = tl.arange(0, HEAD_DIM)[None, :]
+    mask, column = row < num_tokens, tl.program_id(0) * HEAD_DIM + part
+    out = row * DIM + column
+    tile = _load_head(qkv, row, 3 * DIM, 2 * DIM + column, mask)
+    if value is not None:
+        tile += _load_head(value, row, DIM, column, mask)
+    tl.store(v + out, tile, mask=mask)
+    tile = _load_head(qkv, row, 3 * DIM, column, mask)
+    tile *= _norm_factor(tile)
+    tl.store(q + out, _turn(tile, cos, sin, row, mask, 1), mask=mask)
+    tile = _load_head(qkv, row, 3 * DIM, DIM + column, mask)
+    tile *= _norm_factor(tile)
+    if KEY_OFFSET:
+        before = tl.where(row % length == 0, row, row - 1)
+        earlier = _load_head(qkv, before, 3 * DIM, DIM + column, mask)
+        tile = tl.where(part < HEAD_DIM // 2, tile, earlier * _norm_factor(earlier))
+    tl.store(k + out, _turn(tile, cos, sin, row, mask, 1), mask=mask)
+
+
+@triton.jit
+def _store_gradient(tile, column, target, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
+    """Write columns of a head both ways round. Gives the largest."""
+    dqkv, dqkv_t, row, mask, num_tokens = target
+    values = tl.clamp(tile, -LIMIT, LIMIT)
+    tl.store(dqkv + row * WIDTH + column, values.to(dqkv.dtype.element_ty), mask=mask)
+    at_t = tl.trans(column) * num_tokens + tl.trans(row)
+    tl.store(dqkv_t + at_t, _transposed(values, dqkv_t), mask=tl.trans(mask))
+    return tl.max(tl.abs(tile))
+
+
+@triton.jit
+def _prepare_qkv_backward_kernel(
+    dq, dk, dv, qkv, cos, sin, dqkv, dqkv_t, unit, largest, num_tokens, length,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    DIM: tl.constexpr = HEADS * HEAD_DIM
+    row = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
+    part = tl.arange(0, HEAD_DIM)[None, :]
+    mask, column = row < num_tokens, tl.program_id(0) * HEAD_DIM + part
+    inverse, target = 1 / tl.load(unit), (dqkv, dqkv_t, row, mask, num_tokens)
+    grad = inverse * _load_head(dv, row, DIM, column, mask)
+    top = _store_gradient(grad, 2 * DIM + column, target, 3 * DIM, LIMIT)
+    grad = _turn(inverse * _load_head(dq, row, DIM, column, mask), cos, sin, row, mask, -1)
+    grad = _norm_gradient(grad, _load_head(qkv, row, 3 * DIM, column, mask))
+    top = tl.maximum(top, _store_gradient(grad, column, target, 3 * DIM, LIMIT))
+    grad = inverse * _load_head(dk, row, DIM, column, mask)
+    if KEY_OFFSET:  # the still half went to the next token, the first one's to itself too
+        still = part >= HEAD_DIM // 2
+        grad = tl.where(still & (row % length > 0), 0.0, grad)
+        follows = mask & still & ((row + 1) % length > 0)
+        grad += inverse * _load_head(dk, row + 1, DIM, column, follows)
+    grad = _turn(grad, cos, sin, row, mask, -1)
+    grad = _norm_gradient(grad, _load_head(qkv, row, 3 * DIM, DIM + column, mask))
+    top = tl.maximum(top, _store_gradient(grad, DIM + column, target, 3 * DIM, LIMIT))
+    tl.atomic_max(largest, top * tl.load(unit))
+
+
+class PrepareQkv(torch.autograd.Function):
+    """prepare_qkv by kernels."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
+        fp8: QkvFp8, key_offset: int, head_dim: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        qkv = fp8_product(fp8.x, fp8.w)
+        num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
+        q, k, v = (x.new_empty(num_tokens, heads, head_dim) for _ in range(3))
+        # half a head of 128, 16 tokens: a load of 16 bytes for each thread of 4 warps
+        _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, 16)](
+            qkv, cos, sin, packed(value), q, k, v, num_tokens, key_offset, heads, head_dim,
+            key_offset > 0, TILE=16,
+        )  # fmt: skip
+        ctx.save_for_backward(qkv, cos, sin)
+        ctx.fp8, ctx.key_offset, ctx.has_value = fp8, key_offset, value is not None
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (qkv, cos, sin), fp8 = ctx.saved_tensors, ctx.fp8
+        num_tokens, heads, head_dim = grads[0].shape
+        dqkv = fp8_empty(qkv.shape, fp8.unit_grad)
+        # a row of a transposed tile is a sector of memory
+        _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 32)](
+            *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, ctx.key_offset,
+            heads, head_dim, ctx.key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=32,
+        )  # fmt: skip
+        dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, fp8.x.T)
+        d_value = grads[2].flatten(1) if ctx.has_value else None
+        return dx, dw, None, None, d_value, None, None, None
+
+
+# --- MLP ------------------------------------------------------------------------------------------
+
+
+def mlp(x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None = None) -> Tensor:
+    """relu(x w_1ᵀ)² w_2 for x (T, dim) and weights (hidden, dim). With fp8 all of it runs in
+    kernels and in fp8, forward and backward."""
+    if fp8 is not None:
+        return Mlp.apply(x, w_1, w_2, fp8)
+    return (x @ w_1.mT).relu().square() @ w_2
+
+
+# Of the MLP's product. Two programs of 4 warps fit on each of an H100's 132 SMs: while one stores a
+# tile the other multiplies.
+MLP_TILE, MLP_PROGRAMS = 128, 264
+
+
+@triton.jit
+def _mlp_product_kernel(
+    a, b, square, out, out_t, unit_a, unit_b, unit_square, unit_out, largest, num_rows,
+    num_columns, inner, BACKWARD: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    # One factor for all units: the arithmetic on a tile takes as long as its stores.
+    unit, top = tl.load(unit_a) * tl.load(unit_b), 0.0
+    if BACKWARD:
+        unit *= 2 * tl.sqrt(tl.load(unit_square))
+    else:
+        unit *= unit
+    scale = unit / tl.load(unit_out)
+    across, down = tl.cdiv(num_columns, TILE), tl.cdiv(num_rows, TILE)
+    # Flattened, the next tile's first loads pass by the stores; the square would want their room.
+    for tile in tl.range(tl.program_id(0), across * down, tl.num_programs(0), flatten=not BACKWARD):
+        # Programs that run together share the rows of eight tiles.
+        group = tile // (8 * across)
+        height = tl.minimum(8, down - group * 8)
+        row = (group * 8 + tile % (8 * across) % height) * TILE
+        column = tile % (8 * across) // height * TILE
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for k in range(0, inner, INNER):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        if BACKWARD:
+            total *= tl.sqrt(square.load([row, column]).to(tl.float32))
+            top = tl.maximum(top, tl.max(tl.abs(total)))
+        else:
+            total = tl.maximum(total, 0.0)
+            total *= total
+            top = tl.maximum(top, tl.max(total))
+        values = (total * scale).to(out.dtype)  # fp8 saturates
+        out.store([row, column], values)
+        out_t.store([column, row], tl.trans(values))
+    tl.atomic_max(largest, top * unit)
+
+
+def mlp_product(a: Fp8, b: Fp8, unit: Tensor, largest: Tensor, square: Fp8 | None = None) -> Fp8:
+    """relu(a bᵀ)² or, given that square, its gradient a bᵀ·2·sqrt(square), in fp8 with this unit;
+    raises largest (1,) to its largest. a, b: rows of `inner`."""
+    (rows, inner), columns = a.rows.shape, len(b.rows)
+    out = fp8_empty((rows, columns), unit)
+    tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.rows.element_size()
+    programs = min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
+    describe = TensorDescriptor.from_tensor
+    _mlp_product_kernel[(programs,)](
+        describe(a.rows, [MLP_TILE, tile_inner]), describe(b.rows, [MLP_TILE, tile_inner]),
+        describe((square or out).rows, tile), describe(out.rows, tile), describe(out.columns, tile),
+        a.unit, b.unit, (square or out).unit, unit, largest, rows, columns, inner,
+        BACKWARD=square is not None, TILE=MLP_TILE, INNER=tile_inner, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+class Mlp(torch.autograd.Function):
+    """mlp by kernels; the backward rebuilds relu from its square."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8) -> Tensor:
+        ctx.fp8 = fp8
+        ctx.square = mlp_product(fp8.x, fp8.w_1, fp8.unit_square, fp8.largest[:1])
+        return fp8_product(ctx.square, fp8.w_2.T)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        fp8, square = ctx.fp8, ctx.square
+        grad = quantize(grad, fp8_empty(grad.shape, fp8.unit_grad), fp8.largest[1:2])
+        hidden = mlp_product(grad, fp8.w_2, fp8.unit_hidden, fp8.largest[2:], square)
+        d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, fp8.x.T)
+        return d_x, d_w_1, fp8_product(square.T, grad.T), None
+
+
+# --- Head -----------------------------------------------------------------------------------------
+
+
+CAP, CAP_SHIFT, CAP_SCALE = map(tl.constexpr, (23.0, 5.0, 7.5))
+
+
+def softcap(logits: Tensor) -> Tensor:
+    """Logits between 0 and CAP, fp32."""
+    return CAP.value * torch.sigmoid((widen(logits) + CAP_SHIFT.value) / CAP_SCALE.value)
+
+
+def head_loss(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums over a row of cross-entropies of the softcapped logits, 0-d fp32, in nats: of all terms
+    by weight, and of the first alone, which has no gradient.
+
+    x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
+    weights: (terms,) fp32. offsets: (vocab,) fp32, added to the logits in the softmax's denominator
+    alone. With fp8 all of it runs in kernels, and all products in fp8, forward and backward.
+    """
+    if fp8 is not None:
+        return HeadLoss.apply(x, head, targets, weights, fp8, offsets)
+    logits, scored = softcap(x @ head.mT), targets >= 0
+    lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
+    losses = lse - logits.gather(1, targets.clamp_min(0))
+    losses = (losses * scored).sum(0)
+    return losses @ weights, losses[0].detach()
+
+
+@triton.jit
+def _sigmoid_of_logits(logits, APPROXIMATE: tl.constexpr):
+    """softcap / CAP; APPROXIMATE: by the GPU's own tanh, with an error of 2^-11."""
+    x = (logits.to(tl.float32) + CAP_SHIFT) * (0.5 / CAP_SCALE)
+    if APPROXIMATE:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 + 0.5 * tanh
+    return tl.sigmoid(2 * x)
+
+
+@triton.jit
+def _lse_kernel(logits, offsets, lse, vocab, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tile = tl.load(logits + row * vocab + column, mask=column < vocab, other=0.0)
+        # The sum of 50,000 times e^CAP at most: fp32 needs no maximum taken out.
+        tile = CAP * _sigmoid_of_logits(tile, APPROXIMATE)
+        if offsets is not None:
+            tile += tl.load(offsets + column, mask=column < vocab, other=0.0)
+        tile = tl.exp(tile)
+        total += tl.where(column < vocab, tile, 0.0)
+    tl.store(lse + row, tl.log(tl.sum(total)))
+
+
+@triton.jit
+def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr):
+    """Of the terms that each row has."""
+    total = tl.zeros(row.shape, tl.float32)
+    for term in tl.static_range(TERMS):
+        target = tl.load(targets + row * TERMS + term, mask=real, other=-1)
+        total += tl.where(target >= 0, tl.load(weights + term), 0.0)
+    return total
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    logits, offsets, lse, targets, weights, grad, grad_t, unit, num_rows, vocab,
+    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """All of the gradient but what the targets add to it."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = row < num_rows
+    inside = real[:, None] & (column < vocab)[None, :]
+    scale = _sum_weights(targets, weights, row, real, TERMS) * (CAP / CAP_SCALE) / tl.load(unit)
+    shift = tl.load(lse + row, mask=real, other=0.0)
+    tile = tl.load(logits + row[:, None] * vocab + column[None, :], mask=inside, other=0.0)
+    tile = _sigmoid_of_logits(tile, APPROXIMATE)
+    tile = tl.exp2(tile * (CAP * LOG2_E) - (shift * LOG2_E)[:, None]) * (tile - tile * tile)
+    if offsets is not None:
+        tile *= tl.exp(tl.load(offsets + column, mask=column < vocab, other=0.0))[None, :]
+    tile *= scale[:, None]
+    tile = tile.to(grad.dtype.element_ty)
+    tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
+    at_t = column[:, None].to(tl.int64) * num_rows + row[None, :]
+    tl.store(grad_t + at_t, tl.trans(tile), mask=tl.trans(inside))
+
+
+@triton.jit
+def _targets_kernel(
+    logits, offsets, lse, targets, weights, grad, grad_t, unit, num_rows, vocab, losses,
+    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The losses, weighted and of the first term, and the gradient in the targets' columns."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    real = row < num_rows
+    shift = tl.load(lse + row, mask=real, other=0.0)
+    all_weights = _sum_weights(targets, weights, row, real, TERMS)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    for term in tl.static_range(TERMS):
+        target = tl.load(targets + row * TERMS + term, mask=real, other=-1).to(tl.int64)
+        scored = target >= 0
+        tile = tl.load(logits + row * vocab + target, mask=scored, other=0.0)
+        tile = _sigmoid_of_logits(tile, APPROXIMATE)
+        loss = tl.where(scored, shift - CAP * tile, 0.0)
+        if term == 0:
+            tl.store(losses + num_rows + row, loss, mask=real)
+        weighted += tl.load(weights + term) * loss
+        likely = CAP * tile - shift
+        if offsets is not None:
+            likely += tl.load(offsets + target, mask=scored, other=0.0)
+        values = all_weights * tl.exp(likely)
+        for other in tl.static_range(TERMS):  # two terms may have the same target
+            same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
+            values -= tl.where(same, tl.load(weights + other), 0.0)
+        values = values * (CAP / CAP_SCALE) / tl.load(unit) * tile * (1 - tile)
+        values = values.to(grad.dtype.element_ty)
+        tl.store(grad + row * vocab + target, values, mask=scored)
+        tl.store(grad_t + target * num_rows + row, values, mask=scored)
+    tl.store(losses + row, weighted, mask=real)
+
+
+class HeadLoss(torch.autograd.Function):
+    """head_loss by kernels; the forward makes the gradient of the logits too."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8,
+        offsets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        (num_rows, terms), vocab, device = targets.shape, len(head), x.device
+        slope = fp8_empty((num_rows, vocab), fp8.unit_grad, E5M2)
+        losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
+        x8 = quantize(x, fp8_empty(x.shape, fp8.unit_x))
+        logits = fp8_product(x8, fp8.weight)
+        _lse_kernel[(num_rows,)](
+            logits, offsets, lse, vocab, APPROXIMATE=x.is_cuda, BLOCK=2048, num_warps=8
+        )
+        inputs = logits, offsets, lse, packed(targets), weights, *slope, num_rows, vocab
+        kinds = {"TERMS": terms, "APPROXIMATE": x.is_cuda, "ROWS": 128}
+        # 128 rows of a transposed fp8 tile are whole lines of memory.
+        grid = (triton.cdiv(num_rows, 128), triton.cdiv(vocab, 64))
+        _logits_gradient_kernel[grid](*inputs, **kinds, COLUMNS=64, num_warps=4)
+        _targets_kernel[grid[:1]](*inputs, losses, **kinds)
+        ctx.factors = slope, x8, fp8.weight
+        weighted, first = losses.sum(1).unbind()
+        ctx.mark_non_differentiable(first)
+        ctx.set_materialize_grads(False)
+        return weighted, first
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        slope, x, weight = ctx.factors
+        slope = slope._replace(unit=slope.unit * grad)  # the loss's own gradient
+        d_x, d_head = fp8_product(slope, weight.T), fp8_product(slope.T, x.T)
+        return d_x, d_head, None, None, None, None
+
+
+class Columns(NamedTuple):
+    """The part of the vocabulary that the loss of some tokens is computed on."""
+
+    tokens: Tensor | None  # (columns,) int64, each once; None for all
+    offsets: Tensor | None  # (columns,) fp32, as head_loss takes them
+    targets: Tensor  # like those given, as places among the columns
+
+
+def draw_columns(targets: Tensor, proposal: Tensor, count: int) -> Columns:
+    """`count` columns: all targets, and others, of which those with a large proposal, (vocab,)
+    fp32, come more often.
+
+    Drawn are the largest priorities, a token's proposal divided by a number from 0 to 1 that is a
+    hash of row and token: the same on whichever rank. A drawn one stands for as many tokens as the
+    largest priority that is left out is above its proposal, for itself at least; with the log of
+    that as its offset the softmax's denominator is estimated without bias. Rows with `count` or
+    more distinct targets give NaN. Sources: Jean et al. 2015, arXiv 1412.2007, section 3; Duffield
+    et al. 2007, JACM 54, Priority sampling, theorem 1.
+    """
+    vocab = len(proposal)
+    token = torch.arange(vocab, device=targets.device)
+    flat = targets.flatten() % (vocab + 1)  # IGNORED_TARGET goes behind the end
+    is_target = torch.zeros(vocab + 1, device=targets.device).scatter_(0, flat, 1.0)[:vocab] > 0
+    seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum()
+    key = mix(token * MIX_2 + seed) * MIX_2
+    even = ((key >> 40).float() + 2**23 + 0.5) / 2**24
+    priority = F.pad(torch.where(is_target, math.inf, proposal / even), (0, 1))
+    priority, tokens = priority.sort(descending=True, stable=True)
+    tokens, left_out = tokens[:count], priority[count]
+    offsets = (left_out / proposal[tokens]).clamp_min(1.0).log()
+    offsets = torch.where(is_target[tokens], 0.0, offsets)
+    if count < vocab:
+        offsets = torch.where(priority[count - 1] < math.inf, offsets, math.nan)
+    place = torch.full((vocab + 1,), IGNORED_TARGET, device=targets.device)
+    place.scatter_(0, tokens, torch.arange(count, device=targets.device))
+    return Columns(tokens, offsets, place[targets])
+
+
+@compiled
+def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
+    chunks = zip(x.split(4096), targets.split(4096))  # of logits, 0.8 GB
+    how = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
+    return sum(F.cross_entropy(softcap(rows @ head.mT), wanted, **how) for rows, wanted in chunks)
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+class SortedRows(NamedTuple):
+    """Row numbers in order, so that all that goes to one row of a table is together."""
+
+    rows: Tensor  # (n,) sorted
+    order: Tensor  # (n,) where each came from
+    starts: Tensor  # (n + 1,) of the runs of equal rows; n behind the last one
+    runs: Tensor  # (n,) which run each is in
+    count: Tensor  # (1,) how many runs
+
+
+def sort_rows(rows: Tensor) -> SortedRows:
+    rows, order = rows.sort(stable=True)
+    begins = F.pad(rows[1:] != rows[:-1], (1, 0), value=True)
+    runs, position = begins.cumsum(0) - 1, torch.arange(len(rows), device=rows.device)
+    starts = torch.full((len(rows) + 1,), len(rows), device=rows.device)
+    # what begins no run goes behind the end, where n stands anyway
+    places = torch.where(begins, runs, len(rows))
+    starts.scatter_(0, places, torch.where(begins, position, len(rows)))
+    return SortedRows(rows, order, starts, runs, runs[-1:] + 1)
+
+
+@triton.jit
+def _add_run(total, values, order, at, end, stride, column, inside, ROWS: tl.constexpr):
+    """total, (BLOCK,) fp32, with the values of a run from its place `at` on; ROWS at a time."""
+    while at < end:
+        place = at + tl.arange(0, ROWS)
+        source = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
+        mask = (place < end)[:, None] & inside[None, :]
+        tile = tl.load(values + source[:, None] * stride + column[None, :], mask=mask, other=0)
+        total += tl.sum(tile.to(tl.float32), axis=0)
+        at += ROWS
+    return total
+
+
+@triton.jit
+def _add_to_row(table, rows, order, values, stride, at, end, dim, column, ROWS: tl.constexpr):
+    """Add a run's values to its row, in these columns."""
+    inside = column < dim
+    target = table + tl.load(rows + at).to(tl.int64) * dim + column
+    total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    total = _add_run(total, values, order, at, end, stride, column, inside, ROWS)
+    tl.store(target, total, mask=inside)
+
+
+@triton.jit
+def _add_rows_kernel(
+    tables, rows, order, values, strides, starts, runs, count, dim, SHORT: tl.constexpr,
+    LONG: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    program, parts = tl.program_id(0), tl.cdiv(dim, PART)
+    # of a long run: the first multiple of LONG in it, and a part of the row
+    position, part = (program - SHORT) // parts * LONG, (program - SHORT) % parts
+    for i in tl.static_range(len(tables)):
+        if tl.program_id(1) == i:
+            if program < SHORT:
+                for run in range(program, tl.load(count), SHORT):
+                    at, end = tl.load(starts + run), tl.load(starts + run + 1)
+                    if end - at < LONG:
+                        column = tl.arange(0, BLOCK)
+                        _add_to_row(
+                            tables[i], rows, order, values[i], strides[i], at, end, dim, column, 4
+                        )
+            else:
+                run = tl.load(runs + position)
+                at, end = tl.load(starts + run), tl.load(starts + run + 1)
+                if (end - at >= LONG) & (position - at < LONG):
+                    column = part * PART + tl.arange(0, PART)
+                    _add_to_row(
+                        tables[i], rows, order, values[i], strides[i], at, end, dim, column, 32
+                    )
+
+
+def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
+    """Add values (n, dim), in their first order, to rows of a table (rows, dim) each, tables as
+    wide as one another; all that goes to one row is summed in fp32."""
+    if not has_kernels(tables[0].device):
+        for table, value in zip(tables, values):
+            table.index_add_(0, rows.rows, value[rows.order])
+        return
+    count, dim = values[0].shape
+    # Most runs are a few rows, for which a program adds whole ones; a frequent token is a run of
+    # thousands, shared out by columns over programs behind those.
+    short, long, part = min(count, 4096), 32, 128
+    programs = short + triton.cdiv(count, long) * triton.cdiv(dim, part)
+    _add_rows_kernel[programs, len(tables)](
+        tuple(tables), rows.rows, rows.order, tuple(values), tuple(map(row_stride, values)),
+        rows.starts, rows.runs, rows.count, dim, SHORT=short, LONG=long,
+        BLOCK=triton.next_power_of_2(dim), PART=part, num_warps=1,
+    )  # fmt: skip
+
+
+class TableRows(torch.autograd.Function):
+    """Rows of tables that are read at the same places. Their gradients are added to table.grad in
+    place, all by one kernel: no table-sized tensor is made for them."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: SortedRows | None, *tables: Tensor) -> tuple[Tensor, ...]:
+        ctx.tables, ctx.order, ctx.rows = tables, order, rows  # which order may not have read yet
+        return tuple(F.embedding(rows, table) for table in tables)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[None, ...]:
+        add_rows_([table.grad for table in ctx.tables], ctx.order, grads)
+        return None, None, *(None for _ in grads)
+
+
+# --- Exact match ----------------------------------------------------------------------------------
+#
+# What was read, as hash tables, one an order: the slot of the last n tokens of a document holds a
+# token that followed them, as lead << 29 | check << 16 | token. The lead says how sure it is: it
+# grows up to 3 when the token comes again and falls when another token or context wants the slot,
+# which gets it when the lead is used up (Boyer & Moore's vote). An empty slot is 0.
+
+LEADS, CHECKS = 3, 2**13
+
+
+def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Where the document of each token begins, (T,) int32."""
+    position = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+
+
+@functools.partial(compiled, dynamic=True)
+def context_keys(
+    tokens: Tensor, starts: Tensor, orders: tuple[int, ...], slots: int
+) -> tuple[Tensor, ...]:
+    """Of the last n tokens, (orders, T) each: the slot, the check bits, and whether the document is
+    that long yet."""
+    position, key, found = torch.arange(len(tokens), device=tokens.device), 0, []
+    for done, order in itertools.pairwise((0, *orders)):
+        for back in range(done, order):
+            token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
+            key = mix((token + 1) ^ key)
+        mixed = key * MIX_2
+        slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & (CHECKS - 1)
+        found.append((slot, check, position - starts >= order - 1))
+    return tuple(torch.stack(of_orders) for of_orders in zip(*found))
+
+
+@torch.no_grad()
+@functools.partial(compiled, dynamic=True)
+def find_matches(
+    tokens: Tensor, starts: Tensor, tables: Tensor, orders: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The token that has followed a context seen before, and how sure it is: of the i-th order,
+    from 0, LEADS · i + its lead. Of several contexts it is that with the largest i + 2 · lead, of
+    equals the longest: in text a lead tells as much as two orders.
+
+    tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int32, slots
+    a power of two. orders: ascending. Returns (T,) int64 each; the token itself and 0 without one.
+    """
+    slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
+    entry = tables.gather(1, slot).long()
+    hit = long_enough & (entry > 0) & ((entry >> 16 & (CHECKS - 1)) == check)
+    number, lead = torch.arange(len(orders), device=tokens.device)[:, None], entry >> 29
+    best = (hit * (len(orders) * (number + 2 * lead) + number)).argmax(0, keepdim=True)
+    which = (hit * (LEADS * number + lead)).gather(0, best)[0]
+    found = entry.gather(0, best)[0] & 0xFFFF
+    return torch.where(which > 0, found, tokens), which
+
+
+def note_matches_(
+    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
+    own: slice = slice(None),
+) -> None:  # fmt: skip
+    """Write down what followed each context of rows that were read together, in these tables of the
+    orders. Of what wants one slot the largest entry gets it, in whichever order threads write."""
+    # keys of all orders, and of copies: for some orders, or views, they would be compiled anew
+    keys = context_keys(tokens.clone(), starts.clone(), orders, tables.size(1))
+    tables = tables[own]
+    slot, check, long_enough = (key[own] for key in keys)
+    slot = slot * long_enough  # what is no context yet goes to slot 0, and empties it
+    entry, wanted = tables.gather(1, slot), (check << 16 | targets).int()
+    held, lead = entry & (2**29 - 1), entry >> 29
+    stays = (held != wanted) & (lead > 1)
+    lead = torch.where(stays, lead - 1, torch.where(held == wanted, lead, 0) + 1).clamp_max(LEADS)
+    entry = lead << 29 | torch.where(stays, held, wanted)
+    tables.scatter_(1, slot, 0)
+    tables.scatter_reduce_(1, slot, entry * long_enough, "amax")
+
+
+# --- Hashed n-grams -------------------------------------------------------------------------------
+#
+# Rows for hashes of the last n tokens, in one table, order behind order. For a gradient of its size
+# and Adam's states it is too large: a step changes the rows that it has read.
+
+
+@functools.partial(compiled, dynamic=True)
+def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1) -> Tensor:
+    """The row of the n-gram that ends at each token, of whichever documents, in each of as many
+    equal parts of the tokens; (T, orders) int32.
+
+    Of the num_rows of an order the last one is for positions with fewer than n tokens up to there.
+    """
+    starts = torch.arange(len(tokens), device=tokens.device)
+    starts -= starts % (len(tokens) // parts)
+    slot, _, fits = context_keys(tokens, starts, orders, 2**44)  # all its bits
+    row = torch.where(fits, slot % (num_rows - 1), num_rows - 1)
+    return (row + num_rows * torch.arange(len(orders), device=row.device)[:, None]).mT.int()
+
+
+@triton.jit
+def _update_ngrams_kernel(
+    table, sum_squares, rows, order, grads, starts, count, lr, eps, dim, BLOCK: tl.constexpr
+):
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        at, end = tl.load(starts + run), tl.load(starts + run + 1)
+        row = tl.load(rows + at).to(tl.int64)
+        target, few = table + row * dim + column, tl.minimum(at + 2, end)
+        # most n-grams come once in a step, the most frequent ones thousands of times
+        grad = tl.zeros((BLOCK,), tl.float32)
+        grad = _add_run(grad, grads, order, at, few, dim, column, inside, 2)
+        grad = _add_run(grad, grads, order, few, end, dim, column, inside, 4096 // BLOCK)
+        total = tl.load(sum_squares + row) + tl.sum(grad * grad) / dim
+        value = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sum_squares + row, total)
+        tl.store(target, value - lr * grad / (tl.sqrt(total) + eps), mask=inside)
+
+
+def update_ngrams_(
+    table: Tensor, sum_squares: Tensor, rows: SortedRows, grads: Tensor, lr: float, eps: float
+) -> None:
+    """One step of row-wise Adagrad, in place, for the rows of a table (rows, dim) that have
+    gradients g: s += mean(g²), then row -= lr·g / (√s + eps). sum_squares, s: (rows,) fp32.
+
+    grads: (n, dim), in their first order; those of a row are summed in fp32, in that order. A sum
+    of squares and no running mean: a row's k-th gradient moves it by about lr/√k whenever it comes,
+    with no bias to correct. Source: Duchi et al. 2011, JMLR 12, with one sum a row.
+    """
+    if has_kernels(table.device):
+        dim = table.size(1)
+        _update_ngrams_kernel[(min(len(grads), 16384),)](
+            table, sum_squares, rows.rows, rows.order, packed(grads), rows.starts, rows.count, lr,
+            eps, dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
+        return
+    touched, lengths = rows.rows.unique_consecutive(return_counts=True)
+    grad = torch.segment_reduce(widen(grads[rows.order]), "sum", lengths=lengths)
+    sum_squares[touched] += grad.square().mean(1)
+    steps = lr * grad / (sum_squares[touched].sqrt() + eps)[:, None]
+    table[touched] = (widen(table[touched]) - steps).type_as(table)
+
+
+# ==================================================================================================
+# 5. Model
+# ==================================================================================================
+
+
+class Batch(NamedTuple):
+    """Rows that are computed at once: whole documents packed behind one another."""
+
+    tokens: Tensor  # (T,) int32
+    targets: Tensor  # (T,) int64, the next tokens
+    cu_seqlens: Tensor  # int32: document starts, padded with T to the length that graphs take
+    max_seq_len: int  # no document is longer
+    rows: int = 1  # how many rows, each as long
+
+
+class Lookups(NamedTuple):
+    """What the tables hold for a row of tokens."""
+
+    embedded: Tensor  # (T, dim)
+    values: Sequence[Tensor]  # (T, attention_dim) of each value table
+    ngrams: Tensor  # (T, dim), with the matches
+
+
+class Windows(NamedTuple):
+    """How many earlier tokens a query sees in short and in long layers."""
+
+    short: int
+    long: int
+
+
+class Ngrams(nn.Module):
+    """The table of hashed n-grams and what its updates need, the same on every rank. It is no
+    parameter: its gradients are those of the rows that were read, gathered from all ranks."""
+
+    def __init__(self, config: Config, runtime: Runtime):
+        super().__init__()
+        self.orders, self.num_rows = config.ngram_orders, config.ngram_rows
+        self.runtime, dim = runtime, config.ngram_dim
+        stages = (*config.stages, *config.extension)
+        most = len(self.orders) * max(stage.tokens_per_step for stage in stages)
+        zeros = functools.partial(torch.zeros, device=runtime.device)
+        table = zeros(len(self.orders) * self.num_rows, dim, dtype=getattr(torch, config.dtype))
+        self.register_buffer("table", table)
+        self.sum_squares = zeros(len(table))
+        # of one step, in the order of the stream
+        self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
+        self.filled = 0  # how many of these there are so far
+        self.left = None  # rows and grads of the last backward pass
+
+    def gather(self, rows: Tensor, grads: Tensor) -> None:
+        """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
+        as rows are dealt out that is the order of the stream, on however many ranks."""
+        part = slice(self.filled, self.filled + self.runtime.world_size * len(rows))
+        self.runtime.all_gather(self.rows[part], rows)
+        self.runtime.all_gather(self.grads[part], grads)
+        self.filled = part.stop
+
+    def update(self, lr: float, eps: float) -> None:
+        """With all that was gathered since the last one."""
+        if self.filled:
+            rows, grads = sort_rows(self.rows[: self.filled]), self.grads[: self.filled]
+            update_ngrams_(self.table, self.sum_squares, rows, grads, lr, eps)
+        self.filled = 0
+
+    def reset(self) -> None:
+        self.table.zero_()
+        self.sum_squares.zero_()
+        self.filled = 0
+
+
+class NgramRows(torch.autograd.Function):
+    """The rows of a token's n-grams beside one another, (T, dim) with zeros behind them, which need
+    a gradient as `embedded`, (T, dim), does. The backward pass leaves it in `ngrams`."""
+
+    @staticmethod
+    def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
+        which = batch.tokens, ngrams.orders, ngrams.num_rows, batch.rows
+        ctx.ngrams, ctx.rows = ngrams, ngram_hash(*which)
+        rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
+        missing = embedded.size(1) - rows.size(1)
+        return F.pad(rows, (0, missing)) if missing else rows  # a padding of 0 would copy them
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        rows, dim = ctx.rows.flatten(), ctx.ngrams.table.size(1)
+        columns = grad[:, : ctx.rows.size(1) * dim]
+        ctx.ngrams.left = rows, columns.reshape(len(rows), dim)
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class SmallParam:
+    """A slice of GPT.small: the parameters that fit in a few rows, kept in one fp32 vector."""
+
+    shape: tuple[int, ...]
+    start: float | list[float] | None  # None: uniform with std 0.5/sqrt(columns)
+    betas: tuple[float, float]
+    lr: float  # multiplier of adam_lr
+    weight_decay: float  # multiplier of adam_weight_decay
+
+
+def small_params(config: Config) -> dict[str, SmallParam]:
+    """The layout of GPT.small."""
+    earlier, slow, fast, root = config.layers[:-1], (0.9, 0.99), (0.9, 0.95), math.sqrt(1.1)
+    layers = len(earlier)
+    entries = 1 + sum(row.ngrams for row in earlier)  # of n-grams, one in front of the layers
+    gates, hidden = [start / GATE_SCALE for start in LAST_LAYER_GATES.values()], config.gate_dim
+    # fmt: off
+    table = {
+        #                           shape       start     betas   lr    weight_decay
+        "residual":     SmallParam((layers,),   root,     fast,   5.0,  0.0),
+        "project":      SmallParam((layers,),   0.5,      slow,   2.5,  0.0),
+        "mlp_residual": SmallParam((layers,),   root,     fast,   5.0,  0.0),
+        "mlp_project":  SmallParam((layers,),   1.0,      fast,   1.0,  0.0),
+        "ngrams":       SmallParam((entries,),  0.05,     slow,   1.0,  0.0),
+        "attended":     SmallParam((1,),        -0.5,     slow,   1.0,  0.0),
+        "gate_w_1":     SmallParam((hidden, config.model_dim), None, slow, 0.25, 1.0),
+        "gate_b_1":     SmallParam((hidden,),   0.0,      slow,   0.25, 0.0),
+        "gate_w_2":     SmallParam((len(gates), hidden), 0.0, slow, 0.25, 1.0),
+        "gate_b_2":     SmallParam((len(gates),), gates,  slow,   0.25, 0.0),
+    }
+    # fmt: on
+    if config.match_orders:  # of no match, and of each order and lead
+        starts = [0.0] + [1.0] * (LEADS * len(config.match_orders))
+        table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
+    return table
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. Weights of one kind are stacked in a bank, so that the optimizer
+    can share a whole kind out over the ranks at once; banks are padded with zeros to a multiple
+    of the ranks."""
+
+    def __init__(self, config: Config, runtime: Runtime):
+        super().__init__()
+        self.config = config
+        dim, device, dtype = config.model_dim, runtime.device, getattr(torch, config.dtype)
+        vocab, attention_dim = config.padded_vocab_size, config.attention_dim
+        self.small_layout = small_params(config)
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+        def bank(entries: int, rows: int) -> nn.Parameter:
+            return zeros(round_up(entries, runtime.world_size), rows, dim)
+
+        # rows of q, k, v and of the transpose of o
+        self.attention_bank = bank(len(config.layers), 4 * attention_dim)
+        self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2
+        self.head = zeros(vocab, dim)  # and the embedding
+        # one table behind the other, the last for the tokens that matches foretell
+        num_tables = config.num_value_tables + bool(config.match_orders)
+        self.value_embed = zeros(num_tables * vocab, attention_dim)
+        matches = None
+        if config.match_orders:
+            shape = len(config.match_orders), config.match_slots
+            matches = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.register_buffer("matches", matches)
+        self.ngrams = Ngrams(config, runtime)
+        num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
+        self.small = nn.Parameter(torch.zeros(num_small, device=device))
+        self.init_weights(torch.Generator(device).manual_seed(config.seed))
+
+        # What the model computes with: parts of the parameters as leaves of their own, whose
+        # gradients are parts of the parameters', so that autograd adds to those in place.
+        for param in self.parameters():
+            param.grad = torch.zeros_like(param)
+        halves = leaves(  # of every entry q, k, v and o
+            self.attention_bank,
+            lambda bank: [w for e in bank for w in e.split([3 * attention_dim, attention_dim])],
+        )
+        self.attention_weights = [*zip(halves[::2], halves[1::2])]
+        self.mlp_weights = leaves(self.mlp_bank, list)
+        self.value_tables = leaves(
+            self.value_embed, lambda table: list(table.unflatten(0, (-1, vocab)))
+        )
+        self.small_weights = dict(zip(self.small_layout, leaves(self.small, self.cut_small)))
+
+        self.beside = torch.cuda.Stream() if device.type == "cuda" else None
+        self.backend = attention_backend(device, dtype)
+        stages = (*config.stages, *config.extension)
+        longest = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
+        longest = max(longest, config.tokens_per_pass, config.val_row_tokens)
+        self.rotary = rotary_tables(config.head_dim, longest, device)
+        self.fp8 = None
+        if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
+            banks = self.mlp_bank, self.attention_bank, self.head
+            self.fp8 = Fp8Copies(*banks, len(config.layers))
+        self.register_buffer("one", torch.ones(1, device=device), persistent=False)
+        self.register_buffer("proposal", torch.ones(vocab, device=device), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        config = self.config
+
+        def uniform_(weights: Tensor) -> None:  # std 0.5/sqrt(columns)
+            bound = math.sqrt(3) * 0.5 / math.sqrt(weights.size(-1))
+            weights.uniform_(-bound, bound, generator=generator)
+
+        uniform_(self.attention_bank[: len(config.layers)])
+        uniform_(self.mlp_bank[: len(config.layers)])  # W_2 stays zero
+        self.head.normal_(0, 0.005, generator=generator)
+        self.value_embed.normal_(0, 0.01, generator=generator)
+        for name, weights in self.unpack_small().items():
+            start = self.small_layout[name].start
+            if start is None:
+                uniform_(weights)
+            else:
+                weights.copy_(torch.as_tensor(start, device=weights.device).expand_as(weights))
+
+    def cut_small(self, vector: Tensor) -> list[Tensor]:
+        """The slices of a vector like self.small, in their shapes."""
+        shapes = [row.shape for row in self.small_layout.values()]
+        pieces = vector.split([math.prod(shape) for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def unpack_small(self) -> dict[str, Tensor]:
+        """The slices of self.small by name."""
+        return dict(zip(self.small_layout, self.cut_small(self.small)))
+
+    def aside(self) -> contextlib.AbstractContextManager:
+        """What depends on the tokens alone, many small kernels, runs beside the layers and the
+        optimizer; join() waits for it."""
+        if self.beside is None:
+            return contextlib.nullcontext()
+        self.beside.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.beside)
+
+    def join(self) -> None:
+        if self.beside is not None:
+            torch.cuda.current_stream().wait_stream(self.beside)
+
+    def look_up(self, batch: Batch) -> Lookups:
+        """Rows of the embedding tables."""
+        tokens, orders = batch.tokens, self.config.match_orders
+
+        def read(*tables: list[Tensor], rows: Tensor) -> list[tuple[Tensor, ...]]:
+            order = None
+            if torch.is_grad_enabled():
+                with self.aside():
+                    order = sort_rows(rows)
+            return [TableRows.apply(rows, order, *alike) for alike in tables]
+
+        tables = self.value_tables[: self.config.num_value_tables]
+        (embedded,), values = read([self.head], tables, rows=tokens)
+        ngrams = NgramRows.apply(embedded, batch, self.ngrams)
+        if orders:
+            starts = document_starts(batch.cu_seqlens, len(tokens))
+            found, which = find_matches(tokens, starts, self.matches, orders)
+            gains = self.small_weights["match"]
+            one_hot = which[:, None] == torch.arange(len(gains), device=tokens.device)
+            gain = (one_hot.float() @ gains)[:, None]
+            ((match,),) = read(self.value_tables[-1:], rows=found)
+            match = F.pad(match, (0, ngrams.size(1) - match.size(1)))
+            ngrams = combine([ngrams, match], [self.one, gain])[0]
+        return Lookups(embedded, values, ngrams)
+
+    def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
+        """The normed residual stream in front of the head, (T, dim)."""
+        lookups, layers, one = self.look_up(batch), self.config.layers, self.one
+        scalars = self.scalars(len(batch.tokens))
+        last, attended, attended_normed = len(layers) - 1, layers[-1].attend_from, None
+        streams = {"ngrams": lookups.ngrams}  # that several sums read
+
+        def take(name: str) -> Tensor:
+            return next(scalars[name])
+
+        def add(shares: dict[str, Tensor], *terms: Tensor, norm: bool = True) -> tuple:
+            """combine of terms, a source and its coefficient each, and of shares of streams, with
+            the norm in fp8; later sums read the sources that it gives"""
+            sources = [*terms[::2], *(streams[name] for name in shares)]
+            copy = fp8_empty(sources[0].shape, fp8.unit_x) if fp8 and norm else None
+            x, normed, *again = combine(sources, [*terms[1::2], *shares.values()], norm, copy)
+            again = dict(zip(map(id, sources), again))
+            streams.update((name, again.get(id(old), old)) for name, old in streams.items())
+            return x, (normed, copy)
+
+        x, normed = add({"ngrams": take("ngrams")}, rms_norm(lookups.embedded), one)
+        streams["first"] = x
+
+        for i, row in enumerate(layers):
+            value = None if row.value_table is None else lookups.values[row.value_table]
+            shares = {}
+            if i == last:
+                gates, streams["last"] = self.last_gates(x), x
+                value = combine([value], [gates["value"]])[0]
+                x, _ = add({n: gates["x_" + n] for n in ("first", "attend", "last")}, norm=False)
+                scalars = {name: iter([gate]) for name, gate in gates.items()}
+                shares["first"] = gates["first"]
+            if row.ngrams:
+                shares["ngrams"] = take("ngrams")
+            source, copy = normed if row.attend_from is None else attended_normed
+            own_fp8 = fp8.qkv(i, copy) if fp8 else None
+            y = self.attend(i, source, value, batch, windows, own_fp8)
+            x, normed = add(shares, x, take("residual"), y, take("project"))
+            w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
+            y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
+            norm = i == attended or i < last and layers[i + 1].attend_from is None
+            x, normed = add({}, x, take("mlp_residual"), y, take("mlp_project"), norm=norm)
+            if i == attended:
+                streams["attend"], attended_normed = x, normed
+        return combine([x, streams["attend"]], [one, self.small_weights["attended"]], True)[1]
+
+    def scalars(self, num_tokens: int) -> dict[str, Iterator[Tensor]]:
+        """The coefficients of the layers before the last by name, in the order in which these take
+        them; (num_tokens,) each, so that one kernel sums the gradients of them all."""
+        names = "residual", "project", "mlp_residual", "mlp_project", "ngrams"
+        each = [self.small_weights[name] for name in names]
+        rows = iter(torch.cat(each)[:, None].expand(-1, num_tokens).unbind())
+        return {name: iter([*itertools.islice(rows, len(own))]) for name, own in zip(names, each)}
+
+    def last_gates(self, x: Tensor) -> dict[str, Tensor]:
+        """Coefficients of the last layer, (T, 1) fp32 each, from the stream that enters it."""
+        names = ("gate_w_1", "gate_b_1", "gate_w_2", "gate_b_2")
+        w_1, b_1, w_2, b_2 = (self.small_weights[name] for name in names)
+        hidden = F.gelu(F.linear(x, w_1.type_as(x), b_1.type_as(x)))
+        outputs = GATE_SCALE * (F.linear(hidden, w_2.type_as(x)).float() + b_2)
+        return dict(zip(LAST_LAYER_GATES, outputs.split(1, dim=1)))
+
+    def attend(
+        self, i: int, normed: Tensor, value: Tensor | None, batch: Batch, windows: Windows,
+        fp8: QkvFp8 | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of layer i to the normed stream (T, dim), with its projections; (T, dim).
+        value (T, attention_dim) is added to the values."""
+        config, is_long = self.config, self.config.layers[i].window == "long"
+        w_qkv, w_o = self.attention_weights[i]
+        offset = len(normed) // batch.rows if is_long else 0
+        q, k, v = prepare_qkv(normed, w_qkv, *self.rotary, value, fp8, offset, config.head_dim)
+        lengths = batch.cu_seqlens, batch.max_seq_len, windows.long if is_long else windows.short
+        y = attention(q, k, v, *lengths, config.attention_scale, self.backend)
+        return y.flatten(1) @ w_o
+
+    def forward(
+        self, batch: Batch, windows: Windows, loss_weights: Tensor | None = None, columns: int = 0
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """The loss to train on and the plain next-token loss, both fp32 sums over tokens in nats.
+
+        loss_weights, (2,): of the next token and of the one after it. columns: how many of the
+        vocabulary estimate the softmax of a part of a row, 0 for all. Without weights, as
+        validation has it, the next-token loss alone, in bf16.
+        """
+        if loss_weights is None:
+            return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
+        targets, size = batch.targets.unflatten(0, (batch.rows, -1)), self.config.tokens_per_draw
+        sizes = [len(part) for row in targets for part in row.split(size)]
+        with self.aside():
+            second = F.pad(targets[:, 1:], (0, 1), value=IGNORED_TARGET)
+            terms = torch.stack([targets, second], dim=2).flatten(0, 1)
+            drawn = [self.draw(part, columns) for part in terms.split(sizes)]
+        x = self.hidden(batch, windows, self.fp8)
+        self.join()
+        losses, place = [], torch.arange(columns + 1, device=x.device)
+        for part, ((tokens, offsets, places), fp8) in zip(x.split(sizes), drawn):
+            head = self.head
+            if columns:  # each is a run of its own
+                order = SortedRows(tokens, place[:-1], place, place[:-1], place[-1:])
+                (head,) = TableRows.apply(tokens, order, head)
+            losses.append(head_loss(part, head, places, loss_weights, fp8, offsets))
+        return tuple(map(sum, zip(*losses)))
+
+    def draw(self, targets: Tensor, count: int) -> tuple[Columns, HeadFp8 | None]:
+        """Columns for the targets of a part of a row, and the head's rows for these in fp8."""
+        columns = Columns(None, None, targets)
+        if count:
+            columns = draw_columns(targets, self.proposal, count)
+        return columns, self.fp8.head(columns.tokens) if self.fp8 else None
+
+
+def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """Parts of a parameter as leaves of their own, whose gradients are parts of its gradient."""
+    parts = cut(param.detach())
+    for part, grad in zip(parts, cut(param.grad)):
+        part.requires_grad_()
+        part.grad = grad
+    return parts
+
+
+# ==================================================================================================
+# 6. Optimizer
+# ==================================================================================================
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """How one parameter is updated."""
+
+    name: str  # of the parameter in GPT
+    rule: str  # normuon or adam
+    sharded: bool  # each rank updates its own rows and sends them round; else every rank all rows
+    every: int  # steps whose gradients make one update
+    lr: float = 1.0  # multiplier of muon_lr or adam_lr
+    weight_decay: float = 1.0  # multiplier
+    betas: tuple[float, float] = (0.9, 0.99)  # Adam only
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step ends with an update of it."""
+        return (step + 1) % self.every == 0
+
+
+# fmt: off
+# In the order in which their gradients travel: while one is on its way, the one before it makes its
+# update. The new rows follow behind the last gradient.
+PARAM_GROUPS = (
+    #          name              rule       sharded  every  lr    weight_decay  betas
+    ParamGroup("value_embed",    "adam",    True,    2,     75.0,   5.0,        (0.75, 0.95)),
+    ParamGroup("mlp_bank",       "normuon", True,    1),
+    ParamGroup("head",           "adam",    True,    2,      1.0, 150.0,        (0.50, 0.95)),
+    ParamGroup("attention_bank", "normuon", True,    1),
+    ParamGroup("small",          "adam",    False,   2),  # numbers are in small_params
+)
+
+# (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; Amsel et al. 2025, arXiv 2505.16932
+POLAR_EXPRESS = (
+    (8.1566, -22.4833, 15.8788),
+    (4.0429,  -2.8089,  0.5000),
+    (3.8917,  -2.7725,  0.5061),
+    (3.2858,  -2.3681,  0.4645),
+    (2.3465,  -1.7098,  0.4232),
+)
+# fmt: on
+
+
+def polar_express(x: Tensor) -> Tensor:
+    """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols)."""
+    norm, tall = widen(x).norm(dim=(1, 2), keepdim=True), x.size(1) > x.size(2)
+    x = x / (1.02 * norm + 1e-7).type_as(x)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        left, right = (x, polynomial) if tall else (polynomial, x)
+        x = torch.baddbmm(x, left, right, beta=a)
+    return x
+
+
+def apply_update_(
+    weights: Tensor, copy: Tensor | None, direction: Tensor, lr: Tensor, decay: Tensor
+) -> None:
+    """weights -= lr·direction, and decay·weights where that has the same sign (cautious decay)."""
+    shrinks = direction * weights > 0
+    weights.sub_(lr * direction + decay * weights * shrinks)
+    if copy is not None:
+        copy.copy_(weights)
+
+
+@compiled
+def normuon_update_(
+    weights: Tensor, copy: Tensor | None, grad: Tensor, momentum: Tensor, mean_square: Tensor,
+    step_scale: Tensor, mu: Tensor, beta2: float, lr: Tensor, decay: Tensor,
+) -> None:  # fmt: skip
+    """One step of NorMuon, in place, for a bank's matrices of one kind.
+
+    weights and momentum in fp32, their copy that the model reads, if it has another dtype, and
+    grad: (entries, matrices of an entry, rows, cols). mean_square: fp32, (matrices, rows, 1), or
+    (matrices, 1, cols) to even out columns. step_scale: fp32, (entries,), of the direction. mu, lr,
+    decay: 0-d.
+    Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1.
+    """
+    grad = grad.float()
+    momentum.lerp_(grad, 1 - mu)
+    update = grad.lerp(momentum, mu).flatten(0, 1)  # Nesterov's look ahead
+    update = update.bfloat16() if update.is_cuda else update
+    direction = polar_express(update).float()
+    # Even out the rows, and keep the norm.
+    across = 2 if mean_square.size(2) == 1 else 1
+    squares = direction.square().sum(dim=across, keepdim=True)
+    mean_square.lerp_(squares / direction.size(across), 1 - beta2)
+    scale = mean_square.clamp_min(1e-12).rsqrt()
+    norm, evened = (x.sum((1, 2), keepdim=True).sqrt() for x in (squares, squares * scale.square()))
+    direction = direction * (scale * norm / evened.clamp_min(1e-12))
+    direction = direction.view(weights.shape) * step_scale.view(-1, 1, 1, 1)
+    apply_update_(weights, copy, direction, lr, decay)
+
+
+@compiled
+def adam_update_(
+    weights: Tensor, copy: Tensor | None, grad: Tensor, mean: Tensor, mean_square: Tensor,
+    betas: tuple[float, float] | tuple[Tensor, Tensor], updates: Tensor, eps: float, lr: Tensor,
+    decay: Tensor,
+) -> None:  # fmt: skip
+    """One step of Adam (Kingma & Ba 2015, algorithm 1), in place; weights and copy as above.
+
+    betas, lr and decay are for all weights or one a weight. updates: with this one, 0-d.
+    """
+    grad = grad.float()
+    mean.lerp_(grad, 1 - betas[0])
+    mean_square.lerp_(grad.square(), 1 - betas[1])
+    first, second = (1 - beta**updates for beta in betas)
+    direction = (mean / first) / ((mean_square / second).sqrt() + eps)
+    apply_update_(weights, copy, direction, lr, decay)
+
+
+class ParamState:
+    """What one rank keeps for one parameter: its rows, in fp32 too, and the moments."""
+
+    def __init__(self, group: ParamGroup, param: nn.Parameter, config: Config, runtime: Runtime):
+        self.group, self.param = group, param
+        self.num_shards = runtime.world_size if group.sharded else 1
+        rows, rest = divmod(len(param), self.num_shards)
+        require(
+            rest == 0,
+            f"{group.name} has {len(param)} rows, which {self.num_shards} processes cannot share "
+            "evenly: start a number of processes that divides them",
+        )
+        first = (runtime.rank if group.sharded else 0) * rows
+        self.shard = param.detach()[first : first + rows]
+        self.weights = self.shard.float()  # itself if it is fp32
+        self.copy = None if self.weights is self.shard else self.shard
+        self.mean = torch.zeros_like(self.weights)
+        self.mean_squares: list[Tensor] = []
+        # NorMuon: rows of a bank entry, rows of a matrix in them
+        self.blocks: list[tuple[slice, int]] = []
+        self.step_scales: list[Tensor] = []  # of each block, one an entry
+        self.lr, self.weight_decay, self.betas = group.lr, group.weight_decay, group.betas
+        if group.name == "small":
+            layout = small_params(config).values()
+            sizes = torch.tensor([math.prod(row.shape) for row in layout])
+
+            def spread(numbers: Iterable[float]) -> Tensor:  # one a parameter to one a weight
+                return torch.tensor(list(numbers)).repeat_interleave(sizes).to(param.device)
+
+            self.lr = spread(row.lr for row in layout)
+            self.weight_decay = spread(row.weight_decay for row in layout)
+            self.betas = tuple(spread(row.betas[i] for row in layout) for i in range(2))
+        if group.rule == "adam":
+            self.mean_squares = [torch.zeros_like(self.mean)]
+            return
+        entries, height, width = self.shard.shape
+        if group.name == "attention_bank":  # q and k in pairs of heads, v and o whole
+            half, matrix = height // 2, height // 4
+            self.blocks = [(slice(0, half), 2 * config.head_dim), (slice(half, height), matrix)]
+            scales = torch.ones(entries)
+        else:  # W_1 as it is, W_2 with twice the step
+            self.blocks = [(slice(0, height), height)]
+            scales = torch.where(torch.arange(first, first + rows) < len(config.layers), 1.0, 2.0)
+        for rows_of_entry, matrix_rows in self.blocks:
+            count = entries * (rows_of_entry.stop - rows_of_entry.start) // matrix_rows
+            shape = (count, matrix_rows, 1) if matrix_rows >= width else (count, 1, width)
+            self.mean_squares.append(torch.zeros(shape, device=param.device))
+            step_scale = scales * math.sqrt(max(1.0, matrix_rows / width))
+            self.step_scales.append(step_scale.to(param.device))
+
+    def tensors(self) -> list[Tensor]:
+        own = [] if self.copy is None else [self.weights]  # else they are the parameter's
+        return [*own, self.mean, *self.mean_squares]
+
+
+class Optimizer:
+    """NorMuon and Adam over PARAM_GROUPS, the large parameters shared out over the ranks.
+
+    A step reduce-scatters the gradients of a sharded parameter, updates this rank's rows and
+    all-gathers the new rows; small parameters are all-reduced and updated everywhere. All
+    collectives are asynchronous.
+    """
+
+    def __init__(self, model: GPT, config: Config, runtime: Runtime):
+        self.model, self.config, self.runtime = model, config, runtime
+        params = dict(model.named_parameters())
+        assert params.keys() == {group.name for group in PARAM_GROUPS}, (
+            "PARAM_GROUPS and GPT disagree"
+        )
+        self.states = [
+            ParamState(group, params[group.name], config, runtime) for group in PARAM_GROUPS
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor a step changes, parameters and n-grams left out."""
+        return [tensor for state in self.states for tensor in state.tensors()]
+
+    @torch.no_grad()
+    def step(self, step: int, lr_scale: float, momentum: float) -> None:
+        """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2
+        keep theirs on even steps and are updated on odd ones."""
+        due = [state for state in self.states if state.group.is_due(step)]
+        reductions = [self._launch_reduction(state) for state in due]
+        # while these travel
+        self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
+        gathers = []
+        for state, finish_reduction in zip(due, reductions):
+            self._update(state, finish_reduction(), step, lr_scale, momentum)
+            if state.num_shards > 1:
+                gathers.append(
+                    dist.all_gather_into_tensor(state.param.detach(), state.shard, async_op=True)
+                )
+        for state in due:  # while these travel
+            state.param.grad.zero_()
+        for work in gathers:
+            work.wait()
+        if self.model.fp8 is not None:
+            self.model.fp8.refresh()
+
+    def _launch_reduction(self, state: ParamState) -> Callable[[], Tensor]:
+        """Start to sum a gradient over the ranks. The function returned waits for the sum and gives
+        this rank's rows of it."""
+        whole = state.param.grad
+        if self.runtime.world_size == 1:
+            return lambda: whole
+        if state.num_shards == 1:
+            part, work = whole, dist.all_reduce(whole, async_op=True)
+        else:
+            part = torch.empty_like(state.shard)
+            work = dist.reduce_scatter_tensor(part, whole, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return part
+
+        return finish
+
+    def _update(
+        self, state: ParamState, grad: Tensor, step: int, lr_scale: float, momentum: float
+    ) -> None:
+        config, group = self.config, state.group
+
+        def rates(base: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+            lr = torch.full((), base * lr_scale, device=grad.device) * state.lr
+            return lr, lr * lr * weight_decay * state.weight_decay
+
+        if group.rule == "adam":
+            moments = state.mean, state.mean_squares[0]
+            updates = torch.full((), (step + 1) // group.every, device=grad.device)
+            numbers = config.adam_eps, *rates(config.adam_lr, config.adam_weight_decay)
+            adam_update_(state.weights, state.copy, grad, *moments, state.betas, updates, *numbers)
+            return
+        mu = torch.full((), momentum, device=grad.device)
+        numbers = mu, config.muon_beta2, *rates(config.muon_lr, config.muon_weight_decay)
+        for (rows, matrix_rows), *buffers in zip(
+            state.blocks, state.mean_squares, state.step_scales
+        ):
+            matrices = (
+                None if bank is None else bank[:, rows].unflatten(1, (-1, matrix_rows))
+                for bank in (state.weights, state.copy, grad, state.mean)
+            )
+            normuon_update_(*matrices, *buffers, *numbers)
+
+
+@contextlib.contextmanager
+def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
+    """At the end put every weight and optimizer state back, bit for bit, drop the gradients, forget
+    what was read, and empty the table of n-grams."""
+    tensors = [param.detach() for param in model.parameters()] + optimizer.tensors()
+    copies = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, copy in zip(tensors, copies):
+            tensor.copy_(copy)
+        for param in model.parameters():
+            param.grad.zero_()
+        if model.matches is not None:
+            model.matches.zero_()
+        model.ngrams.reset()
+        if model.fp8 is not None:
+            model.fp8.reset()
+
+
+# ==================================================================================================
+# 7. Data
+# ==================================================================================================
+
+GET_DATA = "data/cached_fineweb.py fetches one, data/tokenize_text.py or data/sample.py makes one"
+MORE_DATA = "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
+
+
+def read_shard_header(path: str) -> int:
+    """Number of tokens in a shard. Raises UserError unless header and file length agree."""
+    header_bytes = 4 * SHARD_HEADER_INTS
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS).tolist()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}): check --train_files and --val_file"
+        ) from None
+    magic, version, num_tokens = header[:3] if len(header) == SHARD_HEADER_INTS else (0, 0, 0)
+    expected = header_bytes + 2 * num_tokens
+    for holds, found in (
+        (size >= header_bytes, f"{size} bytes, shorter than a shard's header of {header_bytes}"),
+        (magic == SHARD_MAGIC, f"not a token shard (magic {magic}, expected {SHARD_MAGIC})"),
+        (version == SHARD_VERSION, f"shard version {version}, expected {SHARD_VERSION}"),
+        (size == expected, f"{size} bytes, expected {expected} for its {num_tokens} tokens"),
+    ):
+        require(holds, f"{path}: {found}: {GET_DATA}")
+    return num_tokens
+
+
+def read_tokens(path: str, count: int, vocab_size: int) -> np.ndarray:
+    """The first `count` tokens of a checked shard, uint16."""
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * SHARD_HEADER_INTS)
+    if len(tokens) and tokens.max() >= vocab_size:
+        index = int(np.argmax(tokens >= vocab_size))
+        found = f"token {tokens[index]} at position {index} is outside the vocabulary"
+        raise UserError(f"{path}: {found} of {vocab_size} (GPT-2's): {GET_DATA}")
+    return tokens
+
+
+def find_files(option: str, pattern: str) -> list[str]:
+    files = sorted(glob.glob(pattern))
+    require(len(files) > 0, f"{option} {pattern}: no such file: {GET_DATA}")
+    return files
+
+
+def find_train_files(config: Config) -> tuple[list[str], list[str]]:
+    """The shards that training reads, and those that matches hold from the start."""
+    files, count = find_files("--train_files", config.train_files), config.match_shards
+    few = f"--match_shards {count}: --train_files {config.train_files} has {len(files)} shards, "
+    require(count < len(files), few + "which leaves none to train on: add shards or take less")
+    return files[: len(files) - count], files[len(files) - count :]
+
+
+def ahead(items: Iterator, depth: int) -> Iterator:
+    """The items, made by a thread, `depth` of them ahead, and then what making them raises."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+    coming = deque(thread.submit(next, items, None) for _ in range(depth))
+
+    def hand_on() -> Iterator:
+        while (item := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, items, None))
+            yield item
+
+    return hand_on()
+
+
+def load_shard(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Its tokens, and where in them documents start."""
+    tokens = read_tokens(path, read_shard_header(path), vocab_size)
+    starts = np.flatnonzero(tokens == START_TOKEN)
+    found = f"no document begins in it (start token {START_TOKEN})"
+    require(len(starts) > 0, f"{path}: {found}: {GET_DATA}")
+    return tokens, starts
+
+
+class TokenStream:
+    """The training shards as one stream of documents, read once, in order.
+
+    Each row is a run of whole documents, cut at max_seq_len; the last one is cut so that the row
+    holds exactly T + 1 tokens: T inputs and their next tokens. The next row begins with the next
+    document. While one shard is used, the next one is loaded.
+    """
+
+    def __init__(self, files: list[str], vocab_size: int, repeat: bool):
+        files = itertools.cycle(files) if repeat else iter(files)
+        self.shards = ahead((load_shard(path, vocab_size) for path in files), depth=1)
+        self.tokens, self.starts = next(self.shards)  # tokens, where unread documents start
+        self.rows_read, self.ended = 0, False
+
+    def _append_shard(self) -> None:
+        """Put the next shard behind the unread documents: the last one may go on in it. Behind the
+        last shard comes a start of nothing, where that document ends."""
+        require(
+            not self.ended,
+            f"--train_files: the training data ran out after {self.rows_read} rows, before the "
+            f"schedule did (what max_seq_len cuts off a document is not read): {MORE_DATA}",
+        )
+        rest, first = self.tokens[self.starts[0] :], self.starts[0]
+        tokens, starts = next(self.shards, (rest[:0], np.zeros(1, np.int64)))
+        self.ended = len(tokens) == 0
+        self.tokens = np.concatenate([rest, tokens])
+        self.starts = np.concatenate([self.starts - first, starts + len(rest)])
+
+    def next_row(self, num_tokens: int, max_seq_len: int) -> list[np.ndarray]:
+        """Documents of the next row, num_tokens + 1 tokens in all; UserError at the end."""
+        while True:
+            lengths = np.minimum(np.diff(self.starts[: num_tokens + 2]), max_seq_len)
+            filled = np.cumsum(lengths)
+            count = int(np.searchsorted(filled, num_tokens, side="right")) + 1
+            if count <= len(lengths):
+                break
+            self._append_shard()
+        lengths[count - 1] -= filled[count - 1] - (num_tokens + 1)
+        begins, self.starts = self.starts[:count], self.starts[count:]
+        self.rows_read += 1
+        return [self.tokens[begin : begin + length] for begin, length in zip(begins, lengths)]
+
+
+def make_batch(
+    rows: list[tuple[np.ndarray, np.ndarray]], max_seq_len: int, min_mean_doc_len: int, pin: bool
+) -> Batch:
+    """Batch of rows, T + 1 tokens and the positions where their documents start each; it has room
+    for a document in min_mean_doc_len tokens, or for more if there are more."""
+    tokens = np.stack([tokens for tokens, _ in rows])
+    inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int64)
+    length, num_tokens = inputs.shape[1], inputs.size
+    starts = [starts[starts < length] + i * length for i, (_, starts) in enumerate(rows)]
+    starts = np.concatenate(starts)
+    room = max(num_tokens // min_mean_doc_len + 1, len(starts))
+    cu_seqlens = np.full(room + 1, num_tokens, dtype=np.int32)
+    cu_seqlens[: len(starts)] = starts
+    batch = [torch.from_numpy(array) for array in (inputs.ravel(), targets.ravel(), cu_seqlens)]
+    if pin:  # torch keeps pinned buffers and reuses one only when the copy out of it is done
+        batch = [tensor.pin_memory() for tensor in batch]
+    return Batch(*batch, max_seq_len, len(rows))
+
+
+def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
+    """Ids below START_TOKEN, uint16, each as rare as it is high: of evenly drawn ones a row would
+    have more different ones than it has columns."""
+    return (START_TOKEN ** random.random(count)).astype(np.uint16) - 1
+
+
+def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[list[Batch]]:
+    """This rank's rows of every step, pass by pass: in each the ranks take what follows one
+    another. shapes: (T, max_seq_len) of a row, for each step."""
+    ranks, pin = runtime.world_size, runtime.device.type == "cuda"
+
+    def join(row: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate(row), np.cumsum([0, *map(len, row[:-1])])
+
+    files, _ = find_train_files(config)
+    # what is read twice could be foretold
+    stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
+    for num_tokens, max_seq_len in shapes:
+        rows = [stream.next_row(num_tokens, max_seq_len) for _ in range(config.rows_per_step)]
+        count = config.rows_per_pass(num_tokens, ranks)
+        firsts = range(runtime.rank * count, len(rows), ranks * count)
+        how = max_seq_len, config.min_mean_doc_len, pin
+        yield [make_batch([*map(join, rows[first : first + count])], *how) for first in firsts]
+
+
+def read_proposal(config: Config) -> Tensor:
+    """How often draw_columns takes a token beside others: the root of how often it comes in the
+    first four million training tokens, which halves the variance of even draws; (vocab,) fp32."""
+    path = find_train_files(config)[0][0]
+    tokens = read_tokens(path, 2**22, config.vocab_size)
+    counts = np.bincount(tokens, minlength=config.padded_vocab_size)
+    return torch.from_numpy(counts + 2).float().sqrt()
+
+
+def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
+    """See that the data lasts before anything is prepared; gives the number of targets that
+    validation scores. shapes: (T, max_seq_len) of every row of all ranks."""
+    files, known = find_train_files(config)
+    sizes = [read_shard_header(path) for path in (*files, *known)]  # a bad one is found here
+    total = sum(sizes[: len(files)])
+    needed = sum(num_tokens for num_tokens, _ in shapes)
+    require(
+        needed < total or config.repeat_data,
+        f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
+        f"{needed}: {MORE_DATA}",
+    )
+    require(
+        needed < total or not config.match_orders,
+        f"--match_orders: the schedule reads {needed} tokens, more than the {total} of "
+        "--train_files, which matches would foretell when they are repeated: add shards or lower "
+        "--num_steps",
+    )
+    if total < 2 * needed and (not config.repeat_data or config.match_orders):
+        stream = TokenStream(files, config.vocab_size, repeat=False)
+        for shape in shapes:  # two seconds for the whole schedule
+            stream.next_row(*shape)
+    path = find_files("--val_file", config.val_file)[0]
+    available = read_shard_header(path) - 1
+    require(available > 0, f"{path}: too short to validate on: make a longer one")
+    return min(config.val_tokens, available)
+
+
+def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
+    """This rank's rows of the validation stream as it is; every target once, documents masked."""
+    path, size = find_files("--val_file", config.val_file)[0], config.val_row_tokens
+    tokens = read_tokens(path, num_targets + 1, config.vocab_size)
+    for begin in range(runtime.rank * size, num_targets, runtime.world_size * size):
+        row = tokens[begin : begin + size + 1]
+        real = len(row) - 1
+        row = np.pad(row, (0, size - real), constant_values=START_TOKEN)  # the last one
+        starts = np.union1d([0], np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN))
+        batch = make_batch([(row, starts)], size, config.min_mean_doc_len, pin=False)
+        batch.targets[real:] = IGNORED_TARGET
+        yield batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    tensors = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
+    return Batch(*tensors, *batch[3:])
+
+
+# ==================================================================================================
+# 8. Schedule
+# ==================================================================================================
+
+
+class Schedule:
+    """The stages laid out over the steps."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.total_steps = config.num_steps + config.extension_steps
+        self.end_step = min(config.stop_step or self.total_steps, self.total_steps)
+        edges = np.cumsum([stage.share for stage in config.stages])
+        self.stage_ends = [round(float(edge) * config.num_steps) for edge in edges]
+
+    def stage(self, step: int) -> Stage:
+        stages = zip(self.stage_ends, self.config.stages)
+        return next((stage for end, stage in stages if step < end), self.config.extension[0])
+
+    def windows(self, step: int) -> Windows:
+        return Windows(self.stage(step).window_short, self.stage(step).window_long)
+
+    def row_shape(self, step: int) -> tuple[int, int]:
+        """Tokens of a row, and of the longest document in it."""
+        stage = self.stage(step)
+        return stage.tokens_per_step // self.config.rows_per_step, stage.max_seq_len
+
+    def describe(self, step: int) -> str:
+        """What tells its rows from others of their length."""
+        columns = self.stage(step).columns
+        return f"{self.windows(step)}" + (f", {columns:,} columns" if columns else "")
+
+    def lr_scale(self, step: int) -> float:
+        """The stage's multiplier, falling linearly to lr_end from lr_decay_start on."""
+        config, lr = self.config, self.stage(step).lr
+        left = max(0.0, 1 - step / config.num_steps) / (1 - config.lr_decay_start)
+        return lr if left >= 1 else lr * left + config.lr_end * (1 - left)
+
+    def momentum(self, step: int) -> float:
+        """Linear warm-up, plateau, linear cool-down over the last steps."""
+        start, peak = self.config.momentum_start, self.config.momentum_peak
+        up, cooldown = step / self.config.momentum_warmup_steps, self.config.momentum_cooldown_steps
+        down = (self.total_steps - step) / cooldown if cooldown else 1.0
+        return start + min(up, down, 1.0) * (peak - start)
+
+
+# ==================================================================================================
+# 9. Train and validate
+# ==================================================================================================
+
+
+class Clock:
+    """Training time in seconds; validation stops it."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.total = runtime, 0.0
+
+    def start(self) -> None:
+        self.runtime.synchronize()
+        self.begin = self.total, self.mark()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.runtime.synchronize()
+        self.total += time.perf_counter() - self.started
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What the device reaches when it has done all that was launched so far."""
+        if self.runtime.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def at(self, mark: torch.cuda.Event | None) -> float:
+        """When the device reached a mark made since the last start: the host may look later. None
+        is now, while the clock runs."""
+        total, begin = self.begin
+        if mark is None:
+            return total + time.perf_counter() - self.started
+        mark.synchronize()
+        return total + begin.elapsed_time(mark) / 1000
+
+
+class Progress:
+    """Reports steps as they complete on the device, without waiting for the one just launched.
+
+    The loss of a step is copied to pinned memory behind the step's own work; it is read a few steps
+    later, which also keeps the host from running further ahead than that.
+    """
+
+    MAX_IN_FLIGHT = 3
+
+    def __init__(self, runtime: Runtime, clock: Clock, total_steps: int):
+        self.runtime, self.clock, self.last_time = runtime, clock, 0.0
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.bar = tqdm(
+            total=total_steps,
+            disable=None if runtime.is_main else True,  # None: only on a terminal
+            bar_format="{desc}{bar} step {n_fmt}/{total_fmt}{postfix} · {remaining} left",
+            dynamic_ncols=True,
+        )
+
+    def launched(self, step: int, loss: Tensor) -> None:
+        """loss: mean training loss of this rank's tokens, a scalar on the device."""
+        self.pending.append((step, loss.to("cpu", non_blocking=True), self.clock.mark()))
+        self.report(self.MAX_IN_FLIGHT)
+
+    def report(self, in_flight: int = 0) -> None:
+        """The steps that are done; waits for them if more than that many are not."""
+        while self.pending:
+            step, loss, mark = self.pending[0]
+            if len(self.pending) <= in_flight and mark is not None and not mark.query():
+                return
+            self.pending.popleft()
+            now, value = self.clock.at(mark), loss.item()
+            require(
+                math.isfinite(value),
+                f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
+                "lower --muon_lr or --adam_lr, check the data of --train_files, or raise the "
+                "columns of --stages if --tokens_per_draw has more different targets than that",
+            )
+            step_ms, self.last_time = 1000 * (now - self.last_time), now
+            self.runtime.log.step(step + 1, value, now, step_ms)
+            mean_ms = f"{1000 * now / (step + 1):.1f} ms/step"
+            self.bar.set_postfix_str(f"loss {value:.3f} · {mean_ms}", refresh=False)
+            self.bar.update()
+
+
+class Trainer:
+    """A model and what brings it on: optimizer, schedule, and the passes of rows.
+
+    On a GPU the forward and backward pass of rows that are computed at once is a CUDA graph, whose
+    replay costs the host one launch in place of a thousand. Every stage has its graph and its own
+    buffers for inputs; their memory is shared.
+    """
+
+    def __init__(self, model: GPT, runtime: Runtime):
+        self.model, self.config, self.runtime = model, model.config, runtime
+        self.optimizer = Optimizer(model, self.config, runtime)
+        self.schedule = Schedule(self.config)
+        self.loss_weights = {  # of the next token and of the one after it
+            stage: torch.tensor([1.0, stage.second], device=runtime.device)
+            for stage in (*self.config.stages, *self.config.extension)
+        }
+        self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
+        self.graphs: dict[Stage, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
+        if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def compute(self, batch: Batch, step: int) -> Tensor:
+        windows, stage = self.schedule.windows(step), self.schedule.stage(step)
+        loss, next_token_loss = self.model(batch, windows, self.loss_weights[stage], stage.columns)
+        # summed over tokens, averaged over ranks and micro-steps
+        (loss / self.config.rows_per_step).backward()
+        return next_token_loss
+
+    def micro_step(self, batch: Batch, step: int) -> Tensor:
+        """Forward and backward pass of rows of a step, added to the gradients. Gives the sum of
+        their next-token losses, fp32, valid until the next call."""
+        if self.uses_graphs:
+            graph, inputs, loss, left = self.graphs[self.schedule.stage(step)]
+        if self.uses_graphs and len(batch.cu_seqlens) == len(inputs[2]):
+            for mine, given in zip(inputs, batch):
+                mine.copy_(given, non_blocking=True)
+            graph.replay()
+        else:  # also a row of more documents than its graph has room for
+            loss = self.compute(to_device(batch, self.runtime.device), step)
+            left = self.model.ngrams.left
+        self.model.ngrams.gather(*left)
+        return loss
+
+    def rehearse(self, batch: Batch, step: int) -> None:
+        """Compile kernels and make workspaces for rows like these, without a graph; changes the
+        gradients."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.compute(to_device(batch, self.runtime.device), step)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # graphs keep memory of their own
+
+    def capture(self, batch: Batch, step: int) -> None:
+        """Make the graph for rows like these, once they are rehearsed."""
+        batch = to_device(batch, self.runtime.device)
+        inputs = [tensor.clone() for tensor in batch[:3]]
+        mine = Batch(*inputs, *batch[3:])
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as NCCL's, may do what a capture forbids
+        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **how):
+            loss = self.compute(mine, step)
+        left = self.model.ngrams.left  # memory that no other graph takes
+        self.graphs[self.schedule.stage(step)] = graph, inputs, loss, left
+
+    def prepare(self) -> None:
+        """Compile, capture and warm up on random rows of every stage, then put everything back."""
+        config, schedule, begin = self.config, self.schedule, time.perf_counter()
+        random = np.random.default_rng(self.runtime.rank)
+
+        def random_batch(num_tokens: int, max_seq_len: int, rows: int) -> Batch:
+            starts = np.arange(0, num_tokens, max_seq_len)
+            rows = [(random_tokens(random, num_tokens + 1), starts) for _ in range(rows)]
+            return make_batch(rows, max_seq_len, config.min_mean_doc_len, False)
+
+        def report(what: str) -> None:
+            self.runtime.synchronize()
+            self.runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
+
+        lasts, batches = {schedule.stage(step): step for step in range(schedule.end_step)}, []
+        for last in lasts.values():  # the last step of every stage
+            shape = schedule.row_shape(last)
+            rows = config.rows_per_pass(shape[0], self.runtime.world_size)
+            batches.append((random_batch(*shape, rows), last))
+        # the longest first: the graphs of shorter ones find room in their memory
+        batches.sort(key=lambda item: -len(item[0].tokens))
+        with nothing_changes(self.model, self.optimizer):
+            for batch, last in batches if self.uses_graphs else []:
+                self.rehearse(batch, last)
+                rows = f"{batch.rows} rows of {len(batch.tokens) // batch.rows:,} tokens"
+                report(f"{rows}, windows {schedule.describe(last)}")
+            for batch, last in batches:
+                if self.uses_graphs:
+                    self.capture(batch, last)
+                for update in range(2):  # an even and an odd one, so that every update runs
+                    self.run_step(last, [batch], update)
+            report("graphs and updates" if self.uses_graphs else "updates")
+            with torch.no_grad():
+                batch = random_batch(config.val_row_tokens, config.val_row_tokens, 1)
+                self.model(to_device(batch, self.runtime.device), schedule.windows(last))
+            report(f"validation rows of {config.val_row_tokens:,} tokens")
+
+    def run_step(self, step: int, rows: list[Batch], update: int | None = None) -> Tensor:
+        """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.
+        update: the optimizer's number of it, where it is not the schedule's."""
+        total = torch.zeros((), device=self.runtime.device)
+        for batch in rows:
+            total += self.micro_step(batch, step)
+        if self.model.matches is not None:  # while the optimizer works
+            with self.model.aside():
+                note_rows(self.model, rows, self.runtime)
+        rates = self.schedule.lr_scale(step), self.schedule.momentum(step)
+        self.optimizer.step(step if update is None else update, *rates)
+        self.model.join()
+        return total / sum(len(batch.tokens) for batch in rows)
+
+
+@torch.no_grad()
+def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
+    """Enter the rows that all ranks read in a step, as many on each and of one length, in what the
+    model can match. Later steps see them, this one did not."""
+    rows = [to_device(row, runtime.device) for row in rows]
+    length = len(rows[0].tokens)
+    parts = ((r.tokens, document_starts(r.cu_seqlens, length), r.targets.int()) for r in rows)
+    own = torch.stack([torch.stack(part) for part in parts])
+    everyone = own.new_empty(runtime.world_size, *own.shape)
+    runtime.all_gather(everyone.flatten(0, 1), own)
+    stream = everyone.transpose(0, 1).flatten(0, 1)  # pass by pass, rank by rank
+    begins = length * torch.arange(len(stream), device=stream.device)
+    stream[:, 1] += begins.int()[:, None]
+    stream = stream.transpose(0, 1).flatten(1)
+    note_matches_(model.matches, *stream, model.config.match_orders)
+
+
+@torch.no_grad()
+def note_shards(model: GPT, runtime: Runtime) -> None:
+    """Enter the shards that matches hold from the start. The ranks share out the tables."""
+    config, size, device = model.config, 2**18, runtime.device
+    own = slice(runtime.rank, None, runtime.world_size)
+    paths = find_train_files(config)[1] if config.match_orders[own] else []
+    shards = (load_shard(path, config.vocab_size) for path in paths)
+    for shard, begins in ahead(shards, depth=1):
+        begins = np.union1d([0], begins)
+        shard, begins = (torch.from_numpy(x).to(device).int() for x in (shard, begins))
+        starts = document_starts(begins, len(shard))
+        end = (len(shard) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
+        for first in range(0, end, size):
+            part = slice(first, min(first + size, end))
+            inputs = shard[part], (starts[part] - first).clamp_min(0), shard[1:][part]
+            note_matches_(model.matches, *inputs, config.match_orders, own)
+    if config.match_shards and runtime.world_size > 1:
+        for i, table in enumerate(model.matches):  # from the rank that has entered it
+            dist.broadcast(table, i % runtime.world_size)
+
+
+@torch.no_grad()
+def validate(
+    model: GPT, config: Config, runtime: Runtime, num_targets: int, windows: Windows
+) -> float:
+    """Mean cross-entropy in nats over the first `num_targets` targets of the validation file.
+
+    With matches, rows that have been scored are entered in them, like those of a training step, and
+    at the end they are as they were.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    rows = validation_rows(config, runtime, num_targets)
+    kept = None if model.matches is None else model.matches.clone()
+    size = config.rows_per_step * config.val_row_tokens
+    for end in range(size, num_targets + size, size):
+        scored = list(itertools.islice(rows, config.rows_per_step // runtime.world_size))
+        for batch in scored:
+            total += model(to_device(batch, runtime.device), windows)
+        if kept is not None and end < num_targets:
+            note_rows(model, scored, runtime)
+    if kept is not None:
+        model.matches.copy_(kept)
+    loss = runtime.all_reduce(total).item() / num_targets
+    found = f"the validation loss is {loss}"
+    require(math.isfinite(loss), f"{found}: lower --muon_lr or --adam_lr")
+    return loss
+
+
+def train(config: Config, runtime: Runtime) -> None:
+    log, schedule = runtime.log, Schedule(config)
+    shapes = [schedule.row_shape(step) for step in range(schedule.end_step)]
+    all_rows = [shape for shape in shapes for _ in range(config.rows_per_step)]
+    num_targets = check_data(config, all_rows)
+    folder = Path(config.checkpoint).parent
+    require(
+        not config.checkpoint or (folder.is_dir() and os.access(folder, os.W_OK)),
+        f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder",
+    )
+    environment = describe_environment(runtime)
+    tables = {"environment": environment, "config": config_as_text(config)}
+    log.data |= tables
+    log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
+    log.line(json.dumps(tables, indent=1), screen=False)
+    hardware = f"{runtime.world_size} x {environment['devices']}"
+    log.line(f"{hardware}, torch {environment['torch']}, log {log.path}")
+    if num_targets < config.val_tokens:
+        wanted = f"not {config.val_tokens:,}"
+        log.line(f"validation scores {num_targets:,} targets, all that --val_file has, {wanted}")
+
+    begin = time.perf_counter()
+    model = GPT(config, runtime)
+    trainer = Trainer(model, runtime)
+    millions = sum(param.numel() for param in model.parameters()) / 1e6
+    kernels = "Triton kernels" if has_kernels(runtime.device) else "plain PyTorch"
+    dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
+    log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
+    log.line(f"{kernels}, {dtype}, attention by {model.backend}")
+    count, dim = model.ngrams.table.shape
+    log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
+    trainer.prepare()
+    preparation = time.perf_counter() - begin
+
+    rows = ahead(training_rows(config, runtime, shapes), depth=2)
+    clock = Clock(runtime)
+    progress = Progress(runtime, clock, schedule.end_step)
+    clock.start()
+    model.proposal.copy_(read_proposal(config))
+    note_shards(model, runtime)
+    for step in range(schedule.end_step):
+        loss = trainer.run_step(step, next(rows))
+        progress.launched(step, loss)
+
+        done = step + 1
+        if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
+            clock.stop()
+            progress.report()
+            windows = schedule.windows(step)
+            if done == schedule.total_steps:
+                windows = windows._replace(long=config.final_window_long)
+            val_loss = validate(model, config, runtime, num_targets, windows)
+            row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
+            log.data["validations"].append(row)
+            log.line(f"step {done} val_loss {val_loss:.4f} train_time {clock.total:.3f} s")
+            clock.start()
+    progress.bar.close()
+
+    step_ms, peak = 1000 * clock.total / done, peak_memory(runtime)
+    speed = sum(num_tokens for num_tokens, _ in all_rows) / clock.total
+    log.data["summary"] = {
+        "val_loss": val_loss,
+        "steps": done,
+        "train_time_s": clock.total,
+        "mean_step_ms": step_ms,
+        "tokens_per_s": speed,
+        "preparation_s": preparation,
+        "peak_memory_gib": peak,
+    }
+    log.write_json()
+    log.line(f"val loss {val_loss:.4f} after {done} steps, on {num_targets:,} targets")
+    log.line(
+        f"trained {clock.total:.2f} s, {step_ms:.1f} ms a step, {speed:,.0f} tokens/s, "
+        f"after {preparation:.0f} s of preparation; peak memory {peak:.1f} GiB a process"
+    )
+    if runtime.is_main:
+        log.line(f"log {log.path}, curve {draw_curve(log)}")
+    if config.checkpoint:
+        save_checkpoint(model, config, runtime)
+
+
+def peak_memory(runtime: Runtime) -> float:
+    """GiB: the most any rank's allocator held on its GPU, or any process resident on the CPU."""
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(runtime.device)
+    peaks = torch.zeros(runtime.world_size, dtype=torch.float64, device=runtime.device)
+    peaks[runtime.rank] = peak / 2**30
+    return runtime.all_reduce(peaks).max().item()
+
+
+def draw_curve(log: Log) -> Path:
+    """Training and validation loss against steps, as a PNG beside the log."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, summary = figure.subplots(), log.data["summary"]
+    steps, losses = zip(*((row["step"], row["train_loss"]) for row in log.data["steps"]))
+    axes.plot(steps, losses, color="0.7", linewidth=0.8, label="training (rows of rank 0)")
+    scored = [(row["step"], row["val_loss"]) for row in log.data["validations"]]
+    axes.plot(*zip(*scored), "o-", color="C0", label="validation")
+    losses = sorted([*losses, *(loss for _, loss in scored)])
+    top = losses[int(0.97 * (len(losses) - 1))]  # leaves the first steps' fall out of the picture
+    margin = 0.05 * (top - losses[0]) + 0.02
+    axes.set_ylim(losses[0] - margin, top + margin)
+    result = f"{summary['val_loss']:.4f} in {summary['train_time_s']:.1f} s"
+    axes.set_title(f"{log.path.stem}: {result}", fontsize=10)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = log.path.with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
+    """Weights, what was read, config, and whether the training text was cut in bytes (then so are
+    prompts)."""
+    if not runtime.is_main:
+        return
+    path = find_files("--train_files", config.train_files)[0]
+    head = read_tokens(path, 100_000, config.vocab_size)
+    saved = {
+        "config": config_as_text(config),
+        "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "byte_tokens": bool(((head < 256) | (head == START_TOKEN)).all()),
+    }
+    temporary = f"{config.checkpoint}.part"
+    try:
+        torch.save(saved, temporary)
+        os.replace(temporary, config.checkpoint)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--checkpoint {config.checkpoint}: cannot be written ({error}): choose another"
+        ) from None
+    runtime.log.line(f"weights saved in {config.checkpoint}")
+
+
+# ==================================================================================================
+# 10. Command line
+# ==================================================================================================
+
+
+def parse_value(kind: object, text: str) -> object:
+    """The value of an option or of a table's field from text; ValueError when it cannot be read."""
+    for rows_of in Stage, Layer:
+        if kind == tuple[rows_of, ...]:
+            hints = typing.get_type_hints(rows_of)
+            rows = [row.strip().split(":") for row in text.split(",")]
+            for row in rows:
+                if len(row) != len(hints):
+                    count = f"row {':'.join(row)!r} has {len(row)} fields"
+                    raise ValueError(f"{count}, not {':'.join(hints)}")
+            return tuple(rows_of(*map(parse_value, hints.values(), row)) for row in rows)
+    if kind == tuple[int, ...]:
+        return tuple(int(number) for number in text.split(":") if number != "none")
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+    if kind == int | None:
+        return None if text == "none" else int(text)
+    return float(Fraction(text)) if kind is float else kind(text)
+
+
+def format_value(value: object) -> str:
+    """The inverse of parse_value."""
+    if isinstance(value, tuple) and all(isinstance(number, int) for number in value):
+        return ":".join(map(str, value)) or "none"
+    if isinstance(value, tuple):
+        return ", ".join(":".join(map(format_value, dataclasses.astuple(row))) for row in value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def config_as_text(config: Config) -> dict[str, str]:
+    """Every field as it would be written on the command line."""
+    return {name: format_value(value) for name, value in vars(config).items()}
+
+
+def config_from_text(fields: dict[str, str]) -> Config:
+    kinds = typing.get_type_hints(Config)
+    return Config(**{name: parse_value(kinds[name], text) for name, text in fields.items()})
+
+
+def parse_args(arguments: list[str] | None = None) -> Config:
+    """Config from the command line; exits with code 2 and a message on what it cannot read."""
+
+    class Parser(argparse.ArgumentParser):
+        def _print_message(self, message: str, file=None) -> None:
+            if os.environ.get("RANK", "0") == "0":  # once, not once a process
+                super()._print_message(message, file)
+
+    def read(kind: object, text: str) -> object:
+        try:
+            return parse_value(kind, text)
+        except (ValueError, ArithmeticError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
+
+    tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
+    tables += "1/3:131072:896:128:384:1:.5:0, a layer short:none:false:none"
+    parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
+    preset = "speedrun" if torch.cuda.is_available() else "tiny"
+    text = "where the options not given come from"
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help=text)
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    defaults, tiny = (config_as_text(PRESETS[name]) for name in ("speedrun", "tiny"))
+    for name, kind in typing.get_type_hints(Config).items():
+        default = defaults[name] or "none"
+        if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
+            default += f"; tiny: {tiny[name]}"
+        text = f"{comments[name]} [{default}]".replace("%", "%%")
+        how = {"type": functools.partial(read, kind), "metavar": name.upper(), "help": text}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args(arguments))
+    return dataclasses.replace(PRESETS[given.pop("preset")], **given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, and end every failure on all ranks with one message and a non-zero exit code."""
+    config, store, log = parse_args(arguments), None, Log(None)
+    try:
+        store = connect()
+        runtime = start_runtime(config, store)
+        log = runtime.log
+        train(config, runtime)
+        if store is not None:
+            dist.destroy_process_group()
+        return 0
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code, message = 130, f"interrupted; the log so far is {log.path}"
+    except UserError as error:
+        code, message = 1, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        found = f"{str(error).partition('. ')[0]}: lower --tokens_per_pass"
+        code, message = 1, f"error: {found} {config.tokens_per_pass}, or raise --rows_per_step"
+    except Exception:  # noqa: BLE001 (reported with its traceback)
+        code, message = 1, traceback.format_exc()
+    # every rank is interrupted, and the main one speaks; other failures may be of one rank alone
+    speaks = log.path is not None if code == 130 else speaks_for_error(store)
+    if speaks:
+        print("\n" + message, file=sys.stderr, flush=True)
+        log.line(message, screen=False)
+    log.write_json()
+    os._exit(code)  # at once: other ranks may be waiting for this one in a collective
+
+
+if __name__ == "__main__":
+    sys.exit(main())
