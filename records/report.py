@@ -443,9 +443,30 @@ def new_figure(width: float, height: float):
     return figure, axes
 
 
-def label_point(axes, point: tuple, text: str, **place: object) -> None:
+def label_point(axes, point: tuple, text: str, **place: object):
     place = {"xytext": (0, 8), "ha": "center"} | place
-    axes.annotate(text, point, fontsize=8, textcoords="offset points", **place)
+    return axes.annotate(text, point, fontsize=8, textcoords="offset points", **place)
+
+
+def part_labels(figure, labels: list) -> None:
+    """Put each label beside its point, where it hides no other label and no point."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # settles where points are
+    taken = []
+    for label in labels:
+        x, y = label.axes.transData.transform(label.xy)
+        taken.append(Bbox.from_extents(x - 6, y - 6, x + 6, y + 6))
+    for label in sorted(labels, key=lambda label: -label.xy[1]):
+        for y, side in itertools.product((8, -8, 0, 17, -17, 26, -26, 35, -35), ("left", "right")):
+            label.xyann = (7 if side == "left" else -7, y)
+            label.set_horizontalalignment(side)
+            box = Text.get_window_extent(label)  # without the line to its point
+            outside = box.x0 < label.axes.bbox.x0 or box.x1 > label.axes.bbox.x1
+            if not outside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def draw_losses(record: Record, path: Path) -> None:
@@ -497,7 +518,8 @@ def draw_history(records: list[Record], path: Path) -> None:
     """Time against date: claims filled and joined by machine, the others hollow, a series each."""
     from matplotlib import dates, ticker
 
-    series = history_series(records)
+    series, labels = history_series(records), []
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0}  # to its point
     figure, axes = new_figure(9, 5 + 0.25 * len(series))
     for i, (name, members) in enumerate(series.items()):
         days = [record.first.started for _, record in members]
@@ -509,13 +531,11 @@ def draw_history(records: list[Record], path: Path) -> None:
             style = {"linestyle": ":", "marker": "sd<>"[i // 10 % 4], "markerfacecolor": "white"}
         axes.errorbar(days, means, deviations, color=f"C{i % 10}", capsize=3, label=name, **style)
         for (number, record), day, mean in zip(members, days, means):
-            run = record.first
-            unfinished = "" if run.finished else ", unfinished"
-            # days may be few, and what is joined may be near
-            x, side = (7, "left") if record is members[-1][1] else (-7, "right")
-            beside = {"xytext": (x, 0), "ha": side, "va": "center"}
-            beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-            label_point(axes, (day, mean), f"{number}: {mean:.1f} s{unfinished}", **beside)
+            unfinished = "" if record.first.finished else ", unfinished"
+            text = f"{number}: {mean:.1f} s{unfinished}"
+            labels.append(
+                label_point(axes, (dates.date2num(day), mean), text, va="center", arrowprops=line)
+            )
     label = f"public record on 8 × H100: {PUBLIC_SECONDS} s"
     axes.axhline(PUBLIC_SECONDS, color="black", linestyle="--", linewidth=1, label=label)
     starts = [record.first.started for record in records]
@@ -535,6 +555,7 @@ def draw_history(records: list[Record], path: Path) -> None:
     axes.set_title("Training time of the records (numbers: rows of the table)")
     axes.set_ylabel("training time (s)")
     figure.legend(loc="outside lower left", frameon=False)
+    part_labels(figure, labels)
     figure.savefig(path, dpi=120)
 
 
@@ -634,7 +655,7 @@ def history_page(records: list[Record]) -> str:
                 joined(run.machine for run in record.runs),
                 run.data_name,
                 record.memory,
-                record.what_changed.replace("|", "\\|"),
+                record.what_changed.replace("|", "\\|").replace("](../", "]("),  # a folder up
                 " ".join(links),
                 f"no: {reasons}" if reasons else f"p = {format_p(p)}",
             ]

@@ -464,7 +464,8 @@ def test_history_lists_marks_and_draws_all_records(call):
     made_up_record(records / "2026-01-15_long", [3.3], 15, num_steps="1000")
     by_hand = "# By hand\n\nWords.\n\n| | |\n|---|---|\n| memory | hashed |\n"
     (records / "2026-01-01_first" / "README.md").write_text(by_hand)
-    written = f"# x\n\n{report.AUTHOR}\nFaster |\nshorter. Much.\n{report.AUTHOR_END}\n"
+    words = "Faster |\nthan [the first](../2026-01-01_first). Much."
+    written = f"# x\n\n{report.AUTHOR}\n{words}\n{report.AUTHOR_END}\n"
     (records / "2026-01-05_second" / "README.md").write_text(written)
     call("history")
     assert (records / "2026-01-01_first" / "README.md").read_text() == by_hand
@@ -477,7 +478,7 @@ def test_history_lists_marks_and_draws_all_records(call):
     assert rows[0][1:4] == ["2026-01-01", "90.00 ± 0.00 s", "3.2780 ± 0.0001"]
     assert rows[0][4:9] == ["8", "8 × H100 80GB HBM3", "fineweb", "hashed", "By hand"]
     assert rows[0][9].startswith("[1](2026-01-01_first/2026-01-01_000001.txt) [2](")
-    assert rows[1][8] == "Faster \\| shorter."
+    assert rows[1][8] == "Faster \\| than [the first](2026-01-01_first)."
     assert [row[6] for row in rows] == ["fineweb"] * 4 + ["proxy", "other", "fineweb"]
     assert rows[6][4] == "8 of 1002"
     assert [row[10] for row in rows] == [
@@ -494,6 +495,21 @@ def test_history_lists_marks_and_draws_all_records(call):
         [1, 2],
         *([n] for n in range(3, 8)),
     ]
+
+
+def test_labels_hide_neither_one_another_nor_points():
+    from matplotlib.text import Text
+
+    figure, axes = report.new_figure(5, 4)
+    points = [(0.5 + i % 3 / 100, 0.5 + i / 100) for i in range(7)]  # a marker apart and less
+    axes.plot(*zip(*points), "o")
+    labels = [report.label_point(axes, point, f"a label, {i}") for i, point in enumerate(points)]
+    report.part_labels(figure, labels)
+    boxes = [Text.get_window_extent(label) for label in labels]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not any(box.contains(*axes.transData.transform(point)) for point in points)
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
 
 
 def test_history_of_the_repository(call):
