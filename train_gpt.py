@@ -1,8 +1,8 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
-Claim:   none on 8 x H100 and FineWeb yet. On 2 x H100 and the proxy corpus: validation loss 3.3712
-         after 580 + 10 steps, 33.2 s, two runs, 2026-11-24,
-         records/2026-11-24_rows_at_once_two_gpus.
+Claim:   none on 8 x H100 and FineWeb yet. On 2 x H100 and the proxy corpus: validation loss 3.3721
+         after 580 + 10 steps, 33.5 s, three runs, 2026-11-28,
+         records/2026-11-28_three_runs_two_gpus.
 Launch:  ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
 Rooms:   1 this claim, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
          7 data, 8 schedule, 9 train and validate, 10 command line. Later rooms call earlier ones.

@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", metavar="SCRIPT")
-    args, options = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    args, options = parser.parse_intermixed_args(arguments[:split]), arguments[split + 1 :]
     try:
         variants = read_variants(args.file)
         names = args.names or list(variants)

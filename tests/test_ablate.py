@@ -81,7 +81,8 @@ def call(tmp_path, monkeypatch, capsys):
     Path("variants.toml").write_text(VARIANTS, encoding="utf-8")
 
     def run(*arguments: object, code: int = 0) -> str:
-        found = ablate.main(["--script", "script.py", *map(str, arguments)])
+        file, *others = map(str, arguments)
+        found = ablate.main([file, "--script", "script.py", *others])
         out, err = capsys.readouterr()
         assert found == code, out + err
         return err or out
