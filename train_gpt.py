@@ -941,7 +941,8 @@ def _load_head(pointer, row, stride, column, mask):
 
 @triton.jit
 def _turn(x, cos, sin, row, mask, SIGN: tl.constexpr):
-    """x (tokens, HEAD_DIM) with adjacent pairs in the first half of the head turned."""
+    """x (tokens, HEAD_DIM) with adjacent pairs in the first half of the head turned, those of the
+    other half by 0; SIGN -1 turns them back."""
     PAIRS: tl.constexpr = x.shape[1] // 2
     pair = tl.arange(0, PAIRS)[None, :]
     angles, turns = row * (PAIRS // 2) + pair, mask & (pair < PAIRS // 2)
@@ -976,13 +977,16 @@ def _prepare_qkv_kernel(
     part = tl.arange(0, HEAD_DIM)[None, :]
     mask, column = row < num_tokens, tl.program_id(0) * HEAD_DIM + part
     out = row * DIM + column
+
     tile = _load_head(qkv, row, 3 * DIM, 2 * DIM + column, mask)
     if value is not None:
         tile += _load_head(value, row, DIM, column, mask)
     tl.store(v + out, tile, mask=mask)
+
     tile = _load_head(qkv, row, 3 * DIM, column, mask)
     tile *= _norm_factor(tile)
     tl.store(q + out, _turn(tile, cos, sin, row, mask, 1), mask=mask)
+
     tile = _load_head(qkv, row, 3 * DIM, DIM + column, mask)
     tile *= _norm_factor(tile)
     if KEY_OFFSET:
@@ -1014,11 +1018,14 @@ def _prepare_qkv_backward_kernel(
     part = tl.arange(0, HEAD_DIM)[None, :]
     mask, column = row < num_tokens, tl.program_id(0) * HEAD_DIM + part
     inverse, target = 1 / tl.load(unit), (dqkv, dqkv_t, row, mask, num_tokens)
+
     grad = inverse * _load_head(dv, row, DIM, column, mask)
     top = _store_gradient(grad, 2 * DIM + column, target, 3 * DIM, LIMIT)
+
     grad = _turn(inverse * _load_head(dq, row, DIM, column, mask), cos, sin, row, mask, -1)
     grad = _norm_gradient(grad, _load_head(qkv, row, 3 * DIM, column, mask))
     top = tl.maximum(top, _store_gradient(grad, column, target, 3 * DIM, LIMIT))
+
     grad = inverse * _load_head(dk, row, DIM, column, mask)
     if KEY_OFFSET:  # the still half went to the next token, the first one's to itself too
         still = part >= HEAD_DIM // 2
@@ -1042,7 +1049,7 @@ class PrepareQkv(torch.autograd.Function):
         qkv = fp8_product(fp8.x, fp8.w)
         num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
         q, k, v = (x.new_empty(num_tokens, heads, head_dim) for _ in range(3))
-        # half a head of 128, 16 tokens: a load of 16 bytes for each thread of 4 warps
+        # heads of 128, 16 tokens: two loads of 16 bytes for each thread of 4 warps
         _prepare_qkv_kernel[heads, triton.cdiv(num_tokens, 16)](
             qkv, cos, sin, packed(value), q, k, v, num_tokens, key_offset, heads, head_dim,
             key_offset > 0, TILE=16,
