@@ -81,8 +81,7 @@ def call(tmp_path, monkeypatch, capsys):
     Path("variants.toml").write_text(VARIANTS, encoding="utf-8")
 
     def run(*arguments: object, code: int = 0) -> str:
-        file, *others = map(str, arguments)
-        found = ablate.main([file, "--script", "script.py", *others])
+        found = ablate.main(["--script", "script.py", *map(str, arguments)])
         out, err = capsys.readouterr()
         assert found == code, out + err
         return err or out
@@ -111,6 +110,11 @@ def test_options_behind_the_dashes_are_of_every_run(call):
     printed = call("variants.toml", "base", "low", "base", "--", "--lr", "2").splitlines()
     scores = ["4:2.5000@1.50s", "4:1.5000@1.50s", "4:2.5000@1.50s"]
     assert [line.split()[1] for line in printed[:3]] == scores
+
+
+def test_options_may_stand_between_file_and_names(call, capsys):
+    assert ablate.main(["variants.toml", "--script", "script.py", "low"]) == 0
+    assert capsys.readouterr().out.startswith("low 4:2.2500@1.50s")
 
 
 @pytest.mark.parametrize(
