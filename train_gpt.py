@@ -558,9 +558,19 @@ def fp8_product(a: Fp8, b: Fp8) -> Tensor:
 
 
 @triton.jit
+def _transposed(tile):
+    """The transpose of a tile, exact. Bytes move as 16 bits: of an fp8 tile Triton 3.6 would move
+    every byte on its own, and Triton 3.7.1 has stored garbage."""
+    if tile.dtype.primitive_bitwidth != 8:
+        return tl.trans(tile)
+    bits = tl.trans(tile.to(tl.uint8, bitcast=True).to(tl.uint16))
+    return bits.to(tl.uint8).to(tile.dtype, bitcast=True)
+
+
+@triton.jit
 def _quantize_kernel(
-    x, unit, out, out_t, largest, num_rows, num_columns, matrix_stride, LIMIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, unit, out, out_t, largest, clipped, num_rows, num_columns, matrix_stride,
+    LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
     x += tl.program_id(2).to(tl.int64) * matrix_stride - matrix
@@ -572,14 +582,20 @@ def _quantize_kernel(
     if largest is not None:
         tl.atomic_max(largest, tl.max(tl.abs(values)))
     values *= 1 / tl.load(unit + 4 * tl.program_id(2))
+    if clipped is not None:
+        count = tl.sum((tl.abs(values) > LIMIT).to(tl.int32))
+        tl.atomic_add(clipped, count.to(tl.int64), mask=count > 0)
     values = tl.clamp(values, -LIMIT, LIMIT).to(out.dtype.element_ty)
     tl.store(out + at, values, mask=inside)
     at_t = matrix + column[:, None] * num_rows + row[None, :]
-    tl.store(out_t + at_t, tl.trans(values), mask=tl.trans(inside))
+    tl.store(out_t + at_t, _transposed(values), mask=tl.trans(inside))
 
 
-def quantize(x: Tensor, out: Fp8, largest: Tensor | None = None) -> Fp8:
-    """Write x to `out`, saturated; raise largest (1,) to that of |x|.
+def quantize(
+    x: Tensor, out: Fp8, largest: Tensor | None = None, clipped: Tensor | None = None
+) -> Fp8:
+    """Write x to `out`, saturated; raise largest (1,) to that of |x|, and add to clipped (1,) int64
+    how many numbers did not fit.
 
     x: (rows, cols) with one unit (4,), or (batch, rows, cols), the first rows of larger matrices or
     all, with units (batch, 4).
@@ -588,7 +604,7 @@ def quantize(x: Tensor, out: Fp8, largest: Tensor | None = None) -> Fp8:
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
     x = x.flatten(-2) if batch else packed(x)  # a view
     _quantize_kernel[grid](
-        x, out.unit, out.rows, out.columns, largest, rows, columns, x.stride(0),
+        x, out.unit, out.rows, out.columns, largest, clipped, rows, columns, x.stride(0),
         LIMIT=torch.finfo(out.rows.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
     )  # fmt: skip
     return out
@@ -705,13 +721,6 @@ def combine(
 
 
 @triton.jit
-def _transposed(tile, pointer):
-    """The tile, transposed, as it is stored at the pointer. In 16 bits: of fp8 Triton 3.6 would
-    move every byte on its own."""
-    return tl.trans(tile.to(tl.float16)).to(tl.float32).to(pointer.dtype.element_ty)
-
-
-@triton.jit
 def _combine_tile(sources, coefficients, rows, steps, t, real, column, inside):
     """The sum, fp32 in the shape of `inside`, for tokens t, where they are real, and columns."""
     total = tl.zeros(inside.shape, tl.float32)
@@ -747,17 +756,20 @@ def _combine_kernel(
             tile *= scale[:, None]
             if normed_t is not None:
                 tile = tl.clamp(tile, -LIMIT, LIMIT)
+            tile = tile.to(normed.dtype.element_ty)
+            tl.store(normed + t * dim + column, tile, mask=inside)
+            if normed_t is not None:
                 at_t = tl.trans(column) * num_tokens + tl.trans(t)
-                tl.store(normed_t + at_t, _transposed(tile, normed), mask=tl.trans(inside))
-            tl.store(normed + t * dim + column, tile.to(normed.dtype.element_ty), mask=inside)
+                tl.store(normed_t + at_t, _transposed(tile), mask=tl.trans(inside))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["later"])
 def _combine_backward_kernel(
     sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
-    grad_coefficients, dim, LATER: tl.constexpr, BLOCK: tl.constexpr,
+    grad_coefficients, later, dim, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LATER: bit i is set if source i has a gradient from later on."""
+    """later: bit i is set if source i has a gradient from later on. It is no constant, so that one
+    kernel serves all sums of as many sources."""
     t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < dim
@@ -774,9 +786,9 @@ def _combine_backward_kernel(
         source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
         coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
         grad_source = coefficient * grad
-        if (LATER >> i) & 1:
-            later = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
-            grad_source += later.to(tl.float32)
+        if (later >> i) & 1:
+            added = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
+            grad_source += added.to(tl.float32)
         tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
         tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
 
@@ -821,8 +833,8 @@ class Combine(torch.autograd.Function):
         later = tuple(grad if x is None else packed(x) for grad, x in zip(grads, later))
         # a row a warp: its sums need no shared memory
         _combine_backward_kernel[(num_tokens,)](
-            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
-            LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, present,
+            dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
         needed = ctx.needs_input_grad[-len(sources) :]
         terms = (
@@ -1000,10 +1012,10 @@ def _prepare_qkv_kernel(
 def _store_gradient(tile, column, target, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """Write columns of a head both ways round. Gives the largest."""
     dqkv, dqkv_t, row, mask, num_tokens = target
-    values = tl.clamp(tile, -LIMIT, LIMIT)
-    tl.store(dqkv + row * WIDTH + column, values.to(dqkv.dtype.element_ty), mask=mask)
+    values = tl.clamp(tile, -LIMIT, LIMIT).to(dqkv.dtype.element_ty)
+    tl.store(dqkv + row * WIDTH + column, values, mask=mask)
     at_t = tl.trans(column) * num_tokens + tl.trans(row)
-    tl.store(dqkv_t + at_t, _transposed(values, dqkv_t), mask=tl.trans(mask))
+    tl.store(dqkv_t + at_t, _transposed(values), mask=tl.trans(mask))
     return tl.max(tl.abs(tile))
 
 
@@ -1121,7 +1133,7 @@ def _mlp_product_kernel(
             top = tl.maximum(top, tl.max(total))
         values = (total * scale).to(out.dtype)  # fp8 saturates
         out.store([row, column], values)
-        out_t.store([column, row], tl.trans(values))
+        out_t.store([column, row], _transposed(values))
     tl.atomic_max(largest, top * unit)
 
 
@@ -1250,7 +1262,7 @@ def _logits_gradient_kernel(
     tile = tile.to(grad.dtype.element_ty)
     tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
     at_t = column[:, None].to(tl.int64) * num_rows + row[None, :]
-    tl.store(grad_t + at_t, tl.trans(tile), mask=tl.trans(inside))
+    tl.store(grad_t + at_t, _transposed(tile), mask=tl.trans(inside))
 
 
 @triton.jit
