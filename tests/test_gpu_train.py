@@ -66,7 +66,7 @@ NUM_IDS, SUCCESSORS = 300, (0.70, 0.15, 0.10, 0.05)
 
 
 def chain_documents(seed: int, lengths: np.ndarray) -> np.ndarray:
-    """Documents of these lengths from one Markov chain, the same for every seed: each of NUM_IDS ids
+    """Documents of these lengths from a Markov chain, the same for every seed: each of NUM_IDS ids
     has four that follow it, with the probabilities SUCCESSORS, of 0.91 nats."""
     chain, draw = np.random.default_rng(0), np.random.default_rng(seed)
     ids = chain.choice(START_TOKEN, NUM_IDS, replace=False)
