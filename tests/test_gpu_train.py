@@ -1,16 +1,16 @@
 """train() as a whole on a GPU: it learns with fp8 and graphs, as well without either, on two GPUs
 and without flash-attn; and its kernels touch no memory but their own."""
 
+import contextlib
 import dataclasses
 import gc
-import importlib.util
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,14 +124,14 @@ def losses_of(data: dict) -> Losses:
     return Losses(np.array(steps), np.array([row["val_loss"] for row in data["validations"]]))
 
 
-def train_here(config: Config, run_id: str) -> tuple[Losses, str]:
-    """Train in this process; the losses and what the log says."""
+def train_here(config: Config, run_id: str) -> tuple[Losses, Log]:
+    """Train in this process."""
     check_config(config, 1)
     log = Log(config.log_dir, run_id)
     train(config, Runtime(0, 1, torch.device("cuda", 0), log))
     gc.collect()  # graphs and their memory
     torch.cuda.empty_cache()
-    return losses_of(json.loads(log.path.with_suffix(".json").read_text())), log.path.read_text()
+    return losses_of(log.data), log
 
 
 @pytest.fixture(scope="module")
@@ -232,34 +232,31 @@ def test_two_gpus_train_as_one(folder, losses, tmp_path):
 # What may be missing -----------------------------------------------------------------------------
 
 
-def hide_flash_attn(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
-    """Let importlib say that flash_attn.cute is not there. Without the package flash_attn it raises
-    in place of finding nothing, as it looks into the package first."""
-    find_spec = importlib.util.find_spec
-
-    def find(name: str, package: str | None = None) -> object:
-        if not name.startswith("flash_attn"):
-            return find_spec(name, package)
-        if "." in name and not installed:
-            raise ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn")
-        return None
-
-    monkeypatch.setattr(importlib.util, "find_spec", find)
+@contextlib.contextmanager
+def without_module(name: str) -> Iterator[None]:
+    """As if it were not installed: importing it fails, and so does looking for parts of it."""
+    why = train_gpt.why_no_flash_attention  # which remembers the answer
+    with pytest.MonkeyPatch.context() as patch:
+        for part in [part for part in sys.modules if part.startswith(f"{name}.")]:
+            patch.delitem(sys.modules, part)
+        patch.setitem(sys.modules, name, None)
+        patch.setattr(train_gpt, why.__name__, why.__wrapped__)
+        yield
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_varlen_attention_takes_over_from_flash_attn(monkeypatch, installed):
-    """Where the package has no flash_attn.cute, and where there is no package."""
-    hide_flash_attn(monkeypatch, installed)
-    assert attention_backend(torch.device("cuda"), torch.bfloat16) == "varlen"
+@pytest.mark.parametrize("module", ["flash_attn", "flash_attn.cute"])
+def test_varlen_attention_takes_over_from_flash_attn(module):
+    """Where there is no such package, and where an older one has no such part."""
+    with without_module(module):
+        assert attention_backend(torch.device("cuda"), torch.bfloat16) == "varlen"
 
 
-def test_training_without_flash_attn(monkeypatch, folder, losses):
+def test_training_without_flash_attn(folder, losses):
     """The same losses but for bf16's roundings, which fall otherwise in every layer."""
     expected = losses().train[:12]
-    hide_flash_attn(monkeypatch, installed=False)
-    found, text = train_here(run_config(folder, stop_step=12), "varlen")
-    assert "attention by varlen" in text
+    with without_module("flash_attn"):
+        found, log = train_here(run_config(folder, stop_step=12), "varlen")
+    assert "attention by varlen" in log.path.read_text()
     assert_near(found.train, expected, 0.1, 0.03)
 
 
@@ -289,8 +286,8 @@ def test_steps_that_do_not_fit_their_graph_run_without_it(monkeypatch, tmp_path)
 
     monkeypatch.setattr(Trainer, "compute", computing)
     monkeypatch.setattr(Trainer, "prepare", preparing)
-    found, _ = train_here(config, "graphs")
-    assert len(eager) == too_many
+    found, log = train_here(config, "graphs")
+    assert len(eager) == log.data["summary"]["passes_without_graph"] == too_many
     expected, _ = train_here(dataclasses.replace(config, cuda_graphs=False), "eager")
     assert len(eager) == too_many + 12
     assert found.train[-1] < found.train[0] - 2
