@@ -363,7 +363,7 @@ def test_steps_refresh_the_fp8_copies():
     """Of both banks and both ways round; to the 2.6 % that rounding to three bits of a mantissa
     comes to, where the weights move by more than 10 %."""
     model = make_model(make_config(fp8=True))
-    optimizer = Optimizer(model, model.config, Runtime(0, 1, torch.device("cuda"), Log(None)))
+    optimizer = Optimizer(model, model.config, Runtime(0, 1, torch.device("cuda", 0), Log(None)))
     for step in (1, 2):
         before = [bank.clone() for bank, _ in model.fp8.banks]
         for param in model.parameters():
@@ -383,7 +383,7 @@ def test_preparing_leaves_nothing_behind(monkeypatch):
     config = make_config(
         match_orders=(2, 3), match_slots=2**12, num_steps=2, stages=(stage,), extension=(stage,)
     )
-    runtime = Runtime(0, 1, torch.device("cuda"), Log(None))
+    runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
     trainer = Trainer(GPT(config, runtime), runtime)
     before, moved, run_step = copy_of(state(trainer)), set(), Trainer.run_step
 
@@ -442,12 +442,11 @@ def test_slow_streams_change_nothing(graphs):
     model = make_model(make_config(**matches, **changes))
     model.backend = "plain"
     main = torch.cuda.current_stream()
-    trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
+    trainer = Trainer(model, Runtime(0, 1, torch.device("cuda", 0), Log(None)))
     rows = [make_row(seed, [0, 17, 400, 900]) for seed in range(3)]
     rows = [row._replace(tokens=row.tokens % 997, targets=row.targets % 997) for row in rows]
     rows = [Batch(*(x.pin_memory() for x in row[:3]), *row[3:]) for row in rows]
     settle(model)
-
     if graphs:
         trainer.rehearse(rows[0], 0)
         trainer.capture(rows[0], 0)
