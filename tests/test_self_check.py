@@ -30,7 +30,7 @@ PLANTED = {
     "offset gradient": ("QKV", "tl.where(still & (row % length > 0), 0.0, grad)", "grad"),
     "value rows left out": ("QKV", "tile += _load_head(value", "tile += 0 * _load_head(value"),
     "MLP zeroed": (
-        "MLP", "[column, row], _transposed(values)", f"[column, row], {ZEROS}.to(out.dtype))",
+        "MLP", "[column, row], tl.trans(values)", f"[column, row], {ZEROS}.to(out.dtype))",
     ),
     "MLP scaled": ("MLP", "scale = unit / tl.load(unit", "scale = 2 * unit / tl.load(unit"),
     "head zeroed": (
