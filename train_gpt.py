@@ -2513,17 +2513,21 @@ def read_proposal(config: Config) -> Tensor:
     return torch.from_numpy(counts + 2).float().sqrt()
 
 
-def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
-    """See that the data lasts, and is whole wherever it will be read, before anything is prepared;
-    gives the number of targets that validation scores. shapes: (T, max_seq_len) of every row of all
-    ranks."""
-    files, known = find_train_files(config)
+def check_pair(config: Config) -> None:
+    """Refuse to train on the user's data and validate on a preset's, or the reverse."""
     for preset in PRESETS.values():
         require(
             (config.train_files == preset.train_files) == (config.val_file == preset.val_file),
             f"--train_files {config.train_files} and --val_file {config.val_file}: one is a "
             "default, the other is not: give both",
         )
+
+
+def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
+    """See that the data lasts, and is whole wherever it will be read, before anything is prepared;
+    gives the number of targets that validation scores. shapes: (T, max_seq_len) of every row of all
+    ranks."""
+    files, known = find_train_files(config)
     sizes = [read_shard_header(path) for path in (*files, *known)]  # a bad one is found here
     total = sum(sizes[: len(files)])
     needed = sum(num_tokens for num_tokens, _ in shapes)
@@ -2888,6 +2892,7 @@ def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
     shapes = [schedule.row_shape(step) for step in range(schedule.end_step)]
     all_rows = [shape for shape in shapes for _ in range(config.rows_per_step)]
+    check_pair(config)
     num_targets = check_data(config, all_rows)
     check_outputs(config, log, len(shapes))
     environment = describe_environment(runtime)
@@ -3052,13 +3057,13 @@ def parse_value(kind: object, text: str) -> object:
                     raise ValueError(f"{count}, not {':'.join(hints)}")
             return tuple(rows_of(*map(parse_value, hints.values(), row)) for row in rows)
     if kind == tuple[int, ...]:
-        return tuple(int(number) for number in text.split(":") if number != "none")
+        return tuple(parse_value(int, part) for part in text.split(":") if part != "none")
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{text!r} is neither true nor false")
         return text.lower() == "true"
     if kind == int | None:
-        return None if text == "none" else int(text)
+        return None if text == "none" else parse_value(int, text)
     value = float(Fraction(text)) if kind is float and "/" in text else kind(text)
     if kind is float and not math.isfinite(value):
         raise ValueError("no finite number")
