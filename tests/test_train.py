@@ -345,7 +345,9 @@ def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data, steps, win
     losses = [row["train_loss"] for row in whole["steps"]][:steps]
     assert [row["train_loss"] for row in record["steps"]] == pytest.approx(losses, abs=1e-3)
     assert [row["step"] for row in record["validations"]] == sorted({12, steps})
-    loss = record["summary"]["val_loss"]
+    summary = record["summary"]
+    assert summary["mean_step_ms"] == 1000 * summary["train_time_s"] / steps
+    loss = summary["val_loss"]
     assert loss == pytest.approx(validation_loss(data, *windows), abs=1e-5)
     assert loss != pytest.approx(validation_loss(data, *others), abs=2e-4)
 
