@@ -410,7 +410,7 @@ class Log:
             yield
         except OSError as error:
             if not self.failed:
-                found = f"error: {self.path}: cannot be written ({error.strerror})"
+                found = f"error: {self.path}: cannot be written ({error.strerror or error})"
                 show(f"{found}: the run goes on, its log has gaps", sys.stderr)
             self.failed = True
 
@@ -2550,7 +2550,7 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
         load_shard(path, config.vocab_size)
     stream = TokenStream(files, config.vocab_size, repeat=False)
     try:
-        for shape in shapes:  # two seconds for the whole schedule
+        for shape in shapes:  # five seconds for all of the speedrun
             stream.next_row(*shape)
     except UserError:
         if not stream.ended or not config.repeat_data or config.match_orders:
@@ -3176,18 +3176,21 @@ def main(arguments: list[str] | None = None) -> int:
     def end(code: int, message: str, speaks: bool) -> typing.NoReturn:
         """At once: other ranks may be waiting for this one in a collective."""
         ending.acquire()  # for good: one thread ends the process
-        if speaks:
-            show("\n" + message, sys.stderr)
-            log.line(message, screen=False)
-        log.write_json()
-        if log.path is not None and config.checkpoint:
-            unfinished_path(config.checkpoint).unlink(missing_ok=True)
-        os._exit(code)
+        try:
+            if speaks:
+                show("\n" + message, sys.stderr)
+                log.line(message, screen=False)
+            log.write_json()
+        finally:
+            os._exit(code)
 
     def interrupted(number: int) -> typing.NoReturn:
         """Every rank is, and the main one speaks."""
         name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         so_far = f"; the log so far is {log.path}" if log.path is not None else ""
+        if log.path is not None and config.checkpoint:
+            with contextlib.suppress(OSError):
+                unfinished_path(config.checkpoint).unlink()
         speaks = os.environ.get("RANK", "0") == "0"
         end(128 + number, f"interrupted{name}{so_far}", speaks)
 
@@ -3211,7 +3214,7 @@ def main(arguments: list[str] | None = None) -> int:
             message = traceback.format_exc()
         end(1, message, speaks_for_error(store))  # which may be of one rank alone
     except KeyboardInterrupt as signalled:
-        interrupted(*signalled.args)
+        interrupted(*signalled.args or [signal.SIGINT])
 
 
 if __name__ == "__main__":
