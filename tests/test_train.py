@@ -245,7 +245,7 @@ def test_clock_counts_what_runs_between_start_and_stop(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     runtime = cpu_runtime()
     clock = Clock(runtime)
-    progress = Progress(runtime, clock, 3)
+    progress = Progress(GPT(tiny_config(), runtime), runtime, clock, 3)
     now[0] += 7  # preparation
     clock.start()
     now[0] += 1  # before the first step
@@ -267,20 +267,15 @@ def test_clock_counts_what_runs_between_start_and_stop(monkeypatch):
 def test_losses_that_are_no_finite_number_end_a_run(runtime, monkeypatch, loss):
     clock = Clock(runtime)
     clock.start()
-    progress = Progress(runtime, clock, 3)
+    model = GPT(tiny_config(), runtime)
+    progress = Progress(model, runtime, clock, 3)
     progress.launched(0, torch.tensor(7.0))
     with pytest.raises(UserError, match=f"training loss is {loss} at step 2 "):
         progress.launched(1, torch.tensor(loss))
     monkeypatch.setattr("train_gpt.validation_rows", lambda *_: iter([random_batch(1, [64])]))
-
-    class Model:
-        matches = None
-
-        def __call__(self, *_: object) -> torch.Tensor:
-            return torch.tensor(loss)
-
+    monkeypatch.setattr(model, "forward", lambda *_: torch.tensor(loss))
     with pytest.raises(UserError, match=f"validation loss is {loss}"):
-        validate(Model(), tiny_config(), runtime, 64, Windows(8, 16))
+        validate(model, model.config, runtime, 64, Windows(8, 16))
 
 
 def test_picture_is_one(trained):
