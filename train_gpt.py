@@ -3823,7 +3823,7 @@ def end_with_launcher() -> None:
 
 def watch_signals(end: Callable[[int], object]) -> None:
     """Raise KeyboardInterrupt, with the number of the first signal that asks this process to end;
-    call end, from a thread, if that has not ended it in five seconds: the main thread may be
+    call end, from a thread, if that has not ended it in two seconds: the main thread may be
     waiting for a rank that is gone."""
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
@@ -3837,7 +3837,7 @@ def watch_signals(end: Callable[[int], object]) -> None:
 
     def watch() -> None:
         number = os.read(reader, 1)[0]
-        time.sleep(5)
+        time.sleep(2)
         end(number)
 
     for number in numbers:
