@@ -3775,7 +3775,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     class Parser(argparse.ArgumentParser):
         def _print_message(self, message: str, file=None) -> None:
             if os.environ.get("RANK", "0") == "0":  # once, not once a process
-                super()._print_message(message, file)
+                show(message.removesuffix("\n"), file)
 
         def error(self, message: str) -> typing.NoReturn:
             self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")
