@@ -211,6 +211,10 @@ def test_check_data_counts_before_training(tmp_path):
         check_data(config, [(110, 64)] * 9)
     with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
         check_data(config, [(99, 40)] * 9)
+    matching = tiny_config(**{**vars(endless), "match_orders": (3,)})  # takes no text twice
+    with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
+        check_data(matching, [(110, 64)] * 9)
+    assert check_data(endless, [(110, 64)] * 9) == 100
     assert check_data(config, [(110, 64)] * 6) == check_data(config, [(99, 40)] * 6) == 100
     write_shard(val_file, tokens[:1])
     with pytest.raises(UserError, match=r"val\.bin.*too short"):
