@@ -3399,33 +3399,36 @@ class Trainer:
             next_token_loss(x, model.head, torch.zeros(size, dtype=torch.int64, device=device))
 
         def update(state: ParamState) -> None:
-            grad = torch.zeros_like(state.shard)
-            self.optimizer._update(state, grad, 1, *self.schedule.rates(0))
+            self.optimizer._update(state, torch.zeros_like(state.shard), 1, *self.schedule.rates(0))
 
-        compiled_by_torch = [functools.partial(update, state) for state in self.optimizer.states]
-        compiled_by_torch.append(validation_loss)
-        first = self.runtime.rank % len(compiled_by_torch)
+        by_torch = {f"update of {s.group.name}": (update, s) for s in self.optimizer.states}
+        by_torch["validation's loss"] = (validation_loss,)
+        first = self.runtime.rank % len(by_torch)
+        # torch compiles one function at a time
+        names = [*by_torch][first:] + [*by_torch][:first]
+        lanes = [[(name, by_torch[name]) for name in names]]
+        lanes += [[(f"check of {name}", (check, name))] for name in checks]
+        seconds: dict[str, float] = {}
 
-        def by_torch() -> None:  # which compiles one function at a time
-            for compile_one in compiled_by_torch[first:] + compiled_by_torch[:first]:
-                compile_one()
-
-        tasks = [by_torch, *(functools.partial(check, name) for name in checks)]
-
-        def run(task: Callable[[], None]) -> None:
+        def run(lane: list[tuple[str, tuple]]) -> None:
             torch.cuda.set_device(model.head.device)  # of this thread, as is the mode
-            with torch.set_grad_enabled(task is not by_torch):
-                task()
+            for name, (function, *arguments) in lane:
+                begin = time.perf_counter()
+                with torch.set_grad_enabled(function is check):
+                    function(*arguments)
+                seconds[name] = time.perf_counter() - begin
 
-        names = f"compiling {len(compiled_by_torch)} functions"
+        what = f"compiling {len(by_torch)} functions"
         if checks:
-            names += f", checking {', '.join(checks)}"
-        self.runtime.log.line(f"{names}: up to a minute the first time")
-        with ThreadPoolExecutor(len(tasks)) as threads:
-            list(threads.map(run, tasks))  # raises what a task has raised
+            what += f", compiling and checking the kernels of {', '.join(checks)}"
+        self.runtime.log.line(f"{what} (the first time up to a minute)")
+        with ThreadPoolExecutor(len(lanes)) as threads:
+            list(threads.map(run, lanes))  # raises what a lane has raised
+        took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        self.runtime.log.line(f"side by side: {took}", screen=False)
         if problems:
             raise self_check_error(problems)
-        report("compiled" + " and checked kernels" * bool(checks))
+        report("compiled functions" + " and checked kernels" * bool(checks))
 
     def run_step(self, step: int, rows: list[Batch], update: int | None = None) -> Tensor:
         """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.

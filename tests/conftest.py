@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ sys.path.insert(0, str(ROOT))
 # Before anything imports Triton: without a GPU its kernels run in its interpreter.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
+import train_gpt
 from train_gpt import (
     GPT,
     START_TOKEN,
     TINY_LAYERS,
     Batch,
     Config,
+    Fp8,
     Log,
     Runtime,
     Stage,
@@ -98,6 +101,18 @@ def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
         for name, weights in model.unpack_small().items():
             weights += SPREADS.get(name, 0.2) * torch.randn(weights.shape, generator=generator)
     return model
+
+
+def fp32_for_fp8(monkeypatch: pytest.MonkeyPatch, module: ModuleType = train_gpt) -> None:
+    """Everything that would be fp8 is fp32, in units all the same: the casts of Triton's
+    interpreter to fp8 are not torch's."""
+
+    def product(a: Fp8, b: Fp8) -> torch.Tensor:
+        return a.rows @ b.rows.mT * (a.unit[0] * b.unit[0])
+
+    monkeypatch.setattr(module, "E4M3", torch.float32)
+    monkeypatch.setattr(module, "E5M2", torch.float32)
+    monkeypatch.setattr(module, "fp8_product", product)
 
 
 def write_shard(path: Path, tokens: np.ndarray | list[int]) -> Path:

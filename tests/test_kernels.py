@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_batch, tiny_config, trained_like
+from conftest import fp32_for_fp8, random_batch, tiny_config, trained_like
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -346,17 +346,6 @@ def quantized(x: Tensor, unit: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
 
 def unit_of(value: float) -> Tensor:
     return torch.full((4,), value, device=DEVICE)
-
-
-def fp32_for_fp8(monkeypatch) -> None:
-    """Everything that would be fp8 is fp32, in units all the same."""
-
-    def product(a: Fp8, b: Fp8) -> Tensor:
-        return a.rows @ b.rows.mT * (a.unit[0] * b.unit[0])
-
-    monkeypatch.setattr(train_gpt, "E4M3", torch.float32)
-    monkeypatch.setattr(train_gpt, "E5M2", torch.float32)
-    monkeypatch.setattr(train_gpt, "fp8_product", product)
 
 
 def in_fp8(x: Tensor, unit: Tensor) -> Fp8:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import cpu_runtime, random_batch, tiny_config, trained_like
-from test_kernels import fp32_for_fp8, relative_error
+from conftest import cpu_runtime, fp32_for_fp8, random_batch, tiny_config, trained_like
+from test_kernels import relative_error
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
