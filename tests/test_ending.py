@@ -3,6 +3,7 @@ signal comes or its launcher dies. Most runs are forks of the tests, which spare
 """
 
 import io
+import json
 import multiprocessing
 import os
 import pty
@@ -223,6 +224,23 @@ def test_a_full_log_disk_does_not_end_a_run(data):
     assert [row["step"] for row in record["steps"]] == [1, 2, 3]
     assert "val loss" in (data / "out").read_text()
     assert torch.load(data / "w.pt", weights_only=True)["weights"]
+
+
+def test_json_is_whole_or_not_there(tmp_path, capfd):
+    log = Log(str(tmp_path), "run")
+    log.data["steps"] = list(range(1000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for _ in range(2):
+            log.write_json()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.failed and files_of(tmp_path) == ["run.txt"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "run.txt: cannot be written (File too large)" in line
+    log.write_json()  # there is room again
+    assert json.loads((tmp_path / "run.json").read_text()) == log.data
 
 
 # Screens -----------------------------------------------------------------------------------------
