@@ -23,9 +23,11 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -35,10 +37,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+
+LAUNCHER = os.getppid()  # asked for before the imports that take long
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during them Ctrl-C ends without a traceback
 
 import numpy as np
 import torch
@@ -358,30 +364,87 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
 # ==================================================================================================
 
 
+def show(text: str, stream: typing.TextIO | None = None) -> None:
+    """Print a line at once, above a progress bar, to stdout unless it says otherwise. A run goes on
+    when nobody reads the stream any more: a closed pipe, a terminal that is gone."""
+    stream = stream or sys.stdout
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def unfinished_path(path: str | Path) -> Path:
+    """Where a file is written until it is whole: beside it, where a link points."""
+    return Path(f"{os.path.realpath(path)}.part")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which becomes this file or, when writing fails, goes."""
+    unfinished = unfinished_path(path)
+    try:
+        yield unfinished
+        os.replace(unfinished, os.path.realpath(path))
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_output(option: str, path: str | Path, num_bytes: int) -> None:
+    """Raise UserError unless a file of so many bytes can be written there, or take the place of the
+    one that is there: before training, not after it."""
+    name, unfinished = f"{option} {path}", unfinished_path(path)
+    is_file = os.path.isfile(path) and os.access(path, os.W_OK)
+    usable = is_file if os.path.exists(path) else os.path.basename(path) != ""
+    require(usable, f"{name}: no file that can be replaced: choose another name")
+    try:
+        unfinished.touch()
+        unfinished.unlink()
+        free = shutil.disk_usage(unfinished.parent).free
+    except OSError as error:
+        raise UserError(f"{name}: cannot be written ({error.strerror}): choose another") from None
+    sizes = f"{num_bytes / 2**20:,.1f} MiB will be written, {free / 2**20:,.1f} MiB are free"
+    require(num_bytes <= free, f"{name}: {sizes}: make room or choose another folder")
+
+
 class Log:
     """Writes the run down as it goes: <run id>.txt line by line, <run id>.json at the end.
 
-    Only the main rank has one that writes; on the others every method does nothing.
+    Only the main rank has one that writes; on the others every method does nothing. When the disk
+    is full the run goes on: that is told once, and `failed` makes it the exit code.
     """
 
     def __init__(self, folder: str | None, run_id: str = ""):
-        self.path = self.file = None
+        self.path, self.file, self.failed = None, None, False
         self.data: dict = {"run_id": run_id, "steps": [], "validations": []}
         if folder is not None:
             self.path = Path(folder, f"{run_id}.txt")
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = self.path.open("w", encoding="utf-8", buffering=1)  # a line at a time
+                how = {"encoding": "utf-8", "errors": "replace", "buffering": 1}  # line by line
+                self.file = self.path.open("w", **how)
             except OSError as error:
                 raise UserError(
                     f"--log_dir {folder}: cannot write there ({error}): choose another"
                 ) from None
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                found = f"error: {self.path}: cannot be written ({error.strerror or error})"
+                show(f"{found}: the run goes on, its log has gaps", sys.stderr)
+            self.failed = True
+
     def line(self, text: str, screen: bool = True) -> None:
         if self.file is not None:
-            self.file.write(text + "\n")
             if screen:
-                tqdm.write(text)  # leaves a progress bar below the text
+                show(text)
+            with self.writing():
+                self.file.write(text + "\n")
 
     def step(self, step: int, train_loss: float, train_time: float, step_ms: float) -> None:
         """Times in seconds since the clock started, and milliseconds for this step."""
@@ -392,7 +455,8 @@ class Log:
 
     def write_json(self) -> None:
         if self.path is not None:
-            self.path.with_suffix(".json").write_text(json.dumps(self.data, indent=1))
+            with self.writing(), replacing(self.path.with_suffix(".json")) as unfinished:
+                unfinished.write_text(json.dumps(self.data, indent=1))
 
 
 @dataclass
@@ -466,7 +530,7 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
         warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter|all_gather)")
         options |= {"store": store, "rank": rank, "world_size": world_size}
         dist.init_process_group(backend, timeout=timedelta(minutes=10), **options)
-    run_id = f"{datetime.now():%Y-%m-%d_%H%M%S}_{uuid.uuid4().hex[:8]}"
+    run_id = f"{datetime.now(UTC):%Y-%m-%d_%H%M%S}_{uuid.uuid4().hex[:8]}"
     return Runtime(rank, world_size, device, Log(config.log_dir if rank == 0 else None, run_id))
 
 
@@ -2491,7 +2555,11 @@ def read_tokens(path: str, count: int, vocab_size: int) -> np.ndarray:
 
 
 def find_files(option: str, pattern: str) -> list[str]:
-    files = sorted(glob.glob(pattern))
+    """The files of a glob pattern, sorted. What exists is taken by its name, be it the whole path
+    or the folders it begins with: a name may have [ ] in it."""
+    path = Path(pattern)
+    named = next(part for part in (path, *path.parents) if os.path.exists(part))
+    files = sorted(glob.glob(str(Path(glob.escape(str(named)), path.relative_to(named)))))
     require(len(files) > 0, f"{option} {pattern}: no such file: {GET_DATA}")
     return files
 
@@ -2622,9 +2690,20 @@ def read_proposal(config: Config) -> Tensor:
     return torch.from_numpy(counts + 2).float().sqrt()
 
 
+def check_pair(config: Config) -> None:
+    """Refuse to train on the user's data and validate on a preset's, or the reverse."""
+    for preset in PRESETS.values():
+        require(
+            (config.train_files == preset.train_files) == (config.val_file == preset.val_file),
+            f"--train_files {config.train_files} and --val_file {config.val_file}: one is a "
+            "default, the other is not: give both",
+        )
+
+
 def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
-    """See that the data lasts before anything is prepared; gives the number of targets that
-    validation scores. shapes: (T, max_seq_len) of every row of all ranks."""
+    """See that the data lasts, and is whole wherever it will be read, before anything is prepared;
+    gives the number of targets that validation scores. shapes: (T, max_seq_len) of every row of all
+    ranks."""
     files, known = find_train_files(config)
     sizes = [read_shard_header(path) for path in (*files, *known)]  # a bad one is found here
     total = sum(sizes[: len(files)])
@@ -2640,14 +2719,20 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
         "--train_files, which matches would foretell when they are repeated: add shards or lower "
         "--num_steps",
     )
-    if total < 2 * needed and (not config.repeat_data or config.match_orders):
-        stream = TokenStream(files, config.vocab_size, repeat=False)
-        for shape in shapes:  # two seconds for the whole schedule
-            stream.next_row(*shape)
     path = find_files("--val_file", config.val_file)[0]
-    available = read_shard_header(path) - 1
-    require(available > 0, f"{path}: too short to validate on: make a longer one")
-    return min(config.val_tokens, available)
+    num_targets = min(config.val_tokens, read_shard_header(path) - 1)
+    require(num_targets > 0, f"{path}: too short to validate on: make a longer one")
+    read_tokens(path, num_targets + 1, config.vocab_size)
+    for path in known:
+        load_shard(path, config.vocab_size)
+    stream = TokenStream(files, config.vocab_size, repeat=False)
+    try:
+        for shape in shapes:  # five seconds for all of the speedrun
+            stream.next_row(*shape)
+    except UserError:
+        if not stream.ended or not config.repeat_data or config.match_orders:
+            raise
+    return num_targets
 
 
 def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
@@ -3470,12 +3555,9 @@ def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
     shapes = [schedule.row_shape(step) for step in range(schedule.end_step)]
     all_rows = [shape for shape in shapes for _ in range(config.rows_per_step)]
+    check_pair(config)
     num_targets = check_data(config, all_rows)
-    folder = Path(config.checkpoint).parent
-    require(
-        not config.checkpoint or (folder.is_dir() and os.access(folder, os.W_OK)),
-        f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder",
-    )
+    check_outputs(config, log, len(shapes))
     environment = describe_environment(runtime)
     tables = {"environment": environment, "config": config_as_text(config)}
     log.data |= tables
@@ -3491,6 +3573,7 @@ def train(config: Config, runtime: Runtime) -> None:
     with memory_for("the tables and weights", tables_remedy(config)):
         model = GPT(config, runtime)
         trainer = Trainer(model, runtime)
+    check_outputs(config, log, len(shapes), model)
     millions = sum(param.numel() for param in model.parameters()) / 1e6
     kernels = "Triton kernels" if has_kernels(runtime.device) else "plain PyTorch"
     dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
@@ -3551,16 +3634,33 @@ def train(config: Config, runtime: Runtime) -> None:
         "peak_memory_gib": peak,
         "passes_without_graph": without_graph,
     }
-    log.write_json()
     log.line(f"val loss {val_loss:.4f} after {done} steps, on {num_targets:,} targets")
     log.line(
         f"trained {clock.total:.2f} s, {step_ms:.1f} ms a step, {speed:,.0f} tokens/s, "
         f"after {preparation:.0f} s of preparation; peak memory {peak:.1f} GiB a process"
     )
-    if runtime.is_main:
-        log.line(f"log {log.path}, curve {draw_curve(log)}")
-    if config.checkpoint:
+    if config.checkpoint:  # first of all: the rest is of no use without
         save_checkpoint(model, config, runtime)
+    log.write_json()
+    if runtime.is_main:
+        try:
+            log.line(f"log {log.path}, curve {draw_curve(log)}")
+        except Exception as error:  # noqa: BLE001 (whatever it is, the run went well)
+            log.line(f"log {log.path}; warning: no curve, drawing it failed: {error}")
+
+
+def check_outputs(config: Config, log: Log, num_steps: int, model: GPT | None = None) -> None:
+    """See that what the run is to leave can be written, and the weights of the model once there is
+    one; of the ranks the main one does."""
+    if log.path is None:
+        return
+    # a step has a line and a row of the JSON; the rest is the picture
+    log_bytes = Path(__file__).stat().st_size + 300 * num_steps + 2**18
+    check_output("--log_dir", log.path.with_suffix(".json"), log_bytes)
+    if config.checkpoint:
+        tensors = [] if model is None else model.state_dict().values()
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        check_output("--checkpoint", config.checkpoint, weights + 2**18)
 
 
 def peak_memory(runtime: Runtime) -> float:
@@ -3593,7 +3693,8 @@ def draw_curve(log: Log) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = log.path.with_suffix(".png")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     return path
 
 
@@ -3609,14 +3710,12 @@ def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
         "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "byte_tokens": bool(((head < 256) | (head == START_TOKEN)).all()),
     }
-    temporary = f"{config.checkpoint}.part"
     try:
-        torch.save(saved, temporary)
-        os.replace(temporary, config.checkpoint)
+        with replacing(config.checkpoint) as unfinished, unfinished.open("wb") as file:
+            torch.save(saved, file)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--checkpoint {config.checkpoint}: cannot be written ({error}): choose another"
-        ) from None
+        found = f"cannot be written ({error.__context__ or error})"  # what torch met
+        raise UserError(f"--checkpoint {config.checkpoint}: {found}: choose another") from None
     runtime.log.line(f"weights saved in {config.checkpoint}")
 
 
@@ -3637,14 +3736,19 @@ def parse_value(kind: object, text: str) -> object:
                     raise ValueError(f"{count}, not {':'.join(hints)}")
             return tuple(rows_of(*map(parse_value, hints.values(), row)) for row in rows)
     if kind == tuple[int, ...]:
-        return tuple(int(number) for number in text.split(":") if number != "none")
+        return tuple(parse_value(int, part) for part in text.split(":") if part != "none")
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{text!r} is neither true nor false")
         return text.lower() == "true"
     if kind == int | None:
-        return None if text == "none" else int(text)
-    return float(Fraction(text)) if kind is float else kind(text)
+        return None if text == "none" else parse_value(int, text)
+    value = float(Fraction(text)) if kind is float and "/" in text else kind(text)
+    if kind is float and not math.isfinite(value):
+        raise ValueError("no finite number")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise ValueError("more than 64 bits")
+    return value
 
 
 def format_value(value: object) -> str:
@@ -3672,7 +3776,10 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     class Parser(argparse.ArgumentParser):
         def _print_message(self, message: str, file=None) -> None:
             if os.environ.get("RANK", "0") == "0":  # once, not once a process
-                super()._print_message(message, file)
+                show(message.removesuffix("\n"), file)
+
+        def error(self, message: str) -> typing.NoReturn:
+            self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")
 
     def read(kind: object, text: str) -> object:
         try:
@@ -3699,34 +3806,94 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     return dataclasses.replace(PRESETS[given.pop("preset")], **given)
 
 
+def open_streams() -> None:
+    """Make stdout and stderr take all that is printed: characters that they lack become ?."""
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has not
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def end_with_launcher() -> None:
+    """Have Linux send SIGTERM when torchrun dies, even if it is killed: a rank holds a GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        require(os.getppid() == LAUNCHER, "torchrun ended while this process started")
+
+
+def watch_signals(end: Callable[[int], object]) -> None:
+    """Raise KeyboardInterrupt, with the number of the first signal that asks this process to end;
+    call end, from a thread, if that has not ended it in two seconds: the main thread may be
+    waiting for a rank that is gone."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def stop(number: int, frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    def watch() -> None:
+        number = os.read(reader, 1)[0]
+        time.sleep(2)
+        end(number)
+
+    for number in numbers:
+        signal.signal(number, stop)
+    signal.set_wakeup_fd(writer)  # is written to even while the main thread runs no Python
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run, and end every failure on all ranks with one message and a non-zero exit code."""
-    config, store, log = parse_args(arguments), None, Log(None)
+    open_streams()
+    config, store, log, ending = parse_args(arguments), None, Log(None), threading.RLock()
+
+    def end(code: int, message: str, speaks: bool) -> typing.NoReturn:
+        """At once: other ranks may be waiting for this one in a collective."""
+        ending.acquire()  # for good: one thread ends the process
+        try:
+            if speaks:
+                show("\n" + message, sys.stderr)
+                log.line(message, screen=False)
+            log.write_json()
+        finally:
+            os._exit(code)
+
+    def interrupted(number: int) -> typing.NoReturn:
+        """Every rank is, and the main one speaks."""
+        name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        so_far = f"; the log so far is {log.path}" if log.path is not None else ""
+        if log.path is not None and config.checkpoint:
+            with contextlib.suppress(OSError):
+                unfinished_path(config.checkpoint).unlink()
+        speaks = os.environ.get("RANK", "0") == "0"
+        end(128 + number, f"interrupted{name}{so_far}", speaks)
+
     try:
-        store = connect()
-        runtime = start_runtime(config, store)
-        log = runtime.log
-        train(config, runtime)
-        if store is not None:
-            dist.destroy_process_group()
-        return 0
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code, message = 130, f"interrupted; the log so far is {log.path}"
-    except UserError as error:
-        code, message = 1, f"error: {error}"
-    except torch.OutOfMemoryError as error:
-        found = f"{str(error).partition('. ')[0]}: lower --tokens_per_pass"
-        code, message = 1, f"error: {found} {config.tokens_per_pass}, or raise --rows_per_step"
-    except Exception:  # noqa: BLE001 (reported with its traceback)
-        code, message = 1, traceback.format_exc()
-    # every rank is interrupted, and the main one speaks; other failures may be of one rank alone
-    speaks = log.path is not None if code == 130 else speaks_for_error(store)
-    if speaks:
-        print("\n" + message, file=sys.stderr, flush=True)
-        log.line(message, screen=False)
-    log.write_json()
-    os._exit(code)  # at once: other ranks may be waiting for this one in a collective
+        try:
+            watch_signals(interrupted)
+            end_with_launcher()
+            store = connect()
+            runtime = start_runtime(config, store)
+            log = runtime.log
+            train(config, runtime)
+            if store is not None:
+                dist.destroy_process_group()
+            return int(log.failed)
+        except UserError as error:
+            message = f"error: {error}"
+        except torch.OutOfMemoryError as error:
+            found = f"{str(error).partition('. ')[0]}: lower --tokens_per_pass"
+            message = f"error: {found} {config.tokens_per_pass}, or raise --rows_per_step"
+        except Exception:  # noqa: BLE001 (reported with its traceback)
+            message = traceback.format_exc()
+        end(1, message, speaks_for_error(store))  # which may be of one rank alone
+    except KeyboardInterrupt as signalled:
+        interrupted(*signalled.args or [signal.SIGINT])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import dataclasses
 import re
 import subprocess
 import sys
+import time
 import typing
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,15 @@ def test_help_shows_every_fields_comment(capsys):
         ("--muon_lr nan", "--muon_lr"),
         ("--muon_lr 1/0", "--muon_lr"),
         ("--muon_lr inf", "--muon_lr"),
+        ("--muon_lr -infinity", "--muon_lr"),
+        ("--adam_eps 1e999999999", "--adam_eps"),  # at once: as a fraction it would take hours
+        ("--stages 1:128:32:8:16:nan:0:0", "--stages"),
+        ("--seed 18446744073709551616", "--seed"),
+        ("--seed 9223372036854775808", "--seed"),
+        ("--seed -9223372036854775809", "--seed"),
+        ("--num_steps 99999999999999999999", "--num_steps"),
+        ("--ngram_orders 2:99999999999999999999", "--ngram_orders"),
+        ("--layers short:99999999999999999999:false:none", "--layers"),
         ("--repeat_data yes", "--repeat_data"),
         ("--layers short", "--layers"),
         ("--layers short:false:x:false:false:none:none", "--layers"),
@@ -167,10 +178,20 @@ def test_what_cannot_be_read_ends_with_code_2_and_the_options_name(arguments, na
         parse_args(arguments.split())
     assert ended.value.code == 2
     errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
     assert named in errors[-1]
     assert "error:" in errors[-1]
+    assert "--help lists the options" in errors[-1]
     if not arguments.startswith(("--non", "--num_step ")):
         assert f"argument {named}:" in errors[-1]
+
+
+def test_numbers_of_64_bits_are_read(runtime):
+    for seed in (2**63 - 1, -(2**63), 0):
+        config = parse_args(["--seed", str(seed)])
+        assert config.seed == seed
+        GPT(tiny_config(seed=seed), runtime)
+    assert parse_args(["--adam_eps", "1e-300"]).adam_eps == 1e-300
 
 
 def test_number_beyond_float_cannot_be_read(capsys):
@@ -303,6 +324,22 @@ def test_log_folder_that_cannot_be_written_is_named(tmp_path):
     config = tiny_config(log_dir=str(tmp_path / "file" / "logs"))
     with pytest.raises(UserError, match="--log_dir .*file/logs: cannot write"):
         start_runtime(config, None)
+
+
+def test_run_ids_are_in_utc(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # 14 hours ahead
+    time.tzset()
+    try:
+        before = time.time()
+        run_id = start_runtime(tiny_config(log_dir=str(tmp_path)), None).log.data["run_id"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    date, begun, rest = run_id.split("_")
+    moment = datetime.strptime(f"{date} {begun} +0000", "%Y-%m-%d %H%M%S %z")
+    assert moment.timestamp() == pytest.approx(before, abs=5)
+    assert re.fullmatch("[0-9a-f]{8}", rest)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{run_id}.txt"]
 
 
 # Import ------------------------------------------------------------------------------------------

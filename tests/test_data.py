@@ -13,16 +13,19 @@ from conftest import cpu_runtime, random_documents, tiny_config, write_shard
 
 from train_gpt import (
     IGNORED_TARGET,
+    PRESETS,
     START_TOKEN,
     Batch,
     TokenStream,
     UserError,
     ahead,
     check_data,
+    check_pair,
     find_files,
     make_batch,
     read_shard_header,
     read_tokens,
+    train,
     training_rows,
     validation_rows,
 )
@@ -208,10 +211,56 @@ def test_check_data_counts_before_training(tmp_path):
         check_data(config, [(110, 64)] * 9)
     with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
         check_data(config, [(99, 40)] * 9)
+    matching = tiny_config(**{**vars(endless), "match_orders": (3,)})  # takes no text twice
+    with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
+        check_data(matching, [(110, 64)] * 9)
+    assert check_data(endless, [(110, 64)] * 9) == 100
     assert check_data(config, [(110, 64)] * 6) == check_data(config, [(99, 40)] * 6) == 100
     write_shard(val_file, tokens[:1])
     with pytest.raises(UserError, match=r"val\.bin.*too short"):
         check_data(config, [(99, 64)])
+
+
+def test_check_data_reads_what_training_will_read(tmp_path):
+    """Ids of the validation targets, of the shards that the schedule comes to, also when it repeats
+    them, and of those that matches hold; what is behind them may be anything."""
+    good = random_documents(6, [50] * 20, num_ids=1000)
+    pattern = write_shards(tmp_path, np.concatenate([good, good, good]), [1000, 2000])
+    val_file, last = tmp_path / "val.bin", tmp_path / "train_02.bin"
+    write_shard(val_file, [*good[:201], 60_000])
+    files = {"train_files": pattern, "val_file": str(val_file), "rows_per_step": 1}
+    config = tiny_config(**files)
+    few, many, endless = ([(49, 64)] * count for count in (12, 58, 100))
+    assert check_data(config, many) == 200
+    write_shard(val_file, [*good[:200], 60_000])
+    with pytest.raises(UserError, match=r"val\.bin: token 60000 at position 200"):
+        check_data(config, few)
+    write_shard(val_file, good)
+    for tokens, message in (
+        ([*good[:-1], 60_000], "token 60000 at position 999"),
+        ([5] * 1000, "no document begins in it"),
+    ):
+        write_shard(last, tokens)
+        message = rf"train_02\.bin: {message}"
+        assert check_data(config, few) == 200
+        with pytest.raises(UserError, match=message):
+            check_data(config, many)
+        with pytest.raises(UserError, match=message):
+            check_data(tiny_config(**files, repeat_data=True), endless)
+        with pytest.raises(UserError, match=message):
+            check_data(tiny_config(**files, match_orders=(3,), match_shards=1), few)
+
+
+def test_own_data_goes_with_own_data(runtime):
+    """One message before any file is looked for."""
+    check_pair(tiny_config(train_files="own.bin", val_file="own.bin"))
+    for preset in PRESETS.values():
+        for name in ("train_files", "val_file"):
+            files = {"train_files": "own.bin", "val_file": "own.bin", name: getattr(preset, name)}
+            config = tiny_config(**files)
+            with pytest.raises(UserError, match="one is a default, the other is not: give both"):
+                train(config, runtime)
+        check_pair(preset)
 
 
 def test_room_for_documents():
@@ -337,6 +386,33 @@ def test_files_come_in_the_order_of_their_names(tmp_path):
         write_shard(tmp_path / f"{name}.bin", [START_TOKEN])
     files = find_files("--train_files", str(tmp_path / "*.bin"))
     assert [Path(path).stem for path in files] == ["a", "b", "c"]
+
+
+def test_what_exists_is_no_pattern(tmp_path):
+    """Neither a file nor the folders in front of a pattern; a pattern may be of folders too."""
+    for name in ("run [v1]/a_0.bin", "run [v1]/a_1.bin", "run [v1]/a_[01].bin", "run v/a_0.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_shard(tmp_path / name, [START_TOKEN])
+
+    def found(pattern: str) -> list[str]:
+        files = find_files("--train_files", f"{tmp_path}/{pattern}")
+        return [str(Path(path).relative_to(tmp_path)) for path in files]
+
+    assert found("run [v1]/a_0.bin") == ["run [v1]/a_0.bin"]
+    assert found("run [v1]/a_[01].bin") == ["run [v1]/a_[01].bin"]
+    assert found("run [v1]/a_?.bin") == ["run [v1]/a_0.bin", "run [v1]/a_1.bin"]
+    assert found("run [uv]/a_*.bin") == ["run v/a_0.bin"]
+    assert found("run*/a_0.bin") == ["run [v1]/a_0.bin", "run v/a_0.bin"]
+
+
+def test_paths_are_as_they_were_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a [1]").mkdir()
+    write_shard(Path("a [1]/0.bin"), [START_TOKEN])
+    assert find_files("--train_files", "a [1]/*.bin") == ["a [1]/0.bin"]
+    for pattern in ("", "."):  # a folder is none of shards
+        with pytest.raises(UserError, match="cannot be read .*--train_files"):
+            read_shard_header(find_files("--train_files", pattern)[0])
 
 
 # Ahead -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Room 9 end to end: the script as a user starts it, on small streams and on the sample."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -31,14 +32,18 @@ from train_gpt import (
     GPT,
     START_TOKEN,
     Batch,
+    Clock,
     Config,
     Optimizer,
+    Progress,
     Schedule,
     Stage,
     Trainer,
+    UserError,
     Windows,
     config_from_text,
     training_rows,
+    validate,
 )
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -214,6 +219,65 @@ def test_json_has_steps_validations_and_summary(trained):
     assert 0.1 < summary["peak_memory_gib"] < 8
 
 
+def test_times_are_of_one_clock(trained):
+    """A step's ms are the time since the step before, the mean is of all steps, a validation takes
+    none and its time is that of the clock as it stood; the text says the same."""
+    text, record = log_of(trained)
+    steps, summary = record["steps"], record["summary"]
+    times = [0.0, *(row["train_time_s"] for row in steps)]
+    expected = [1000 * (now - before) for before, now in itertools.pairwise(times)]
+    assert [row["step_ms"] for row in steps] == pytest.approx(expected, rel=1e-9)
+    assert summary["mean_step_ms"] == 1000 * summary["train_time_s"] / 26
+    assert summary["train_time_s"] == record["validations"][-1]["train_time_s"]
+    for row in record["validations"]:
+        done = row["step"]
+        assert times[done] <= row["train_time_s"] <= (times[done + 1] if done < 26 else math.inf)
+    lines = re.findall(r"train_time (\S+) s step (\S+) ms$", text, re.MULTILINE)
+    shown = [(f"{row['train_time_s']:.3f}", f"{row['step_ms']:.1f}") for row in steps]
+    assert lines == shown
+    time_s, mean = summary["train_time_s"], summary["mean_step_ms"]
+    assert f"trained {time_s:.2f} s, {mean:.1f} ms a step, " in text
+
+
+def test_clock_counts_what_runs_between_start_and_stop(monkeypatch):
+    """Validation after the second of three steps takes 100 s, and no step has them."""
+    now = [50.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    runtime = cpu_runtime()
+    clock = Clock(runtime)
+    progress = Progress(GPT(tiny_config(), runtime), runtime, clock, 3)
+    now[0] += 7  # preparation
+    clock.start()
+    now[0] += 1  # before the first step
+    for step, seconds in enumerate((2.0, 3.0, 4.0)):
+        now[0] += seconds
+        progress.launched(step, torch.tensor(float(step)))
+        if step == 1:
+            now[0] += 0.5
+            clock.stop()
+            now[0] += 100
+            clock.start()
+    clock.stop()
+    assert clock.total == 10.5
+    rows = [list(row.values()) for row in runtime.log.data["steps"]]  # nothing is written
+    assert rows == [[1, 0.0, 3.0, 3000.0], [2, 1.0, 6.0, 3000.0], [3, 2.0, 10.5, 4500.0]]
+
+
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+def test_losses_that_are_no_finite_number_end_a_run(runtime, monkeypatch, loss):
+    clock = Clock(runtime)
+    clock.start()
+    model = GPT(tiny_config(), runtime)
+    progress = Progress(model, runtime, clock, 3)
+    progress.launched(0, torch.tensor(7.0))
+    with pytest.raises(UserError, match=f"training loss is {loss} at step 2 "):
+        progress.launched(1, torch.tensor(loss))
+    monkeypatch.setattr("train_gpt.validation_rows", lambda *_: iter([random_batch(1, [64])]))
+    monkeypatch.setattr(model, "forward", lambda *_: torch.tensor(loss))
+    with pytest.raises(UserError, match=f"validation loss is {loss}"):
+        validate(model, model.config, runtime, 64, Windows(8, 16))
+
+
 def test_picture_is_one(trained):
     (picture,) = (trained / "logs").glob("*.png")
     content = picture.read_bytes()
@@ -264,18 +328,23 @@ def test_final_validation_loss_is_that_of_the_saved_weights(trained):
     assert loss != pytest.approx(validation_loss(trained, 16, 2), abs=2e-4)
 
 
-def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data):
+@pytest.mark.parametrize(
+    ("steps", "windows", "others"), [(13, (16, 32), (16, 2)), (12, (8, 16), (16, 32))]
+)
+def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data, steps, windows, others):
     """Its validation has the windows of its last step, not that of the final validation, here one
-    that no training step has."""
-    result = run(data, stop_step=13, final_window_long=2, checkpoint=data / "weights.pt")
+    that no training step has, nor those of the next stage, which begins behind step 12."""
+    result = run(data, stop_step=steps, final_window_long=2, checkpoint=data / "weights.pt")
     assert result.returncode == 0, result.stderr
     (_, whole), (_, record) = log_of(trained), log_of(data)
-    losses = [row["train_loss"] for row in whole["steps"]][:13]
+    losses = [row["train_loss"] for row in whole["steps"]][:steps]
     assert [row["train_loss"] for row in record["steps"]] == pytest.approx(losses, abs=1e-3)
-    assert [row["step"] for row in record["validations"]] == [12, 13]
-    loss = record["summary"]["val_loss"]
-    assert loss == pytest.approx(validation_loss(data, 16, 32), abs=1e-5)
-    assert loss != pytest.approx(validation_loss(data, 16, 2), abs=2e-4)
+    assert [row["step"] for row in record["validations"]] == sorted({12, steps})
+    summary = record["summary"]
+    assert summary["mean_step_ms"] == 1000 * summary["train_time_s"] / steps
+    loss = summary["val_loss"]
+    assert loss == pytest.approx(validation_loss(data, *windows), abs=1e-5)
+    assert loss != pytest.approx(validation_loss(data, *others), abs=2e-4)
 
 
 def test_run_is_the_plain_loop(trained):
@@ -369,6 +438,30 @@ def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weigh
         assert trainer.micro_step(batch, step).item() == plain.item()
         for name, param in model.named_parameters():
             torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_columns_of_the_stage_reach_the_model(runtime):
+    """As many as its row says; with 0 the loss is that of the whole vocabulary."""
+    stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 512),)
+    model, batch = trained_like(tiny_config(stages=stages), runtime), random_batch(1, [20, 44])
+    trainer, weights, losses = Trainer(model, runtime), torch.tensor([1, 0.5]), {}
+    for columns in (0, 256, 512):
+        losses[columns] = model(batch, Windows(8, 24), weights, columns)[1].item()
+    assert len({round(loss, 2) for loss in losses.values()}) == 3, "columns must show"
+    assert trainer.micro_step(batch, 0).item() == losses[512]
+    whole = model(batch, Windows(12, 32), torch.tensor([1.0, 0]), 0)[1].item()
+    assert trainer.micro_step(batch, 8).item() == whole  # the extension, whose row says 0
+
+
+def test_loss_of_a_step_is_the_mean_of_its_passes(runtime):
+    config = tiny_config(num_steps=100)
+    model = trained_like(config, runtime)
+    rows = [random_batch(seed, [20, 44]) for seed in range(3)]
+    with torch.no_grad():
+        losses = [model(row, Windows(8, 24)).item() / 64 for row in rows]
+    assert max(losses) - min(losses) > 0.01, "the rows must differ, or this shows little"
+    loss = Trainer(model, runtime).run_step(0, rows)
+    assert loss.shape == () and loss.item() == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_rows_at_once_are_rows_in_turn(tmp_path, runtime):

@@ -1,0 +1,410 @@
+"""How a run ends: what it leaves, and what becomes of it when a disk is full, a screen is gone, a
+signal comes or its launcher dies. Most runs are forks of the tests, which spares them the imports.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import pty
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from matplotlib.figure import Figure
+from test_train import command, environment, log_of, write_data
+
+import train_gpt
+from train_gpt import Log, UserError, check_output, replacing, show
+
+SMALL = {
+    "model_dim": 16,
+    "head_dim": 8,
+    "mlp_dim": 32,
+    "ngram_rows": 512,
+    "ngram_dim": 16,
+    "stages": "1:64:48:8:16:1:.25:0",
+    "val_every": 0,
+    "val_tokens": 64,
+}
+SHORT = {**SMALL, "stop_step": 3}
+ENDLESS = {**SMALL, "num_steps": 50_000, "extension_steps": 0, "repeat_data": "true"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.05)
+
+
+def fork_main(
+    folder: Path,
+    prepare: Callable[[], object] = lambda: None,
+    encoding: str = "utf-8",
+    stdout: int | None = None,
+    stderr: int | None = None,
+    variables: dict[str, str] | None = None,
+    **changes: object,
+) -> multiprocessing.Process:
+    """train_gpt.main() in a process of its own, after `prepare`. What it prints goes to the files
+    out and err of the folder, or to these descriptors."""
+
+    def child() -> None:
+        for number, name, given in ((1, "out", stdout), (2, "err", stderr)):
+            if given is None:
+                given = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
+            os.dup2(given, number)
+            setattr(sys, f"std{name}", open(number, "w", encoding=encoding, closefd=False))  # noqa: SIM115
+        os.chdir(folder)
+        os.environ.update(variables or {})
+        try:
+            prepare()
+            arguments = command(folder, 1, **{"val_file": "val.bin", **changes})[2:]
+            code = train_gpt.main(arguments)
+            sys.stdout.flush()
+        except BaseException:  # noqa: BLE001 (what main lets through)
+            traceback.print_exc()
+            code = 99
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def end_of(process: multiprocessing.Process, timeout: float = 60) -> int:
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"no end after {timeout} s")
+    return process.exitcode
+
+
+def has_steps(folder: Path) -> bool:
+    return any("step 3 train_loss" in path.read_text() for path in folder.glob("logs/*.txt"))
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+# Outputs -----------------------------------------------------------------------------------------
+
+
+def test_outputs_are_tried(tmp_path):
+    """Kind of file, folder, room; what is there stays as it is, and nothing else comes."""
+    (old := tmp_path / "old.pt").write_text("kept")
+    (tmp_path / "link.pt").symlink_to(old)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    before = files_of(tmp_path)
+    for name in ("old.pt", "link.pt", "new.pt", "new [v1].pt"):
+        check_output("--checkpoint", f"{tmp_path}/{name}", 100)
+    for name, num_bytes, message in (
+        ("folder", 0, "no file that can be replaced"),
+        ("folder/", 0, "no file that can be replaced"),
+        ("new/", 0, "no file that can be replaced"),
+        ("pipe", 0, "no file that can be replaced"),
+        ("null", 0, "no file that can be replaced"),
+        ("none/new.pt", 0, r"cannot be written \(No such file or directory\)"),
+        ("old.pt/new.pt", 0, r"cannot be written \(Not a directory\)"),
+        ("x" * 254, 0, r"cannot be written \(File name too long\)"),
+        ("new.pt", 2**70, r"1,125,899,906,842,624.0 MiB will be written, [\d,.]+ MiB are free"),
+    ):
+        with pytest.raises(UserError, match=f"^--checkpoint {tmp_path}/{name}: {message}") as error:
+            check_output("--checkpoint", f"{tmp_path}/{name}", num_bytes)
+        assert "choose another" in str(error.value)
+    assert files_of(tmp_path) == before
+    assert old.read_text() == "kept"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    (old := tmp_path / "old.pt").write_text("old")
+    (link := tmp_path / "link.pt").symlink_to(old)
+    with pytest.raises(KeyboardInterrupt), replacing(link) as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert (files_of(tmp_path), old.read_text()) == (["link.pt", "old.pt"], "old")
+    with replacing(link) as path:
+        path.write_text("new")
+        assert old.read_text() == "old"
+    assert (files_of(tmp_path), old.read_text()) == (["link.pt", "old.pt"], "new")
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["folder", "/dev/full"])
+def test_bad_checkpoint_is_told_before_anything_is_computed(data, name):
+    (data / "folder").mkdir()
+
+    def prepare() -> None:
+        train_gpt.GPT = None
+
+    assert end_of(fork_main(data, prepare, checkpoint=name)) == 1
+    error = f"error: --checkpoint {name}: no file that can be replaced: choose another name"
+    assert (data / "err").read_text() == f"\n{error}\n"
+    assert log_of(data)[0] == error + "\n"
+
+
+def test_room_for_the_weights_is_looked_for_before_training(data):
+    """As soon as there is a model: of this one the n-grams alone take more than any disk has."""
+
+    def prepare() -> None:
+        train_gpt.Trainer = lambda *_: None
+        model = train_gpt.GPT
+
+        def large(*arguments: object) -> torch.nn.Module:
+            made = model(*arguments)
+            made.ngrams.table = torch.empty(2**50, 1, device="meta")
+            return made
+
+        train_gpt.GPT = large
+
+    assert end_of(fork_main(data, prepare, checkpoint="w.pt")) == 1
+    (error,) = re.findall(r"^error: .*", (data / "err").read_text(), re.MULTILINE)
+    pattern = r"error: --checkpoint w\.pt: 4,294,96\d,\d+\.\d MiB will be written, .* MiB are free"
+    assert re.match(pattern, error), error
+
+
+def test_weights_that_cannot_be_saved_end_in_an_error(data):
+    """The file that was there stays, nothing else is left, and the log has the result."""
+    (data / "w.pt").write_text("old")
+
+    def prepare() -> None:  # a disk that takes no more than 1 MB of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+
+    assert end_of(fork_main(data, prepare, checkpoint="w.pt", **SHORT)) == 1
+    error = (
+        "error: --checkpoint w.pt: cannot be written ([Errno 27] File too large): choose another"
+    )
+    assert (data / "err").read_text() == f"\n{error}\n"
+    text, record = log_of(data)
+    assert text.splitlines()[-1] == error
+    assert len(record["steps"]) == record["summary"]["steps"] == 3
+    assert (data / "w.pt").read_text() == "old"
+    assert not list(data.rglob("*.part"))
+
+
+def test_a_full_log_disk_does_not_end_a_run(data):
+    """One line says so, and the exit code; weights, result and .json are there."""
+
+    def prepare() -> None:
+        step = Log.step
+
+        def full(self: Log, number: int, *others: object) -> None:
+            if number == 2:
+                self.file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+            step(self, number, *others)
+
+        Log.step = full
+
+    assert end_of(fork_main(data, prepare, checkpoint="w.pt", **SHORT)) == 1
+    (line,) = (data / "err").read_text().splitlines()
+    found = r"cannot be written \(No space left on device\): the run goes on, its log has gaps"
+    assert re.fullmatch(rf"error: logs/\S+\.txt: {found}".replace("logs", ".*logs"), line), line
+    text, record = log_of(data)
+    assert "step 1 train_loss" in text and "step 2 train_loss" not in text
+    assert [row["step"] for row in record["steps"]] == [1, 2, 3]
+    assert "val loss" in (data / "out").read_text()
+    assert torch.load(data / "w.pt", weights_only=True)["weights"]
+
+
+def test_json_is_whole_or_not_there(tmp_path, capfd):
+    log = Log(str(tmp_path), "run")
+    log.data["steps"] = list(range(1000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for _ in range(2):
+            log.write_json()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.failed and files_of(tmp_path) == ["run.txt"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "run.txt: cannot be written (File too large)" in line
+    log.write_json()  # there is room again
+    assert json.loads((tmp_path / "run.json").read_text()) == log.data
+
+
+# Screens -----------------------------------------------------------------------------------------
+
+
+def test_nobody_reads_the_screen_and_it_lacks_characters(data):
+    """A closed pipe as stdout, a terminal without the bar's characters as stderr, a picture that
+    cannot be drawn: all is in the log, the weights are saved, the exit code is 0."""
+
+    def prepare() -> None:
+        def fail(*arguments: object, **options: object) -> None:
+            Path(arguments[1]).write_text("half")
+            raise OSError("no room for a picture")
+
+        Figure.savefig = fail
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    terminal, screen = pty.openpty()
+    termios.tcsetwinsize(screen, (24, 80))
+    process = fork_main(
+        data,
+        prepare,
+        "ascii",
+        writer,
+        screen,
+        checkpoint="w.pt",
+        log_dir=data / "logs · é",
+        **SHORT,
+    )
+    os.close(writer)
+    assert end_of(process) == 0
+    shown = os.read(terminal, 2**16).decode("ascii")
+    for descriptor in (terminal, screen):
+        os.close(descriptor)
+    assert re.search(r"\r#+ step 3/3, loss \d+\.\d+ \? \d+\.\d ms/step \? 00:00 left", shown), shown
+    assert "Traceback" not in shown
+    (data / "logs · é").rename(data / "logs")
+    lines = log_of(data)[0].splitlines()
+    assert lines[-2] == "weights saved in w.pt"
+    warning = (
+        r"log .*/logs · é/\S+\.txt; warning: no curve, drawing it failed: no room for a picture"
+    )
+    assert re.fullmatch(warning, lines[-1])
+    assert sorted(path.suffix for path in (data / "logs").iterdir()) == [".json", ".txt"]
+    assert torch.load(data / "w.pt", weights_only=True)["weights"]
+
+
+def test_a_stream_that_is_gone_takes_what_is_shown(capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        for _ in range(3):
+            show("nobody reads this", stream)
+    show("this is read")
+    assert capfd.readouterr() == ("this is read\n", "")
+
+
+def test_streams_that_are_closed_or_poor_are_made_good(monkeypatch, tmp_path):
+    (poor := tmp_path / "poor").touch()
+    with poor.open("w", encoding="latin-1") as stream:
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "stderr", stream)
+        train_gpt.open_streams()
+        show("into nothing")
+        show("ms · lr² − \udcff", sys.stderr)
+        monkeypatch.setattr(sys, "stdout", io.StringIO())  # cannot be made other
+        train_gpt.open_streams()
+    assert poor.read_bytes() == "ms · lr² ? ?\n".encode("latin-1")
+
+
+# Signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_with_its_log(data, number):
+    """One that the caller has ignored, as nohup and a shell's background jobs ask, does not."""
+
+    def prepare() -> None:
+        if number != signal.SIGHUP:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = fork_main(data, prepare, checkpoint="w.pt", **ENDLESS)
+    wait_until(lambda: has_steps(data))
+    os.kill(process.pid, signal.SIGHUP)
+    if number != signal.SIGHUP:
+        process.join(0.5)
+        assert process.exitcode is None
+        os.kill(process.pid, number)
+    assert end_of(process, 5) == 128 + number
+    (line,) = (data / "err").read_text().split("\n")[1:-1]
+    pattern = rf"interrupted by {number.name}; the log so far is \S+/logs/\S+\.txt"
+    assert re.fullmatch(pattern, line)
+    text, record = log_of(data)
+    assert text.splitlines()[-1] == line
+    assert len(record["steps"]) >= 3
+    assert not (data / "w.pt").exists() and not list(data.rglob("*.part"))
+
+
+def test_a_rank_that_waits_for_another_ends_too(data):
+    """The main thread waits in a collective, where no exception can be raised."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [fork_main(data, variables=world | {"RANK": str(r)}, **ENDLESS) for r in range(2)]
+    try:
+        wait_until(lambda: has_steps(data))
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(ranks[0].pid, signal.SIGTERM)
+        assert end_of(ranks[0], 10) == 143
+    finally:
+        ranks[1].kill()
+    assert (data / "err").read_text().count("interrupted by SIGTERM; the log so far is") == 1
+    assert len(log_of(data)[1]["steps"]) >= 3
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Those that have the folder on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if os.fsencode(folder) in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it is gone
+            pass
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_ranks_end_with_a_launcher_that_is_killed(data):
+    with subprocess.Popen(
+        command(data, 2, **ENDLESS),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as launcher:
+        try:
+            wait_until(lambda: has_steps(data))
+            assert len(processes_of(data)) == 3
+            launcher.kill()
+            wait_until(lambda: not processes_of(data), 10)
+        finally:
+            if processes_of(data):
+                os.killpg(launcher.pid, signal.SIGKILL)
+        error = launcher.stderr.read()
+    assert error.count("interrupted by SIGTERM; the log so far is") == 1, error
+    assert "Traceback" not in error
+    assert len(log_of(data)[1]["steps"]) >= 3
+
+
+def test_ctrl_c_during_the_imports_is_silent(data):
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py"), "--help"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_until(lambda: "numpy" in maps.read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -signal.SIGINT
