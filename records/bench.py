@@ -19,11 +19,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from trace import GROUPS, IDLE, profile, random_batch, table  # the one beside this file
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from profiler import GROUPS, IDLE, profile, random_batch, table
 from torch import Tensor
 
 import train_gpt

@@ -1,5 +1,5 @@
-"""records/trace.py and records/bench.py: what they make of made-up events and times, what they say
-to wrong arguments, and the profile of a few steps on the CPU."""
+"""records/profiler.py and records/bench.py: what they make of made-up events and times, what they
+say to wrong arguments, and the profile of a few steps on the CPU."""
 
 import gzip
 import json
@@ -19,27 +19,25 @@ from test_train import OPTIONS, environment
 from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer
 
 sys.path.insert(0, str(ROOT / "records"))
-import trace
-
 import bench
+import profiler
 
 KERNELS = {
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
-    "triton_red_fused_mul_pow_sum_3": "optimizer",
-    "_update_ngrams_kernel": "optimizer",
+    "triton_red_fused_mul_pow_sum_3": "element-wise",
     "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90": "attention",
     "_logits_gradient_kernel": "head",
-    "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "products",
-    "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "products",
-    "_mlp_product_kernel": "products",
+    "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "matmuls",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "matmuls",
+    "_mlp_product_kernel": "matmuls",
     "void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<>": "tables",
     "_add_rows_kernel": "tables",
     "_combine_backward_kernel": "element-wise",
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": "element-wise",
     "Memset (Device)": "other",
     # operators on the CPU
-    "aten::mm": "products",
-    "autograd::engine::evaluate_function: MmBackward0": "products",
+    "aten::mm": "matmuls",
+    "autograd::engine::evaluate_function: MmBackward0": "matmuls",
     "aten::logsumexp": "head",
     "NgramRowsBackward": "tables",
     "aten::mul": "element-wise",
@@ -47,22 +45,23 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(("name", "group"), KERNELS.items())
-def test_kernels_are_grouped_by_name(name, group):
-    assert trace.group_of(name) == group
+def test_kernels_of_a_pass_are_grouped_by_name(name, group):
+    for range_name in ("forward", "backward", ""):
+        assert profiler.group_of(name, range_name) == group
 
 
 def test_a_union_counts_what_overlaps_once():
-    assert trace.union([]) == []
+    assert profiler.union([]) == []
     intervals = [(4, 5), (0, 2), (1, 3), (3, 3.5), (6, 6), (4.2, 4.8)]
-    assert trace.union(intervals) == [(0, 3.5), (4, 5)]
-    assert trace.covered(intervals) == 4.5
+    assert profiler.union(intervals) == [(0, 3.5), (4, 5)]
+    assert profiler.covered(intervals) == 4.5
 
 
-def made_up_step(launched: float, start: float) -> list[trace.Event]:
+def made_up_step(launched: float, start: float) -> list[profiler.Event]:
     """4 ms of a product, 1 of nothing, a copy; nccl from within the product until after the copy's
     beginning: 1.5 ms of it alone."""
     times = {"nvjet_sm90": (0, 4), "nccl": (3.5, 7), "_combine_kernel": (5.5, 8)}
-    return [trace.Event(name, start + a, start + b, launched) for name, (a, b) in times.items()]
+    return [profiler.Event(name, start + a, start + b, launched) for name, (a, b) in times.items()]
 
 
 def test_a_step_is_broken_down_with_the_gap_behind_it():
@@ -70,21 +69,22 @@ def test_a_step_is_broken_down_with_the_gap_behind_it():
     hosts = [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]
     begins = [5.0, 20.0, 30.0, 41.0]  # behind steps of 8 ms: gaps of 2 and 3 ms from 20 on
     events = [e for (a, _), begin in zip(hosts, begins) for e in made_up_step(a, begin)]
-    events.append(trace.Event("Memset (Device)", 28.5, 29.0, float("-inf")))  # launch not known
-    rows = trace.break_down(events, hosts)
-    expected = {"step": 10.5, "products": 4, "communication": 3.5, "element-wise": 2.5}
+    events.append(profiler.Event("Memset (Device)", 28.5, 29.0, float("-inf")))  # launch not known
+    rows = profiler.break_down(events, hosts)
+    expected = {"step": 10.5, "matmuls": 4, "communication": 3.5, "element-wise": 2.5}
     expected |= {"other": 0.25, "attention": 0, "less what overlaps": -2, "idle": 2.25}
     expected |= {"idle between steps": 2.5, "communication exposed": 1.5}
     for name, ms in expected.items():
         assert rows[name][0] == pytest.approx(ms), name
-    assert rows["products"][1] == 1 and rows["other"][1] == 0.5
-    parts = sum(rows[name][0] for name in [*trace.GROUPS, "less what overlaps", "idle"])
+    assert rows["matmuls"][1] == 1 and rows["other"][1] == 0.5
+    parts = sum(rows[name][0] for name in [*profiler.GROUPS, "less what overlaps", "idle"])
     assert parts == pytest.approx(rows["step"][0])
+    assert rows["unassigned"] == (0, 0)
 
 
 def test_a_profile_without_events_is_refused():
     with pytest.raises(RuntimeError, match="2 steps with events"):
-        trace.break_down(made_up_step(0, 0) + made_up_step(1, 9), [(0, 1), (1, 2), (2, 3)])
+        profiler.break_down(made_up_step(0, 0) + made_up_step(1, 9), [(0, 1), (1, 2), (2, 3)])
 
 
 def write_trace(path: Path, *records: dict) -> Path:
@@ -109,20 +109,20 @@ def test_a_trace_gives_kernels_with_their_launches_or_outermost_operators(tmp_pa
         {"cat": "gpu_memset", "name": "m", "ts": 3000, "dur": 100, "args": {"correlation": 8}},
         {"cat": "cuda_runtime", "ts": 120, "dur": 5, **names},
     ]
-    events, steps = trace.read_trace(write_trace(tmp_path / "cpu.json.gz", *host))
+    events, steps, *_ = profiler.read_trace(write_trace(tmp_path / "cpu.json.gz", *host))
     assert steps == [(0, 0.5)]
     assert [(e.name, e.start, e.end) for e in events] == [
         ("aten::linear", 0.1, 0.15),
         ("aten::mul", 0.15, 0.16),
     ]
-    events, _ = trace.read_trace(write_trace(tmp_path / "gpu.json.gz", *host, *gpu))
-    assert events == [("k", 2.0, 2.5, 0.12), ("m", 3.0, 3.1, float("-inf"))]
+    events = profiler.read_trace(write_trace(tmp_path / "gpu.json.gz", *host, *gpu)).events
+    assert events == [("k", 2.0, 2.5, 0.12, None), ("m", 3.0, 3.1, float("-inf"), None)]
 
 
 @pytest.mark.parametrize("max_seq_len", [48, 896, 4096])
 def test_random_rows_are_whole_documents(max_seq_len):
     random, config = np.random.default_rng(0), tiny_config()
-    batch = trace.random_batch(random, 4096, max_seq_len, 1, config, False)
+    batch = profiler.random_batch(random, 4096, max_seq_len, 1, config, False)
     lengths = batch.cu_seqlens.diff()
     assert batch.cu_seqlens[-1] == len(batch.tokens) == 4096 and lengths.max() <= max_seq_len
     starts = batch.cu_seqlens[:-1][lengths > 0].long()
@@ -176,7 +176,7 @@ def test_what_a_step_sends_is_computed(world_size, monkeypatch):
     for step in range(2):
         ring.sent = 0
         optimizer.step(step, 1.0, 0.9)
-        assert trace.sent_bytes(model, world_size, step) == pytest.approx(ring.sent)
+        assert profiler.sent_bytes(model, world_size, step) == pytest.approx(ring.sent)
         sent.append(ring.sent)
     assert 0 < sent[0] < sent[1]
 
@@ -187,13 +187,13 @@ def test_what_ngrams_send_is_computed(monkeypatch):
     config, runtime = tiny_config(ngram_orders=(2, 3), ngram_rows=9, ngram_dim=8), cpu_runtime(1, 4)
     model = GPT(config, runtime)
     model.ngrams.gather(torch.zeros(2 * 64, dtype=torch.int32), torch.zeros(2 * 64, 8))
-    assert trace.gathered_bytes(model, 4, num_tokens=4 * 64) == ring.sent == 3 * 128 * (4 + 32)
-    assert trace.gathered_bytes(model, 1, num_tokens=4 * 64) == 0
+    assert profiler.gathered_bytes(model, 4, num_tokens=4 * 64) == ring.sent == 3 * 128 * (4 + 32)
+    assert profiler.gathered_bytes(model, 1, num_tokens=4 * 64) == 0
 
 
 def test_nothing_is_sent_by_one_rank(runtime):
     model = GPT(tiny_config(), runtime)
-    assert [trace.sent_bytes(model, 1, step) for step in range(2)] == [0, 0]
+    assert [profiler.sent_bytes(model, 1, step) for step in range(2)] == [0, 0]
 
 
 def test_volumes_by_hand(runtime, capsys):
@@ -203,7 +203,7 @@ def test_volumes_by_hand(runtime, capsys):
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
 
     def printed(*more: str) -> dict[str, list[str]]:
-        assert trace.main(["--volumes", "--preset", "tiny", *words, *more]) == 0
+        assert profiler.main(["--volumes", "--preset", "tiny", *words, *more]) == 0
         lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
         return {first: [cell.strip() for cell in others if cell] for first, *others in lines}
 
@@ -234,9 +234,9 @@ def test_volumes_by_hand(runtime, capsys):
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        (trace, ["--steps", "0"], "--steps 0 must be positive"),
-        (trace, ["--step", "2"], "unrecognized arguments"),
-        (trace, ["--num_steps", "many"], "'many' cannot be read"),
+        (profiler, ["--steps", "0"], "--steps 0 must be positive"),
+        (profiler, ["--step", "2"], "unrecognized arguments"),
+        (profiler, ["--num_steps", "many"], "'many' cannot be read"),
         (
             bench,
             ["--tokens", "16384,5"],
@@ -265,7 +265,7 @@ def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.C
     options |= {"stages": "1/2:64:48:8:16:1:.25:0,1/2:64:64:16:32:1:0:0"} | changes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
-    command += [ROOT / "records" / "trace.py", "--steps", "1", "--out", folder]
+    command += [ROOT / "records" / "profiler.py", "--steps", "1", "--out", folder]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
     command = list(map(str, command))
     how = {"capture_output": True, "text": True, "timeout": 120}
@@ -281,19 +281,25 @@ def test_profile_on_the_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     tables = result.stdout.split("\nstage ")[1:]
     assert [text.split(";")[0] for text in tables] == [
-        "1 of 2: 1 x 64 tokens a process, 1 at once, Windows(short=8, long=16)",
-        "2 of 2: 1 x 64 tokens a process, 1 at once, Windows(short=16, long=32)",
+        "1 of 2: sequences of 64 tokens, 1 a process and 1 a pass, Windows(short=8, long=16)",
+        "2 of 2: sequences of 64 tokens, 1 a process and 1 a pass, Windows(short=16, long=32)",
     ]
     for number, text in enumerate(tables, 1):
-        lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:])
+        lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:-1])
         rows = {line[:22].strip(): line[22:].split() for line in lines}
         ms = {name: float(cells[0]) for name, cells in rows.items()}
-        assert list(ms)[1:] == [*(["step", *trace.GROUPS]), *list(ms)[-4:]]
-        assert ms["products"] > 0 and ms["head"] > 0 and ms["communication"] == 0
-        parts = sum(ms[name] for name in [*trace.GROUPS, "less what overlaps", "idle"])
+        assert list(ms)[1:] == [*(["step", *profiler.GROUPS]), *list(ms)[-4:]]
+        assert ms["matmuls"] > 0 and ms["head"] > 0 and ms["communication"] == 0
+        parts = sum(ms[name] for name in [*profiler.GROUPS, "less what overlaps", "idle"])
         assert parts == pytest.approx(ms["step"], abs=0.01)
         (path,) = tmp_path.glob(f"*_stage{number}.json.gz")
-        assert trace.read_trace(path)[0]
+        assert profiler.read_trace(path).events
+        for name in ("lookups", "hashing", "n-gram gather", "optimizer"):
+            assert ms[name] > 0, name
+        assert ms["unassigned"] == 0
+        names = "forward", "backward", "update mlp_bank", "update attention_bank", "update ngrams"
+        line = ", ".join(rf"{name} [\d.]+" for name in names)  # an even step
+        assert re.search(rf"^by range, ms: {line}$", text, re.MULTILINE)
     (log,) = tmp_path.glob("*.txt")
     assert tables[0].splitlines()[-1] in log.read_text()
 
@@ -327,7 +333,7 @@ def test_profile_says_what_is_wrong(tmp_path):
 
 def test_columns_are_as_wide_as_their_widest_entry():
     rows = [["", "ms", "share"], ["combine", "0.123", "95%"], ["mlp", "11.0", "-"]]
-    assert trace.table(rows) == (
+    assert profiler.table(rows) == (
         "            ms  share\ncombine  0.123    95%\nmlp       11.0      -"
     )
 
