@@ -1,11 +1,14 @@
 """records/profiler.py and records/bench.py: what they make of made-up events and times, what they
 say to wrong arguments, and the profile of a few steps on the CPU."""
 
+import dataclasses
 import gzip
+import itertools
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch.distributed as dist
 from conftest import ROOT, cpu_runtime, tiny_config, write_shard
 from test_train import OPTIONS, environment
 
-from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer
+from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer, Stage
 
 sys.path.insert(0, str(ROOT / "records"))
 import bench
@@ -240,7 +243,7 @@ def test_volumes_by_hand(runtime, capsys):
         (
             bench,
             ["--tokens", "16384,5"],
-            "'5' is no row of a stage; those are 8192,16384,24576,32768",
+            "'5' is no sequence of a stage; those are 8192,16384,24576,32768",
         ),
         (bench, ["--steps", "2"], "unrecognized arguments"),
     ],
@@ -339,10 +342,10 @@ def test_columns_are_as_wide_as_their_widest_entry():
 
 
 def test_figures_count_operations_where_there_are_any():
-    products = [(1, 1000, 1000, 500), (2, 10, 10, 10)]
-    need = bench.Need(products=products)
+    matmuls = [(1, 1000, 1000, 500), (2, 10, 10, 10)]
+    need = bench.Need(matmuls=matmuls)
     assert need.flops == need.library_flops == 1e9 + 4000
-    half = bench.Need(bytes=1, flops=5e8, products=products)  # where half is computed
+    half = bench.Need(bytes=1, flops=5e8, matmuls=matmuls)  # where half is computed
     assert bench.figures(half, ms=0.002, floor_ms=0.001) == ["0.002", "250 TFLOP/s", "50%"]
     moved = bench.Need(3e9)
     assert bench.figures(moved, ms=1.5, floor_ms=1.0) == ["1.500", "2000 GB/s", "67%"]
@@ -365,23 +368,92 @@ def cpu_bench(monkeypatch, tmp_path) -> bench.Bench:
     return made
 
 
-def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
-    """On short rows; products, quantizing and the head are too slow here."""
-    row = bench.Row(cpu_bench, bench.STAGES[16384], 64)
-    makers = [row.combine, row.prepare_qkv, row.attention]
-    monkeypatch.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 800)})
-    monkeypatch.setattr(bench, "VOCAB", 64)
-    monkeypatch.setattr(bench, "CONFIG", tiny_config(ngram_rows=64))
-    optimizer = bench.normuon, bench.adam, bench.ngrams
-    makers += [partial(maker, cpu_bench) for maker in optimizer]
-    cpu_bench.section("64 tokens", makers)
+def measured(cpu_bench: bench.Bench, makers: list, capsys: pytest.CaptureFixture) -> list[str]:
+    """The lines of a section without failures, all of them with times."""
+    cpu_bench.section("title", makers)
     printed = capsys.readouterr().out
     assert cpu_bench.failures == 0, printed
     assert printed == cpu_bench.log.read_text()
     lines = printed.splitlines()[3:]
-    assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
-    assert len(lines) == 2 * (1 + 3 + 2) + 2 + 2 + 1
-    assert all(line.split()[-1] == "2.000" for line in lines)
+    assert all(line.split()[-1] in ("2.000", "-") for line in lines)
+    return lines
+
+
+STAGE = Stage(1.0, 512, 48, 8, 24, 1.0, 0.5, 640)  # 8 sequences of 64 tokens, which fit in a pass
+
+
+@pytest.fixture
+def small(monkeypatch) -> pytest.MonkeyPatch:
+    """Widths at which the library's fp8 matmul, which is slow on a CPU, does not matter."""
+    widths = {"DIM": 64, "HIDDEN": 128, "HEADS": 2, "HEAD_DIM": 16, "WIDTH": 32}
+    changes = {"ngram_rows": 64, "ngram_dim": 32, "tokens_per_draw": 32}
+    widths["CONFIG"] = dataclasses.replace(bench.CONFIG, **changes)
+    for name, value in widths.items():
+        monkeypatch.setattr(bench, name, value)
+    return monkeypatch
+
+
+def test_operations_of_a_pass_are_measured(cpu_bench, small, capsys):
+    """On several short sequences at once, and for the loss on candidates of a part of one;
+    quantizing runs in kernels alone, which are too slow here."""
+    own = bench.Pass(cpu_bench, STAGE)
+    assert (own.sequences, own.T, len(own.batch.tokens), own.batch.rows) == (8, 512, 512, 8)
+    assert str(own) == (
+        "8 sequences of 64 tokens a pass, windows 8 and 24, 640 candidates for 32 tokens"
+    )
+    makers = [maker for maker in own.makers() if maker != own.quantize]
+    lines = measured(cpu_bench, makers, capsys)
+    names = [line.split("  ")[0] for line in lines]
+    assert Counter(names) == {
+        "combine, 4 terms": 2, "prepare_qkv, plain": 2, "prepare_qkv, value": 2,
+        "prepare_qkv, key offset": 2, "mlp": 2, "attention, short 8": 2, "attention, long 24": 2,
+        "draw_columns": 1, "head_loss": 1, "sort_rows": 1, "add_rows_, embedding": 1,
+        "add_rows_, value tables": 1, "add_rows_, candidates": 1, "ngram_hash": 1,
+        "update_ngrams_, a step": 1,
+    }  # fmt: skip
+
+
+def test_the_loss_is_that_of_training(cpu_bench, small):
+    """Both terms on the candidates of a part of a sequence; in the last stage on all tokens."""
+    taken = {}
+
+    def head_loss(x, head, targets, weights, fp8, offsets):
+        taken.update(x=x, head=head, targets=targets, weights=weights, offsets=offsets)
+        return [x.sum()]
+
+    for columns, count in ((640, 640), (0, bench.VOCAB)):
+        own = bench.Pass(cpu_bench, dataclasses.replace(STAGE, columns=columns))
+        *drawn, loss = own.head()
+        assert [case.name for case in drawn] == ["draw_columns"] * bool(columns)
+        loss.call(head_loss, *loss.inputs)
+        assert taken["x"].shape == (32, 64) and taken["head"].shape == (count, 64)
+        assert taken["weights"].tolist() == [1.0, 0.5]
+        targets, given = taken["targets"], own.batch.targets
+        assert targets.shape == (32, 2) and 0 <= targets.min() and targets.max() < count
+        assert torch.equal(targets[1:, 0], targets[:-1, 1])
+        if columns:
+            assert taken["offsets"].shape == (640,) and taken["offsets"].isfinite().all()
+        else:
+            assert taken["offsets"] is None and torch.equal(targets[:, 0], given[:32])
+        assert loss.needs["both"].flops == 3 * 2 * 32 * count * 64
+
+
+def test_no_operation_of_a_stage_is_measured_twice(cpu_bench):
+    """The stages before last differ in their candidates alone, the last one in its windows too."""
+    sizes = [bench.Pass(cpu_bench, stage).makers() for stage in bench.STAGES[-3:]]
+    named = [{maker.__name__: value for maker, value in own.items()} for own in sizes]
+    differ = [{key for key in a if a[key] != b[key]} for a, b in itertools.pairwise(named)]
+    assert differ == [{"head"}, {"head", "attention"}]
+
+
+def test_operations_of_the_optimizer_and_of_validation_are_measured(
+    cpu_bench, small, capsys
+):  # fmt: skip
+    small.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 80)})
+    small.setattr(bench, "CONFIG", tiny_config())
+    makers = [partial(maker, cpu_bench) for maker in (bench.normuon, bench.adam, bench.validation)]
+    lines = measured(cpu_bench, makers, capsys)
+    assert len(lines) == 2 + 2 + 1
 
 
 def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
@@ -393,7 +465,7 @@ def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
         x = torch.ones(4)
         yield bench.Case("rms_norm, short", [x], lambda op, x: op(x, 1, 2), forward=8)
         case = bench.Case("rms_norm", [x], forward=8e6)
-        case.twin = lambda x: x.no_such_method()
+        case.reference = lambda x: x.no_such_method()
         yield case
 
     cpu_bench.section("title", [broken, partly])
@@ -408,4 +480,4 @@ def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
 @pytest.mark.gpu
 def test_bench_on_a_gpu(tmp_path):
     assert bench.main(["--tokens", "16384", "--log", str(tmp_path / "log.txt")]) == 0
-    assert "micro-steps and optimizer" in (tmp_path / "log.txt").read_text()
+    assert "passes and optimizer" in (tmp_path / "log.txt").read_text()
