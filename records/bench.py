@@ -478,7 +478,9 @@ def passes(bench: Bench, chosen: list[int]) -> None:
     schedule, stages = trainer.schedule, []
     for first in (0, *schedule.stage_ends):
         sizes = schedule.row_shape(first)
-        if sizes[0] in chosen:
+        if sizes[0] not in chosen:
+            continue
+        with bench.attempt(f"first pass of sequences of {sizes[0]:,} tokens"):
             count = CONFIG.rows_per_pass(sizes[0], 1)
             batches = [random_batch(random, *sizes, count, CONFIG, False) for _ in range(4)]
             batches = [train_gpt.to_device(batch, bench.device) for batch in batches]

@@ -16,7 +16,17 @@ import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config
 
-from train_gpt import GPT, PARAM_GROUPS, Stage, Trainer, recorded
+from train_gpt import (
+    GPT,
+    PARAM_GROUPS,
+    TINY_LAYERS,
+    Config,
+    Log,
+    Runtime,
+    Stage,
+    Trainer,
+    recorded,
+)
 
 sys.path.insert(0, str(ROOT / "records"))
 import profiler
@@ -182,7 +192,7 @@ def replay_of(tmp_path: Path, kernels: list[tuple]) -> profiler.Trace:
     return host.trace(tmp_path)
 
 
-def test_what_the_passes_do_not_share_is_said(tmp_path, eager):
+def test_what_the_passes_do_not_share_is_said(tmp_path, eager, monkeypatch):
     """A kernel that only the graph has, and one fewer of a shape that has come in two ranges."""
     kernels = [kernel for kernel in PASS if kernel[:4] != ("backward", AUTOGRAD, 7, FILL)]
     kernels.append(("backward", AUTOGRAD, 7, "memset_kernel", 1))
@@ -192,6 +202,10 @@ def test_what_the_passes_do_not_share_is_said(tmp_path, eager):
     assert unassigned == {FILL: 3, "memset_kernel": 3}
     assert f"{FILL[:60]} 1 for 2 times" in line and "memset_kernel 1 for 0 times" in line
     assert profiler.break_down(events, trace.steps)["unassigned"] == pytest.approx((0.02, 2))
+    monkeypatch.setattr(profiler, "write_trace", lambda *_: None)
+    monkeypatch.setattr(profiler, "read_trace", lambda path: trace)
+    _, said = profiler.profile(print, 1, torch.device("cpu"), "", eager)
+    assert said == f"2 kernels a step unassigned: {line}"
 
 
 def test_a_kernel_of_one_range_belongs_there_however_often_it_comes(tmp_path, eager):
@@ -317,6 +331,33 @@ def test_a_profile_of_real_steps_names_what_they_do(tmp_path):
     assert {where for where, own in names.items() if "aten::__rshift__" in own} == {
         "hashing", "lookups", "candidates", "matches",
     }  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_a_profile_of_replayed_graphs_leaves_nothing_unassigned(tmp_path):
+    """Widths as small as kernels take; every range of a step but those between ranks."""
+    stage = Stage(1.0, 4096, 512, 128, 256, 1.0, 0.5, 2048)
+    config = Config(
+        stages=(stage,), extension=(stage,), num_steps=4, extension_steps=0, rows_per_step=2,
+        tokens_per_pass=2048, ngram_rows=2**12, match_orders=(2, 3), match_slots=2**12,
+        layers=TINY_LAYERS, val_row_tokens=2048,
+    )  # fmt: skip
+    runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
+    trainer, random = Trainer(GPT(config, runtime), runtime), np.random.default_rng(0)
+    batches = [profiler.random_batch(random, 2048, 512, 1, config, False) for _ in range(2)]
+    eager = profiler.eager_trace(trainer, batches[0], 0)
+    trainer.prepare()
+    updates = itertools.count()
+
+    def step() -> None:
+        trainer.run_step(0, batches, next(updates))
+
+    times, line = profiler.profile(step, 2, runtime.device, tmp_path / "trace.json.gz", eager)
+    assert line == "" and times["unassigned"] == (0, 0)
+    wanted = "hashing", "lookups", "candidates", "attention", "head", "matmuls", "matches"
+    for name in (*wanted, "optimizer", *(["fp8 refresh"] if trainer.model.fp8 else [])):
+        assert times[name][0] > 0, name
+    assert all(times[name][0] > 0 for name in (*profiler.PASS, *profiler.UPDATES))
 
 
 def test_no_module_hides_one_of_the_standard_library():

@@ -438,6 +438,43 @@ def test_the_loss_is_that_of_training(cpu_bench, small):
         assert loss.needs["both"].flops == 3 * 2 * 32 * count * 64
 
 
+def test_operations_with_kernels_get_their_fp8_copies(cpu_bench, small):
+    """Made once and not when they are timed; those of the inputs and of the weights."""
+    own = bench.Pass(cpu_bench, STAGE)
+    small.setattr(own, "T", 128)
+    with torch.no_grad():
+        small.setattr(profiler.train_gpt, "has_kernels", lambda device: True)
+        cases = [next(own.prepare_qkv()), next(own.mlp()), [*own.head()][-1]]
+    taken = []
+
+    def op(*arguments):
+        taken.extend(x for x in arguments if hasattr(x, "_fields"))
+        return [torch.zeros(1)]
+
+    for case in 2 * cases:
+        case.call(op, *case.inputs)
+    kinds = [type(fp8).__name__ for fp8 in taken]
+    assert kinds == 2 * ["QkvFp8", "MlpFp8", "HeadFp8"]
+    assert all(a is b for a, b in zip(taken, taken[3:]))
+    assert taken[0].x[0].shape == taken[1].x[0].shape == (128, 64)
+    assert taken[2].weight[0].shape == (640, 64)
+    small.setattr(profiler.train_gpt, "has_kernels", lambda device: False)
+    cases[0].call(op, *cases[0].inputs)
+    assert len(taken) == 6  # a reference takes none
+
+
+def test_the_key_offset_is_of_a_sequence(cpu_bench, small):
+    """And not of a pass, where keys would come from the sequence before."""
+    offsets = {}
+
+    def op(x, w_qkv, cos, sin, value, fp8, offset, head_dim):
+        offsets[case.name] = offset
+
+    for case in bench.Pass(cpu_bench, STAGE).prepare_qkv():
+        case.call(op, *case.inputs)
+    assert [*offsets.values()] == [0, 0, 64]
+
+
 def test_no_operation_of_a_stage_is_measured_twice(cpu_bench):
     """The stages before last differ in their candidates alone, the last one in its windows too."""
     sizes = [bench.Pass(cpu_bench, stage).makers() for stage in bench.STAGES[-3:]]
