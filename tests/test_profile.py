@@ -173,6 +173,8 @@ def test_replayed_kernels_get_the_ranges_of_the_eager_pass(tmp_path, eager):
     assert by_range(events)["update mlp_bank", FUSED] == 4
     replayed = [event for event, graph in zip(events, trace.graphs) if graph]
     assert by_range(replayed) == Counter({key: 8 * n for key, n in EXPECTED.items()})
+    matmuls = [event.range for event in replayed if event.name == "nvjet_sm90_qqtst_128x160"]
+    assert matmuls == 8 * ["forward", "backward"]  # in the order in which they ran
     rows = profiler.break_down(events, trace.steps)
     counts = {name: rows[name][1] for name in profiler.GROUPS if rows[name][1]}
     assert counts == {
