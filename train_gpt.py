@@ -14,7 +14,7 @@ import ctypes
 import dataclasses
 import functools
 import glob
-import importlib.util
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -24,6 +24,7 @@ import platform
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -199,6 +200,7 @@ class Config:
     val_row_tokens: int = 32_768  # tokens of one validation row
     fp8: bool = True  # QKV, MLP and head by kernels in fp8 where the GPU has it
     cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
+    self_check: bool = True  # compare every kernel with its reference before training, on a GPU
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
     checkpoint: str = ""  # file the final weights are written to
 
@@ -251,8 +253,8 @@ def require(condition: bool, message: str) -> None:
 
 
 # fmt: off
-def check_config(config: Config, world_size: int) -> None:
-    """Raise UserError for values that cannot work together."""
+def check_config(config: Config, world_size: int, kernels: bool = False) -> None:
+    """Raise UserError for values that cannot work together, or not with the kernels."""
     c, rows, vocab = config, config.rows_per_step, config.padded_vocab_size
     positive = ("num_steps rows_per_step tokens_per_pass tokens_per_draw final_window_long "
                 "momentum_warmup_steps val_tokens val_row_tokens min_mean_doc_len model_dim "
@@ -307,6 +309,29 @@ def check_config(config: Config, world_size: int) -> None:
     require(c.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
     require(c.match_orders or not c.match_shards,
             f"--match_shards {c.match_shards} goes with --match_orders: give some, as 3:4:6")
+    if kernels:
+        check_kernel_sizes(c, world_size)
+
+
+def check_kernel_sizes(c: Config, world_size: int) -> None:
+    """Raise UserError for sizes that the kernels cannot take."""
+    longest = max(stage.tokens_per_step // c.rows_per_step for stage in (*c.stages, *c.extension))
+    tokens = max(c.rows_per_pass(longest, world_size) * longest, c.val_row_tokens)
+    width = max(c.model_dim, c.mlp_dim, 3 * c.attention_dim)
+    require(tokens * width < 2**31,
+            f"a pass of {tokens} tokens, {width} numbers wide, is beyond the 2^31 numbers that the "
+            "kernels can address: lower --tokens_per_pass or raise --rows_per_step")
+    if not c.fp8 or c.dtype != "bfloat16":
+        return
+    require(c.head_dim.bit_count() == 1,
+            f"--head_dim {c.head_dim} is no power of two, as the fp8 kernels need it: take 64 or "
+            "128, or pass --fp8 false")
+    heads = f"--num_heads {c.num_heads} times --head_dim {c.head_dim}"
+    for option, size in ((f"--model_dim {c.model_dim}", c.model_dim),
+                         (f"--mlp_dim {c.mlp_dim}", c.mlp_dim), (heads, c.attention_dim)):
+        require(size % 16 == 0,
+                f"{option}: {size} is no multiple of 16, as fp8 products need it: take "
+                f"{round_up(size, 16)}, or pass --fp8 false")
 
 
 def check_layers(layers: tuple[Layer, ...]) -> None:
@@ -417,9 +442,10 @@ def speaks_for_error(store: dist.Store | None) -> bool:
 def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
     """Choose the device, join the other processes, open the log."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check_config(config, world_size)
+    on_gpu = torch.cuda.is_available()
+    check_config(config, world_size, on_gpu and has_kernels(torch.device("cuda", 0)))
     device, backend, options = torch.device("cpu"), "gloo", {}
-    if torch.cuda.is_available():
+    if on_gpu:
         local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         require(
             local_rank < count,
@@ -453,15 +479,53 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and leave them there
 
 
+def package_version(name: str) -> str | None:
+    """Of an installed package; None if it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# what nvidia-smi tells of a GPU: its names for it
+GPU_FACTS = {
+    "driver": "driver_version",
+    "power_limit": "power.limit",
+    "sm_clock": "clocks.sm",
+    "max_sm_clock": "clocks.max.sm",
+    "memory_clock": "clocks.mem",
+}
+
+
+def gpu_facts(device: torch.device) -> dict[str, str | None]:
+    """GPU_FACTS of this GPU with their units, None where nvidia-smi cannot tell."""
+    query = f"--query-gpu={','.join(GPU_FACTS.values())}"
+    chosen = f"--id={torch.cuda.get_device_properties(device).uuid}"
+    if not chosen.startswith("--id=GPU-"):
+        chosen = chosen.replace("--id=", "--id=GPU-")
+    try:
+        command = ["nvidia-smi", query, chosen, "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        values = [value.strip() for value in done.stdout.strip().split(",")]
+    except (OSError, subprocess.SubprocessError):
+        values = []
+    return dict(itertools.zip_longest(GPU_FACTS, values[: len(GPU_FACTS)]))
+
+
 def describe_environment(runtime: Runtime) -> dict:
-    device, cuda = f"CPU {platform.machine()}", None
+    """What the run depends on beside its config: versions, machine, and the state of the GPU."""
+    device, gpu = f"CPU {platform.machine()}", {"cuda": None}
     if runtime.device.type == "cuda":
-        device, cuda = torch.cuda.get_device_name(runtime.device), torch.version.cuda
+        device = torch.cuda.get_device_name(runtime.device)
+        gpu = {"cuda": torch.version.cuda, **gpu_facts(runtime.device)}
+        gpu["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return {
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": cuda,
+        "triton": triton.__version__,
+        "flash_attn": package_version("flash-attn-4"),
+        **gpu,
         "devices": device,
         "world_size": runtime.world_size,
         "cpu_threads": torch.get_num_threads(),
@@ -495,6 +559,12 @@ def recorded(name: str) -> Iterator[None]:
     running = torch.autograd.profiler._is_profiler_enabled
     with torch.profiler.record_function(name) if running else contextlib.nullcontext():
         yield
+
+
+def takes_kernel(x: Tensor) -> bool:
+    """Whether an operation on x runs by its kernel. fp64 always takes the reference implementation,
+    so that a kernel can be compared with it on the same device."""
+    return x.dtype != torch.float64 and has_kernels(x.device)
 
 
 def compiled(function: Callable, dynamic: bool = False) -> Callable:
@@ -567,9 +637,25 @@ def fp8_product(a: Fp8, b: Fp8) -> Tensor:
 
 
 @triton.jit
+def _transposed(tile):
+    """The transpose of a tile, exact. Bytes move as 16 bits: of an fp8 tile Triton 3.6 would move
+    every byte on its own, and Triton 3.7.1 has stored garbage."""
+    if tile.dtype.primitive_bitwidth != 8:
+        return tl.trans(tile)
+    bits = tl.trans(tile.to(tl.uint8, bitcast=True).to(tl.uint16))
+    return bits.to(tl.uint8).to(tile.dtype, bitcast=True)
+
+
+@triton.jit
+def _largest(tile):
+    """The largest absolute value of a tile, infinite if one is NaN, which a maximum would lose."""
+    return tl.max(tl.where(tile - tile == 0, tl.abs(tile), float("inf")))
+
+
+@triton.jit
 def _quantize_kernel(
-    x, unit, out, out_t, largest, num_rows, num_columns, matrix_stride, LIMIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, unit, out, out_t, largest, clipped, num_rows, num_columns, matrix_stride,
+    LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
     x += tl.program_id(2).to(tl.int64) * matrix_stride - matrix
@@ -579,16 +665,22 @@ def _quantize_kernel(
     at = matrix + row[:, None] * num_columns + column[None, :]
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if largest is not None:
-        tl.atomic_max(largest, tl.max(tl.abs(values)))
+        tl.atomic_max(largest, _largest(values))
     values *= 1 / tl.load(unit + 4 * tl.program_id(2))
+    if clipped is not None:
+        count = tl.sum((tl.abs(values) > LIMIT).to(tl.int32))
+        tl.atomic_add(clipped, count.to(tl.int64), mask=count > 0)
     values = tl.clamp(values, -LIMIT, LIMIT).to(out.dtype.element_ty)
     tl.store(out + at, values, mask=inside)
     at_t = matrix + column[:, None] * num_rows + row[None, :]
-    tl.store(out_t + at_t, tl.trans(values), mask=tl.trans(inside))
+    tl.store(out_t + at_t, _transposed(values), mask=tl.trans(inside))
 
 
-def quantize(x: Tensor, out: Fp8, largest: Tensor | None = None) -> Fp8:
-    """Write x to `out`, saturated; raise largest (1,) to that of |x|.
+def quantize(
+    x: Tensor, out: Fp8, largest: Tensor | None = None, clipped: Tensor | None = None
+) -> Fp8:
+    """Write x to `out`, saturated; raise largest (1,) to that of |x|, and add to clipped (1,) int64
+    how many numbers did not fit.
 
     x: (rows, cols) with one unit (4,), or (batch, rows, cols), the first rows of larger matrices or
     all, with units (batch, 4).
@@ -597,7 +689,7 @@ def quantize(x: Tensor, out: Fp8, largest: Tensor | None = None) -> Fp8:
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
     x = x.flatten(-2) if batch else packed(x)  # a view
     _quantize_kernel[grid](
-        x, out.unit, out.rows, out.columns, largest, rows, columns, x.stride(0),
+        x, out.unit, out.rows, out.columns, largest, clipped, rows, columns, x.stride(0),
         LIMIT=torch.finfo(out.rows.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
     )  # fmt: skip
     return out
@@ -630,49 +722,90 @@ class HeadFp8(NamedTuple):
     weight: Fp8  # (vocab, dim)
     unit_x: Tensor
     unit_grad: Tensor
+    clipped: Tensor | None = None  # (1,) int64, how many numbers of its input did not fit so far
+
+
+FP8_MAX = 448.0  # the largest e4m3 number
+HEADROOM = 1.8  # a scale that follows the step before fits numbers so many times as large
+
+# name: the number that the scale fits in the first step. A layer has one of each.
+DELAYED_SCALES = {
+    "the square of ReLU": 16.0,
+    "the gradient of the MLP's result": 2.0**-6,
+    "the gradient in front of ReLU": 2.0**-6,
+    "the gradient of QKV": 2.0**-6,
+}
 
 
 class Fp8Copies:
     """fp8 copies of the MLP bank and of the QKV rows, made anew after every update, and of the
-    head's rows for each draw of columns."""
+    head's rows for each draw of columns.
+
+    A weight matrix of a bank has the scale of its largest number. Normed rows and the head have
+    fixed scales, and the numbers of DELAYED_SCALES those that fit the step before. What does not
+    fit is clipped, and counted in `clipped`.
+    """
 
     def __init__(self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, num_layers: int):
         self.num_layers, self.head_weight = num_layers, head.detach()
-        rows = attention_bank.size(1) // 4 * 3
+        rows, device = attention_bank.size(1) // 4 * 3, head.device
 
         def unit(value: float, *shape: int) -> Tensor:
-            return torch.full((*shape, 4), value, device=head.device)
+            return torch.full((*shape, 4), value / FP8_MAX, device=device)
 
         banks = mlp_bank[: 2 * num_layers], attention_bank[:num_layers, :rows]
         self.banks = [
             (bank.detach(), fp8_empty(bank.shape, unit(1.0, len(bank)))) for bank in banks
         ]
-        self.unit_x = unit(28 / 448)  # a normed row reaches sqrt(768) = 28 at most, e4m3 448
-        # The others' units follow from the largest in the step before, with room to grow: of each
-        # layer's squares, gradients of its result, of what is in front of relu and of QKV.
-        self.units = unit(0.0, num_layers, 4)
-        self.largest = torch.zeros(num_layers, 4, device=head.device)
-        self.head_units = unit(1.6 / 448), unit(100 / 448), unit(0.75 / 448)
+        # no number of a normed row is above √dim, 27.7 of 768; the head's norm is rounded to bf16
+        self.unit_x = unit(math.ceil(math.sqrt(head.size(1))))
+        self.units = unit(0.0, num_layers, len(DELAYED_SCALES))
+        self.largest = torch.zeros(num_layers, len(DELAYED_SCALES), device=device)
+        # of the head's weights, of its input, and of the gradient of the logits, in e5m2
+        self.head_units = unit(1.6), unit(max(100.0, 1.01 * math.sqrt(head.size(1)))), unit(0.75)
+        # numbers of the head's weights and of its input, and delayed scales of a layer and step
+        self.clipped = torch.zeros(3, dtype=torch.int64, device=device)
+        # The largest number of each weight matrix and behind each delayed scale, after a step.
+        self.health = torch.zeros(3 * num_layers + self.largest.numel(), device=device)
         self.reset()
 
     def reset(self) -> None:
         """As before the first step: nothing is known of a layer's numbers yet."""
-        for units, guess in zip(self.units.unbind(1), (16.0, 2.0**-6, 2.0**-6, 2.0**-6)):
-            units.fill_(guess / 448)
+        for units, guess in zip(self.units.unbind(1), DELAYED_SCALES.values()):
+            units.fill_(guess / FP8_MAX)
         self.largest.zero_()
         self.refresh()
+        self.clipped.zero_()
 
     @recorded("fp8 refresh")
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights as they are now."""
+        of_banks = []
         for bank, copy in self.banks:
             largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
-            copy.unit.copy_(largest.clamp_min(1e-12)[:, None] / 448)
+            copy.unit.copy_(largest.clamp_min(1e-12)[:, None] / FP8_MAX)
             quantize(bank, copy)
+            of_banks.append(largest)
+        torch.cat([*of_banks, self.largest.flatten()], out=self.health)
+        self.clipped[2] += (self.largest > FP8_MAX * self.units[:, :, 0]).sum()
         largest = self.largest[:, :, None]
-        self.units.copy_(torch.where(largest > 0, 1.8 / 448 * largest, self.units))
+        self.units.copy_(torch.where(largest > 0, HEADROOM / FP8_MAX * largest, self.units))
         self.largest.zero_()
+
+    def count_clipped(self, runtime: "Runtime") -> dict[str, int]:
+        """How many numbers have not fit their scale since the start, on all ranks."""
+        counts = runtime.all_reduce(self.clipped.clone()).tolist()
+        names = "numbers of the head", "numbers of the head's input", "scales of the step before"
+        return dict(zip(names, counts))
+
+    def not_finite(self, health: Tensor) -> list[str]:
+        """What of `health`, copied to the CPU, is infinite or NaN."""
+        layers = [f"layer {i}" for i in range(self.num_layers)]
+        names = [f"W_{k} of {layer}" for k in (1, 2) for layer in layers]
+        names += [f"the attention weights of {layer}" for layer in layers]
+        names += [f"{scale} in {layer}" for layer in layers for scale in DELAYED_SCALES]
+        return [name for name, value in zip(names, health.tolist()) if not math.isfinite(value)]
 
     def qkv(self, layer: int, x: Fp8) -> QkvFp8:
         """For this layer, given a copy of the stream."""
@@ -689,7 +822,8 @@ class Fp8Copies:
         """Of these rows of the head, or of all."""
         weight = self.head_weight if tokens is None else self.head_weight[tokens]
         unit, *others = self.head_units
-        return HeadFp8(quantize(weight, fp8_empty(weight.shape, unit)), *others)
+        copy = quantize(weight, fp8_empty(weight.shape, unit), clipped=self.clipped[:1])
+        return HeadFp8(copy, *others, self.clipped[1:2])
 
 
 # --- Sums of streams ------------------------------------------------------------------------------
@@ -707,18 +841,11 @@ def combine(
     the one from here, for which autograd would need another pass. Given room in fp8, the norm is
     written there, and the one returned has its shape and its gradient, but no memory.
     """
-    if has_kernels(sources[0].device):
+    if takes_kernel(sources[0]):
         return Combine.apply(norm, fp8, *sources, *coefficients)
     total = sum(c.view(-1, 1) * source for c, source in zip(coefficients, sources))
     normed = rms_norm(total).type_as(sources[0]) if norm else None
     return total.type_as(sources[0]), normed, *sources
-
-
-@triton.jit
-def _transposed(tile, pointer):
-    """The tile, transposed, as it is stored at the pointer. In 16 bits: of fp8 Triton 3.6 would
-    move every byte on its own."""
-    return tl.trans(tile.to(tl.float16)).to(tl.float32).to(pointer.dtype.element_ty)
 
 
 @triton.jit
@@ -757,17 +884,20 @@ def _combine_kernel(
             tile *= scale[:, None]
             if normed_t is not None:
                 tile = tl.clamp(tile, -LIMIT, LIMIT)
+            tile = tile.to(normed.dtype.element_ty)
+            tl.store(normed + t * dim + column, tile, mask=inside)
+            if normed_t is not None:
                 at_t = tl.trans(column) * num_tokens + tl.trans(t)
-                tl.store(normed_t + at_t, _transposed(tile, normed), mask=tl.trans(inside))
-            tl.store(normed + t * dim + column, tile.to(normed.dtype.element_ty), mask=inside)
+                tl.store(normed_t + at_t, _transposed(tile), mask=tl.trans(inside))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["later"])
 def _combine_backward_kernel(
     sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
-    grad_coefficients, dim, LATER: tl.constexpr, BLOCK: tl.constexpr,
+    grad_coefficients, later, dim, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LATER: bit i is set if source i has a gradient from later on."""
+    """later: bit i is set if source i has a gradient from later on. It is no constant, so that one
+    kernel serves all sums of as many sources."""
     t, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < dim
@@ -784,9 +914,9 @@ def _combine_backward_kernel(
         source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
         coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
         grad_source = coefficient * grad
-        if (LATER >> i) & 1:
-            later = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
-            grad_source += later.to(tl.float32)
+        if (later >> i) & 1:
+            added = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
+            grad_source += added.to(tl.float32)
         tl.store(grad_sources[i] + t * dim + column, grad_source, mask=inside)
         tl.store(grad_coefficients + i * num_tokens + t, tl.sum(grad * source.to(tl.float32)))
 
@@ -831,8 +961,8 @@ class Combine(torch.autograd.Function):
         later = tuple(grad if x is None else packed(x) for grad, x in zip(grads, later))
         # a row a warp: its sums need no shared memory
         _combine_backward_kernel[(num_tokens,)](
-            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, dim,
-            LATER=present, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+            *arguments, packed(grad_stream), packed(grad_normed), later, grads, per_token, present,
+            dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
         needed = ctx.needs_input_grad[-len(sources) :]
         terms = (
@@ -865,11 +995,19 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The fastest attention here: flash-attn-4, varlen (FlashAttention-2 in torch) or plain."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "plain"
-    if torch.cuda.get_device_capability(device)[0] >= 9 and importlib.util.find_spec(
-        "flash_attn.cute"
-    ):
-        return "flash-attn-4"
-    return "varlen"
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        return "varlen"
+    return "varlen" if why_no_flash_attention() else "flash-attn-4"
+
+
+@functools.cache
+def why_no_flash_attention() -> str:
+    """What importing flash-attn-4 fails with; empty if it can be used."""
+    try:
+        from flash_attn.cute import flash_attn_varlen_func  # noqa: F401
+    except (ImportError, OSError) as error:  # missing, or without a library that it needs
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def attention(
@@ -1010,11 +1148,11 @@ def _prepare_qkv_kernel(
 def _store_gradient(tile, column, target, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """Write columns of a head both ways round. Gives the largest."""
     dqkv, dqkv_t, row, mask, num_tokens = target
-    values = tl.clamp(tile, -LIMIT, LIMIT)
-    tl.store(dqkv + row * WIDTH + column, values.to(dqkv.dtype.element_ty), mask=mask)
+    values = tl.clamp(tile, -LIMIT, LIMIT).to(dqkv.dtype.element_ty)
+    tl.store(dqkv + row * WIDTH + column, values, mask=mask)
     at_t = tl.trans(column) * num_tokens + tl.trans(row)
-    tl.store(dqkv_t + at_t, _transposed(values, dqkv_t), mask=tl.trans(mask))
-    return tl.max(tl.abs(tile))
+    tl.store(dqkv_t + at_t, _transposed(values), mask=tl.trans(mask))
+    return _largest(tile)
 
 
 @triton.jit
@@ -1048,6 +1186,20 @@ def _prepare_qkv_backward_kernel(
     tl.atomic_max(largest, top * tl.load(unit))
 
 
+def qkv_gradient(
+    grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, fp8: QkvFp8, key_offset: int
+) -> Fp8:
+    """The gradient of QKV's product (T, 3 A) in fp8, of those of queries, keys and values."""
+    num_tokens, heads, head_dim = grads[0].shape
+    dqkv = fp8_empty(qkv.shape, fp8.unit_grad)
+    # a row of a transposed tile is a sector of memory
+    _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 32)](
+        *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, key_offset, heads,
+        head_dim, key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=32,
+    )  # fmt: skip
+    return dqkv
+
+
 class PrepareQkv(torch.autograd.Function):
     """prepare_qkv by kernels."""
 
@@ -1070,14 +1222,8 @@ class PrepareQkv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (qkv, cos, sin), fp8 = ctx.saved_tensors, ctx.fp8
-        num_tokens, heads, head_dim = grads[0].shape
-        dqkv = fp8_empty(qkv.shape, fp8.unit_grad)
-        # a row of a transposed tile is a sector of memory
-        _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 32)](
-            *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, ctx.key_offset,
-            heads, head_dim, ctx.key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=32,
-        )  # fmt: skip
+        fp8 = ctx.fp8
+        dqkv = qkv_gradient(grads, *ctx.saved_tensors, fp8, ctx.key_offset)
         dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, fp8.x.T)
         d_value = grads[2].flatten(1) if ctx.has_value else None
         return dx, dw, None, None, d_value, None, None, None
@@ -1131,7 +1277,7 @@ def _mlp_product_kernel(
             top = tl.maximum(top, tl.max(total))
         values = (total * scale).to(out.dtype)  # fp8 saturates
         out.store([row, column], values)
-        out_t.store([column, row], tl.trans(values))
+        out_t.store([column, row], _transposed(values))
     tl.atomic_max(largest, top * unit)
 
 
@@ -1194,11 +1340,15 @@ def head_loss(
     """
     if fp8 is not None:
         return HeadLoss.apply(x, head, targets, weights, fp8, offsets)
-    logits, scored = softcap(x @ head.mT), targets >= 0
-    lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
-    losses = lse - logits.gather(1, targets.clamp_min(0))
-    losses = (losses * scored).sum(0)
+    losses = token_losses(x @ head.mT, targets, offsets).sum(0)
     return losses @ weights, losses[0].detach()
+
+
+def token_losses(logits: Tensor, targets: Tensor, offsets: Tensor | None) -> Tensor:
+    """Cross-entropies of the softcapped logits, (T, terms) in nats, 0 where there is no target."""
+    logits, scored = softcap(logits), targets >= 0
+    lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
+    return (lse - logits.gather(1, targets.clamp_min(0))) * scored
 
 
 @triton.jit
@@ -1260,7 +1410,7 @@ def _logits_gradient_kernel(
     tile = tile.to(grad.dtype.element_ty)
     tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
     at_t = column[:, None].to(tl.int64) * num_rows + row[None, :]
-    tl.store(grad_t + at_t, tl.trans(tile), mask=tl.trans(inside))
+    tl.store(grad_t + at_t, _transposed(tile), mask=tl.trans(inside))
 
 
 @triton.jit
@@ -1297,6 +1447,29 @@ def _targets_kernel(
     tl.store(losses + row, weighted, mask=real)
 
 
+def losses_and_slope(
+    logits: Tensor, targets: Tensor, weights: Tensor, unit: Tensor, offsets: Tensor | None
+) -> tuple[Tensor, Fp8]:
+    """The losses of every row, (2, T) fp32: of all terms by weight, and of the first alone; and the
+    gradient of the former by the logits (T, vocab) in fp8 with this unit."""
+    (num_rows, terms), vocab = targets.shape, logits.size(1)
+    slope = fp8_empty(logits.shape, unit, E5M2)
+    losses, lse = (
+        logits.new_empty(size, dtype=torch.float32) for size in ((2, num_rows), num_rows)
+    )
+    approximate = logits.is_cuda
+    _lse_kernel[(num_rows,)](
+        logits, offsets, lse, vocab, APPROXIMATE=approximate, BLOCK=2048, num_warps=8
+    )
+    inputs = logits, offsets, lse, packed(targets), weights, *slope, num_rows, vocab
+    kinds = {"TERMS": terms, "APPROXIMATE": approximate, "ROWS": 128}
+    # 128 rows of a transposed fp8 tile are whole lines of memory.
+    grid = (triton.cdiv(num_rows, 128), triton.cdiv(vocab, 64))
+    _logits_gradient_kernel[grid](*inputs, **kinds, COLUMNS=64, num_warps=4)
+    _targets_kernel[grid[:1]](*inputs, losses, **kinds)
+    return losses, slope
+
+
 class HeadLoss(torch.autograd.Function):
     """head_loss by kernels; the forward makes the gradient of the logits too."""
 
@@ -1305,20 +1478,9 @@ class HeadLoss(torch.autograd.Function):
         ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8,
         offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        (num_rows, terms), vocab, device = targets.shape, len(head), x.device
-        slope = fp8_empty((num_rows, vocab), fp8.unit_grad, E5M2)
-        losses, lse = torch.empty(2, num_rows, device=device), torch.empty(num_rows, device=device)
-        x8 = quantize(x, fp8_empty(x.shape, fp8.unit_x))
+        x8 = quantize(x, fp8_empty(x.shape, fp8.unit_x), clipped=fp8.clipped)
         logits = fp8_product(x8, fp8.weight)
-        _lse_kernel[(num_rows,)](
-            logits, offsets, lse, vocab, APPROXIMATE=x.is_cuda, BLOCK=2048, num_warps=8
-        )
-        inputs = logits, offsets, lse, packed(targets), weights, *slope, num_rows, vocab
-        kinds = {"TERMS": terms, "APPROXIMATE": x.is_cuda, "ROWS": 128}
-        # 128 rows of a transposed fp8 tile are whole lines of memory.
-        grid = (triton.cdiv(num_rows, 128), triton.cdiv(vocab, 64))
-        _logits_gradient_kernel[grid](*inputs, **kinds, COLUMNS=64, num_warps=4)
-        _targets_kernel[grid[:1]](*inputs, losses, **kinds)
+        losses, slope = losses_and_slope(logits, targets, weights, fp8.unit_grad, offsets)
         ctx.factors = slope, x8, fp8.weight
         weighted, first = losses.sum(1).unbind()
         ctx.mark_non_differentiable(first)
@@ -1391,6 +1553,11 @@ class SortedRows(NamedTuple):
     runs: Tensor  # (n,) which run each is in
     count: Tensor  # (1,) how many runs
 
+    @classmethod
+    def of_distinct(cls, rows: Tensor, place: Tensor) -> "SortedRows":
+        """Of rows that come once each, in any order; place: 0 … n."""
+        return cls(rows, place[:-1], place, place[:-1], place[-1:])
+
 
 def sort_rows(rows: Tensor) -> SortedRows:
     rows, order = rows.sort(stable=True)
@@ -1457,7 +1624,7 @@ def _add_rows_kernel(
 def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
     """Add values (n, dim), in their first order, to rows of a table (rows, dim) each, tables as
     wide as one another; all that goes to one row is summed in fp32."""
-    if not has_kernels(tables[0].device):
+    if not takes_kernel(tables[0]):
         for table, value in zip(tables, values):
             table.index_add_(0, rows.rows, value[rows.order])
         return
@@ -1543,6 +1710,7 @@ def find_matches(
     return torch.where(which > 0, found, tokens), which
 
 
+@recorded("matches")
 def note_matches_(
     tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
     own: slice = slice(None),
@@ -1613,7 +1781,7 @@ def update_ngrams_(
     of squares and no running mean: a row's k-th gradient moves it by about lr/√k whenever it comes,
     with no bias to correct. Source: Duchi et al. 2011, JMLR 12, with one sum a row.
     """
-    if has_kernels(table.device):
+    if takes_kernel(table):
         dim = table.size(1)
         _update_ngrams_kernel[(min(len(grads), 16384),)](
             table, sum_squares, rows.rows, rows.order, packed(grads), rows.starts, rows.count, lr,
@@ -1850,15 +2018,27 @@ class GPT(nn.Module):
         """The slices of self.small by name."""
         return dict(zip(self.small_layout, self.cut_small(self.small)))
 
+    # What depends on the tokens alone, many small kernels, runs on a side stream beside the layers
+    # and the optimizer. Three rules make that safe, in a graph and without one:
+    # 1. The side stream waits for all that the main one was given before (aside), so what it reads
+    #    is written; and whatever it makes is read only behind join(), by which the main stream
+    #    waits for it. The end of hidden() is such a place, so a backward pass, which reads the
+    #    sorted rows, never runs ahead of them; forward() has one for the candidates too.
+    # 2. A tensor of the one stream that the other reads must outlive that read: the allocator would
+    #    give its memory to the next tensor of its own stream. All of them live in the batch, in
+    #    `drawn` or in a ctx until the pass has ended, which is behind the wait.
+    # 3. In a graph both streams' tensors come from one pool, which no eager kernel uses; a replay
+    #    begins when the one before has ended, as all are launched on the main stream.
+
     def aside(self) -> contextlib.AbstractContextManager:
-        """What depends on the tokens alone, many small kernels, runs beside the layers and the
-        optimizer; join() waits for it."""
+        """The side stream, behind what the main one was given so far; join() waits for it."""
         if self.beside is None:
             return contextlib.nullcontext()
         self.beside.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.beside)
 
     def join(self) -> None:
+        """The main stream goes on when the side stream has done what it was given."""
         if self.beside is not None:
             torch.cuda.current_stream().wait_stream(self.beside)
 
@@ -1932,6 +2112,7 @@ class GPT(nn.Module):
             x, normed = add({}, x, take("mlp_residual"), y, take("mlp_project"), norm=norm)
             if i == attended:
                 streams["attend"], attended_normed = x, normed
+        self.join()
         return combine([x, streams["attend"]], [one, self.small_weights["attended"]], True)[1]
 
     def scalars(self, num_tokens: int) -> dict[str, Iterator[Tensor]]:
@@ -1986,8 +2167,8 @@ class GPT(nn.Module):
         losses, place = [], torch.arange(columns + 1, device=x.device)
         for part, ((tokens, offsets, places), fp8) in zip(x.split(sizes), drawn):
             head = self.head
-            if columns:  # each is a run of its own
-                order = SortedRows(tokens, place[:-1], place, place[:-1], place[-1:])
+            if columns:
+                order = SortedRows.of_distinct(tokens, place)
                 (head,) = TableRows.apply(tokens, order, head)
             losses.append(head_loss(part, head, places, loss_weights, fp8, offsets))
         return tuple(map(sum, zip(*losses)))
@@ -2541,6 +2722,10 @@ class Schedule:
         columns = self.stage(step).columns
         return f"{self.windows(step)}" + (f", {columns:,} columns" if columns else "")
 
+    def rates(self, step: int) -> tuple[float, float]:
+        """The learning rate's multiplier and Muon's momentum."""
+        return self.lr_scale(step), self.momentum(step)
+
     def lr_scale(self, step: int) -> float:
         """The stage's multiplier, falling linearly to lr_end from lr_decay_start on."""
         config, lr = self.config, self.stage(step).lr
@@ -2593,6 +2778,35 @@ class Clock:
         return total + begin.elapsed_time(mark) / 1000
 
 
+def not_finite_error(
+    model: GPT, what: str, first: tuple[int, list[str]] | None = None
+) -> UserError:
+    """Says what is not finite, where that was seen first, and what to try in which order.
+
+    first: a step, and what of Fp8Copies.health is not finite behind it.
+    """
+    config = model.config
+    seen = "nothing else was seen before it"
+    if first is not None:
+        step, names = first
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        seen = f"not finite behind step {step}: {', '.join(names[:3])}{more}"
+    else:
+        bad = [name for name, param in model.named_parameters() if not param.isfinite().all()]
+        if bad:
+            seen = f"not finite by now: {', '.join(bad)}"
+    tries = [] if config.self_check else ["--self_check true"]
+    if model.fp8 is not None:
+        tries.append("--fp8 false, which tells whether a scale is at fault")
+    tries.append(f"lower --muon_lr {config.muon_lr} and --adam_lr {config.adam_lr}")
+    if any(stage.columns for stage in config.stages):
+        tries.append(
+            "more columns in --stages (a draw with more different targets than columns gives NaN)"
+        )
+    tries.append("the data of --train_files and --val_file")
+    return UserError(f"{what}; {seen}. Try in this order: {'; '.join(tries)}")
+
+
 class Progress:
     """Reports steps as they complete on the device, without waiting for the one just launched.
 
@@ -2601,10 +2815,13 @@ class Progress:
     """
 
     MAX_IN_FLIGHT = 3
+    NOT_LEARNING = 50  # steps, in which the loss of a run that learns falls by some nats
 
-    def __init__(self, runtime: Runtime, clock: Clock, total_steps: int):
-        self.runtime, self.clock, self.last_time = runtime, clock, 0.0
-        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+    def __init__(self, model: GPT, runtime: Runtime, clock: Clock, total_steps: int):
+        self.model, self.runtime, self.clock, self.last_time = model, runtime, clock, 0.0
+        self.pending: deque[tuple[int, list[Tensor], torch.cuda.Event | None]] = deque()
+        self.first_loss = math.nan
+        self.first_bad: tuple[int, list[str]] | None = None  # a step, and what is not finite in it
         self.bar = tqdm(
             total=total_steps,
             disable=None if runtime.is_main else True,  # None: only on a terminal
@@ -2612,30 +2829,373 @@ class Progress:
             dynamic_ncols=True,
         )
 
+    def warn_of_no_learning(self, step: int, loss: float) -> None:
+        """Once, if the loss is where it was at first after NOT_LEARNING steps."""
+        if step == 0:
+            self.first_loss = loss
+        if step == self.NOT_LEARNING and loss > self.first_loss - 0.5:
+            self.runtime.log.line(
+                f"warning: this run does not learn: its loss was {self.first_loss:.2f} at step 1 and "
+                f"is {loss:.2f} at step {step + 1}. Try in this order: --self_check true; --fp8 "
+                "false; other --muon_lr and --adam_lr; the data of --train_files"
+            )
+
     def launched(self, step: int, loss: Tensor) -> None:
         """loss: mean training loss of this rank's tokens, a scalar on the device."""
-        self.pending.append((step, loss.to("cpu", non_blocking=True), self.clock.mark()))
+        numbers = [loss] if self.model.fp8 is None else [loss, self.model.fp8.health]
+        copies = [x.to("cpu", non_blocking=True) for x in numbers]
+        self.pending.append((step, copies, self.clock.mark()))
         self.report(self.MAX_IN_FLIGHT)
 
     def report(self, in_flight: int = 0) -> None:
         """The steps that are done; waits for them if more than that many are not."""
         while self.pending:
-            step, loss, mark = self.pending[0]
+            step, (loss, *health), mark = self.pending[0]
             if len(self.pending) <= in_flight and mark is not None and not mark.query():
                 return
             self.pending.popleft()
             now, value = self.clock.at(mark), loss.item()
-            require(
-                math.isfinite(value),
-                f"the training loss is {value} at step {step + 1} (rank {self.runtime.rank}): "
-                "lower --muon_lr or --adam_lr, check the data of --train_files, or raise the "
-                "columns of --stages if --tokens_per_draw has more different targets than that",
-            )
+            if health and not self.first_bad and not health[0].isfinite().all():
+                self.first_bad = step + 1, self.model.fp8.not_finite(health[0])
+            if not math.isfinite(value):
+                where = f"the training loss is {value} at step {step + 1}"
+                raise not_finite_error(
+                    self.model, f"{where} (rank {self.runtime.rank})", self.first_bad
+                )
+            self.warn_of_no_learning(step, value)
             step_ms, self.last_time = 1000 * (now - self.last_time), now
             self.runtime.log.step(step + 1, value, now, step_ms)
             mean_ms = f"{1000 * now / (step + 1):.1f} ms/step"
             self.bar.set_postfix_str(f"loss {value:.3f} · {mean_ms}", refresh=False)
             self.bar.update()
+
+
+# --- Self-check -----------------------------------------------------------------------------------
+#
+# A compiler can get a kernel wrong, and then the model does not learn: with Triton 3.7.1 the
+# transposed copy of an fp8 tile has been garbage. So before training every kernel of the run works
+# on a few random tokens, at the run's own widths, beside its reference implementation in fp64. What
+# selects a variant of a kernel is as in the run, so that it is compiled here for the run as well.
+
+CHECK_SEQUENCES, CHECK_LENGTH = 3, 112  # do not fill the last tile of 32 or of 128 tokens
+CHECK_ROWS = 4096  # of tables; the kernel that adds fewer is another one
+
+
+class Result(NamedTuple):
+    """Something that a kernel has computed."""
+
+    name: str
+    value: Tensor
+    reference: Tensor
+    # How far it may be off, by `disagreement`. Rounding gives up to 0.01 in bf16, 0.04 in e4m3 and
+    # 0.1 in e5m2; a row that is missing, zeros and twice the scale give 0.5 and more.
+    limit: float = 0.05
+
+
+def disagreement(value: Tensor, reference: Tensor) -> float:
+    """The norm of a row's or column's error over its norm in the reference, of the worst; over the
+    rms norm of all of them where that is more. Infinite if anything is not finite."""
+    exact, worst = reference.detach().double(), 0.0
+    exact = exact.reshape(-1, exact.size(-1)) if exact.dim() > 1 else exact.reshape(1, -1)
+    error = value.detach().double().reshape(exact.shape) - exact
+    for dim in (0, 1):
+        norms = exact.norm(dim=dim)
+        norms = norms.maximum(norms.square().mean().sqrt()).clamp_min(1e-30)
+        worst = max(worst, (error.norm(dim=dim) / norms).nan_to_num(math.inf).max().item())
+    return worst
+
+
+def dequantized(copy: Fp8) -> Tensor:
+    """The numbers of a matrix in fp8, or of a batch of them, in fp64."""
+    unit = copy.unit[..., :1, None] if copy.rows.dim() == 3 else copy.unit[0]
+    return copy.rows.float().double() * unit.double()
+
+
+def fp8_results(name: str, copy: Fp8, reference: Tensor, limit: float = 0.1) -> list[Result]:
+    """A matrix in fp8, and whether its transpose holds the same numbers."""
+    transposed = f"{name}, transposed", copy.columns.float().mT, copy.rows.float(), 0.0
+    return [Result(name, dequantized(copy), reference, limit), Result(*transposed)]
+
+
+class SelfCheck:
+    """What every kernel of a model's training gives, and should: a method for each."""
+
+    def __init__(self, model: "GPT"):
+        self.config, self.backend, self.uses_fp8 = (
+            model.config,
+            model.backend,
+            model.fp8 is not None,
+        )
+        self.dtype, self.device = model.head.dtype, model.head.device
+        self.tokens, self.dim = CHECK_SEQUENCES * CHECK_LENGTH, self.config.model_dim
+        self.generator = torch.Generator(self.device).manual_seed(0)
+
+    def methods(self) -> dict[str, Callable[[], list[Result]]]:
+        """By the name of their kernels in messages."""
+        fp8 = "fp8 copies", "QKV", "MLP", "head and loss"
+        methods = dict(zip(fp8, (self.fp8_copies, self.qkv, self.mlp, self.head)))
+        return {
+            **({"attention": self.attention} if self.backend != "plain" else {}),
+            **(methods if self.uses_fp8 else {}),
+            "sums of streams": self.sums,
+            "rows of tables": self.table_rows,
+            "updates of n-grams": self.ngram_updates,
+        }
+
+    def random(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, device=self.device)
+        return (std * x).to(dtype or self.dtype)
+
+    def leaf(self, *shape: int, std: float = 1.0) -> Tensor:
+        return self.random(*shape, std=std).requires_grad_()
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+    def unit_for(self, largest: float | Tensor) -> Tensor:
+        """Of a matrix with this largest number, or of each in a batch, with HEADROOM."""
+        largest = torch.as_tensor(largest, dtype=torch.float32, device=self.device)
+        return (HEADROOM / FP8_MAX * largest)[..., None].repeat_interleave(4, dim=-1)
+
+    def in_fp8(self, x: Tensor) -> Fp8:
+        x = x.detach()
+        return quantize(x, fp8_empty(x.shape, self.unit_for(x.abs().max())))
+
+    def none_yet(self, count: int) -> Tensor:
+        """Room for the largest numbers that kernels see."""
+        return torch.zeros(count, device=self.device)
+
+    def compare(
+        self, op: Callable[..., Sequence], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Result]:
+        """Outputs that have a gradient here, and gradients of all inputs, with those in fp64."""
+        found = []
+        for values in inputs, [x.detach().double() for x in inputs]:
+            leaves = [x.detach().requires_grad_() for x in values]
+            outputs = [x for x, grad in zip(op(*leaves), grads) if grad is not None]
+            given = [x for x in grads if x is not None]
+            given = [grad.type_as(x) for grad, x in zip(given, outputs)]
+            found.append([*outputs, *torch.autograd.grad(outputs, leaves, given)])
+        names = [f"output {i}" for i in range(len(outputs))]
+        names += [f"gradient of input {i}" for i in range(len(inputs))]
+        return [*map(Result, names, *found)]
+
+    def fp8_copies(self) -> list[Result]:
+        """Of a batch of weights, of a gradient whose largest number is asked for, and of a head
+        with numbers that do not fit."""
+        w, x = (
+            self.random(2, self.config.mlp_dim, self.dim, std=0.02),
+            self.random(self.tokens, self.dim),
+        )
+        copy = quantize(w, fp8_empty(w.shape, self.unit_for(w.abs().amax((1, 2)))))
+        results, largest = fp8_results("weights", copy, w), self.none_yet(1)
+        copy = quantize(x, fp8_empty(x.shape, self.unit_for(x.abs().max())), largest)
+        results += fp8_results("gradient", copy, x)
+        results.append(Result("largest number", largest, x.abs().max()[None], 1e-3))
+        unit = self.unit_for(1.0 / HEADROOM)
+        clipped = torch.zeros(1, dtype=torch.int64, device=self.device)
+        copy = quantize(x, fp8_empty(x.shape, unit), clipped=clipped)
+        limit = torch.finfo(copy.rows.dtype).max * unit[0].double()
+        results += fp8_results("head", copy, x.double().clamp(-limit, limit))
+        too_large = (x.double().abs() > limit).sum()[None]
+        return [*results, Result("count of numbers that do not fit", clipped, too_large, 1e-3)]
+
+    def sums(self) -> list[Result]:
+        """Of one to four streams, with and without a norm, whose first one a later sum reads."""
+        results, norms = [], ["no norm", "norm in fp8" if self.uses_fp8 else "norm"]
+        cases = [(1, "no norm"), (2, "norm"), *itertools.product((2, 3, 4), norms)]
+        for terms, kind in dict.fromkeys(cases):
+            sources = [self.random(self.tokens, self.dim) for _ in range(terms)]
+            gates = 1 + self.random(self.tokens, terms, dtype=torch.float32)
+            # one a token, each a column of several; one number; and one that all tokens share
+            coefficients = [gates[:, i : i + 1] for i in range(terms)]
+            coefficients[0] = gates[:1, 0].clone()
+            coefficients[-1] = gates[0, -1].expand(self.tokens)
+            copy, norm = None, kind != "no norm"
+            if kind == "norm in fp8":
+                copy = fp8_empty(sources[0].shape, self.unit_for(math.sqrt(self.dim)))
+            grads = [self.random(self.tokens, self.dim) for _ in range(3)]
+            grads = grads[0], grads[1] if norm else None, grads[2], *[None] * (terms - 1)
+
+            def op(*tensors, norm=norm, copy=copy) -> tuple:
+                half = len(tensors) // 2
+                return combine(tensors[:half], tensors[half:], norm, copy)
+
+            found = self.compare(op, [*sources, *coefficients], grads)
+            if copy is not None:  # what came back in place of the norm has no memory
+                found[1:2] = fp8_results("norm", copy, found[1].reference)
+            results += [r._replace(name=f"{terms} with {kind}: {r.name}") for r in found]
+        return results
+
+    def qkv(self) -> list[Result]:
+        """With and without key offset and value rows, as the layers have them."""
+        config, width = self.config, self.config.attention_dim
+        x, w = self.leaf(self.tokens, self.dim), self.leaf(3 * width, self.dim, std=self.dim**-0.5)
+        x8, w8 = self.in_fp8(x), self.in_fp8(w)
+        product = fp8_product(x8, w8)
+        results = [Result("product", product, dequantized(x8) @ dequantized(w8).mT)]
+        rotary = rotary_tables(config.head_dim, self.tokens, self.device)
+        eye = torch.eye(3 * width, dtype=torch.float64, device=self.device)
+        shape = self.tokens, config.num_heads, config.head_dim
+        for is_long, has_value in sorted(
+            {(row.window == "long", row.value_table is not None) for row in config.layers}
+        ):
+            offset = CHECK_LENGTH if is_long else 0, config.head_dim
+            value = self.random(self.tokens, width) if has_value else None
+            grads = [self.random(*shape) for _ in range(3)]
+            doubles = product.double().requires_grad_(), eye, *(table.double() for table in rotary)
+            exact = prepare_qkv(*doubles, value.double() if has_value else None, None, *offset)
+            (slope,) = torch.autograd.grad(exact, doubles[:1], [grad.double() for grad in grads])
+            fp8 = QkvFp8(x8, w8, self.unit_for(slope.abs().max()), self.none_yet(1))
+            found = prepare_qkv(x, w, *rotary, value, fp8, *offset)
+            d_x, d_w = torch.autograd.grad(found, (x, w), grads)
+            slope8 = qkv_gradient(grads, product, *rotary, fp8, offset[0])
+            own = [*map(Result, ("queries", "keys", "values"), found, exact)]
+            own += fp8_results("gradient of the product", slope8, slope)
+            own.append(Result("gradient of x", d_x, dequantized(slope8) @ dequantized(w8)))
+            own.append(Result("gradient of W", d_w, dequantized(slope8).mT @ dequantized(x8)))
+            kind = f"key offset {is_long}, value rows {has_value}".lower()
+            results += [r._replace(name=f"{r.name} ({kind})") for r in own]
+        return results
+
+    def mlp(self) -> list[Result]:
+        hidden, std = self.config.mlp_dim, self.dim**-0.5
+        x, grad = self.leaf(self.tokens, self.dim), self.random(self.tokens, self.dim)
+        w_1, w_2 = self.leaf(hidden, self.dim, std=std), self.leaf(hidden, self.dim, std=std)
+        x8, grad8, w_18, w_28 = map(self.in_fp8, (x, grad, w_1, w_2))
+        exact_square = (dequantized(x8) @ dequantized(w_18).mT).relu().square()
+        unit, largest = self.unit_for(exact_square.max()), self.none_yet(3)
+        square = mlp_product(x8, w_18, unit, largest[:1])
+        exact_slope = 2 * dequantized(square).sqrt() * (dequantized(grad8) @ dequantized(w_28).mT)
+        unit_slope = self.unit_for(exact_slope.abs().max())
+        slope = mlp_product(grad8, w_28, unit_slope, largest[2:], square)
+        fp8 = MlpFp8(x8, w_18, w_28, unit, grad8.unit, unit_slope, largest)
+        out = mlp(x, w_1, w_2, fp8)
+        d_x, d_w_1, d_w_2 = torch.autograd.grad(out, (x, w_1, w_2), grad)
+        seen = torch.stack([z.abs().max() for z in (exact_square, grad.double(), exact_slope)])
+        return [
+            *fp8_results("square of ReLU", square, exact_square),
+            *fp8_results("gradient in front of ReLU", slope, exact_slope),
+            Result("result", out, dequantized(square) @ dequantized(w_28)),
+            Result("gradient of x", d_x, dequantized(slope) @ dequantized(w_18)),
+            Result("gradient of W_1", d_w_1, dequantized(slope).mT @ dequantized(x8)),
+            Result("gradient of W_2", d_w_2, dequantized(square).mT @ dequantized(grad8)),
+            Result("largest numbers", largest, seen),
+        ]
+
+    def head(self) -> list[Result]:
+        """On sampled candidates, with offsets, and on all tokens, as the stages have it."""
+        counts, results = {s.columns for s in (*self.config.stages, *self.config.extension)}, []
+        for count in sorted({min(counts), max(counts)}):
+            vocab = count or self.config.padded_vocab_size
+            offsets = self.random(vocab, dtype=torch.float32) if count else None
+            x, head = (
+                self.leaf(self.tokens, self.dim),
+                self.leaf(vocab, self.dim, std=self.dim**-0.5),
+            )
+            targets = self.integers(vocab, self.tokens, 2)
+            targets[::5, 1], targets[1::5, 1] = IGNORED_TARGET, targets[1::5, 0]
+            weights = torch.tensor([1.0, 0.5], device=self.device)
+            x8, head8 = self.in_fp8(x), self.in_fp8(head)
+            logits = fp8_product(x8, head8)
+            exact_logits = logits.double().requires_grad_()
+            exact = token_losses(exact_logits, targets, offsets)
+            exact = torch.stack([exact @ weights.double(), exact[:, 0]])
+            (exact_slope,) = torch.autograd.grad(exact[0].sum(), exact_logits)
+            unit = self.unit_for(exact_slope.abs().max())
+            losses, slope = losses_and_slope(logits, targets, weights, unit, offsets)
+            fp8 = HeadFp8(head8, x8.unit, unit)
+            total, _ = head_loss(x, head, targets, weights, fp8, offsets)
+            d_x, d_head = torch.autograd.grad(total, (x, head))
+            own = [
+                Result("logits", logits, dequantized(x8) @ dequantized(head8).mT),
+                Result("losses", losses, exact, 0.01),
+                *fp8_results("gradient of the logits", slope, exact_slope, 0.2),
+                Result("gradient of x", d_x, dequantized(slope) @ dequantized(head8)),
+                Result("gradient of the head", d_head, dequantized(slope).mT @ dequantized(x8)),
+            ]
+            kind = f"{count:,} candidates" if count else "the whole vocabulary"
+            results += [r._replace(name=f"{r.name} on {kind}") for r in own]
+        return results
+
+    def attention(self) -> list[Result]:
+        """In documents of several lengths, with the windows of the first stage."""
+        config, stage, results = self.config, self.config.stages[0], []
+        ends = [0, 1, self.tokens // 3, self.tokens, self.tokens]
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=self.device)
+        shape = self.tokens, config.num_heads, config.head_dim
+        for window in stage.window_short, stage.window_long:
+            q, k, v, grad = (self.random(*shape) for _ in range(4))
+
+            def op(q: Tensor, k: Tensor, v: Tensor, window: int = window) -> list[Tensor]:
+                backend = "plain" if q.dtype == torch.float64 else self.backend
+                how = stage.max_seq_len, window, config.attention_scale, backend
+                return [attention(q, k, v, cu_seqlens, *how)]
+
+            found = self.compare(op, [rms_norm(q), rms_norm(k), v], [grad])
+            results += [r._replace(name=f"{r.name}, window {window}", limit=0.1) for r in found]
+        return results
+
+    def table_rows(self) -> list[Result]:
+        """Added to one table and to all value tables, some to one row very often; and each once."""
+        config, count, results = self.config, CHECK_ROWS, []
+        often, place = self.integers(count // 4, count).int(), torch.arange(count + 1)
+        often[::4] = often[0]
+        distinct = torch.randperm(2 * count, generator=self.generator, device=self.device)[:count]
+        for tables, dim, rows in (
+            (1, self.dim, sort_rows(often)),
+            (config.num_value_tables, config.attention_dim, sort_rows(often)),
+            (1, self.dim, SortedRows.of_distinct(distinct, place.to(self.device))),
+        ):
+            values = [self.random(count, dim) for _ in range(tables)]
+            starts = [self.random(2 * count, dim) for _ in range(tables)]
+            found = [start.clone() for start in starts]
+            add_rows_(found, rows, values)
+            for start, value, own in zip(starts, values, found):
+                exact = start.double().index_add(0, rows.rows.long(), value[rows.order].double())
+                results.append(Result(f"{tables} of {dim} columns", own, exact))
+        return results
+
+    def ngram_updates(self) -> list[Result]:
+        config, count = self.config, CHECK_ROWS
+        rows, grads = self.integers(count // 2, count).int(), self.random(count, config.ngram_dim)
+        rows[::4] = rows[0]
+        table = self.random(count, config.ngram_dim, std=0.01)
+        sums = self.random(count, dtype=torch.float32).square()
+        doubles, order = (table.double(), sums.double()), sort_rows(rows)
+        update_ngrams_(table, sums, order, grads, 1.0, config.adam_eps)
+        update_ngrams_(*doubles, order, grads.double(), 1.0, config.adam_eps)
+        return [*map(Result, ("table", "sums of squares"), (table, sums), doubles)]
+
+
+def self_check(model: "GPT", name: str) -> list[str]:
+    """What is wrong with the kernels of one of SelfCheck's methods, a sentence each."""
+    try:
+        results = SelfCheck(model).methods()[name]()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (whatever a compiler raises)
+        reason = str(error).strip().partition("\n")[0]
+        return [f"{name} do not run: {type(error).__name__}: {reason}"]
+    errors = [disagreement(result.value, result.reference) for result in results]
+    return [
+        f"{name}, {result.name}: off by {error:.2g}, more than {result.limit:g}"
+        for result, error in zip(results, errors)
+        if not error <= result.limit
+    ]
+
+
+def self_check_error(problems: list[str]) -> UserError:
+    versions = {"torch": torch.__version__, "Triton": triton.__version__}
+    versions["flash-attn-4"] = package_version("flash-attn-4")
+    ran_on = ", ".join(f"{name} {version}" for name, version in versions.items())
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return UserError(
+        f"the self-check found kernels that disagree with their reference implementation: "
+        f"{problems[0]}{more}, with {ran_on}: install the versions of requirements.txt and clear "
+        "Triton's cache (~/.triton/cache, or TRITON_CACHE_DIR); --fp8 false does without most "
+        "kernels; --self_check false trains all the same"
+    )
 
 
 class Trainer:
@@ -2658,6 +3218,7 @@ class Trainer:
         self.graphs: dict[Stage, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.passes, self.passes_without_graph = 0, 0
 
     def compute(self, batch: Batch, step: int) -> Tensor:
         windows, stage = self.schedule.windows(step), self.schedule.stage(step)
@@ -2673,15 +3234,27 @@ class Trainer:
         their next-token losses, fp32, valid until the next call."""
         if self.uses_graphs:
             graph, inputs, loss, left = self.graphs[self.schedule.stage(step)]
+        self.passes += 1
         if self.uses_graphs and len(batch.cu_seqlens) == len(inputs[2]):
             for mine, given in zip(inputs, batch):
                 mine.copy_(given, non_blocking=True)
             graph.replay()
         else:  # also a row of more documents than its graph has room for
+            if self.uses_graphs:
+                self.note_pass_without_graph(batch)
             loss = self.compute(to_device(batch, self.runtime.device), step)
             left = self.model.ngrams.left
         self.model.ngrams.gather(*left)
         return loss
+
+    def note_pass_without_graph(self, batch: Batch) -> None:
+        self.passes_without_graph += 1
+        if self.passes_without_graph == 1:
+            self.runtime.log.line(
+                f"a pass of {len(batch.tokens):,} tokens runs without its CUDA graph, which has no "
+                "room for so many documents; the end of the log says how often. If often, lower "
+                f"--min_mean_doc_len {self.config.min_mean_doc_len}"
+            )
 
     def rehearse(self, batch: Batch, step: int) -> None:
         """Compile kernels and make workspaces for rows like these, without a graph; changes the
@@ -2727,6 +3300,7 @@ class Trainer:
         # the longest first: the graphs of shorter ones find room in their memory
         batches.sort(key=lambda item: -len(item[0].tokens))
         with nothing_changes(self.model, self.optimizer):
+            self.compile_side_by_side(report)
             for batch, last in batches if self.uses_graphs else []:
                 self.rehearse(batch, last)
                 rows = f"{batch.rows} rows of {len(batch.tokens) // batch.rows:,} tokens"
@@ -2742,26 +3316,78 @@ class Trainer:
                 self.model(to_device(batch, self.runtime.device), schedule.windows(last))
             report(f"validation rows of {config.val_row_tokens:,} tokens")
 
+    def compile_side_by_side(self, report: Callable[[str], None]) -> None:
+        """Check the kernels, and compile them, the updates and the validation's loss, in threads
+        and, since ranks share the caches on disk, on each rank in another order."""
+        device, model = self.runtime.device, self.model
+        if not has_kernels(device):
+            return
+        checks = SelfCheck(model).methods() if self.config.self_check else ()
+        problems: list[str] = []
+
+        def check(name: str) -> None:
+            problems.extend(self_check(model, name))
+
+        def validation_loss() -> None:
+            size = self.config.val_row_tokens
+            x = torch.zeros(size, self.config.model_dim, dtype=model.head.dtype, device=device)
+            next_token_loss(x, model.head, torch.zeros(size, dtype=torch.int64, device=device))
+
+        def update(state: ParamState) -> None:
+            grad = torch.zeros_like(state.shard)
+            self.optimizer._update(state, grad, 1, *self.schedule.rates(0))
+
+        compiled_by_torch = [functools.partial(update, state) for state in self.optimizer.states]
+        compiled_by_torch.append(validation_loss)
+        first = self.runtime.rank % len(compiled_by_torch)
+
+        def by_torch() -> None:  # which compiles one function at a time
+            for compile_one in compiled_by_torch[first:] + compiled_by_torch[:first]:
+                compile_one()
+
+        tasks = [by_torch, *(functools.partial(check, name) for name in checks)]
+
+        def run(task: Callable[[], None]) -> None:
+            torch.cuda.set_device(model.head.device)  # of this thread, as is the mode
+            with torch.set_grad_enabled(task is not by_torch):
+                task()
+
+        names = f"compiling {len(compiled_by_torch)} functions"
+        if checks:
+            names += f", checking {', '.join(checks)}"
+        self.runtime.log.line(f"{names}: up to a minute the first time")
+        with ThreadPoolExecutor(len(tasks)) as threads:
+            list(threads.map(run, tasks))  # raises what a task has raised
+        if problems:
+            raise self_check_error(problems)
+        report("compiled" + " and checked kernels" * bool(checks))
+
     def run_step(self, step: int, rows: list[Batch], update: int | None = None) -> Tensor:
         """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.
         update: the optimizer's number of it, where it is not the schedule's."""
+        model, read = self.model, None
+        if model.matches is not None:
+            # Gathered while the passes run: NCCL does one thing after the other, and behind the
+            # passes the gradients would wait for it.
+            with model.aside():
+                read = gather_rows(rows, self.runtime)
         total = torch.zeros((), device=self.runtime.device)
         for batch in rows:
             total += self.micro_step(batch, step)
-        if self.model.matches is not None:  # while the optimizer works
-            with self.model.aside():
-                note_rows(self.model, rows, self.runtime)
-        rates = self.schedule.lr_scale(step), self.schedule.momentum(step)
+        if read is not None:  # entered while the optimizer works; this step did not see them
+            with model.aside():
+                note_matches_(model.matches, *read, self.config.match_orders)
+        rates = self.schedule.rates(step)
         self.optimizer.step(step if update is None else update, *rates)
-        self.model.join()
+        model.join()  # the next step looks up what was entered
         return total / sum(len(batch.tokens) for batch in rows)
 
 
 @recorded("matches")
 @torch.no_grad()
-def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
-    """Enter the rows that all ranks read in a step, as many on each and of one length, in what the
-    model can match. Later steps see them, this one did not."""
+def gather_rows(rows: list[Batch], runtime: Runtime) -> Tensor:
+    """Tokens, document starts and targets, (3, T) int32, of the rows that all ranks read in a step,
+    as many on each and of one length, in the order of the stream."""
     rows = [to_device(row, runtime.device) for row in rows]
     length = len(rows[0].tokens)
     parts = ((r.tokens, document_starts(r.cu_seqlens, length), r.targets.int()) for r in rows)
@@ -2771,8 +3397,13 @@ def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
     stream = everyone.transpose(0, 1).flatten(0, 1)  # pass by pass, rank by rank
     begins = length * torch.arange(len(stream), device=stream.device)
     stream[:, 1] += begins.int()[:, None]
-    stream = stream.transpose(0, 1).flatten(1)
-    note_matches_(model.matches, *stream, model.config.match_orders)
+    return stream.transpose(0, 1).flatten(1)
+
+
+@torch.no_grad()
+def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
+    """Enter the rows that all ranks have read in what the model can match."""
+    note_matches_(model.matches, *gather_rows(rows, runtime), model.config.match_orders)
 
 
 @torch.no_grad()
@@ -2818,9 +3449,41 @@ def validate(
     if kept is not None:
         model.matches.copy_(kept)
     loss = runtime.all_reduce(total).item() / num_targets
-    found = f"the validation loss is {loss}"
-    require(math.isfinite(loss), f"{found}: lower --muon_lr or --adam_lr")
+    if not math.isfinite(loss):
+        raise not_finite_error(model, f"the validation loss is {loss}, training losses were finite")
     return loss
+
+
+@contextlib.contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """An error of the GPU's memory says what needed it and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found = str(error).partition(". ")[0]
+        raise UserError(f"{found}, for {what}: {remedy}") from None
+
+
+def tables_remedy(config: Config) -> str:
+    """What makes the largest table smaller."""
+    element, gib = getattr(torch, config.dtype).itemsize, 2**30
+    ngrams = len(config.ngram_orders) * config.ngram_rows * (config.ngram_dim * element + 4) / gib
+    matches = len(config.match_orders) * config.match_slots * 4 / gib
+    if max(ngrams, matches) < 1:
+        return f"lower --model_dim {config.model_dim}, --mlp_dim {config.mlp_dim} or --layers"
+    if ngrams >= matches:
+        return f"lower --ngram_rows {config.ngram_rows}, which take {ngrams:.1f} GiB"
+    return f"lower --match_slots {config.match_slots}, which take {matches:.1f} GiB"
+
+
+def passes_remedy(config: Config, world_size: int) -> str:
+    """What makes a pass smaller: fewer sequences at once or, where there is one, shorter ones."""
+    stages = (*config.stages, *config.extension)
+    lengths = {stage.tokens_per_step // config.rows_per_step for stage in stages}
+    if any(config.rows_per_pass(length, world_size) > 1 for length in lengths):
+        return f"lower --tokens_per_pass {config.tokens_per_pass}, to {max(lengths)} at the least"
+    more = 2 * config.rows_per_step
+    return f"pass --rows_per_step {more}, whose rows are half as long; or {tables_remedy(config)}"
 
 
 def train(config: Config, runtime: Runtime) -> None:
@@ -2845,8 +3508,9 @@ def train(config: Config, runtime: Runtime) -> None:
         log.line(f"validation scores {num_targets:,} targets, all that --val_file has, {wanted}")
 
     begin = time.perf_counter()
-    model = GPT(config, runtime)
-    trainer = Trainer(model, runtime)
+    with memory_for("the tables and weights", tables_remedy(config)):
+        model = GPT(config, runtime)
+        trainer = Trainer(model, runtime)
     millions = sum(param.numel() for param in model.parameters()) / 1e6
     kernels = "Triton kernels" if has_kernels(runtime.device) else "plain PyTorch"
     dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
@@ -2854,12 +3518,13 @@ def train(config: Config, runtime: Runtime) -> None:
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
     count, dim = model.ngrams.table.shape
     log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
-    trainer.prepare()
+    with memory_for("the passes of a step", passes_remedy(config, runtime.world_size)):
+        trainer.prepare()
     preparation = time.perf_counter() - begin
 
     rows = ahead(training_rows(config, runtime, shapes), depth=2)
     clock = Clock(runtime)
-    progress = Progress(runtime, clock, schedule.end_step)
+    progress = Progress(model, runtime, clock, schedule.end_step)
     clock.start()
     model.proposal.copy_(read_proposal(config))
     note_shards(model, runtime)
@@ -2874,12 +3539,25 @@ def train(config: Config, runtime: Runtime) -> None:
             windows = schedule.windows(step)
             if done == schedule.total_steps:
                 windows = windows._replace(long=config.final_window_long)
-            val_loss = validate(model, config, runtime, num_targets, windows)
+            smaller = f"lower --val_row_tokens {config.val_row_tokens}; or {tables_remedy(config)}"
+            with memory_for("validation", smaller):
+                val_loss = validate(model, config, runtime, num_targets, windows)
             row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
             log.data["validations"].append(row)
             log.line(f"step {done} val_loss {val_loss:.4f} train_time {clock.total:.3f} s")
+            if model.fp8 is not None:
+                row["clipped_in_fp8"] = clipped = model.fp8.count_clipped(runtime)
+                counts = ", ".join(f"{count:,} {what}" for what, count in clipped.items())
+                log.line(f"clipped in fp8 so far: {counts}", screen=any(clipped.values()))
             clock.start()
     progress.bar.close()
+    passes = torch.tensor([trainer.passes_without_graph, trainer.passes], device=runtime.device)
+    without_graph, passes = runtime.all_reduce(passes).tolist()
+    if without_graph:
+        log.line(
+            f"{without_graph:,} of {passes:,} passes ran without a CUDA graph, which is slower: their "
+            f"documents are shorter than --min_mean_doc_len {config.min_mean_doc_len} on average"
+        )
 
     step_ms, peak = 1000 * clock.total / done, peak_memory(runtime)
     speed = sum(num_tokens for num_tokens, _ in all_rows) / clock.total
@@ -2891,6 +3569,7 @@ def train(config: Config, runtime: Runtime) -> None:
         "tokens_per_s": speed,
         "preparation_s": preparation,
         "peak_memory_gib": peak,
+        "passes_without_graph": without_graph,
     }
     log.write_json()
     log.line(f"val loss {val_loss:.4f} after {done} steps, on {num_targets:,} targets")

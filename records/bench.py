@@ -286,7 +286,8 @@ class Pass:
         tables = train_gpt.rotary_tables(HEAD_DIM, self.T, self.device)
         w_qkv = self.random(3 * WIDTH, DIM, std=0.02, grad=True)
         inputs, value = [self.wide(), w_qkv], [self.wide(WIDTH)]
-        bank = torch.cat([w_qkv, w_qkv[:WIDTH]]).detach()[None]  # rows of O behind
+        bank = torch.cat([w_qkv, w_qkv[:WIDTH]]).detach()  # rows of O behind
+        bank = bank.repeat(2, 1, 1)  # as many entries as the MLPs of a layer have
         fp8 = self.own(lambda: self.copies(bank, inputs[0], "qkv"))
         forward = [(1, self.T, 3 * WIDTH, DIM)]
         backward = [(1, self.T, DIM, 3 * WIDTH), (1, 3 * WIDTH, DIM, self.T)]

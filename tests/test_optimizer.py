@@ -1,5 +1,6 @@
 """Room 6: every rule against a float64 transcription, and sharding against one process."""
 
+import dataclasses
 import math
 import multiprocessing
 import time
@@ -9,15 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import cpu_runtime, random_batch, tiny_config, trained_like
+from test_kernels import fp32_for_fp8, relative_error
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from train_gpt import (
     GPT,
     PARAM_GROUPS,
     POLAR_EXPRESS,
+    TINY_LAYERS,
     Config,
+    Fp8Copies,
     Optimizer,
+    Runtime,
     Schedule,
     Windows,
     adam_update_,
@@ -365,6 +371,60 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
     assert all(torch.count_nonzero(param.grad) == 0 for param in model.parameters())
     assert torch.count_nonzero(ngrams.table) == torch.count_nonzero(ngrams.sum_squares) == 0
     assert ngrams.filled == 0
+
+
+# Copies in fp8 -----------------------------------------------------------------------------------
+
+
+def model_with_copies(
+    config: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> tuple[GPT, Optimizer]:
+    """A model that computes by kernels, in Triton's interpreter and with fp32 in place of fp8."""
+    model = trained_like(config, runtime)
+    fp32_for_fp8(monkeypatch)
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
+    model.fp8 = Fp8Copies(model.mlp_bank, model.attention_bank, model.head, len(config.layers))
+    return model, Optimizer(model, config, runtime)
+
+
+def test_step_refreshes_the_fp8_copies(runtime, monkeypatch):
+    """Of both banks, both ways round and each matrix with its own scale; in odd steps too, in which
+    the head stays as it is."""
+    model, optimizer = model_with_copies(tiny_config(vocab_size=300), runtime, monkeypatch)
+    for step in (1, 2):
+        before = [bank.clone() for bank, _ in model.fp8.banks]
+        for param in model.parameters():
+            param.grad.normal_()
+        optimizer.step(step, 1.0, 0.9)
+        for (bank, (rows, columns, scale)), old in zip(model.fp8.banks, before, strict=True):
+            assert relative_error(old, bank) > 1e-2, "the step must move what is copied"
+            assert relative_error(rows * scale[:, :1, None], bank) < 1e-6
+            assert torch.equal(columns, rows.mT) and columns.is_contiguous()
+            torch.testing.assert_close(scale[:, 0], bank.abs().amax((1, 2)) / 448)
+
+
+def test_nothing_changes_resets_the_fp8_copies(runtime, monkeypatch):
+    """Copies, scales and the largest numbers seen are those of the first step, bit for bit."""
+    layers = TINY_LAYERS[0], dataclasses.replace(TINY_LAYERS[-1], attend_from=0)
+    config = tiny_config(vocab_size=300, layers=layers)
+    model, optimizer = model_with_copies(config, runtime, monkeypatch)
+    batch = random_batch(1, [5, 3])
+    batch = batch._replace(tokens=batch.tokens % 300, targets=batch.targets % 300)
+    copies = [x for x in tree_leaves(vars(model.fp8)) if isinstance(x, Tensor)]
+    before = [x.clone() for x in copies]
+    (_, mlp_copy), (_, qkv_copy) = model.fp8.banks
+    moving = [*mlp_copy, *qkv_copy, model.fp8.units]
+    starts = [x.clone() for x in moving]
+    with nothing_changes(model, optimizer):
+        loss, _ = model(batch, Windows(8, 24), torch.tensor([1.0, 0.5]))
+        loss.backward()
+        largest = model.fp8.largest.clone()
+        assert (largest > 0).all(), "a pass sees numbers of every kind"
+        model.ngrams.gather(*model.ngrams.left)
+        optimizer.step(1, 1.0, 0.9)
+        assert not any(map(torch.equal, moving, starts)), "or this test shows nothing"
+        model.fp8.largest.copy_(largest)  # as a pass behind the last step leaves them
+    assert all(map(torch.equal, copies, before))
 
 
 # Several processes -------------------------------------------------------------------------------
