@@ -77,7 +77,7 @@ case ${1:-} in
   eval) set_up; shift; exec "$python" records/hellaswag.py "$@" ;;
   generate) set_up; shift; exec "$python" records/generate.py "$@" ;;
   bench) set_up; shift; exec "$python" records/bench.py "$@" ;;
-  profile) set_up; shift; launch records/trace.py "$@" ;;
+  profile) set_up; shift; launch records/profiler.py "$@" ;;
   "" | --*) set_up; launch train_gpt.py "$@" ;;
   *) echo "run.sh: '$1' is not understood; ./run.sh help lists the commands" >&2; exit 2 ;;
 esac

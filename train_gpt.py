@@ -616,6 +616,15 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@contextlib.contextmanager
+def recorded(name: str) -> Iterator[None]:
+    """A range of this name in the trace of a profiler; without one it costs a few microseconds. As
+    a decorator it records every call. records/profiler.py knows all names."""
+    running = torch.autograd.profiler._is_profiler_enabled
+    with torch.profiler.record_function(name) if running else contextlib.nullcontext():
+        yield
+
+
 def takes_kernel(x: Tensor) -> bool:
     """Whether an operation on x runs by its kernel. fp64 always takes the reference implementation,
     so that a kernel can be compared with it on the same device."""
@@ -829,6 +838,7 @@ class Fp8Copies:
         self.refresh()
         self.clipped.zero_()
 
+    @recorded("fp8 refresh")
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights as they are now."""
@@ -1761,6 +1771,7 @@ def find_matches(
     return torch.where(which > 0, found, tokens), which
 
 
+@recorded("matches")
 def note_matches_(
     tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
     own: slice = slice(None),
@@ -1894,6 +1905,7 @@ class Ngrams(nn.Module):
         self.filled = 0  # how many of these there are so far
         self.left = None  # rows and grads of the last backward pass
 
+    @recorded("n-gram gather")
     def gather(self, rows: Tensor, grads: Tensor) -> None:
         """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
         as rows are dealt out that is the order of the stream, on however many ranks."""
@@ -1902,6 +1914,7 @@ class Ngrams(nn.Module):
         self.runtime.all_gather(self.grads[part], grads)
         self.filled = part.stop
 
+    @recorded("update ngrams")
     def update(self, lr: float, eps: float) -> None:
         """With all that was gathered since the last one."""
         if self.filled:
@@ -1922,7 +1935,8 @@ class NgramRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
         which = batch.tokens, ngrams.orders, ngrams.num_rows, batch.rows
-        ctx.ngrams, ctx.rows = ngrams, ngram_hash(*which)
+        with recorded("hashing"):
+            ctx.ngrams, ctx.rows = ngrams, ngram_hash(*which)
         rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
         missing = embedded.size(1) - rows.size(1)
         return F.pad(rows, (0, missing)) if missing else rows  # a padding of 0 would copy them
@@ -2089,6 +2103,7 @@ class GPT(nn.Module):
         if self.beside is not None:
             torch.cuda.current_stream().wait_stream(self.beside)
 
+    @recorded("lookups")
     def look_up(self, batch: Batch) -> Lookups:
         """Rows of the embedding tables."""
         tokens, orders = batch.tokens, self.config.match_orders
@@ -2204,7 +2219,7 @@ class GPT(nn.Module):
             return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
         targets, size = batch.targets.unflatten(0, (batch.rows, -1)), self.config.tokens_per_draw
         sizes = [len(part) for row in targets for part in row.split(size)]
-        with self.aside():
+        with self.aside(), recorded("candidates"):
             second = F.pad(targets[:, 1:], (0, 1), value=IGNORED_TARGET)
             terms = torch.stack([targets, second], dim=2).flatten(0, 1)
             drawn = [self.draw(part, columns) for part in terms.split(sizes)]
@@ -2427,6 +2442,7 @@ class Optimizer:
         """Every tensor a step changes, parameters and n-grams left out."""
         return [tensor for state in self.states for tensor in state.tensors()]
 
+    @recorded("optimizer")
     @torch.no_grad()
     def step(self, step: int, lr_scale: float, momentum: float) -> None:
         """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2
@@ -2437,7 +2453,8 @@ class Optimizer:
         self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
         gathers = []
         for state, finish_reduction in zip(due, reductions):
-            self._update(state, finish_reduction(), step, lr_scale, momentum)
+            with recorded(f"update {state.group.name}"):
+                self._update(state, finish_reduction(), step, lr_scale, momentum)
             if state.num_shards > 1:
                 gathers.append(
                     dist.all_gather_into_tensor(state.param.detach(), state.shard, async_op=True)
@@ -2449,6 +2466,7 @@ class Optimizer:
         if self.model.fp8 is not None:
             self.model.fp8.refresh()
 
+    @recorded("reductions")
     def _launch_reduction(self, state: ParamState) -> Callable[[], Tensor]:
         """Start to sum a gradient over the ranks. The function returned waits for the sum and gives
         this rank's rows of it."""
@@ -3287,9 +3305,11 @@ class Trainer:
 
     def compute(self, batch: Batch, step: int) -> Tensor:
         windows, stage = self.schedule.windows(step), self.schedule.stage(step)
-        loss, next_token_loss = self.model(batch, windows, self.loss_weights[stage], stage.columns)
-        # summed over tokens, averaged over ranks and micro-steps
-        (loss / self.config.rows_per_step).backward()
+        with recorded("forward"):
+            losses = self.model(batch, windows, self.loss_weights[stage], stage.columns)
+        loss, next_token_loss = losses
+        with recorded("backward"):  # summed over tokens, averaged over ranks and micro-steps
+            (loss / self.config.rows_per_step).backward()
         return next_token_loss
 
     def micro_step(self, batch: Batch, step: int) -> Tensor:
@@ -3449,6 +3469,7 @@ class Trainer:
         return total / sum(len(batch.tokens) for batch in rows)
 
 
+@recorded("matches")
 @torch.no_grad()
 def gather_rows(rows: list[Batch], runtime: Runtime) -> Tensor:
     """Tokens, document starts and targets, (3, T) int32, of the rows that all ranks read in a step,

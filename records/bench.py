@@ -1,10 +1,12 @@
 """Every operation of train_gpt.py beside what this GPU can do: `./run.sh bench [--tokens LIST]`.
 
-A time is the median of some runs on random data, each behind a read of more than the L2 holds.
-Operations replay from a CUDA graph; their plain twins run eagerly. Rates count what must be
-computed or moved, each input and output once. The share is of a ceiling measured in the same run:
-the library's product of the same shape and dtype, for attention the large bf16 product, else a
-copy. The head's backward is part of its forward.
+Operations get what training gives them on one GPU, at every stage: a pass of as many sequences as
+--tokens_per_pass allows and, for the loss, parts of --tokens_per_draw tokens with the candidates
+drawn for them and both loss terms. A time is the median of some runs on random data, each behind a
+read of more than the L2 holds. Operations replay from a CUDA graph; their reference implementations
+run eagerly. Rates count what must be computed or moved, each input and output once. The share is of
+a peak measured in the same run: the library's matmul of the same shape and dtype, for attention the
+large bf16 matmul, else a copy. The head's backward is part of its forward.
 """
 
 import argparse
@@ -19,25 +21,26 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from trace import GROUPS, IDLE, profile, random_batch, table  # the one beside this file
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from profiler import GROUPS, IDLE, eager_trace, profile, random_batch, table
 from torch import Tensor
 
 import train_gpt
-from train_gpt import E4M3, Config, Log, Runtime, Stage
+from train_gpt import E4M3, IGNORED_TARGET, Config, Log, Runtime, Stage
 
 CONFIG = Config()
 DIM, HIDDEN = CONFIG.model_dim, CONFIG.mlp_dim
 HEADS, HEAD_DIM, WIDTH = CONFIG.num_heads, CONFIG.head_dim, CONFIG.attention_dim
 VOCAB, BF16, FP32 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float32
-STAGES = {stage.tokens_per_step // CONFIG.rows_per_step: stage for stage in CONFIG.stages}
+STAGES = (*CONFIG.stages, *CONFIG.extension)
 # NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
 LAYERS = len(CONFIG.layers)
 BLOCKS = {"q, k": (LAYERS, HEADS, 2 * HEAD_DIM), "v, o": (LAYERS, 2, WIDTH)}
 BLOCKS["mlp"] = 2 * LAYERS, 1, HIDDEN
+OF_A_STEP = "communication", "matches", "optimizer", "fp8 refresh"  # groups, not of a pass
 
 
 @dataclass
@@ -45,12 +48,12 @@ class Need:
     """What an operation cannot do without."""
 
     bytes: float = 0
-    flops: float = 0  # 0: those of the products
-    products: Sequence[tuple[int, int, int, int]] = ()  # batch, rows, columns, inner
+    flops: float = 0  # 0: those of the matmuls
+    matmuls: Sequence[tuple[int, int, int, int]] = ()  # batch, rows, columns, inner
     dtype: torch.dtype = BF16  # of their factors
 
     def __post_init__(self):
-        self.library_flops = sum(2 * math.prod(product) for product in self.products)
+        self.library_flops = sum(2 * math.prod(sizes) for sizes in self.matmuls)
         self.flops = self.flops or self.library_flops
 
 
@@ -58,14 +61,13 @@ class Case:
     """An operation on some inputs. Those that require gradients get one in the backward.
 
     name: of the function in train_gpt, a comma, and what else tells the case from others. call:
-    how the function, or its twin, takes the inputs. needs: a Need, or bytes, for each direction:
-    forward, backward, or both at once.
+    how the function, or its reference, takes the inputs. needs: a Need, or bytes, for each
+    direction: forward, backward, or both at once.
     """
 
     def __init__(self, name: str, inputs: list[Tensor], call=None, **needs):
         self.op = getattr(train_gpt, name.split(",")[0])
-        # without kernels, and not compiled; None: it has none
-        self.twin = getattr(self.op, "__wrapped__", self.op)
+        self.reference = self.op  # without kernels, and not compiled; None: it has none
         self.name, self.inputs = name, inputs
         self.call = call or (lambda op, *inputs: op(*inputs))
         self.needs = {key: n if isinstance(n, Need) else Need(n) for key, n in needs.items()}
@@ -87,16 +89,17 @@ class Case:
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Operations are their plain twins."""
+    """Operations are their reference implementations, and nothing is compiled."""
     kept, train_gpt.has_kernels = train_gpt.has_kernels, lambda device: False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         train_gpt.has_kernels = kept
 
 
 def figures(need: Need, ms: float, floor_ms: float) -> list[str]:
-    """Time, rate, and share of the ceiling."""
+    """Time, rate, and share of the peak."""
     amount, unit = (need.flops, "TFLOP/s") if need.flops else (1000 * need.bytes, "GB/s")
     return [f"{ms:.3f}", f"{amount / ms / 1e9:.0f} {unit}", f"{floor_ms / ms:.0%}"]
 
@@ -131,6 +134,9 @@ class Bench:
         return values.to(dtype).requires_grad_(grad)
 
     def median_ms(self, run: Callable[[], object], budget_ms: float = 20) -> float:
+        """triton.testing.do_bench empties the L2 by writing to it instead, and what it has written
+        travels to memory while a short operation runs."""
+
         def times(count: int) -> list[float]:
             events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(count)]
             for begin, end in events:
@@ -168,7 +174,7 @@ class Bench:
             return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b))
         return self.captured_ms(lambda: lambda: a @ b.mT)
 
-    def measure_ceilings(self) -> None:
+    def measure_peaks(self) -> None:
         with self.attempt("copy"):
             a = self.random(2**28, dtype=FP32)
             b = torch.empty_like(a)
@@ -180,33 +186,33 @@ class Bench:
         for name, dtype in ("fp8", E4M3), ("bf16", BF16):
             with self.attempt(name):
                 self.bf16_rate = 2000 * 8192**3 / self.library_ms(1, 8192, 8192, 8192, dtype)
-                self.line(f"{name} product of 8192^3: {self.bf16_rate / 1e12:.0f} TFLOP/s")
+                self.line(f"{name} matmul of 8192^3: {self.bf16_rate / 1e12:.0f} TFLOP/s")
 
-    def twin_ms(self, case: Case, direction: str) -> str:
+    def reference_ms(self, case: Case, direction: str) -> str:
         """'-' where there is none, or it is too large for the memory."""
-        if case.twin is None:
+        if case.reference is None:
             return "-"
         try:
             with without_kernels():
-                return f"{self.median_ms(case.prepare(case.twin, direction)):.3f}"
+                return f"{self.median_ms(case.prepare(case.reference, direction)):.3f}"
         except torch.OutOfMemoryError:
             return "-"
 
     def row(self, case: Case, direction: str) -> list[str]:
-        """A line of the table. Twins come last: some change their inputs."""
+        """A line of the table. References come last: some change their inputs."""
         need, prepare = case.needs[direction], functools.partial(case.prepare, case.op, direction)
         ms = self.captured_ms(prepare)
         floor_ms = 1000 * max(need.bytes / self.copy_rate, need.flops / self.bf16_rate)
-        if need.products:
-            library_ms = sum(self.library_ms(*product, need.dtype) for product in need.products)
+        if need.matmuls:
+            library_ms = sum(self.library_ms(*sizes, need.dtype) for sizes in need.matmuls)
             floor_ms = library_ms * need.flops / need.library_flops
-        twin_ms = "failed"
-        with self.attempt(f"twin of {case.name} {direction}"):
-            twin_ms = self.twin_ms(case, direction)
-        return [case.name, direction, *figures(need, ms, floor_ms), twin_ms]
+        reference_ms = "failed"
+        with self.attempt(f"reference of {case.name} {direction}"):
+            reference_ms = self.reference_ms(case, direction)
+        return [case.name, direction, *figures(need, ms, floor_ms), reference_ms]
 
     def section(self, title: str, makers: list[Callable[[], Iterator[Case]]]) -> None:
-        rows = [["", "direction", "ms", "rate", "share", "twin ms"]]
+        rows = [["", "direction", "ms", "rate", "share", "reference ms"]]
         for maker in makers:
             with self.attempt(getattr(maker, "__name__", title)):
                 for case in maker():
@@ -217,29 +223,50 @@ class Bench:
         self.line(f"\n{title}\n{table(rows)}")
 
 
-# Operations on a row of tokens --------------------------------------------------------------------
+# Operations of a pass -----------------------------------------------------------------------------
 
 
-class Row:
-    """A random row of a stage and the operations on it."""
+class Pass:
+    """Random sequences that one GPU computes at once at a stage, and the operations on them."""
 
-    def __init__(self, bench: Bench, stage: Stage, num_tokens: int):
-        self.device, self.random, self.stage, self.T = bench.device, bench.random, stage, num_tokens
-        random = np.random.default_rng(num_tokens)
-        batch = random_batch(random, num_tokens, stage.max_seq_len, 1, CONFIG, False)
+    def __init__(self, bench: Bench, stage: Stage):
+        self.device, self.random, self.stage = bench.device, bench.random, stage
+        self.length = stage.tokens_per_step // CONFIG.rows_per_step  # of a sequence
+        self.sequences = CONFIG.rows_per_pass(self.length, 1)
+        self.T = self.sequences * self.length
+        self.num_drawn = min(CONFIG.tokens_per_draw, self.length)  # tokens, for whose loss
+        self.candidates = stage.columns or VOCAB
+        random = np.random.default_rng(self.T)
+        batch = random_batch(random, self.length, stage.max_seq_len, self.sequences, CONFIG, False)
         self.batch = train_gpt.to_device(batch, bench.device)
-        self.stream = 2 * num_tokens * DIM  # bytes in bf16
+        self.stream = 2 * self.T * DIM  # bytes in bf16
 
-    def makers(self) -> list[Callable[[], Iterator[Case]]]:
-        around = self.combine, self.prepare_qkv, self.attention
-        return [*around, self.mlp, self.head, self.quantize, self.tables]
+    def __str__(self) -> str:
+        windows = f"windows {self.stage.window_short} and {self.stage.window_long}"
+        sequences = f"{self.sequences} sequences of {self.length:,} tokens a pass, {windows}"
+        return f"{sequences}, {self.candidates:,} candidates for {self.num_drawn:,} tokens"
 
-    def wide(self, columns: int = DIM, dtype: torch.dtype = BF16) -> Tensor:
-        return self.random(self.T, columns, dtype=dtype, grad=True)
+    def makers(self) -> dict[Callable[[], Iterator[Case]], tuple]:
+        """With the sizes that the cases depend on."""
+        passes = dict.fromkeys((self.combine, self.prepare_qkv, self.mlp, self.quantize), (self.T,))
+        passes |= {self.attention: (self.T, self.stage.window_short, self.stage.window_long)}
+        passes |= {self.head: (self.num_drawn, self.candidates), self.tables: (self.T,)}
+        return passes | {self.ngrams: (self.T, self.stage.tokens_per_step)}
 
-    def own(self, fp8: tuple) -> tuple | None:
-        """What an operation takes; its twin takes nothing."""
-        return fp8 if train_gpt.has_kernels(self.device) else None
+    def wide(self, columns: int = 0, dtype: torch.dtype = BF16) -> Tensor:
+        """As the stream, or with so many columns."""
+        return self.random(self.T, columns or DIM, dtype=dtype, grad=True)
+
+    def own(self, make: Callable[[], tuple]) -> Callable[[], tuple | None]:
+        """Gives what an operation takes beside its inputs, made here; its reference takes None."""
+        fp8 = make() if train_gpt.has_kernels(self.device) else None
+        return lambda: fp8 if train_gpt.has_kernels(self.device) else None
+
+    def copies(self, bank: Tensor, x: Tensor, what: str) -> tuple:
+        """As training has them for the weights of one layer."""
+        copies = train_gpt.Fp8Copies(bank, bank, bank[0], 1)
+        copy = train_gpt.quantize(x, train_gpt.fp8_empty(x.shape, copies.unit_x))
+        return getattr(copies, what)(0, copy)
 
     def combine(self) -> Iterator[Case]:
         inputs = [self.wide() for _ in range(4)]
@@ -259,19 +286,18 @@ class Row:
         tables = train_gpt.rotary_tables(HEAD_DIM, self.T, self.device)
         w_qkv = self.random(3 * WIDTH, DIM, std=0.02, grad=True)
         inputs, value = [self.wide(), w_qkv], [self.wide(WIDTH)]
-        bank = torch.cat([w_qkv, w_qkv[:WIDTH]]).detach()[None]  # rows of O behind
-        copies = train_gpt.Fp8Copies(bank, bank, bank[0], 1)
-        room = train_gpt.fp8_empty(inputs[0].shape, copies.unit_x)
-        fp8 = copies.qkv(0, train_gpt.quantize(inputs[0], room))
+        bank = torch.cat([w_qkv, w_qkv[:WIDTH]]).detach()  # rows of O behind
+        bank = bank.repeat(2, 1, 1)  # as many entries as the MLPs of a layer have
+        fp8 = self.own(lambda: self.copies(bank, inputs[0], "qkv"))
         forward = [(1, self.T, 3 * WIDTH, DIM)]
         backward = [(1, self.T, DIM, 3 * WIDTH), (1, 3 * WIDTH, DIM, self.T)]
-        needs = {"forward": Need(products=forward, dtype=E4M3)}
-        needs["backward"] = Need(products=backward, dtype=E4M3)
+        needs = {"forward": Need(matmuls=forward, dtype=E4M3)}
+        needs["backward"] = Need(matmuls=backward, dtype=E4M3)
         for kind, more in ("plain", []), ("value", value), ("key offset", []):
 
             def call(op, *x, kind=kind):
-                value, offset = x[2] if kind == "value" else None, self.T * ("key" in kind)
-                return op(*x[:2], *tables, value, self.own(fp8), offset, HEAD_DIM)
+                value, offset = x[2] if kind == "value" else None, self.length * ("key" in kind)
+                return op(*x[:2], *tables, value, fp8(), offset, HEAD_DIM)
 
             yield Case(f"prepare_qkv, {kind}", inputs + more, call, **needs)
 
@@ -296,33 +322,47 @@ class Row:
                 return train_gpt.attention(*x, *numbers, backend)
 
             case = Case(f"attention, {kind} {window}", inputs, call, **needs)
-            case.op, case.twin = train_gpt.attention_backend(self.device, BF16), "plain"
+            case.op, case.reference = train_gpt.attention_backend(self.device, BF16), "plain"
             yield case
 
     def mlp(self) -> Iterator[Case]:
         bank = self.random(2, HIDDEN, DIM, std=0.02)
         inputs = [self.wide(), *(w.requires_grad_() for w in bank.unbind())]
+        fp8 = self.own(lambda: self.copies(bank, inputs[0], "mlp"))
         forward = [(1, self.T, HIDDEN, DIM), (1, self.T, DIM, HIDDEN)]
         backward = [*forward, (1, HIDDEN, DIM, self.T), (1, HIDDEN, DIM, self.T)]
-        copies = train_gpt.Fp8Copies(bank, bank, bank[0], 1)
-        room = train_gpt.fp8_empty(inputs[0].shape, copies.unit_x)
-        fp8 = copies.mlp(0, train_gpt.quantize(inputs[0], room))
-        needs = {"forward": Need(products=forward, dtype=E4M3)}
-        needs["backward"] = Need(products=backward, dtype=E4M3)
-        yield Case("mlp", inputs, lambda op, *x: op(*x, self.own(fp8)), **needs)
+        needs = {"forward": Need(matmuls=forward, dtype=E4M3)}
+        needs["backward"] = Need(matmuls=backward, dtype=E4M3)
+        yield Case("mlp", inputs, lambda op, *x: op(*x, fp8()), **needs)
 
     def head(self) -> Iterator[Case]:
-        targets, weights = self.batch.targets, torch.tensor([1.0, 0.5, 0.25])
-        second = F.pad(targets[1:], (0, 1), value=train_gpt.IGNORED_TARGET)
-        terms = torch.stack([targets, second, targets], dim=1), weights.to(self.device)
-        inputs = [self.wide(), self.random(VOCAB, DIM, std=0.02, grad=True)]
-        products = [(1, self.T, VOCAB, DIM), (1, self.T, DIM, VOCAB), (1, VOCAB, DIM, self.T)]
-        needs = {"forward": Need(products=products[:1])}
-        yield Case("next_token_loss", inputs, lambda op, *x: op(*x, targets), **needs)
+        """The loss of a part of a sequence, on the next token and the one after it."""
+        count, size = self.candidates, self.num_drawn
+        targets = self.batch.targets[: self.length]
+        second = F.pad(targets[1:], (0, 1), value=IGNORED_TARGET)
+        targets, offsets = torch.stack([targets, second], dim=1)[:size], None
+        if self.stage.columns:
+            counts = torch.bincount(self.batch.targets, minlength=VOCAB)
+            proposal = (counts + 2).float().sqrt()
+
+            def draw(op, *x):
+                return op(*x, count)
+
+            moved = 2 * targets.nbytes + proposal.nbytes + 12 * count
+            case = Case("draw_columns", [targets, proposal], draw, forward=moved)
+            case.reference = None  # it is plain itself
+            yield case
+            _, offsets, targets = train_gpt.draw_columns(targets, proposal, count)
+        weights = torch.tensor([1.0, self.stage.second], device=self.device)
+        x, head = self.random(size, DIM, grad=True), self.random(count, DIM, std=0.02, grad=True)
         bank = self.random(2, 128, DIM)
-        fp8 = train_gpt.Fp8Copies(bank, bank, inputs[1], 1).head()  # not timed
-        need = Need(products=products, dtype=E4M3)
-        yield Case("head_loss", inputs, lambda op, *x: op(*x, *terms, self.own(fp8))[0], both=need)
+        fp8 = self.own(lambda: train_gpt.Fp8Copies(bank, bank, head, 1).head())
+
+        def call(op, *x):
+            return op(*x, targets, weights, fp8(), offsets)[0]
+
+        matmuls = [(1, size, count, DIM), (1, size, DIM, count), (1, count, DIM, size)]
+        yield Case("head_loss", [x, head], call, both=Need(matmuls=matmuls, dtype=E4M3))
 
     def quantize(self) -> Iterator[Case]:
         def plain_quantize(x: Tensor, out: train_gpt.Fp8) -> tuple[Tensor, Tensor]:
@@ -335,22 +375,59 @@ class Row:
             return op(x, train_gpt.fp8_empty(x.shape, unit))
 
         case = Case("quantize", inputs, call, forward=2 * self.stream)
-        case.twin = plain_quantize
+        case.reference = plain_quantize
         yield case
 
     def tables(self) -> Iterator[Case]:
+        """Gradients of rows that were read: of tokens, and of the head's candidates."""
         case = Case("sort_rows", [self.batch.tokens], forward=28 * self.T)
-        case.twin = None  # it is plain itself
+        case.reference = None  # it is plain itself
         yield case
         rows = train_gpt.sort_rows(self.batch.tokens)
-        count = CONFIG.num_value_tables
-        inputs = [self.random(size, WIDTH) for size in (VOCAB, self.T) for _ in range(count)]
-        moved = 2 * count * WIDTH * (self.T + 2 * int(rows.count))
+        drawn = torch.randperm(VOCAB, device=self.device)[: self.candidates]
+        place = torch.arange(len(drawn) + 1, device=self.device)
+        each_once = train_gpt.SortedRows(drawn, place[:-1], place, place[:-1], place[-1:])
+        kinds = {"embedding": (rows, 1, DIM, self.T)}
+        kinds["value tables"] = rows, CONFIG.num_value_tables, WIDTH, self.T
+        kinds["candidates"] = each_once, 1, DIM, len(drawn)
+        for kind, (rows, count, width, num_values) in kinds.items():
+            inputs = [self.random(n, width) for n in (VOCAB, num_values) for _ in range(count)]
+            moved = 2 * count * width * (num_values + 2 * int(rows.count))
 
-        def call(op, *x):
-            return op(x[:count], rows, x[count:])
+            def call(op, *x, count=count, rows=rows):
+                return op(x[:count], rows, x[count:])
 
-        yield Case("add_rows_, value tables", inputs, call, forward=moved)
+            yield Case(f"add_rows_, {kind}", inputs, call, forward=moved)
+
+    def ngrams(self) -> Iterator[Case]:
+        """Their rows in a pass, and the update with those of a step."""
+        orders, num_rows, dim = CONFIG.ngram_orders, CONFIG.ngram_rows, CONFIG.ngram_dim
+
+        def call(op, tokens):
+            return op(tokens, orders, num_rows, self.sequences)
+
+        yield Case("ngram_hash", [self.batch.tokens], call, forward=4 * self.T * (1 + len(orders)))
+        random = np.random.default_rng(self.T)
+        tokens = train_gpt.random_tokens(random, self.stage.tokens_per_step).astype(np.int32)
+        tokens = torch.from_numpy(tokens).to(self.device)
+        rows = train_gpt.sort_rows(train_gpt.ngram_hash(tokens, orders, num_rows).flatten())
+        table = self.random(len(orders) * num_rows, dim)
+        inputs = [table, self.random(len(table), dtype=FP32).abs()]
+        inputs.append(self.random(len(rows.order), dim))
+
+        def update(op, table, squares, grads):
+            return op(table, squares, rows, grads, 1e-3, CONFIG.adam_eps)
+
+        moved = 2 * dim * len(rows.order) + (4 * dim + 8) * int(rows.count)
+        yield Case("update_ngrams_, a step", inputs, update, forward=moved)
+
+
+def validation(bench: Bench) -> Iterator[Case]:
+    """The loss of a validation sequence, on the whole vocabulary."""
+    size = CONFIG.val_row_tokens
+    inputs = [bench.random(size, DIM), bench.random(VOCAB, DIM, std=0.02)]
+    inputs.append(torch.randint(0, CONFIG.vocab_size, (size,), device=bench.device))
+    yield Case("next_token_loss", inputs, forward=Need(matmuls=[(1, size, VOCAB, DIM)]))
 
 
 # Operations of the optimizer ----------------------------------------------------------------------
@@ -373,7 +450,7 @@ def normuon(bench: Bench) -> Iterator[Case]:
         def call(op, *x, mu=mu, rates=rates):
             return op(*x, mu, CONFIG.muon_beta2, *rates)
 
-        need = Need(products=products * len(train_gpt.POLAR_EXPRESS))
+        need = Need(matmuls=products * len(train_gpt.POLAR_EXPRESS))
         yield Case(f"normuon_update_, {name}", inputs, call, forward=need)
 
 
@@ -391,54 +468,49 @@ def adam(bench: Bench) -> Iterator[Case]:
         yield Case(f"adam_update_, {name}", inputs, call, forward=28 * math.prod(shape))
 
 
-def ngrams(bench: Bench) -> Iterator[Case]:
-    """Of one length in a step of the last stage; they are random, so few come twice."""
-    count, num_rows, dim = CONFIG.stages[-1].tokens_per_step, CONFIG.ngram_rows, CONFIG.ngram_dim
-    rows = torch.randint(0, num_rows, (count,), dtype=torch.int32, device=bench.device)
-    order = train_gpt.sort_rows(rows)
-    inputs = [bench.random(num_rows, dim), bench.random(num_rows, dtype=FP32).abs()]
-
-    def call(op, table, squares, grads):
-        return op(table, squares, order, grads, 1e-3, CONFIG.adam_eps)
-
-    moved = 2 * dim * count + (4 * dim + 8) * int(order.count)
-    yield Case("update_ngrams_", [*inputs, bench.random(count, dim)], call, forward=moved)
+# Passes -------------------------------------------------------------------------------------------
 
 
-# Micro-steps --------------------------------------------------------------------------------------
-
-
-def micro_steps(bench: Bench, chosen: list[int]) -> None:
-    """A row's forward and backward pass at each stage, as training replays it, and the optimizer's
-    step behind it."""
+def passes(bench: Bench, chosen: list[int]) -> None:
+    """Forward and backward pass at each stage, as training replays it, and the optimizer's step
+    behind it."""
     runtime, random = Runtime(0, 1, bench.device, Log(None)), np.random.default_rng(0)
     trainer = train_gpt.Trainer(train_gpt.GPT(CONFIG, runtime), runtime)
-    schedule = trainer.schedule
-    groups = [group for group in GROUPS if group not in ("communication", "optimizer")]
-    lines = [["tokens", "columns", "micro-step", *groups, IDLE, "optimizer, even", "odd"]]
-    for first in (0, *schedule.stage_ends[:-1]):
-        num_tokens, _ = sizes = schedule.row_shape(first)
-        if num_tokens not in chosen:
+    schedule, stages = trainer.schedule, []
+    for first in (0, *schedule.stage_ends):
+        sizes = schedule.row_shape(first)
+        if sizes[0] not in chosen:
             continue
-        with bench.attempt(f"micro-step of {num_tokens:,} tokens"):
-            updates = []
-            rows = [random_batch(random, *sizes, 1, CONFIG, False) for _ in range(4)]
-            rows = itertools.cycle([train_gpt.to_device(row, bench.device) for row in rows])
-            trainer.rehearse(next(rows), first)
-            trainer.capture(next(rows), first)
+        with bench.attempt(f"first pass of sequences of {sizes[0]:,} tokens"):
+            count = CONFIG.rows_per_pass(sizes[0], 1)
+            batches = [random_batch(random, *sizes, count, CONFIG, False) for _ in range(4)]
+            batches = [train_gpt.to_device(batch, bench.device) for batch in batches]
+            # before there are graphs, whose memory it would need beside them
+            stages.append((first, sizes[0], batches, eager_trace(trainer, batches[0], first)))
+    groups = [group for group in GROUPS if group not in OF_A_STEP]
+    lines = [["tokens a sequence", "sequences a pass", "candidates", "pass", *groups, IDLE]]
+    lines[0] += ["optimizer, even", "odd"]
+    for first, length, batches, eager in stages:
+        with bench.attempt(f"pass of sequences of {length:,} tokens"):
+            per_pass, updates, following = batches[0].rows, [], itertools.cycle(batches)
+            trainer.capture(batches[0], first)
 
-            def run(rows=rows, first=first, count=1) -> None:
+            def run(following=following, first=first, count=1) -> None:
                 trainer.model.ngrams.filled = 0  # there is room for those of one step
                 for _ in range(count):
-                    trainer.micro_step(next(rows), first)
+                    trainer.micro_step(next(following), first)
 
             ms = bench.median_ms(run, 300)
             with tempfile.TemporaryDirectory() as folder:
-                times = profile(run, 4, bench.device, Path(folder, "trace.json.gz"))
+                path = Path(folder, "trace.json.gz")
+                times, unassigned = profile(run, 4, bench.device, path, eager)
+            if unassigned:
+                bench.line(f"sequences of {length:,} tokens: {unassigned}")
             rates = schedule.lr_scale(first), schedule.momentum(first)
             for step in range(8):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                run(count=CONFIG.rows_per_step)  # behind which the host gets ahead, as in training
+                # a whole step, in which the host gets ahead, as in training
+                run(count=CONFIG.rows_per_step // per_pass)
                 begin.record()
                 trainer.optimizer.step(step, *rates)
                 end.record()
@@ -446,21 +518,23 @@ def micro_steps(bench: Bench, chosen: list[int]) -> None:
                 updates.append(begin.elapsed_time(end))
             parts = [times[name][0] for name in (*groups, IDLE)]
             parts = [ms, *parts, np.median(updates[2::2]), np.median(updates[3::2])]
-            columns = schedule.stage(first).columns or CONFIG.padded_vocab_size
-            cells = [f"{num_tokens:,}", f"{columns:,}"]
+            candidates = schedule.stage(first).columns or VOCAB
+            cells = [f"{length:,}", str(per_pass), f"{candidates:,}"]
             lines.append(cells + [f"{part:.2f}" for part in parts])
-    bench.line(f"\nmicro-steps and optimizer, ms\n{table(lines)}")
+    bench.line(f"\npasses and optimizer, ms\n{table(lines)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__.split("\n")[0])
-    sizes = ",".join(map(str, STAGES))
-    parser.add_argument("--tokens", default=sizes, metavar="LIST", help=f"rows [{sizes}]")
+    lengths = dict.fromkeys(stage.tokens_per_step // CONFIG.rows_per_step for stage in STAGES)
+    sizes = ",".join(map(str, lengths))
+    text = f"stages to measure, by the tokens of one sequence [{sizes}]"
+    parser.add_argument("--tokens", default=sizes, metavar="LIST", help=text)
     parser.add_argument("--log", type=Path, metavar="FILE", help="write the lines here too")
     args = parser.parse_args(arguments)
     for size in args.tokens.split(","):
         if size not in sizes.split(","):
-            parser.error(f"--tokens: {size!r} is no row of a stage; those are {sizes}")
+            parser.error(f"--tokens: {size!r} is no sequence of a stage; those are {sizes}")
     if not torch.cuda.is_available() or not train_gpt.has_kernels(torch.device("cuda", 0)):
         print("error: bench needs a GPU of the Hopper generation or later", file=sys.stderr)
         return 1
@@ -472,17 +546,22 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Argument aux_data")  # from flash-attn-4
     bench = Bench(torch.device("cuda", 0), args.log)
     bench.line(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    bench.measure_ceilings()
-    chosen = [int(size) for size in args.tokens.split(",")]
-    for size in chosen:
-        stage = STAGES[size]
-        title = f"{size:,} tokens, windows {stage.window_short} and {stage.window_long}"
-        with bench.attempt(title):
-            bench.section(title, Row(bench, stage, size).makers())
-    makers = (functools.partial(maker, bench) for maker in (normuon, adam, ngrams))
-    bench.section("optimizer", list(makers))
-    with bench.attempt("micro-steps"):
-        micro_steps(bench, chosen)
+    bench.measure_peaks()
+    chosen, measured = [int(size) for size in args.tokens.split(",")], set()
+    for number, stage in enumerate(STAGES, 1):
+        if stage.tokens_per_step // CONFIG.rows_per_step not in chosen:
+            continue
+        with bench.attempt(f"stage {number}"):
+            own = Pass(bench, stage)
+            keys = {(maker.__name__, sizes): maker for maker, sizes in own.makers().items()}
+            makers = [maker for key, maker in keys.items() if key not in measured]
+            measured |= keys.keys()
+            same = ", where it is not as before" if len(makers) < len(keys) else ""
+            bench.section(f"stage {number}: {own}{same}", makers)
+    makers = (functools.partial(maker, bench) for maker in (normuon, adam, validation))
+    bench.section("optimizer, and the loss of a validation sequence", list(makers))
+    with bench.attempt("passes"):
+        passes(bench, chosen)
     if bench.failures:
         bench.line(f"\n{bench.failures} measurements failed")
     return 1 if bench.failures else 0

@@ -1,11 +1,14 @@
-"""records/trace.py and records/bench.py: what they make of made-up events and times, what they say
-to wrong arguments, and the profile of a few steps on the CPU."""
+"""records/profiler.py and records/bench.py: what they make of made-up events and times, what they
+say to wrong arguments, and the profile of a few steps on the CPU."""
 
+import dataclasses
 import gzip
+import itertools
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -16,30 +19,28 @@ import torch.distributed as dist
 from conftest import ROOT, cpu_runtime, tiny_config, write_shard
 from test_train import OPTIONS, environment
 
-from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer
+from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer, Stage
 
 sys.path.insert(0, str(ROOT / "records"))
-import trace
-
 import bench
+import profiler
 
 KERNELS = {
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
-    "triton_red_fused_mul_pow_sum_3": "optimizer",
-    "_update_ngrams_kernel": "optimizer",
+    "triton_red_fused_mul_pow_sum_3": "element-wise",
     "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90": "attention",
     "_logits_gradient_kernel": "head",
-    "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "products",
-    "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "products",
-    "_mlp_product_kernel": "products",
+    "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "matmuls",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "matmuls",
+    "_mlp_product_kernel": "matmuls",
     "void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<>": "tables",
     "_add_rows_kernel": "tables",
     "_combine_backward_kernel": "element-wise",
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": "element-wise",
     "Memset (Device)": "other",
     # operators on the CPU
-    "aten::mm": "products",
-    "autograd::engine::evaluate_function: MmBackward0": "products",
+    "aten::mm": "matmuls",
+    "autograd::engine::evaluate_function: MmBackward0": "matmuls",
     "aten::logsumexp": "head",
     "NgramRowsBackward": "tables",
     "aten::mul": "element-wise",
@@ -47,22 +48,23 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(("name", "group"), KERNELS.items())
-def test_kernels_are_grouped_by_name(name, group):
-    assert trace.group_of(name) == group
+def test_kernels_of_a_pass_are_grouped_by_name(name, group):
+    for range_name in ("forward", "backward", ""):
+        assert profiler.group_of(name, range_name) == group
 
 
 def test_a_union_counts_what_overlaps_once():
-    assert trace.union([]) == []
+    assert profiler.union([]) == []
     intervals = [(4, 5), (0, 2), (1, 3), (3, 3.5), (6, 6), (4.2, 4.8)]
-    assert trace.union(intervals) == [(0, 3.5), (4, 5)]
-    assert trace.covered(intervals) == 4.5
+    assert profiler.union(intervals) == [(0, 3.5), (4, 5)]
+    assert profiler.covered(intervals) == 4.5
 
 
-def made_up_step(launched: float, start: float) -> list[trace.Event]:
+def made_up_step(launched: float, start: float) -> list[profiler.Event]:
     """4 ms of a product, 1 of nothing, a copy; nccl from within the product until after the copy's
     beginning: 1.5 ms of it alone."""
     times = {"nvjet_sm90": (0, 4), "nccl": (3.5, 7), "_combine_kernel": (5.5, 8)}
-    return [trace.Event(name, start + a, start + b, launched) for name, (a, b) in times.items()]
+    return [profiler.Event(name, start + a, start + b, launched) for name, (a, b) in times.items()]
 
 
 def test_a_step_is_broken_down_with_the_gap_behind_it():
@@ -70,21 +72,22 @@ def test_a_step_is_broken_down_with_the_gap_behind_it():
     hosts = [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]
     begins = [5.0, 20.0, 30.0, 41.0]  # behind steps of 8 ms: gaps of 2 and 3 ms from 20 on
     events = [e for (a, _), begin in zip(hosts, begins) for e in made_up_step(a, begin)]
-    events.append(trace.Event("Memset (Device)", 28.5, 29.0, float("-inf")))  # launch not known
-    rows = trace.break_down(events, hosts)
-    expected = {"step": 10.5, "products": 4, "communication": 3.5, "element-wise": 2.5}
+    events.append(profiler.Event("Memset (Device)", 28.5, 29.0, float("-inf")))  # launch not known
+    rows = profiler.break_down(events, hosts)
+    expected = {"step": 10.5, "matmuls": 4, "communication": 3.5, "element-wise": 2.5}
     expected |= {"other": 0.25, "attention": 0, "less what overlaps": -2, "idle": 2.25}
     expected |= {"idle between steps": 2.5, "communication exposed": 1.5}
     for name, ms in expected.items():
         assert rows[name][0] == pytest.approx(ms), name
-    assert rows["products"][1] == 1 and rows["other"][1] == 0.5
-    parts = sum(rows[name][0] for name in [*trace.GROUPS, "less what overlaps", "idle"])
+    assert rows["matmuls"][1] == 1 and rows["other"][1] == 0.5
+    parts = sum(rows[name][0] for name in [*profiler.GROUPS, "less what overlaps", "idle"])
     assert parts == pytest.approx(rows["step"][0])
+    assert rows["unassigned"] == (0, 0)
 
 
 def test_a_profile_without_events_is_refused():
     with pytest.raises(RuntimeError, match="2 steps with events"):
-        trace.break_down(made_up_step(0, 0) + made_up_step(1, 9), [(0, 1), (1, 2), (2, 3)])
+        profiler.break_down(made_up_step(0, 0) + made_up_step(1, 9), [(0, 1), (1, 2), (2, 3)])
 
 
 def write_trace(path: Path, *records: dict) -> Path:
@@ -109,20 +112,20 @@ def test_a_trace_gives_kernels_with_their_launches_or_outermost_operators(tmp_pa
         {"cat": "gpu_memset", "name": "m", "ts": 3000, "dur": 100, "args": {"correlation": 8}},
         {"cat": "cuda_runtime", "ts": 120, "dur": 5, **names},
     ]
-    events, steps = trace.read_trace(write_trace(tmp_path / "cpu.json.gz", *host))
+    events, steps, *_ = profiler.read_trace(write_trace(tmp_path / "cpu.json.gz", *host))
     assert steps == [(0, 0.5)]
     assert [(e.name, e.start, e.end) for e in events] == [
         ("aten::linear", 0.1, 0.15),
         ("aten::mul", 0.15, 0.16),
     ]
-    events, _ = trace.read_trace(write_trace(tmp_path / "gpu.json.gz", *host, *gpu))
-    assert events == [("k", 2.0, 2.5, 0.12), ("m", 3.0, 3.1, float("-inf"))]
+    events = profiler.read_trace(write_trace(tmp_path / "gpu.json.gz", *host, *gpu)).events
+    assert events == [("k", 2.0, 2.5, 0.12, None), ("m", 3.0, 3.1, float("-inf"), None)]
 
 
 @pytest.mark.parametrize("max_seq_len", [48, 896, 4096])
 def test_random_rows_are_whole_documents(max_seq_len):
     random, config = np.random.default_rng(0), tiny_config()
-    batch = trace.random_batch(random, 4096, max_seq_len, 1, config, False)
+    batch = profiler.random_batch(random, 4096, max_seq_len, 1, config, False)
     lengths = batch.cu_seqlens.diff()
     assert batch.cu_seqlens[-1] == len(batch.tokens) == 4096 and lengths.max() <= max_seq_len
     starts = batch.cu_seqlens[:-1][lengths > 0].long()
@@ -176,7 +179,7 @@ def test_what_a_step_sends_is_computed(world_size, monkeypatch):
     for step in range(2):
         ring.sent = 0
         optimizer.step(step, 1.0, 0.9)
-        assert trace.sent_bytes(model, world_size, step) == pytest.approx(ring.sent)
+        assert profiler.sent_bytes(model, world_size, step) == pytest.approx(ring.sent)
         sent.append(ring.sent)
     assert 0 < sent[0] < sent[1]
 
@@ -187,13 +190,13 @@ def test_what_ngrams_send_is_computed(monkeypatch):
     config, runtime = tiny_config(ngram_orders=(2, 3), ngram_rows=9, ngram_dim=8), cpu_runtime(1, 4)
     model = GPT(config, runtime)
     model.ngrams.gather(torch.zeros(2 * 64, dtype=torch.int32), torch.zeros(2 * 64, 8))
-    assert trace.gathered_bytes(model, 4, num_tokens=4 * 64) == ring.sent == 3 * 128 * (4 + 32)
-    assert trace.gathered_bytes(model, 1, num_tokens=4 * 64) == 0
+    assert profiler.gathered_bytes(model, 4, num_tokens=4 * 64) == ring.sent == 3 * 128 * (4 + 32)
+    assert profiler.gathered_bytes(model, 1, num_tokens=4 * 64) == 0
 
 
 def test_nothing_is_sent_by_one_rank(runtime):
     model = GPT(tiny_config(), runtime)
-    assert [trace.sent_bytes(model, 1, step) for step in range(2)] == [0, 0]
+    assert [profiler.sent_bytes(model, 1, step) for step in range(2)] == [0, 0]
 
 
 def test_volumes_by_hand(runtime, capsys):
@@ -203,7 +206,7 @@ def test_volumes_by_hand(runtime, capsys):
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
 
     def printed(*more: str) -> dict[str, list[str]]:
-        assert trace.main(["--volumes", "--preset", "tiny", *words, *more]) == 0
+        assert profiler.main(["--volumes", "--preset", "tiny", *words, *more]) == 0
         lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
         return {first: [cell.strip() for cell in others if cell] for first, *others in lines}
 
@@ -234,13 +237,13 @@ def test_volumes_by_hand(runtime, capsys):
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        (trace, ["--steps", "0"], "--steps 0 must be positive"),
-        (trace, ["--step", "2"], "unrecognized arguments"),
-        (trace, ["--num_steps", "many"], "'many' cannot be read"),
+        (profiler, ["--steps", "0"], "--steps 0 must be positive"),
+        (profiler, ["--step", "2"], "unrecognized arguments"),
+        (profiler, ["--num_steps", "many"], "'many' cannot be read"),
         (
             bench,
             ["--tokens", "16384,5"],
-            "'5' is no row of a stage; those are 8192,16384,24576,32768",
+            "'5' is no sequence of a stage; those are 8192,16384,24576,32768",
         ),
         (bench, ["--steps", "2"], "unrecognized arguments"),
     ],
@@ -265,7 +268,7 @@ def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.C
     options |= {"stages": "1/2:64:48:8:16:1:.25:0,1/2:64:64:16:32:1:0:0"} | changes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
-    command += [ROOT / "records" / "trace.py", "--steps", "1", "--out", folder]
+    command += [ROOT / "records" / "profiler.py", "--steps", "1", "--out", folder]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
     command = list(map(str, command))
     how = {"capture_output": True, "text": True, "timeout": 120}
@@ -281,19 +284,25 @@ def test_profile_on_the_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     tables = result.stdout.split("\nstage ")[1:]
     assert [text.split(";")[0] for text in tables] == [
-        "1 of 2: 1 x 64 tokens a process, 1 at once, Windows(short=8, long=16)",
-        "2 of 2: 1 x 64 tokens a process, 1 at once, Windows(short=16, long=32)",
+        "1 of 2: sequences of 64 tokens, 1 a process and 1 a pass, Windows(short=8, long=16)",
+        "2 of 2: sequences of 64 tokens, 1 a process and 1 a pass, Windows(short=16, long=32)",
     ]
     for number, text in enumerate(tables, 1):
-        lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:])
+        lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:-1])
         rows = {line[:22].strip(): line[22:].split() for line in lines}
         ms = {name: float(cells[0]) for name, cells in rows.items()}
-        assert list(ms)[1:] == [*(["step", *trace.GROUPS]), *list(ms)[-4:]]
-        assert ms["products"] > 0 and ms["head"] > 0 and ms["communication"] == 0
-        parts = sum(ms[name] for name in [*trace.GROUPS, "less what overlaps", "idle"])
+        assert list(ms)[1:] == [*(["step", *profiler.GROUPS]), *list(ms)[-4:]]
+        assert ms["matmuls"] > 0 and ms["head"] > 0 and ms["communication"] == 0
+        parts = sum(ms[name] for name in [*profiler.GROUPS, "less what overlaps", "idle"])
         assert parts == pytest.approx(ms["step"], abs=0.01)
         (path,) = tmp_path.glob(f"*_stage{number}.json.gz")
-        assert trace.read_trace(path)[0]
+        assert profiler.read_trace(path).events
+        for name in ("lookups", "hashing", "n-gram gather", "optimizer"):
+            assert ms[name] > 0, name
+        assert ms["unassigned"] == 0
+        names = "forward", "backward", "update mlp_bank", "update attention_bank", "update ngrams"
+        line = ", ".join(rf"{name} [\d.]+" for name in names)  # an even step
+        assert re.search(rf"^by range, ms: {line}$", text, re.MULTILINE)
     (log,) = tmp_path.glob("*.txt")
     assert tables[0].splitlines()[-1] in log.read_text()
 
@@ -327,16 +336,16 @@ def test_profile_says_what_is_wrong(tmp_path):
 
 def test_columns_are_as_wide_as_their_widest_entry():
     rows = [["", "ms", "share"], ["combine", "0.123", "95%"], ["mlp", "11.0", "-"]]
-    assert trace.table(rows) == (
+    assert profiler.table(rows) == (
         "            ms  share\ncombine  0.123    95%\nmlp       11.0      -"
     )
 
 
 def test_figures_count_operations_where_there_are_any():
-    products = [(1, 1000, 1000, 500), (2, 10, 10, 10)]
-    need = bench.Need(products=products)
+    matmuls = [(1, 1000, 1000, 500), (2, 10, 10, 10)]
+    need = bench.Need(matmuls=matmuls)
     assert need.flops == need.library_flops == 1e9 + 4000
-    half = bench.Need(bytes=1, flops=5e8, products=products)  # where half is computed
+    half = bench.Need(bytes=1, flops=5e8, matmuls=matmuls)  # where half is computed
     assert bench.figures(half, ms=0.002, floor_ms=0.001) == ["0.002", "250 TFLOP/s", "50%"]
     moved = bench.Need(3e9)
     assert bench.figures(moved, ms=1.5, floor_ms=1.0) == ["1.500", "2000 GB/s", "67%"]
@@ -359,23 +368,129 @@ def cpu_bench(monkeypatch, tmp_path) -> bench.Bench:
     return made
 
 
-def test_a_row_of_every_operation_is_measured(cpu_bench, monkeypatch, capsys):
-    """On short rows; products, quantizing and the head are too slow here."""
-    row = bench.Row(cpu_bench, bench.STAGES[16384], 64)
-    makers = [row.combine, row.prepare_qkv, row.attention]
-    monkeypatch.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 800)})
-    monkeypatch.setattr(bench, "VOCAB", 64)
-    monkeypatch.setattr(bench, "CONFIG", tiny_config(ngram_rows=64))
-    optimizer = bench.normuon, bench.adam, bench.ngrams
-    makers += [partial(maker, cpu_bench) for maker in optimizer]
-    cpu_bench.section("64 tokens", makers)
+def measured(cpu_bench: bench.Bench, makers: list, capsys: pytest.CaptureFixture) -> list[str]:
+    """The lines of a section without failures, all of them with times."""
+    cpu_bench.section("title", makers)
     printed = capsys.readouterr().out
     assert cpu_bench.failures == 0, printed
     assert printed == cpu_bench.log.read_text()
     lines = printed.splitlines()[3:]
-    assert [line for line in lines if line.split("  ")[0] == "attention, long 384"] != []
-    assert len(lines) == 2 * (1 + 3 + 2) + 2 + 2 + 1
-    assert all(line.split()[-1] == "2.000" for line in lines)
+    assert all(line.split()[-1] in ("2.000", "-") for line in lines)
+    return lines
+
+
+STAGE = Stage(1.0, 512, 48, 8, 24, 1.0, 0.5, 640)  # 8 sequences of 64 tokens, which fit in a pass
+
+
+@pytest.fixture
+def small(monkeypatch) -> pytest.MonkeyPatch:
+    """Widths at which the library's fp8 matmul, which is slow on a CPU, does not matter."""
+    widths = {"DIM": 64, "HIDDEN": 128, "HEADS": 2, "HEAD_DIM": 16, "WIDTH": 32}
+    changes = {"ngram_rows": 64, "ngram_dim": 32, "tokens_per_draw": 32}
+    widths["CONFIG"] = dataclasses.replace(bench.CONFIG, **changes)
+    for name, value in widths.items():
+        monkeypatch.setattr(bench, name, value)
+    return monkeypatch
+
+
+def test_operations_of_a_pass_are_measured(cpu_bench, small, capsys):
+    """On several short sequences at once, and for the loss on candidates of a part of one;
+    quantizing runs in kernels alone, which are too slow here."""
+    own = bench.Pass(cpu_bench, STAGE)
+    assert (own.sequences, own.T, len(own.batch.tokens), own.batch.rows) == (8, 512, 512, 8)
+    assert str(own) == (
+        "8 sequences of 64 tokens a pass, windows 8 and 24, 640 candidates for 32 tokens"
+    )
+    makers = [maker for maker in own.makers() if maker != own.quantize]
+    lines = measured(cpu_bench, makers, capsys)
+    names = [line.split("  ")[0] for line in lines]
+    assert Counter(names) == {
+        "combine, 4 terms": 2, "prepare_qkv, plain": 2, "prepare_qkv, value": 2,
+        "prepare_qkv, key offset": 2, "mlp": 2, "attention, short 8": 2, "attention, long 24": 2,
+        "draw_columns": 1, "head_loss": 1, "sort_rows": 1, "add_rows_, embedding": 1,
+        "add_rows_, value tables": 1, "add_rows_, candidates": 1, "ngram_hash": 1,
+        "update_ngrams_, a step": 1,
+    }  # fmt: skip
+
+
+def test_the_loss_is_that_of_training(cpu_bench, small):
+    """Both terms on the candidates of a part of a sequence; in the last stage on all tokens."""
+    taken = {}
+
+    def head_loss(x, head, targets, weights, fp8, offsets):
+        taken.update(x=x, head=head, targets=targets, weights=weights, offsets=offsets)
+        return [x.sum()]
+
+    for columns, count in ((640, 640), (0, bench.VOCAB)):
+        own = bench.Pass(cpu_bench, dataclasses.replace(STAGE, columns=columns))
+        *drawn, loss = own.head()
+        assert [case.name for case in drawn] == ["draw_columns"] * bool(columns)
+        loss.call(head_loss, *loss.inputs)
+        assert taken["x"].shape == (32, 64) and taken["head"].shape == (count, 64)
+        assert taken["weights"].tolist() == [1.0, 0.5]
+        targets, given = taken["targets"], own.batch.targets
+        assert targets.shape == (32, 2) and 0 <= targets.min() and targets.max() < count
+        assert torch.equal(targets[1:, 0], targets[:-1, 1])
+        if columns:
+            assert taken["offsets"].shape == (640,) and taken["offsets"].isfinite().all()
+        else:
+            assert taken["offsets"] is None and torch.equal(targets[:, 0], given[:32])
+        assert loss.needs["both"].flops == 3 * 2 * 32 * count * 64
+
+
+def test_operations_with_kernels_get_their_fp8_copies(cpu_bench, small):
+    """Made once and not when they are timed; those of the inputs and of the weights."""
+    own = bench.Pass(cpu_bench, STAGE)
+    small.setattr(own, "T", 128)
+    with torch.no_grad():
+        small.setattr(profiler.train_gpt, "has_kernels", lambda device: True)
+        cases = [next(own.prepare_qkv()), next(own.mlp()), [*own.head()][-1]]
+    taken = []
+
+    def op(*arguments):
+        taken.extend(x for x in arguments if hasattr(x, "_fields"))
+        return [torch.zeros(1)]
+
+    for case in 2 * cases:
+        case.call(op, *case.inputs)
+    kinds = [type(fp8).__name__ for fp8 in taken]
+    assert kinds == 2 * ["QkvFp8", "MlpFp8", "HeadFp8"]
+    assert all(a is b for a, b in zip(taken, taken[3:]))
+    assert taken[0].x[0].shape == taken[1].x[0].shape == (128, 64)
+    assert taken[2].weight[0].shape == (640, 64)
+    small.setattr(profiler.train_gpt, "has_kernels", lambda device: False)
+    cases[0].call(op, *cases[0].inputs)
+    assert len(taken) == 6  # a reference takes none
+
+
+def test_the_key_offset_is_of_a_sequence(cpu_bench, small):
+    """And not of a pass, where keys would come from the sequence before."""
+    offsets = {}
+
+    def op(x, w_qkv, cos, sin, value, fp8, offset, head_dim):
+        offsets[case.name] = offset
+
+    for case in bench.Pass(cpu_bench, STAGE).prepare_qkv():
+        case.call(op, *case.inputs)
+    assert [*offsets.values()] == [0, 0, 64]
+
+
+def test_no_operation_of_a_stage_is_measured_twice(cpu_bench):
+    """The stages before last differ in their candidates alone, the last one in its windows too."""
+    sizes = [bench.Pass(cpu_bench, stage).makers() for stage in bench.STAGES[-3:]]
+    named = [{maker.__name__: value for maker, value in own.items()} for own in sizes]
+    differ = [{key for key in a if a[key] != b[key]} for a, b in itertools.pairwise(named)]
+    assert differ == [{"head"}, {"head", "attention"}]
+
+
+def test_operations_of_the_optimizer_and_of_validation_are_measured(
+    cpu_bench, small, capsys
+):  # fmt: skip
+    small.setattr(bench, "BLOCKS", {"q, k": (1, 2, 16), "mlp": (2, 1, 80)})
+    small.setattr(bench, "CONFIG", tiny_config())
+    makers = [partial(maker, cpu_bench) for maker in (bench.normuon, bench.adam, bench.validation)]
+    lines = measured(cpu_bench, makers, capsys)
+    assert len(lines) == 2 + 2 + 1
 
 
 def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
@@ -387,7 +502,7 @@ def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
         x = torch.ones(4)
         yield bench.Case("rms_norm, short", [x], lambda op, x: op(x, 1, 2), forward=8)
         case = bench.Case("rms_norm", [x], forward=8e6)
-        case.twin = lambda x: x.no_such_method()
+        case.reference = lambda x: x.no_such_method()
         yield case
 
     cpu_bench.section("title", [broken, partly])
@@ -402,4 +517,4 @@ def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
 @pytest.mark.gpu
 def test_bench_on_a_gpu(tmp_path):
     assert bench.main(["--tokens", "16384", "--log", str(tmp_path / "log.txt")]) == 0
-    assert "micro-steps and optimizer" in (tmp_path / "log.txt").read_text()
+    assert "passes and optimizer" in (tmp_path / "log.txt").read_text()

@@ -1,23 +1,32 @@
 """Where the time of a step goes: `./run.sh profile [--steps N] [--out DIR] [--option value ...]`.
 
-At every stage of the schedule the trainer's own step (its model, optimizer, graphs and rows) runs a
-few times under torch.profiler, on every rank. Rank 0's trace, which Perfetto and Chrome show, goes
-to DIR; a table a stage goes to the screen and to the log in DIR. Further options are those of
-train_gpt.py. Runs under torchrun too; without a GPU it profiles the operators on the CPU.
-`python records/trace.py --volumes [--option value ...]` runs nothing: it computes what the ranks
+At every stage of the schedule the trainer's own step (its model, optimizer, graphs and sequences)
+runs a few times under torch.profiler, on every rank. Rank 0's trace, which Perfetto and Chrome
+show, goes to DIR; a table a stage goes to the screen and to the log in DIR. Further options are
+those of train_gpt.py. Runs under torchrun too; without a GPU it profiles the operators on the CPU.
+`python records/profiler.py --volumes [--option value ...]` runs nothing: it computes what the ranks
 send and update in a step.
+
+A kernel counts to the range of train_gpt.py that launched it and, in forward and backward pass, by
+its name. A CUDA graph is one launch for a thousand kernels, so a pass of every stage runs once
+under the profiler without its graph, and what a graph replays is told from that pass.
 """
 
 import argparse
+import bisect
+import collections
 import dataclasses
 import functools
 import glob
 import gzip
 import itertools
 import json
+import math
+import operator
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,24 +43,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 from train_gpt import PARAM_GROUPS, START_TOKEN, Batch, Config, Log, ParamGroup, Runtime
 
-# Group: what the names of its kernels, or of operators on the CPU, hold. The first that fits takes
-# it. The library's products for head and optimizer look like all others and count as products.
-GROUPS = {
-    "communication": r"nccl|c10d::|gloo",
-    "optimizer": r"^triton_|_update_ngrams",  # torch.compile's kernels are the optimizer's
+# The ranges that train_gpt.py records: the two of a pass, those of what an update does, and others,
+# which are a group each.
+PASS = "forward", "backward"
+UPDATES = *(f"update {group.name}" for group in PARAM_GROUPS), "update ngrams"
+OTHERS = "hashing", "lookups", "candidates", "n-gram gather", "matches", "optimizer", "fp8 refresh"
+RANGES = {*PASS, *UPDATES, *OTHERS, "reductions"}
+
+# Group of a pass: what the names of its kernels, or of operators on the CPU, hold. The first that
+# fits takes it.
+KINDS = {
     "attention": r"flash|fmha|softmax",
     "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp",
-    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
+    "matmuls": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
     "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|(add_?|table|ngram)rows|cumsum",
-    "element-wise": r"elementwise|reduce|combine|prepare_qkv|quantize|Rowwise"
+    "element-wise": r"^triton_|elementwise|reduce|combine|prepare_qkv|quantize|Rowwise"
     r"|CatArray|aten::|autograd::",
     "other": r"",
 }
+COMMUNICATION, UNASSIGNED = "communication", "unassigned"  # the latter: no range is known
+GROUPS = COMMUNICATION, *OTHERS[:3], *KINDS, *OTHERS[3:], UNASSIGNED
 TOTAL, OVERLAP, IDLE = "step", "less what overlaps", "idle"
 BETWEEN, EXPOSED = "idle between steps", "communication exposed"
 
 Interval = tuple[float, float]  # start and end in ms
 Times = dict[str, tuple[float, float]]  # name: ms, and kernels or operators
+
+
+Shape = tuple[str, ...]  # what tells a kernel from others: its name, grid, block, and bytes copied
 
 
 class Event(NamedTuple):
@@ -61,10 +80,19 @@ class Event(NamedTuple):
     start: float
     end: float
     launched: float  # when the host asked for it; -inf where that is not known
+    range: str | None = ""  # the innermost one; "" outside of all, None where that is not known
 
 
-def group_of(name: str) -> str:
-    return next(g for g, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE))
+def group_of(name: str, range_name: str | None = "") -> str:
+    if re.search(r"nccl|c10d::|gloo", name, re.IGNORECASE):
+        return COMMUNICATION
+    if range_name is None:
+        return UNASSIGNED
+    if range_name in OTHERS:
+        return range_name
+    if range_name in RANGES.difference(PASS):
+        return "optimizer"
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -83,28 +111,130 @@ def covered(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in union(intervals))
 
 
-def read_trace(path: str | Path) -> tuple[list[Event], list[Interval]]:
-    """What ran, of a gzipped Chrome trace, and when the host was in each of its steps."""
+class Ranges:
+    """What was the innermost recorded range when."""
+
+    def __init__(self, recorded: Iterable[tuple[int, float, float, str]]):
+        """recorded: thread, start, end, and name of each."""
+        self.edges: dict[int, list[tuple[float, str]]] = {}  # from when on it is which
+        of_thread = operator.itemgetter(0)
+        for thread, ranges in itertools.groupby(sorted(recorded), of_thread):
+            edges, around = self.edges.setdefault(thread, []), [(math.inf, "")]
+            ranges = sorted(ranges, key=lambda item: (item[1], -item[2]))
+            for _, start, end, name in [*ranges, (thread, math.inf, math.inf, "")]:
+                while around[-1][0] <= start and len(around) > 1:
+                    closed, _ = around.pop()
+                    edges.append((closed, around[-1][1]))
+                around.append((end, name))
+                edges.append((start, name))
+
+    def at(self, thread: int, moment: float) -> str:
+        """Of this thread or, as autograd's own thread has none, of another one then; "" in none."""
+        for edges in [self.edges.get(thread, []), *self.edges.values()]:
+            place = bisect.bisect_right(edges, moment, key=operator.itemgetter(0))
+            if place and edges[place - 1][1]:
+                return edges[place - 1][1]
+        return ""
+
+
+def outermost(operators: Iterable[Event]) -> list[Event]:
+    """Of operators in the order of their starts those that are in no other one of their range; what
+    is around another range is cut in two."""
+    found: list[Event] = []
+    for event in operators:
+        if not found or event.start >= found[-1].end:
+            found.append(event)
+        elif event.start >= found[-1].start and event.range != found[-1].range:
+            around = found.pop()
+            found += around._replace(end=event.start), event, around._replace(start=event.end)
+    return found
+
+
+class Trace(NamedTuple):
+    """What ran, and when the host was in each of its steps."""
+
+    events: list[Event]
+    steps: list[Interval]
+    shapes: list[Shape]  # of the events
+    graphs: list[object]  # the launch that replayed each event; None for others
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Of a gzipped Chrome trace."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         records = [record for record in json.load(file)["traceEvents"] if record.get("ph") == "X"]
-    launches, steps, kernels, operators = {}, [], [], []
-    for record in sorted(records, key=lambda record: record["ts"]):
-        kind, correlation = record.get("cat"), record.get("args", {}).get("correlation")
+    launches, callers, recorded, steps, kernels, operators = {}, {}, [], [], [], []
+    for record in sorted(records, key=lambda record: (record["ts"], -record["dur"])):
+        kind, name, args = record.get("cat"), record.get("name"), record.get("args", {})
         start, end = record["ts"] / 1000, (record["ts"] + record["dur"]) / 1000
+        thread = record.get("tid")
         if kind in ("cuda_runtime", "cuda_driver"):
-            launches[correlation] = start
-        elif kind == "user_annotation" and re.match(r"step \d+$", record["name"]):
+            launches[args.get("correlation", name)] = name, thread, start
+        elif kind == "user_annotation" and re.match(r"step \d+$", name):
             steps.append((start, end))
+        elif kind == "user_annotation" and name in RANGES:
+            recorded.append((thread, start, end, name))
         elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
-            kernels.append((record["name"], start, end, correlation))
-        elif kind == "cpu_op" and (not operators or start >= operators[-1].end):  # outermost
-            operators.append(Event(record["name"], start, end, start))
-    found = [Event(*kernel, launches.get(id, -np.inf)) for *kernel, id in kernels]
-    return found or operators, steps
+            kernels.append((name, start, end, args))
+        elif kind == "cpu_op":
+            operators.append((name, start, end, thread))
+            callers.setdefault(args.get("External id", name), (name, thread, start))
+    ranges, trace = Ranges(recorded), Trace([], steps, [], [])
+    for name, start, end, args in kernels:
+        correlation = args.get("correlation")
+        launch = launches.get(correlation) or callers.get(args.get("External id"))
+        by, thread, launched = launch or ("", None, -math.inf)
+        replayed = "GraphLaunch" in by
+        known = ranges.at(thread, launched) if launch and not replayed else None
+        trace.events.append(Event(name, start, end, launched, known))
+        trace.shapes.append((name, *(str(args.get(key)) for key in ("grid", "block", "bytes"))))
+        trace.graphs.append(correlation if replayed else None)
+    if not kernels:
+        events = (
+            Event(name, start, end, start, ranges.at(thread, start))
+            for name, start, end, thread in operators
+        )
+        trace.events.extend(outermost(events))
+    return trace
+
+
+def name_replayed(trace: Trace, eager: Trace | None) -> tuple[list[Event], str]:
+    """The events with ranges for what graphs replayed, from the trace of such a pass without its
+    graph, and a line about what the two do not share, or an empty one.
+
+    Both run the same kernels, but side streams may interleave in another order: the k-th kernel of
+    a name and shape belongs where the k-th in the eager pass does. Where they are not as many,
+    those that come in one range alone belong there, and others stay unassigned.
+    """
+    ranges, of_name = collections.defaultdict(list), collections.defaultdict(set)
+    for event, shape in zip(eager.events, eager.shapes) if eager else ():
+        if event.range:  # what is outside of all, such as copies of inputs, is not in the graph
+            ranges[shape].append(event.range)
+            of_name[event.name].add(event.range)
+    events, differences = [*trace.events], {}
+    replays = collections.defaultdict(lambda: collections.defaultdict(list))
+    for i, (shape, graph) in enumerate(zip(trace.shapes, trace.graphs)):
+        if graph is not None:
+            replays[graph][shape].append(i)
+    for replay in replays.values():
+        for shape in {**ranges, **replay}:
+            places, known = replay.get(shape, []), ranges.get(shape, [])
+            if len(places) != len(known):
+                differences[shape] = f"{shape[0][:60]} {len(places)} for {len(known)} times"
+                only = {*known} or of_name.get(shape[0], set())
+                known = [*only] * len(places) if len(only) == 1 else [None] * len(places)
+            for place, range_name in zip(places, known):
+                events[place] = events[place]._replace(range=range_name)
+    if replays and eager is None:
+        return events, "no pass without its graph was profiled"
+    shown = [*differences.values()][:3]
+    shown += [f"{len(differences) - 3} more"] if len(differences) > 3 else []
+    line = "graphs replay other kernels than the pass without one: " + ", ".join(shown)
+    return events, line if differences else ""
 
 
 def break_down(events: list[Event], steps: list[Interval]) -> Times:
-    """Times a step by group, and those of the rows behind the groups.
+    """Times a step by group, those of the lines behind the groups, and those of PASS and UPDATES.
 
     steps: when the host was in them. What counts goes from the first event of the second step to
     the first event of the last: steps in full swing, each with the gap behind it.
@@ -116,37 +246,71 @@ def break_down(events: list[Event], steps: list[Interval]) -> Times:
     ends = [max(event.end for event in step) for step in own]
     begin, end, count = starts[1], starts[-1], len(steps) - 2
     groups: dict[str, list[Interval]] = {group: [] for group in GROUPS}
+    parts: dict[str, list[Interval]] = {name: [] for name in (*PASS, *UPDATES)}
     for event in events:
         if event.end > begin and event.start < end:
             span = max(event.start, begin), min(event.end, end)
-            groups[group_of(event.name)].append(span)
+            groups[group_of(event.name, event.range)].append(span)
+            if event.range in parts:
+                parts[event.range].append(span)
     spans = list(itertools.chain.from_iterable(groups.values()))
     sums = {TOTAL: (end - begin, len(spans))}
     sums |= {name: (sum(b - a for a, b in own), len(own)) for name, own in groups.items()}
-    busy, computing = covered(spans), set(groups) - {"communication"}
+    busy, computing = covered(spans), set(groups) - {COMMUNICATION}
     gaps = sum(max(0.0, start - last) for last, start in zip(ends[1:-1], starts[2:]))
     sums[OVERLAP] = busy - sum(b - a for a, b in spans), 0
     sums |= {IDLE: (end - begin - busy, 0), BETWEEN: (gaps, 0)}
     sums[EXPOSED] = busy - covered(span for name in computing for span in groups[name]), 0
+    sums |= {name: (sum(b - a for a, b in own), len(own)) for name, own in parts.items()}
     return {name: (ms / count, events / count) for name, (ms, events) in sums.items()}
 
 
-def profile(
-    step: Callable[[], object], count: int, device: torch.device, path: str | Path
-) -> Times:
-    """break_down of `count` calls of step, and one before and behind; the trace goes to path, a
-    .json.gz."""
+def write_trace(run: Callable[[], object], device: torch.device, path: str | Path) -> None:
+    """Of what run does, as a .json.gz."""
     kinds, cuda = [torch.profiler.ProfilerActivity.CPU], device.type == "cuda"
     kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
     # acc_events: of one cycle nothing is cleared, but torch would warn that it is
     with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
-        for i in range(count + 2):
-            with torch.profiler.record_function(f"step {i}"):
-                step()
+        run()
         if cuda:
             torch.cuda.synchronize(device)
     profiler.export_chrome_trace(str(path))
-    return break_down(*read_trace(path))
+
+
+def eager_trace(trainer: train_gpt.Trainer, batch: Batch, step: int) -> Trace | None:
+    """Of a pass without its graph, for name_replayed; None where there are no graphs. It needs the
+    memory of one: call it before there are any."""
+    if not trainer.uses_graphs:
+        return None
+    run = functools.partial(trainer.rehearse, batch, step)
+    run()  # compiles
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "eager.json.gz")
+        write_trace(run, trainer.runtime.device, path)
+        return read_trace(path)
+
+
+def profile(
+    step: Callable[[], object], count: int, device: torch.device, path: str | Path,
+    eager: Trace | None = None,
+) -> tuple[Times, str]:  # fmt: skip
+    """break_down of `count` calls of step, and one before and behind, and a line about kernels that
+    no range is known of, or an empty one. The trace goes to path, a .json.gz; eager: as
+    name_replayed takes it."""
+
+    def run() -> None:
+        for i in range(count + 2):
+            with torch.profiler.record_function(f"step {i}"):
+                step()
+
+    write_trace(run, device, path)
+    trace = read_trace(path)
+    events, line = name_replayed(trace, eager)
+    times = break_down(events, trace.steps)
+    unassigned = times[UNASSIGNED][1]
+    if unassigned:
+        line = f"{unassigned:.0f} kernels a step unassigned: {line or 'their launch is not known'}"
+    return times, line
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -166,10 +330,18 @@ def stage_table(times: Times, bare_ms: float, runtime: Runtime) -> str:
     columns = 6 if runtime.world_size > 1 else 4
     lines = [["", "ms", "share", "count", "least ms", "most ms"]]
     for (name, (ms, count)), low, high in zip(times.items(), least, most):
+        if name in (*PASS, *UPDATES):
+            continue
         share = f"{ms / times[TOTAL][0]:.1%}"
         events = f"{count:.0f}" if count else ""
         lines.append([name, f"{ms:.3f}", share, events, f"{low:.3f}", f"{high:.3f}"])
     return table([line[:columns] for line in lines])
+
+
+def ranges_line(times: Times) -> str:
+    """What stands behind the groups: of a pass without lookups, hashing and candidates."""
+    shown = (f"{name} {times[name][0]:.3f}" for name in (*PASS, *UPDATES) if times[name][1])
+    return f"by range, ms: {', '.join(shown)}"
 
 
 def due(model: train_gpt.GPT, step: int) -> list[tuple[ParamGroup, torch.Tensor]]:
@@ -248,23 +420,24 @@ def random_batch(
     random: np.random.Generator, num_tokens: int, max_seq_len: int, count: int, config: Config,
     pin: bool,
 ) -> Batch:  # fmt: skip
-    """Rows of random documents of a few hundred tokens; a token is as rare as its id is high."""
-    longest, rows = min(max_seq_len, 1024), []
+    """`count` sequences of random documents of a few hundred tokens; a token is as rare as its id
+    is high."""
+    longest, sequences = min(max_seq_len, 1024), []
     for _ in range(count):
         tokens = train_gpt.random_tokens(random, num_tokens + 1)
         lengths = random.integers(longest // 4, longest + 1, 4 * num_tokens // longest + 4)
         starts = np.concatenate([[0], lengths.cumsum()])
         tokens[starts[starts <= num_tokens]] = START_TOKEN
-        rows.append((tokens, starts))
-    return train_gpt.make_batch(rows, max_seq_len, config.min_mean_doc_len, pin)
+        sequences.append((tokens, starts))
+    return train_gpt.make_batch(sequences, max_seq_len, config.min_mean_doc_len, pin)
 
 
-def rows_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> Iterator:
-    """Rows of steps from the training files or, where there are none, random ones."""
+def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> Iterator:
+    """Batches of steps from the training files or, where there are none, random ones."""
     pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
     if glob.glob(config.train_files):
         return train_gpt.training_rows(config, runtime, shapes)
-    runtime.log.line(f"no file matches --train_files {config.train_files}: the rows are random")
+    runtime.log.line(f"no file matches --train_files {config.train_files}: the text is random")
 
     def step(shape: tuple[int, int]) -> list[Batch]:
         count = config.rows_per_pass(shape[0], runtime.world_size)
@@ -277,18 +450,26 @@ def rows_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]
 def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     """Build what train() builds and profile `count` steps at the beginning of every stage."""
     trainer = train_gpt.Trainer(train_gpt.GPT(config, runtime), runtime)
-    trainer.prepare()
-    log, schedule = runtime.log, trainer.schedule
-
+    log, schedule, random = runtime.log, trainer.schedule, np.random.default_rng(runtime.rank)
     begins = [step for step in sorted({0, *schedule.stage_ends}) if step < schedule.end_step]
+    own, eager = config.rows_per_step // runtime.world_size, []
+    for begin in begins:
+        shape = schedule.row_shape(begin)
+        at_once = config.rows_per_pass(shape[0], runtime.world_size)
+        eager.append(
+            eager_trace(trainer, random_batch(random, *shape, at_once, config, False), begin)
+        )
+    trainer.prepare()
+
     warm_up = 2
     shapes = (
         schedule.row_shape(begin) for begin in begins for _ in range(warm_up + count + count + 2)
     )
-    rows, updates = train_gpt.ahead(rows_like(config, runtime, shapes), depth=2), itertools.count()
+    batches = train_gpt.ahead(batches_like(config, runtime, shapes), depth=2)
+    updates = itertools.count()
 
     def run(begin: int) -> None:
-        trainer.run_step(begin, next(rows), next(updates))
+        trainer.run_step(begin, next(batches), next(updates))
 
     for number, begin in enumerate(begins, 1):
         for _ in range(warm_up):
@@ -300,15 +481,19 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         runtime.synchronize()
         bare_ms = 1000 * (time.perf_counter() - started) / count
         path = Path(config.log_dir, f"{log.data['run_id']}_stage{number}.json.gz")
-        times = profile(functools.partial(run, begin), count, runtime.device, path)
+        step = functools.partial(run, begin)
+        times, line = profile(step, count, runtime.device, path, eager[number - 1])
         if not runtime.is_main:
             path.unlink()
-        length, own = schedule.row_shape(begin)[0], config.rows_per_step // runtime.world_size
+        length = schedule.row_shape(begin)[0]
         at_once = config.rows_per_pass(length, runtime.world_size)
-        rows_are = f"{own} x {length:,} tokens a process, {at_once} at once"
-        rows_are += f", {schedule.describe(begin)}"
-        log.line(f"\nstage {number} of {len(begins)}: {rows_are}; {path}")
+        sequences = f"sequences of {length:,} tokens, {own} a process and {at_once} a pass"
+        sequences += f", {schedule.describe(begin)}"
+        log.line(f"\nstage {number} of {len(begins)}: {sequences}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
+        log.line(ranges_line(times))
+        if line:
+            log.line(line)
         if runtime.world_size > 1:
             sizes = runtime.world_size, schedule.stage(begin).tokens_per_step
             log.line(communication_line(trainer.model, *sizes, times[EXPOSED][0]))
