@@ -702,8 +702,10 @@ def fp8_product(a: Fp8, b: Fp8) -> Tensor:
 
 @triton.jit
 def _transposed(tile):
-    """The transpose of a tile, in fp8 exact. It moves as fp16: of single bytes Triton 3.6 and 3.7.1
-    have stored garbage, depending on the layout of the tile."""
+    """The transpose of a tile, exact. fp8 moves as fp16: of single bytes Triton 3.6 and 3.7.1 have
+    stored garbage, depending on the layout of the tile."""
+    if tile.dtype.primitive_bitwidth != 8:
+        return tl.trans(tile)
     return tl.trans(tile.to(tl.float16)).to(tl.float32).to(tile.dtype)
 
 
@@ -2178,19 +2180,22 @@ class GPT(nn.Module):
 
     def scalars(self, num_tokens: int) -> dict[str, Iterator[Tensor]]:
         """The coefficients of the layers before the last by name, in the order in which these take
-        them; (num_tokens,) each, so that one kernel sums the gradients of them all."""
+        them; (num_tokens,) each, so that one kernel sums the gradients of them all. They are 16
+        bytes apart: of a pointer to a multiple of that Triton makes another kernel."""
         names = "residual", "project", "mlp_residual", "mlp_project", "ngrams"
         each = [self.small_weights[name] for name in names]
-        rows = iter(torch.cat(each)[:, None].expand(-1, num_tokens).unbind())
+        aligned = F.pad(torch.cat(each)[:, None], (0, 3))[:, :1]
+        rows = iter(aligned.expand(-1, num_tokens).unbind())
         return {name: iter([*itertools.islice(rows, len(own))]) for name, own in zip(names, each)}
 
     def last_gates(self, x: Tensor) -> dict[str, Tensor]:
-        """Coefficients of the last layer, (T, 1) fp32 each, from the stream that enters it."""
+        """Coefficients of the last layer, (T,) fp32 each, from the stream that enters it."""
         names = ("gate_w_1", "gate_b_1", "gate_w_2", "gate_b_2")
         w_1, b_1, w_2, b_2 = (self.small_weights[name] for name in names)
         hidden = F.gelu(F.linear(x, w_1.type_as(x), b_1.type_as(x)))
-        outputs = GATE_SCALE * (F.linear(hidden, w_2.type_as(x)).float() + b_2)
-        return dict(zip(LAST_LAYER_GATES, outputs.split(1, dim=1)))
+        # (gates, T), so that each is adjacent in memory
+        outputs = GATE_SCALE * ((w_2.type_as(x) @ hidden.mT).float() + b_2[:, None])
+        return dict(zip(LAST_LAYER_GATES, outputs.unbind()))
 
     def attend(
         self, i: int, normed: Tensor, value: Tensor | None, batch: Batch, windows: Windows,
@@ -3085,19 +3090,21 @@ class SelfCheck:
     def sums(self) -> list[Result]:
         """Of one to four streams, with and without a norm, whose first one a later sum reads."""
         results, norms = [], ["no norm", "norm in fp8" if self.uses_fp8 else "norm"]
-        cases = [(1, "no norm"), (2, "norm"), *itertools.product((2, 3, 4), norms)]
+        # the last, whose stream nothing reads, and those of validation
+        cases = [(1, "no norm"), *itertools.product((2, 3, 4), ("norm", *norms))]
         for terms, kind in dict.fromkeys(cases):
             sources = [self.random(self.tokens, self.dim) for _ in range(terms)]
-            gates = 1 + self.random(self.tokens, terms, dtype=torch.float32)
-            # one a token, each a column of several; one number; and one that all tokens share
-            coefficients = [gates[:, i : i + 1] for i in range(terms)]
-            coefficients[0] = gates[:1, 0].clone()
-            coefficients[-1] = gates[0, -1].expand(self.tokens)
+            # one number, one a token, and one that all tokens share
+            coefficients = [1 + self.random(self.tokens, dtype=torch.float32) for _ in sources]
+            coefficients[-1] = coefficients[-1][:1].expand(self.tokens)
+            coefficients[0] = coefficients[0][:1].clone()
             copy, norm = None, kind != "no norm"
             if kind == "norm in fp8":
                 copy = fp8_empty(sources[0].shape, self.unit_for(math.sqrt(self.dim)))
             grads = [self.random(self.tokens, self.dim) for _ in range(3)]
             grads = grads[0], grads[1] if norm else None, grads[2], *[None] * (terms - 1)
+            if kind == "norm" and self.uses_fp8:
+                grads = None, *grads[1:]
 
             def op(*tensors, norm=norm, copy=copy) -> tuple:
                 half = len(tensors) // 2
@@ -3215,7 +3222,10 @@ class SelfCheck:
                 how = stage.max_seq_len, window, config.attention_scale, backend
                 return [attention(q, k, v, cu_seqlens, *how)]
 
-            found = self.compare(op, [rms_norm(q), rms_norm(k), v], [grad])
+            inputs = rms_norm(q), rms_norm(k), v
+            found = self.compare(op, inputs, [grad])
+            with torch.no_grad():  # as in validation, by another kernel
+                found.append(Result("output without gradient", *op(*inputs), found[0].reference))
             results += [r._replace(name=f"{r.name}, window {window}", limit=0.1) for r in found]
         return results
 
@@ -3421,6 +3431,10 @@ class Trainer:
 
         by_torch = {f"update of {s.group.name}": (update, s) for s in self.optimizer.states}
         by_torch["validation's loss"] = (validation_loss,)
+        length = self.schedule.row_shape(0)[0]
+        tokens = torch.zeros(2 * length, dtype=torch.int32, device=device)
+        hashing = model.ngrams.orders, model.ngrams.num_rows, 2
+        by_torch["hashing"] = (ngram_hash, tokens, *hashing)
         first = self.runtime.rank % len(by_torch)
         # torch compiles one function at a time
         names = [*by_torch][first:] + [*by_torch][:first]
