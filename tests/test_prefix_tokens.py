@@ -1,6 +1,6 @@
 """The table of prefix tokens, which scripts of older records read."""
 
-import importlib.util
+import importlib
 import os
 import sys
 from types import ModuleType
@@ -11,14 +11,12 @@ from conftest import ROOT
 
 from train_gpt import START_TOKEN
 
+sys.path.insert(0, str(ROOT / "data"))
+
 
 @pytest.fixture(scope="module")
 def prefix_tool() -> ModuleType:
-    path = ROOT / "data" / "prefix_tokens.py"
-    spec = importlib.util.spec_from_file_location("prefix_tokens", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("prefix_tokens")
 
 
 @pytest.mark.parametrize("seed", range(3))
