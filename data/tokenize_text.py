@@ -129,7 +129,7 @@ def walk(folder: Path) -> Iterator[Path]:
             folders.clear()  # a link to a folder that was read, maybe to one above
             continue
         seen.add(real)
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
             if path.is_file() and (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
                 yield path

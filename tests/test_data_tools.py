@@ -29,12 +29,19 @@ import tokenize_text
 MB = 1 << 20
 
 
-def start(script: str, *args: object, **env: str) -> subprocess.Popen:
+def start(script: str, *args: object, new_session: bool = False, **env: str) -> subprocess.Popen:
     """Start a data tool as a user would, `env` added to the environment."""
     command = [sys.executable, str(DATA / script), *map(str, args)]
     pipe = subprocess.PIPE
     environment = {**os.environ, "NO_PROXY": "127.0.0.1,localhost", **env}
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        start_new_session=new_session,
+    )
 
 
 def run(script: str, *args: object, **env: str) -> subprocess.CompletedProcess:
