@@ -56,10 +56,21 @@ def full_disk(num_bytes: int) -> Iterator[None]:
 # ---- Signals ----
 
 
-def test_signals_end_the_tokenizer(tmp_path: Path) -> None:
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Signals that this process may have been started to ignore are not, and all are put back."""
+    before = {number: signal.getsignal(number) for number in command.SIGNALS}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_end_the_tokenizer(tmp_path: Path, handlers) -> None:
     """One line, an exit code, nothing unfinished, and no process lives on; SIGKILL leaves files."""
     source = tmp_path / "a.jsonl"
-    source.write_bytes(b'{"text": "some text that takes a while"}\n' * 2_000_000)
+    source.write_bytes(b'{"text": "some text that takes a while"}\n' * 1_500_000)
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
     running = []
     for number in signals:
@@ -88,7 +99,7 @@ def test_signals_end_the_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "script", ["tokenize_text.py", "cached_fineweb.py", "sample.py", "prefix_tokens.py"]
 )
-def test_ctrl_c_during_imports(tmp_path: Path, script: str) -> None:
+def test_ctrl_c_during_imports(tmp_path: Path, handlers, script: str) -> None:
     """A module that numpy imports sends the signal and takes its time."""
     text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
     (tmp_path / "secrets.py").write_text(text)
@@ -96,15 +107,6 @@ def test_ctrl_c_during_imports(tmp_path: Path, script: str) -> None:
     process = start(script, tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert process.communicate(timeout=15) == ("", "stopped by Ctrl-C; before it began\n")
     assert process.returncode == 130
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Puts the handlers of the stopping signals back."""
-    before = {number: signal.getsignal(number) for number in command.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_signals_that_the_parent_ignores_stay_ignored(handlers) -> None:
