@@ -59,4 +59,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main, "no table was written")
+    command.run(main, "nothing unfinished is left")

@@ -126,4 +126,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main, "no shard was written")
+    command.run(main, "nothing unfinished is left")

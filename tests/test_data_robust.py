@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 sys.path.insert(0, str(DATA))
 
+import cached_fineweb
 import command
 import sample
 import shards
@@ -91,7 +93,7 @@ def test_signals_end_the_tokenizer(tmp_path: Path, handlers) -> None:
             assert process.returncode == -9
         else:
             name = "Ctrl-C" if number == signal.SIGINT else number.name
-            assert err == f"stopped by {name}; no shard was written\n"
+            assert err == f"stopped by {name}; nothing unfinished is left\n"
             assert process.returncode == 128 + number
             assert not out.exists()
 
@@ -341,6 +343,86 @@ def test_file_names_have_six_digits(tmp_path: Path, monkeypatch, capsys) -> None
     assert len(list((tmp_path / "three").iterdir())) == 3
 
 
+# ---- Defaults and order ----
+
+
+def test_defaults(tmp_path: Path, monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(tokenize_text, "tokenize", lambda args: given.append(args) or "done")
+    assert tokenize_text.main(["a.txt", "--out", "b"]) == 0
+    (args,) = given
+    assert (args.shard_tokens, args.val_every) == (100_000_000, 100)
+    assert (args.tokenizer, args.field, args.match, args.skip_bad) == ("gpt2", "text", "*", False)
+    assert args.workers == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("fineweb10B", "fineweb"), ("fineweb100B", "fineweb"), ("finewebedu10B", "finewebedu")],
+)
+def test_fetched_by_default(monkeypatch, name: str, prefix: str) -> None:
+    given = []
+    monkeypatch.setattr(cached_fineweb, "download", lambda *args: given.append(args) or 0)
+    assert cached_fineweb.main([name]) == 0
+    names = [f"{prefix}_val_000000.bin"]
+    names += [f"{prefix}_train_00000{i}.bin" for i in range(1, 10)]
+    assert given == [(f"kjj0/{name}-gpt2", names, DATA / name)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_many_batches_keep_their_order(tmp_path: Path, monkeypatch, workers: int) -> None:
+    monkeypatch.setattr(tokenize_text, "BATCH_CHARS", 300)
+    texts = ["x" * (i * 37 % 500) for i in range(200)]
+    sizes = [
+        [len(document.text) for document in batch]
+        for batch in tokenize_text.make_batches(tokenize_text.Document(t, 0.0) for t in texts)
+    ]
+    assert [size for batch in sizes for size in batch] == [len(text) for text in texts]
+    assert all(sum(batch[:-1]) + len(batch) - 1 < 300 for batch in sizes)
+    assert all(sum(batch) + len(batch) >= 300 for batch in sizes[:-1])
+
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
+    args = [source, "--out", out, "--tokenizer", "bytes", "--workers", workers]
+    assert tokenize_text.main([*map(str, args)]) == 0
+    assert read_documents(out / "out_val_000000.bin") == texts[::100]
+    assert read_documents(out / "out_train_000001.bin") == [
+        text for i, text in enumerate(texts) if i % 100
+    ]
+
+
+def test_workers_work_at_once() -> None:
+    """As many batches as workers meet at a barrier, which fewer threads would never pass."""
+    barrier = threading.Barrier(3, timeout=10)
+
+    def encoder(text: str) -> np.ndarray:
+        barrier.wait()
+        return np.zeros(len(text), np.uint16)
+
+    with command.thread_pool(1) as pool:
+        assert pool.submit(int, "7").result() == 7
+    shards.get_encoder.cache_clear()
+    documents = [tokenize_text.Document("x" * tokenize_text.BATCH_CHARS, 0.0)] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_text, "get_encoder", lambda tokenizer: encoder)
+        results = list(tokenize_text.encode_in_order(documents, "bytes", 3))
+    assert [len(tokens) for (tokens,), _ in results] == [tokenize_text.BATCH_CHARS + 1] * 3
+
+
+# ---- The vocabulary ----
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [(lambda name: time.sleep(3), "no answer within 0.2 s"), (lambda name: {}[name], "KeyError")],
+)
+def test_vocabulary_that_does_not_load(monkeypatch, load, message: str) -> None:
+    monkeypatch.setattr(tiktoken, "get_encoding", load)
+    began = time.monotonic()
+    with pytest.raises(shards.DataError, match=message):
+        shards.load_gpt2(0.2)
+    assert time.monotonic() - began < 2
+
+
 # ---- Members of a folder ----
 
 
@@ -355,6 +437,8 @@ def test_folder_with_what_folders_hold(tmp_path: Path, capsys) -> None:
     (elsewhere / "b.txt").write_text("behind a link of its folder")
     (elsewhere / ".c.txt").write_text("behind a link of its own")
     (folder / "a.txt").write_text("plain")
+    (folder / "z").mkdir()
+    (folder / "z" / "K.TXT").write_text("capitals")
     (folder / "b").symlink_to(elsewhere)
     (folder / "c.txt").symlink_to(elsewhere / ".c.txt")
     (folder / "d.txt").symlink_to(folder / "a.txt")
@@ -368,7 +452,7 @@ def test_folder_with_what_folders_hold(tmp_path: Path, capsys) -> None:
     (folder / "picture.png").touch()
     out = folder / ".out"
     assert tokenize(folder, "--out", out, "--val-every", 0, "--prefix", "x") == 0
-    texts = ["plain", "behind a link of its folder", "behind a link of its own"]
+    texts = ["plain", "behind a link of its folder", "behind a link of its own", "capitals"]
     assert read_documents(out / "x_train_000001.bin") == texts
     assert capsys.readouterr().err.splitlines() == [
         f"{folder}: leaving out 1 files with other endings",
@@ -421,6 +505,13 @@ BAD_LINES = [
     b'{"text": "\\ud800"}',
     b"[" * 200_000,
 ]
+
+
+def test_rows_are_counted_through_the_file(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x"] * 2500 + [None]}), path, row_group_size=700)
+    assert tokenize(path, "--out", tmp_path / "out") == 2
+    assert f"{path}, row 2501: 'text' is NoneType" in capsys.readouterr().err
 
 
 def test_skip_bad(tmp_path: Path, capsys) -> None:

@@ -564,6 +564,8 @@ def test_tokenize_from_the_hub(hub: Hub, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "file.jsonl", [f"{name} {i}" for i in range(3)])
         hub.files[f"{name}.jsonl"] = path.read_bytes()
     hub.files["README.md"] = b"not data"
+    pq.write_table(pa.table({"text": ["row"]}), tmp_path / "d.parquet")
+    hub.files["data/d.parquet"] = (tmp_path / "d.parquet").read_bytes()
     hub.files["data/c.jsonl"] = b"\n"
     hub.files["data/b.jsonl"] += b"no json\n"
     out = tmp_path / "out"
@@ -573,13 +575,14 @@ def test_tokenize_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "left out 1 bad rows, the first: user/set: data/b.jsonl, line 4: is no" in result.stderr
     assert "left out 1 empty files" in result.stderr
-    expected = [f"data/{name} {i}" for name in "ab" for i in range(3)]
+    expected = [f"data/{name} {i}" for name in "ab" for i in range(3)] + ["row"]
     assert read_documents(out / "out_train_000001.bin") == expected
-    assert hub.fetched() == ["data/a.jsonl", "data/b.jsonl", "data/c.jsonl"]
+    names = ["data/a.jsonl", "data/b.jsonl", "data/c.jsonl", "data/d.parquet"]
+    assert hub.fetched() == names
 
     result = tokenize(tmp_path / "no", "user/set", "--match", "x*", **env)
     assert result.returncode == 2
-    assert "none of its 4 .parquet and .jsonl files fits --match 'x*'" in result.stderr
+    assert "none of its 5 .parquet and .jsonl files fits --match 'x*'" in result.stderr
 
 
 def test_tokenize_gpt2(tmp_path: Path) -> None:
