@@ -146,7 +146,8 @@ def test_closed_and_narrow_screens(tmp_path: Path) -> None:
     """A pipe that nobody reads, no screen at all, one without the letters of a path."""
     source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     (tmp_path / "empty.txt").touch()  # for a line on stderr
-    script, environment = DATA / "tokenize_text.py", {**os.environ, "PYTHONIOENCODING": "ascii"}
+    script = DATA / "tokenize_text.py"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
     folders = [tmp_path / name for name in ("pipe", "none", "ä·")]
     lines = [
         f"set -o pipefail; {{ sleep 0.3; COMMAND {folders[0]}; }} 2>&1 | true",
