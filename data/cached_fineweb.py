@@ -10,7 +10,6 @@ import command
 if __name__ == "__main__":
     command.begin()
 
-import errno
 import functools
 import hashlib
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from hub import explain, http_status
 from shards import (
     HEADER_BYTES,
     MAGIC,
@@ -42,14 +42,6 @@ LOOKUP_TIMEOUT = 10  # seconds the hub gets to answer a question about a file
 MAX_SHARDS = 999_999  # file names have six digits
 
 LOGIN_PAGE = "a login page of the network or a proxy may stand between; open it in a browser"
-# What helps against an HTTP status; against others, trying again later.
-REMEDIES = {
-    401: "log in by `hf auth login`, or correct or unset HF_TOKEN",
-    403: "log in by `hf auth login`, and check that your account and network may read it",
-    407: "log in to the proxy",
-    429: "wait a few minutes before running this again",
-    511: "log in to the network",
-}
 
 
 class RemoteFile(NamedTuple):
@@ -68,26 +60,13 @@ def look_up(repo: str, name: str) -> RemoteFile:
     url = hf_hub_url(repo, name, repo_type="dataset")
     try:
         metadata = get_hf_file_metadata(url, timeout=LOOKUP_TIMEOUT)
-    except Exception as error:  # which classes the hub's HTTP client raises varies by its version
+    except Exception as error:
         if http_status(error) == 404:
             raise DataError(f"{repo} has no file {name}; ask for fewer shards") from error
-        refuse_status(error, url)
-        raise DataError(f"can't reach {url} ({first_line(error)}); check the network") from error
+        raise DataError(f"can't get {url}: {explain(error)}") from error
     if None in (metadata.commit_hash, metadata.etag, metadata.size):  # every hub gives these
         raise DataError(f"{url} did not answer as a hub does: {LOGIN_PAGE}, and check HF_ENDPOINT")
     return RemoteFile(name, url, metadata.etag, metadata.size)
-
-
-def http_status(error: Exception) -> int | None:
-    """The status of the HTTP answer that an exception is about."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def refuse_status(error: Exception, url: str) -> None:
-    """Raise DataError if an exception is about an HTTP answer: the network is not to blame."""
-    if status := http_status(error):
-        remedy = REMEDIES.get(status, "run this again later")
-        raise DataError(f"{url} answered with HTTP status {status}; {remedy}") from error
 
 
 def fetch(remote: RemoteFile, folder: Path, bar: tqdm) -> None:
@@ -115,20 +94,13 @@ def fetch(remote: RemoteFile, folder: Path, bar: tqdm) -> None:
                 expected_size=remote.size,
                 _tqdm_bar=bar,  # one for all files
             )
-    except Exception as error:  # as above
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"{part}: cannot be written ({error.strerror}); make room and run this again"
-            ) from error
-        refuse_status(error, remote.url)
+    except Exception as error:
         if part.exists() and not is_start(part, remote.size):
             part.unlink()
             raise DataError(
                 f"{remote.url} gave something else than a shard: {LOGIN_PAGE}"
             ) from error
-        raise DataError(
-            f"{remote.url} broke off ({first_line(error)}); run this again to go on from there"
-        ) from error
+        raise DataError(f"{remote.url} broke off: {explain(error)}; what came is kept") from error
     try:
         check_hash(part, remote.etag)
         verify_shard(part)
@@ -156,11 +128,6 @@ def check_hash(path: Path, etag: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != etag:
         raise DataError(f"{path}: found SHA-256 {found}, expected {etag}; fetch it again")
-
-
-def first_line(error: Exception) -> str:
-    """An exception as one line: its class and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def is_complete(path: Path) -> bool:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from hub import explain
 from shards import (
     MAX_SHARD_TOKENS,
     DataError,
@@ -165,12 +166,9 @@ def list_hub(repo: str, match: str) -> list[HubFile]:
     try:
         HfApi().dataset_info(repo, timeout=10)  # fails at once; the listing would retry for long
         names = HfApi().list_repo_files(repo, repo_type="dataset")
-    except Exception as error:  # which classes the hub's HTTP client raises varies by its version
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(
-            f"{repo}: no such file or folder, and no such dataset on the hub could be listed "
-            f"({reason}); check the name and the network"
-        ) from error
+    except Exception as error:
+        message = f"{repo}: no such file or folder, nor could the hub list it: {explain(error)}"
+        raise DataError(message) from error
     names = [name for name in names if name.endswith((".parquet", ".jsonl"))]
     fitting = sorted(name for name in names if name == match or fnmatch(name, match))
     if not fitting:
@@ -197,12 +195,9 @@ def read_sources(
             repo, name = source
             try:
                 path = hf_hub_download(repo, name, repo_type="dataset", local_dir=folder)
-            except Exception as error:  # as above
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise DataError(
-                    f"{repo}: {name} could not be downloaded ({reason}); check the network and "
-                    "run this again"
-                ) from error
+            except Exception as error:
+                message = f"{repo}: {name} could not be downloaded: {explain(error)}"
+                raise DataError(message) from error
             num_documents = 0
             for document in read_file(Path(path), f"{repo}: {name}", field, left_out):
                 num_documents += 1
@@ -212,6 +207,8 @@ def read_sources(
 
 def read_file(path: Path, name: str, field: str, left_out: LeftOut) -> Iterator[Document]:
     """Yield the documents of a local file, which messages call `name`. Raises DataError."""
+    if path.stat().st_size == 0:  # also a parquet file, which then has no header
+        return
     kinds = {".jsonl": (read_lines, parse_line), ".parquet": (read_rows, parse_row)}
     read, parse = kinds.get(path.suffix.lower(), (read_whole, parse_whole))
     try:

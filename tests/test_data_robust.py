@@ -447,6 +447,7 @@ def test_folder_with_what_folders_hold(tmp_path: Path, capsys) -> None:
     (folder / "gone.txt").symlink_to(tmp_path / "gone")
     os.mkfifo(folder / "fifo.txt")
     (folder / "e.txt").touch()
+    (folder / "e.parquet").touch()
     (folder / "f.md").write_bytes(codecs.BOM_UTF8)
     (folder / "g.jsonl").write_bytes(codecs.BOM_UTF8 + b"\n \r\n\n")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "sub" / "h.parquet")
@@ -457,7 +458,7 @@ def test_folder_with_what_folders_hold(tmp_path: Path, capsys) -> None:
     assert read_documents(out / "x_train_000001.bin") == texts
     assert capsys.readouterr().err.splitlines() == [
         f"{folder}: leaving out 1 files with other endings",
-        f"{folder}: leaving out 4 empty files",
+        f"{folder}: leaving out 5 empty files",
     ]
 
     (folder / ".out" / "x.txt").touch()
@@ -476,6 +477,7 @@ def test_folder_with_what_folders_hold(tmp_path: Path, capsys) -> None:
         ("z.jsonl", b"\n\n"),
         ("z.jsonl", b"no json"),
         ("z.parquet", b"PAR1"),
+        ("z.parquet", b""),
     ],
 )
 def test_bad_files_are_found_before_work(
