@@ -488,7 +488,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--shard-tokens", type=int, default=100_000_000, help="default 100,000,000")
     add("--val-every", type=int, default=100, help="every k-th document is val (100; 0: none)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
-    add("--skip_bad", action="store_true", help="leave out rows that can't be read, and count them")
+    add(
+        "--skip-bad",
+        "--skip_bad",
+        action="store_true",
+        help="leave out rows that can't be read, and count them",
+    )
     args = parser.parse_args(argv)
     if not args.out or "" in args.inputs:
         parser.error("an empty name: expected a file or folder")
