@@ -139,6 +139,17 @@ def test_shards_move_together_although_a_signal_comes(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
 
 
+def test_busy_threads_are_not_waited_for() -> None:
+    """A text of a gigabyte takes a minute, a download longer."""
+    free, began = threading.Event(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), command.thread_pool(1) as pool:
+        futures = [pool.submit(free.wait, 10) for _ in range(2)]
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 5
+    assert futures[1].cancelled()
+    free.set()
+
+
 # ---- The screen ----
 
 
