@@ -257,6 +257,36 @@ def test_both_shards_of_the_sample_or_none(tmp_path: Path, monkeypatch, capsys) 
     monkeypatch.undo()
 
 
+def test_sample_has_a_text_once(tmp_path: Path, monkeypatch) -> None:
+    texts = [f"text {i} " * 50 for i in range(30)]
+    monkeypatch.setattr(sample, "topics", lambda: texts)
+    monkeypatch.setattr(sample, "licences", lambda: texts[:10])
+    monkeypatch.setattr(sample, "modules", lambda: texts[5:])
+    assert sample.main([str(tmp_path), "--tokenizer", "bytes"]) == 0
+    assert sorted(read_documents(*tmp_path.iterdir())) == sorted(texts)
+
+
+def test_sample_reads_what_a_library_holds(tmp_path: Path, monkeypatch) -> None:
+    """Docstrings in source order; installed packages, tests and what is no Python left out."""
+    files = {
+        "a.py": b'"""A."""\nclass B:\n    """B."""\n    def c(self):\n        """C."""\n',
+        "broken.py": b"def",
+        "deep.py": b"(" * 10_000 + b")" * 10_000,
+        "null.py": b'"""Null."""\0',
+        "silent.py": b"x = 1",
+        "sub/d.py": b'"""D."""',
+        "sub/tests/e.py": b'"""Of tests."""',
+        "site-packages/f.py": b'"""Installed."""',
+        "surrogate.py": b'"""\\ud800."""',
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.py").mkdir()
+    monkeypatch.setattr(sample.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert sample.modules() == ["A.\n\nB.\n\nC.", "D.", "?."]
+
+
 def test_outputs_are_tried_before_work(tmp_path: Path, monkeypatch, capsys) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     monkeypatch.setattr(tokenize_text, "encode_in_order", None)
