@@ -149,6 +149,14 @@ def test_busy_threads_are_not_waited_for() -> None:
     assert futures[1].cancelled()
     free.set()
 
+    code = "import command, threading, time\n"
+    code += (
+        "def main():\n    threading.Thread(target=time.sleep, args=[20]).start()\n    return 1\n"
+    )
+    code += "command.run(main, '')"
+    env = {**os.environ, "PYTHONPATH": str(DATA)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=15).returncode == 1
+
 
 # ---- The screen ----
 
