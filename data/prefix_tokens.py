@@ -6,10 +6,17 @@ of the token's bytes, -1 where there is none. int32, shape (50257,). Scripts of 
 tiktoken and its vocabulary files.
 """
 
-import sys
+import command
+
+if __name__ == "__main__":
+    command.begin()
+
 from pathlib import Path
 
 import numpy as np
+from shards import DataError, check_replaceable, load_gpt2, staging
+
+GPT2_SECONDS = 60  # how long to wait for the vocabulary
 
 
 def prefix_tokens(vocabulary: dict[bytes, int]) -> np.ndarray:
@@ -21,26 +28,35 @@ def prefix_tokens(vocabulary: dict[bytes, int]) -> np.ndarray:
     return table
 
 
-def main() -> int:
-    path = Path(
-        sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "gpt2_prefix_tokens.npy"
-    )
-    try:
-        import tiktoken
+def make_table(path: Path) -> str:
+    """Write the table; return the line that says what it is. Raises DataError."""
+    check_replaceable(path)
+    with staging(path.parent) as unfinished:
+        encoding = load_gpt2(GPT2_SECONDS)
+        special = {token.encode() for token in encoding.special_tokens_set}
+        tokens = {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab)}
+        table = np.full(encoding.n_vocab, -1, dtype=np.int32)
+        ordinary = {token: i for token, i in tokens.items() if token not in special}
+        table[: len(ordinary)] = prefix_tokens(ordinary)
+        with open(unfinished / path.name, "wb") as file:  # by its name np.save may add an ending
+            np.save(file, table)
+    return f"{path}: {(table >= 0).sum()} of {len(table)} tokens have a prefix token"
 
-        encoding = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # noqa: BLE001 (whatever the missing network makes it raise)
-        print(f"error: tiktoken cannot get the GPT-2 vocabulary ({error})", file=sys.stderr)
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code (0 done, 1 not possible, 2 by argparse)."""
+    parser = command.Parser(description="Make the table of prefix tokens.")
+    parser.add_argument("file", nargs="?", default=Path(__file__).parent / "gpt2_prefix_tokens.npy")
+    args = parser.parse_args(argv)
+    if not Path(args.file).name:
+        parser.error(f"{args.file!r}: expected the name of a file")
+    try:
+        print(make_table(Path(args.file)))
+    except (DataError, OSError) as error:
+        command.report(error)
         return 1
-    special = {token.encode() for token in encoding.special_tokens_set}
-    tokens = {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab)}
-    table = np.full(encoding.n_vocab, -1, dtype=np.int32)
-    ordinary = {token: i for token, i in tokens.items() if token not in special}
-    table[: len(ordinary)] = prefix_tokens(ordinary)
-    np.save(path, table)
-    print(f"{path}: {(table >= 0).sum()} of {len(table)} tokens have a prefix token")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, "nothing unfinished is left")

@@ -5,7 +5,11 @@ docstrings of the standard library. Good for trying things out where there is no
 differs a little between Python versions, so losses compare only within one.
 """
 
-import argparse
+import command
+
+if __name__ == "__main__":
+    command.begin()
+
 import ast
 import random
 import sys
@@ -14,7 +18,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards import DataError, ShardWriter, encode_document, get_encoder
+from shards import (
+    DataError,
+    ShardWriter,
+    check_replaceable,
+    encode_document,
+    get_encoder,
+    staging,
+)
 
 VAL_SHARE = 0.07
 GPT2_SECONDS = 8  # how long `auto` waits for the GPT-2 vocabulary
@@ -24,8 +35,10 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "pyd
 
 def topics() -> list[str]:
     """Documentation topics, one document each."""
-    from pydoc_data.topics import topics as texts
-
+    try:
+        from pydoc_data.topics import topics as texts
+    except ImportError:  # some distributions leave it out
+        return []
     return [texts[name].strip() for name in sorted(texts)]
 
 
@@ -34,7 +47,7 @@ def licences() -> list[str]:
     library = Path(sysconfig.get_path("stdlib"))
     folders = (library, library.parent, Path(sys.base_prefix))
     paths = [folder / name for folder in folders for name in ("LICENSE.txt", "LICENSE")]
-    return [path.read_text("utf-8") for path in paths if path.is_file()][:1]
+    return [path.read_text("utf-8", "replace") for path in paths if path.is_file()][:1]
 
 
 def docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
@@ -56,36 +69,40 @@ def modules() -> list[str]:
         try:
             with warnings.catch_warnings(action="ignore"):  # of old escapes in the sources
                 tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # templates and inputs of tests
-            continue
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
+            continue  # templates and inputs of tests, files that can't be read
         if text := "\n\n".join(docstrings(tree)):
-            documents.append(text)
+            documents.append(text.encode("utf-8", "replace").decode())
     return documents
 
 
 def make_sample(folder: Path, tokenizer: str) -> str:
     """Write the sample's two shards; return the line that says what it is. Raises DataError."""
-    note = ""
-    if tokenizer == "auto":
-        try:
-            get_encoder("gpt2", GPT2_SECONDS)
-            tokenizer = "gpt2"
-        except DataError:
-            tokenizer = "bytes"
-            note = " (tiktoken could not get the GPT-2 vocabulary)"
-    encoder = get_encoder(tokenizer)
+    names = ("sample_train_000001.bin", "sample_val_000000.bin")
+    for name in names:
+        check_replaceable(folder / name)
+    with staging(folder) as unfinished:
+        note = ""
+        if tokenizer == "auto":
+            try:
+                get_encoder("gpt2", GPT2_SECONDS)
+                tokenizer = "gpt2"
+            except DataError:
+                tokenizer = "bytes"
+                note = " (tiktoken could not get the GPT-2 vocabulary)"
+        encoder = get_encoder(tokenizer)
 
-    # Some modules repeat a text; no document may be in both shards.
-    documents = list(dict.fromkeys(topics() + licences() + modules()))
-    random.Random(0).shuffle(documents)  # so that both shards hold all kinds
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        ShardWriter(folder / "sample_train_000001.bin") as train,
-        ShardWriter(folder / "sample_val_000000.bin") as val,
-    ):
+        # Some modules repeat a text; no document may be in both shards.
+        documents = list(dict.fromkeys(topics() + licences() + modules()))
+        if not documents:
+            raise DataError("this Python came without its sources and documentation; use another")
+        random.Random(0).shuffle(documents)  # so that both shards hold all kinds
+        train, val = (ShardWriter(unfinished / name) for name in names)
         for text in documents:
             is_val = val.num_tokens < VAL_SHARE * (train.num_tokens + val.num_tokens)
             (val if is_val else train).write(encode_document(encoder, text))
+        train.close()
+        val.close()
     return (
         f"{folder}: {len(documents)} documents, {train.num_tokens:,} train and "
         f"{val.num_tokens:,} val tokens, tokenizer {tokenizer}{note}"
@@ -94,19 +111,19 @@ def make_sample(folder: Path, tokenizer: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code (0 done, 1 not possible, 2 by argparse)."""
-    parser = argparse.ArgumentParser(description="Make the built-in sample.")
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path(__file__).resolve().parent / "sample"
-    )
+    parser = command.Parser(description="Make the built-in sample.")
+    parser.add_argument("folder", nargs="?", default=Path(__file__).resolve().parent / "sample")
     parser.add_argument("--tokenizer", choices=("auto", "gpt2", "bytes"), default="auto")
     args = parser.parse_args(argv)
+    if not args.folder:
+        parser.error("an empty name: expected a folder")
     try:
-        print(make_sample(args.folder, args.tokenizer))
+        print(make_sample(Path(args.folder), args.tokenizer))
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        command.report(error)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, "nothing unfinished is left")

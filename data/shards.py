@@ -7,14 +7,22 @@ stream, each beginning with START_TOKEN; a document may run on from one shard in
 
 import functools
 import os
+import re
+import shutil
+import tempfile
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from command import hold_signals
+
+if TYPE_CHECKING:
+    import tiktoken
 
 MAGIC = 20240520
 VERSION = 1
@@ -30,11 +38,15 @@ _OTHER = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_TO_ID = np.empty(256, np.uint16)
 BYTE_TO_ID[_PRINTABLE + _OTHER] = np.arange(256)
 
+# \s in GPT-2's pattern; Python's \s has some control characters more.
+_WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+LONG_RUN = 100_000  # white space that tiktoken gets in one run; a million makes it panic
+
 Encoder = Callable[[str], np.ndarray]
 
 
 class DataError(Exception):
-    """Something the user can mend; the message names the file, what was found and a remedy."""
+    """Something the user can fix; the message names the file, what was found and a remedy."""
 
 
 class ShardWriter:
@@ -48,6 +60,8 @@ class ShardWriter:
         self.path = path
         self.num_tokens = 0
         self._temporary = path.with_name(path.name + ".tmp")
+        check_replaceable(path)
+        check_replaceable(self._temporary)
         self._file = self._temporary.open("wb")
         self._file.write(bytes(HEADER_BYTES))  # filled in when the count is known
 
@@ -59,17 +73,22 @@ class ShardWriter:
         self.num_tokens += len(tokens)
 
     def close(self) -> None:
-        """Write the header and give the shard its name."""
+        """Write the header and give the shard its name, or discard it if that fails."""
         header = np.zeros(HEADER_INTS, "<i4")
         header[:3] = MAGIC, VERSION, self.num_tokens
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.close()
-        os.replace(self._temporary, self.path)
+        try:
+            self._file.seek(0)
+            self._file.write(header.tobytes())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        except BaseException:
+            self.discard()
+            raise
 
     def discard(self) -> None:
         """Delete what was written; no file appears under the shard's name."""
-        self._file.close()
+        with suppress(OSError):  # a full disk, which has no room for what is buffered either
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -85,6 +104,51 @@ class ShardWriter:
             self.close()
         else:
             self.discard()
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder` whose files move to `folder` together when the block ends.
+
+    An exception leaves nothing of them, nor a folder that was made here. Raises OSError, its
+    message naming `folder`, also where a file would replace what is no regular file.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as temporary:
+            yield Path(temporary)
+            files = sorted(Path(temporary).iterdir())
+            for path in files:
+                check_replaceable(folder / path.name)
+            with hold_signals():
+                for path in files:
+                    os.replace(path, folder / path.name)
+    except BaseException as error:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError) and error.strerror:
+            message = (
+                f"{folder}: cannot be written ({error.strerror}); make room, or choose another"
+            )
+            raise OSError(message) from error
+        raise
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise OSError if something other than a regular file is there: a folder, a device, a link."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(f"{path}: is no regular file, so it is not replaced; move it away")
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raise OSError if the disk of `folder`, which need not exist yet, has less room."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        found = f"{num_bytes / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free"
+        raise OSError(f"{folder}: {found}; make room, or choose another")
 
 
 def verify_shard(path: Path) -> int:
@@ -117,8 +181,8 @@ def encode_bytes(text: str) -> np.ndarray:
     return BYTE_TO_ID[np.frombuffer(text.encode(), np.uint8)]
 
 
-def load_gpt2(timeout: float) -> Encoder:
-    """GPT-2's byte pair encoder; the first call on a machine downloads the vocabulary (1.5 MB).
+def load_gpt2(timeout: float) -> "tiktoken.Encoding":
+    """GPT-2's byte pair encoding; the first call on a machine downloads the vocabulary (1.5 MB).
 
     Raises DataError if it can't be had within `timeout` seconds.
     """
@@ -129,7 +193,7 @@ def load_gpt2(timeout: float) -> Encoder:
             import tiktoken
 
             result.append(tiktoken.get_encoding("gpt2"))
-        except (ImportError, OSError, ValueError) as error:  # OSError: also network errors
+        except Exception as error:  # noqa: BLE001 (whatever network and cache make it raise)
             result.append(error)
 
     # tiktoken downloads without a time limit; a daemon thread can be left behind if it hangs.
@@ -144,7 +208,34 @@ def load_gpt2(timeout: float) -> Encoder:
             "network once, point TIKTOKEN_CACHE_DIR to a folder that has it, or use "
             "--tokenizer bytes"
         )
-    return lambda text: np.array(found.encode_ordinary(text), np.uint16)
+    return found
+
+
+def cut_long_runs(text: str) -> list[str]:
+    """Cut a text so that tiktoken can take it, where that changes no token.
+
+    GPT-2's pattern takes all of a run of white space but its last character as one piece, and what
+    comes before ends at the run whatever it holds. A run at the end of the text is one piece whole,
+    which tiktoken takes at any length.
+    """
+    if len(text) <= LONG_RUN:
+        return [text]
+    pieces, start = [], 0
+    for run in _WHITE_SPACE.finditer(text):
+        last = run.end() - 1
+        if last - run.start() >= LONG_RUN and run.end() < len(text):
+            pieces += [text[start : run.start()], text[run.start() : last]]
+            start = last
+    return [*pieces, text[start:]]
+
+
+def encode_gpt2(encoding: "tiktoken.Encoding", text: str) -> np.ndarray:
+    """GPT-2 tokens, shape (n,), uint16; names of special tokens are text like any other."""
+    # To numpy: a list would be made under the interpreter's lock, which other threads wait for.
+    tokens = [
+        encoding.encode_to_numpy(piece, disallowed_special=()) for piece in cut_long_runs(text)
+    ]
+    return np.concatenate(tokens).astype(np.uint16)
 
 
 @functools.cache
@@ -153,7 +244,9 @@ def get_encoder(tokenizer: str, timeout: float = 60) -> Encoder:
 
     Raises DataError if GPT-2's vocabulary can't be had within `timeout` seconds.
     """
-    return encode_bytes if tokenizer == "bytes" else load_gpt2(timeout)
+    if tokenizer == "bytes":
+        return encode_bytes
+    return functools.partial(encode_gpt2, load_gpt2(timeout))
 
 
 def encode_document(encoder: Encoder, text: str) -> np.ndarray:

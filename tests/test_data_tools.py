@@ -22,18 +22,26 @@ import pytest
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))
 
+import cached_fineweb
 import shards
 import tokenize_text
 
 MB = 1 << 20
 
 
-def start(script: str, *args: object, **env: str) -> subprocess.Popen:
+def start(script: str, *args: object, new_session: bool = False, **env: str) -> subprocess.Popen:
     """Start a data tool as a user would, `env` added to the environment."""
     command = [sys.executable, str(DATA / script), *map(str, args)]
     pipe = subprocess.PIPE
     environment = {**os.environ, "NO_PROXY": "127.0.0.1,localhost", **env}
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        start_new_session=new_session,
+    )
 
 
 def run(script: str, *args: object, **env: str) -> subprocess.CompletedProcess:
@@ -165,6 +173,7 @@ class Hub(ThreadingHTTPServer):
     """Answers what the hub client asks: file versions, redirects to a store, ranges, listings.
 
     `stop_at` cuts answers off at that byte of the file: for good ("stall") or once ("cut").
+    `refusals` are statuses instead of answers, and `pages` pages, by the first part of the path.
     """
 
     daemon_threads = True
@@ -175,6 +184,8 @@ class Hub(ThreadingHTTPServer):
         self.ranges: list[tuple[str, str | None]] = []  # (file, Range header) of every GET
         self.stop_at: int | None = None
         self.stop_kind = "cut"
+        self.refusals: dict[str, int] = {}
+        self.pages: dict[str, bytes] = {}
 
     @property
     def env(self) -> dict[str, str]:
@@ -201,7 +212,14 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/tree/main|/revision/main)?", path):
+        kind = path.split("/")[1]
+        if kind in self.server.refusals:
+            self.reply(self.server.refusals[kind], {})
+        elif kind in self.server.pages:
+            self.reply(200, {"Content-Type": "text/html", "ETag": '"1"'}, self.server.pages[kind])
+        elif match := re.fullmatch(
+            r"/api/datasets/([^/]+/[^/]+)(/tree/main|/revision/main)?", path
+        ):
             files = [
                 {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
                 for name, data in self.server.files.items()
@@ -330,13 +348,22 @@ def test_fetch_starts_over_from_a_spoilt_part(hub: Hub, tmp_path: Path) -> None:
 
     part.parent.mkdir()
     (out / name).unlink()
-    part.write_bytes(b"wrong")  # going on from here gives the right length, but not the file
+    part.write_bytes(b"<html>a page that a run of long ago has left")
+    old = part.with_name(f"{name}.{'0' * 64}")
+    old.write_bytes(data[:1500])  # of another version
+    result = run("cached_fineweb.py", "fineweb10B", 0, "--out", out, **hub.env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert folder_files(out) == {name: data}
+
+    part.parent.mkdir()
+    (out / name).unlink()
+    spoilt = data[:1500] + b"wrong"  # going on from here gives the right length, but not the file
+    part.write_bytes(spoilt)
     result = run("cached_fineweb.py", "fineweb10B", 0, "--out", out, **hub.env)
     assert result.returncode == 1
     assert is_one_error_line(result.stderr)
     assert "SHA-256" in result.stderr
-    assert list(part.parent.iterdir()) == []
-    assert not (out / name).exists()
+    assert list(out.iterdir()) == []
 
 
 def test_fetch_rejects_a_broken_file(hub: Hub, tmp_path: Path) -> None:
@@ -348,6 +375,90 @@ def test_fetch_rejects_a_broken_file(hub: Hub, tmp_path: Path) -> None:
     assert is_one_error_line(result.stderr)
     assert "magic number" in result.stderr
     assert not (out / "fineweb_train_000001.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "remedy"),
+    [
+        ("datasets", 401, "HF_TOKEN"),
+        ("datasets", 503, "run this again later"),
+        ("store", 403, "log in by"),
+    ],
+)
+def test_fetch_refused(hub: Hub, tmp_path: Path, kind: str, status: int, remedy: str) -> None:
+    hub.refusals[kind] = status
+    result = run("cached_fineweb.py", "fineweb10B", 0, "--out", tmp_path / "out", **hub.env)
+    assert result.returncode == 1
+    assert is_one_error_line(result.stderr)
+    assert f"HTTP status {status}; " in result.stderr
+    assert remedy in result.stderr
+    assert "network" not in result.stderr
+    assert not list(tmp_path.rglob("fineweb*"))
+    assert not list(tmp_path.rglob(".parts"))
+
+
+@pytest.mark.parametrize(("kind", "length"), [("datasets", 100), ("store", 100), ("store", 10_000)])
+def test_fetch_meets_a_login_page(hub: Hub, tmp_path: Path, kind: str, length: int) -> None:
+    out, (name, data) = tmp_path / "out", next(iter(hub.files.items()))
+    hub.pages[kind] = b"<!DOCTYPE html>Log in".ljust(length)
+    if kind == "store":  # in the middle of a file
+        part = out / ".parts" / f"{name}.{hashlib.sha256(data).hexdigest()}"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(data[:1500])
+    result = run("cached_fineweb.py", "fineweb10B", 0, "--out", out, **hub.env)
+    assert result.returncode == 1
+    assert is_one_error_line(result.stderr)
+    assert "a login page" in result.stderr
+    assert not list(tmp_path.rglob("fineweb_*"))
+    assert not list(tmp_path.rglob(".parts"))
+    hub.pages.clear()
+    result = run("cached_fineweb.py", "fineweb10B", 0, "--out", out, **hub.env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert folder_files(out) == {name: data}
+
+
+def test_fetch_is_cheap_and_offline_where_all_is_there(hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    names = sorted(hub.files)
+    for name in names[::2]:
+        (out / name).write_bytes(hub.files[name])
+    result = run("cached_fineweb.py", "fineweb10B", 2, "--out", out, **hub.env)
+    assert "3 shards, 1 of them fetched now" in result.stdout
+    assert folder_files(out) == hub.files
+    assert hub.fetched() == [names[1]]
+
+    hub.ranges.clear()
+    code = "import sys, cached_fineweb as c; print(c.main(), 'huggingface_hub' in sys.modules)"
+    command = [sys.executable, "-c", code, "fineweb10B", "2", "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": str(DATA), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    lines = subprocess.check_output(command, env=env, text=True, timeout=60).splitlines()
+    assert lines == [f"{out}: 3 shards, 0 of them fetched now", "0 False"]
+
+
+def test_fetch_replaces_no_link(hub: Hub, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere.bin"
+    out.mkdir()
+    link = out / "fineweb_val_000000.bin"
+    link.symlink_to(elsewhere)
+    for content in (None, b"broken"):
+        if content is not None:
+            elsewhere.write_bytes(content)
+        result = run("cached_fineweb.py", "fineweb10B", 0, "--out", out, **hub.env)
+        assert result.returncode == 1
+        assert f"error: {link}: is no regular file" in result.stderr
+        assert link.is_symlink()
+    elsewhere.write_bytes(hub.files[link.name])
+    result = run("cached_fineweb.py", "fineweb10B", 0, "--out", out, **hub.env)
+    assert "1 shards, 0 of them fetched now" in result.stdout
+
+
+def test_fetch_needs_room(tmp_path: Path, monkeypatch) -> None:
+    remote = cached_fineweb.RemoteFile("a.bin", "http://127.0.0.1:9/a.bin", "0", 10**18)
+    monkeypatch.setattr(cached_fineweb, "look_up", lambda repo, name: remote)
+    with pytest.raises(OSError, match="1,000,000,000,000.0 MB are to be written"):
+        cached_fineweb.download("a/b", ["a.bin"], tmp_path / "in" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_asked_for_too_much(hub: Hub, tmp_path: Path) -> None:
@@ -372,12 +483,23 @@ def test_fetch_without_network(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.bin*"))
 
 
-@pytest.mark.parametrize("args", [["fineweb"], ["fineweb10B", "-1"], ["fineweb10B", "some"]])
-def test_fetch_bad_arguments(args: list[str]) -> None:
-    result = run("cached_fineweb.py", *args)
-    assert result.returncode == 2
-    assert args[-1] in result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fineweb"],
+        ["fineweb10B", "-1"],
+        ["fineweb10B", "some"],
+        ["fineweb10B", "1000000"],
+        ["--out", ""],
+    ],
+)
+def test_fetch_bad_arguments(args: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cached_fineweb.main(args)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert is_one_error_line(error)
+    assert args[-1] in error
 
 
 # ---- Text to shards ----
@@ -442,17 +564,34 @@ def test_tokenize_from_the_hub(hub: Hub, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "file.jsonl", [f"{name} {i}" for i in range(3)])
         hub.files[f"{name}.jsonl"] = path.read_bytes()
     hub.files["README.md"] = b"not data"
+    pq.write_table(pa.table({"text": ["row"]}), tmp_path / "d.parquet")
+    hub.files["data/d.parquet"] = (tmp_path / "d.parquet").read_bytes()
+    hub.files["data/c.jsonl"] = b"\n"
+    hub.files["data/b.jsonl"] += b"no json\n"
     out = tmp_path / "out"
     env = {**hub.env, "HF_HOME": str(tmp_path / "home")}
-    result = tokenize(out, "user/set", "--match", "data/*", "--val-every", 0, **env)
+    args = ["user/set", "--match", "data/*", "--val-every", 0]
+    result = tokenize(out, *args, "--skip_bad", **env)
     assert result.returncode == 0, result.stderr
-    expected = [f"data/{name} {i}" for name in "ab" for i in range(3)]
+    assert "left out 1 bad rows, the first: user/set: data/b.jsonl, line 4: is no" in result.stderr
+    assert "left out 1 empty files" in result.stderr
+    expected = [f"data/{name} {i}" for name in "ab" for i in range(3)] + ["row"]
     assert read_documents(out / "out_train_000001.bin") == expected
-    assert hub.fetched() == ["data/a.jsonl", "data/b.jsonl"]
+    names = ["data/a.jsonl", "data/b.jsonl", "data/c.jsonl", "data/d.parquet"]
+    assert hub.fetched() == names
 
     result = tokenize(tmp_path / "no", "user/set", "--match", "x*", **env)
     assert result.returncode == 2
-    assert "none of its 3 .parquet and .jsonl files fits --match 'x*'" in result.stderr
+    assert "none of its 5 .parquet and .jsonl files fits --match 'x*'" in result.stderr
+
+    for kind, status in (("api", 401), ("store", 403)):
+        hub.refusals = {kind: status}
+        result = tokenize(tmp_path / "no", *args, **env)
+        assert result.returncode == 2
+        assert result.stderr.count("error: ") == 1
+        assert f"HTTP status {status}; " in result.stderr
+        assert "check the network" not in result.stderr
+        assert not (tmp_path / "no").exists()
 
 
 def test_tokenize_gpt2(tmp_path: Path) -> None:
@@ -525,7 +664,7 @@ def test_tokenize_failing_late_leaves_nothing(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert is_one_error_line(result.stderr)
     assert "line 61" in result.stderr
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("option", [["--val-every", "1"], ["--shard-tokens", "0"], ["--workers=0"]])

@@ -1,24 +1,23 @@
 """The table of prefix tokens, which scripts of older records read."""
 
-import importlib.util
+import importlib
 import os
 import sys
 from types import ModuleType
 
 import numpy as np
 import pytest
+import tiktoken
 from conftest import ROOT
 
 from train_gpt import START_TOKEN
 
+sys.path.insert(0, str(ROOT / "data"))
+
 
 @pytest.fixture(scope="module")
 def prefix_tool() -> ModuleType:
-    path = ROOT / "data" / "prefix_tokens.py"
-    spec = importlib.util.spec_from_file_location("prefix_tokens", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("prefix_tokens")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -79,10 +78,42 @@ def test_shipped_prefix_table_for_tokens_known_by_heart():
     assert table[[256, 257, 258, 262, 284, 294]].tolist() == [space, space, h, 294, 256, 256]
 
 
-def test_shipped_prefix_table_is_that_of_the_vocabulary(prefix_tool, tmp_path, monkeypatch):
+def test_table_of_a_small_vocabulary(prefix_tool, tmp_path, monkeypatch, capsys):
+    """Special tokens neither have nor are prefix tokens."""
+    words = [bytes([i]) for i in range(256)] + [b"<|", b"<|x|>y", b"ab", b"abc"]
+    ranks = {word: index for index, word in enumerate(words)}
+    encoding = tiktoken.Encoding(
+        "small", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|x|>": len(words)}
+    )
+    monkeypatch.setattr(prefix_tool, "load_gpt2", lambda timeout: encoding)
+    path = tmp_path / "new" / "table"  # np.save would add an ending
+    assert prefix_tool.main([str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 4 of 261 tokens have a prefix token\n"
+    assert np.load(path).tolist() == [-1] * 256 + [ord("<"), 256, ord("a"), 258, -1]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_table_that_cannot_be_made(prefix_tool, tmp_path, monkeypatch, capsys):
+    def load_gpt2(timeout):
+        raise prefix_tool.DataError("no vocabulary")
+
+    monkeypatch.setattr(prefix_tool, "load_gpt2", load_gpt2)
+    path = tmp_path / "new" / "table.npy"
+    assert prefix_tool.main([str(path)]) == 1
+    assert capsys.readouterr().err == "error: no vocabulary\n"
+    assert prefix_tool.main([str(tmp_path)]) == 1
+    assert "is no regular file" in capsys.readouterr().err
+    for arguments in (["--tabel"], ["a", "b"], [""]):
+        with pytest.raises(SystemExit) as exit_info:
+            prefix_tool.main(arguments)
+        assert exit_info.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shipped_prefix_table_is_that_of_the_vocabulary(prefix_tool, tmp_path):
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary")
-    monkeypatch.setattr(sys, "argv", ["prefix_tokens.py", str(tmp_path / "fresh.npy")])
-    if prefix_tool.main() != 0:
+    if prefix_tool.main([str(tmp_path / "fresh.npy")]) != 0:
         pytest.skip("tiktoken cannot load GPT-2's vocabulary")
     assert np.array_equal(np.load(tmp_path / "fresh.npy"), shipped_table())
