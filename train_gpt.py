@@ -2922,8 +2922,8 @@ class Progress:
             self.first_loss = loss
         if step == self.NOT_LEARNING and loss > self.first_loss - 0.5:
             self.runtime.log.line(
-                f"warning: this run does not learn: its loss was {self.first_loss:.2f} at step 1 and "
-                f"is {loss:.2f} at step {step + 1}. Try in this order: --self_check true; --fp8 "
+                f"warning: this run does not learn: its loss is {loss:.2f} at step {step + 1}, after "
+                f"{self.first_loss:.2f} at step 1. Try in this order: --self_check true; --fp8 "
                 "false; other --muon_lr and --adam_lr; the data of --train_files"
             )
 
@@ -3616,8 +3616,7 @@ def train(config: Config, runtime: Runtime) -> None:
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
     count, dim = model.ngrams.table.shape
     log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
-    with memory_for("the passes of a step", passes_remedy(config, runtime.world_size)):
-        trainer.prepare()
+    trainer.prepare()
     preparation = time.perf_counter() - begin
 
     rows = ahead(training_rows(config, runtime, shapes), depth=2)
@@ -3653,8 +3652,8 @@ def train(config: Config, runtime: Runtime) -> None:
     without_graph, passes = runtime.all_reduce(passes).tolist()
     if without_graph:
         log.line(
-            f"{without_graph:,} of {passes:,} passes ran without a CUDA graph, which is slower: their "
-            f"documents are shorter than --min_mean_doc_len {config.min_mean_doc_len} on average"
+            f"{without_graph:,} of {passes:,} passes ran without a CUDA graph, which is slower: "
+            f"their documents are shorter than --min_mean_doc_len {config.min_mean_doc_len} on average"
         )
 
     step_ms, peak = 1000 * clock.total / done, peak_memory(runtime)
@@ -3922,8 +3921,8 @@ def main(arguments: list[str] | None = None) -> int:
         except UserError as error:
             message = f"error: {error}"
         except torch.OutOfMemoryError as error:
-            found = f"{str(error).partition('. ')[0]}: lower --tokens_per_pass"
-            message = f"error: {found} {config.tokens_per_pass}, or raise --rows_per_step"
+            remedy = passes_remedy(config, int(os.environ.get("WORLD_SIZE", "1")))
+            message = f"error: {str(error).partition('. ')[0]}, for the passes of a step: {remedy}"
         except Exception:  # noqa: BLE001 (reported with its traceback)
             message = traceback.format_exc()
         end(1, message, speaks_for_error(store))  # which may be of one rank alone

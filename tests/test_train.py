@@ -529,8 +529,8 @@ def remove_shards(folder: Path) -> None:
         (spoil_token, {}, r"train_1\.bin: token 60000 at position 4498"),
         (spoil_val_token, {}, r"val\.bin: token 60000 at position 900"),
         (None, {"num_steps": 400}, r"--train_files .*8000 tokens, but .* reads at least 77312"),
-        (None, {"adam_lr": "1e30"}, r"loss is nan.*--muon_lr or --adam_lr"),
-        (None, {"stages": FEW_COLUMNS}, r"loss is nan at step 1 .*raise the columns of --stages"),
+        (None, {"adam_lr": "1e30"}, r"loss is nan.*not finite by now: .*lower --muon_lr 0\.023"),
+        (None, {"stages": FEW_COLUMNS}, r"loss is nan at step 1 .*; more columns in --stages"),
         (None, {"rows_per_step": 5}, r"--stages: 128 tokens a step do not make 5 rows"),
         (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
     ],
@@ -588,7 +588,8 @@ def test_too_little_memory_has_a_remedy(data, tmp_path):
     (script := tmp_path / "script.py").write_text(OUT_OF_MEMORY.replace("ROOT", repr(str(ROOT))))
     result = run(data, script=script, tokens_per_pass=512)
     assert result.returncode == 1
-    found = "CUDA out of memory: lower --tokens_per_pass 512, or raise --rows_per_step"
+    found = "CUDA out of memory, for the passes of a step: lower --tokens_per_pass 512, to 128"
+    found += " at the least"
     assert result.stderr.splitlines()[-1] == f"error: {found}"
     assert found in log_of(data)[0]
 
