@@ -492,7 +492,38 @@ class Runtime:
 
 def connect() -> dist.Store | None:
     """The key-value store that torchrun's processes share; None for a process started alone."""
-    return next(dist.rendezvous("env://"))[0] if "WORLD_SIZE" in os.environ else None
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    given = [name for name in names if os.environ.get(name)]
+    if not {"RANK", "WORLD_SIZE"} & {*given}:
+        return None
+    found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+    remedy = "start several processes by run.sh or torchrun, and one after unset RANK WORLD_SIZE"
+    require(len(given) == len(names), f"the environment of this process has {found}: {remedy}")
+    watch_launcher()
+    try:
+        return next(dist.rendezvous("env://"))[0]
+    except (ValueError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes cannot meet by {found} ({reason}): give a port of MASTER_ADDR that "
+            f"is free, or {remedy}"
+        ) from None
+
+
+def watch_launcher() -> None:
+    """End this process within seconds when torchrun has been killed: else it would hold its GPU and
+    wait for others until a timeout. SIGTERM lets it close its log, unless it waits in a kernel."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        os._exit(128 + signal.SIGTERM)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # others may start processes and end
+        threading.Thread(target=watch, daemon=True, name="watch").start()
 
 
 def speaks_for_error(store: dist.Store | None) -> bool:
