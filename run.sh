@@ -84,7 +84,7 @@ from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import api, errors
 logging.disable(logging.ERROR)
 names = ",".join(s.name for s in signals)
-sys.argv[1:1] = ["--signals-to-handle", names, "--shutdown-timeout", "10"]
+sys.argv[1:1] = ["--signals-to-handle", names, "--shutdown-timeout", "5"]
 try:
     run.main()
 except errors.ChildFailedError as error:

@@ -510,16 +510,16 @@ def connect() -> dist.Store | None:
         ) from None
 
 
-def watch_launcher() -> None:
-    """End this process within seconds when torchrun has been killed: else it would hold its GPU and
-    wait for others until a timeout. SIGTERM lets it close its log, unless it waits in a kernel."""
+def watch_launcher(grace_s: float = 5.0) -> None:
+    """End this process soon after torchrun was killed: it would hold its GPU, and wait for others
+    until a timeout. SIGTERM lets it close its log, if it is not waiting in a collective."""
     launcher = os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        time.sleep(grace_s)
         os._exit(128 + signal.SIGTERM)
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # others may start processes and end
