@@ -132,7 +132,7 @@ launch() {  # a script, on the GPUs there are, with the data it needs
       attend "$python" "$root/data/cached_fineweb.py"  # passes over what is whole
     fi
     [ "$PWD" -ef "$root" ] || set -- "$@" --val_file "${shards}_val_000000.bin" \
-      --train_files "${shards//\[/[[]}_train_*.bin"
+      --train_files "${shards}_train_*.bin"
   fi
   [ "$nproc" -gt 1 ] || [ "$nnodes" -gt 1 ] || exec "$python" "$script" "$@"
   exec "$python" -c "$torchrun" "${nodes[@]}" --nproc-per-node "$nproc" "$script" "$@"

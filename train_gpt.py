@@ -27,7 +27,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import typing
@@ -493,13 +492,13 @@ class Runtime:
 def connect() -> dist.Store | None:
     """The key-value store that torchrun's processes share; None for a process started alone."""
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    given = [name for name in names if os.environ.get(name)]
-    if not {"RANK", "WORLD_SIZE"} & {*given}:
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return None
     found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
     remedy = "start several processes by run.sh or torchrun, and one after unset RANK WORLD_SIZE"
-    require(len(given) == len(names), f"the environment of this process has {found}: {remedy}")
-    watch_launcher()
+    require(
+        all(map(os.environ.get, names)), f"the environment of this process has {found}: {remedy}"
+    )
     try:
         return next(dist.rendezvous("env://"))[0]
     except (ValueError, dist.DistError) as error:
@@ -508,22 +507,6 @@ def connect() -> dist.Store | None:
             f"the processes cannot meet by {found} ({reason}): give a port of MASTER_ADDR that "
             f"is free, or {remedy}"
         ) from None
-
-
-def watch_launcher(grace_s: float = 5.0) -> None:
-    """End this process soon after torchrun was killed: it would hold its GPU, and wait for others
-    until a timeout. SIGTERM lets it close its log, if it is not waiting in a collective."""
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(grace_s)
-        os._exit(128 + signal.SIGTERM)
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # others may start processes and end
-        threading.Thread(target=watch, daemon=True, name="watch").start()
 
 
 def speaks_for_error(store: dist.Store | None) -> bool:

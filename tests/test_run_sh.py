@@ -1,6 +1,7 @@
 """run.sh: what it starts, where, with which data and how many threads, by an interpreter that notes
 how it is called; and how processes end, by the real one."""
 
+import logging
 import os
 import shutil
 import signal
@@ -80,13 +81,12 @@ TRAIN = ("--num_steps", "3")
 
 
 def test_paths_are_the_callers_from_any_folder_and_through_links(copy):
-    """Scripts and data are those beside run.sh, also where its folder's name is a pattern."""
+    """Scripts and data are those beside run.sh."""
     root = copy.root = copy.root.rename(copy.root.with_name("root [v1]"))
     (copy.caller / "link").symlink_to(root / "run.sh")
     (copy.caller / "link to link").symlink_to("link")
-    escaped = str(root).replace("[", "[[]")
     data = f"--val_file {root}/data/sample/sample_val_000000.bin "
-    data += f"--train_files {escaped}/data/sample/sample_train_*.bin"
+    data += f"--train_files {root}/data/sample/sample_train_*.bin"
     for run in (root / "run.sh", "../root [v1]/run.sh", "./link", copy.caller / "link to link"):
         calls, _, _ = copy.run(*TRAIN, cwd=copy.caller, run=run)
         assert [call[0] for call in calls] == [str(copy.caller)] * 2
@@ -296,8 +296,10 @@ def note(text):
         file.write(text)
     os.rename(notes + ".new", notes)
 if how == "code":
+    if rank == "0":
+        time.sleep(60)
     print("error: said by the rank", file=sys.stderr)
-    sys.exit(int(rank) and 2)
+    sys.exit(2)
 if how == "kill" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if rank == "1":  # as one that waits in a collective
@@ -333,24 +335,44 @@ def test_sigterm_ends_all_ranks_within_seconds(ranks):
     assert all(map(is_gone, pids))
 
 
-@pytest.mark.parametrize(
-    ("how", "code", "line"),
-    [("code", 2, ""), ("kill", 1, "run.sh: process 1 ended with SIGKILL\n")],
-)
-def test_a_ranks_exit_code_is_that_of_all(ranks, how, code, line):
+@pytest.fixture
+def torchrun(ranks, monkeypatch, capfd):
+    """What run.sh has the interpreter do, with these options, in this process, which has imported
+    torch: gives what it exits with and what it and the ranks say."""
+    program = (ROOT / "run.sh").read_text().split("\ntorchrun='\n")[1].split("'\n")[0]
+
+    def call(*options: object, **settings: str) -> tuple[object, str]:
+        for name, value in (ranks.environment | settings).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["", *map(str, options), f"{ranks.root}/train_gpt.py"])
+        with pytest.raises(SystemExit) as stop:
+            exec(program, {"__name__": "__main__"})  # noqa: S102
+        return stop.value.code, capfd.readouterr().err
+
+    numbers = signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT
+    handlers, variables = [(number, signal.getsignal(number)) for number in numbers], {**os.environ}
+    yield call
+    logging.disable(logging.NOTSET)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def test_a_ranks_exit_code_is_that_of_all(torchrun):
     """torchrun's report is left out: the rank has spoken, or could not."""
-    _, _, err = ranks.run("--train_files", "x", code=code, HOW=how)
-    lines = err.splitlines(keepends=True)
-    assert [text for text in lines if text != "error: said by the rank\n"] == [line] * bool(line)
-    assert ("error: said by the rank\n" in lines) == (how == "code")
+    local = "--standalone", "--nproc-per-node", 2
+    assert torchrun(*local, HOW="code") == (2, "error: said by the rank\n")
+    killed = "run.sh: process 1 ended with SIGKILL"
+    assert torchrun(*local, HOW="kill") == (killed, "")
 
 
-def test_a_port_in_use_is_one_line(ranks):
+def test_a_port_in_use_is_one_line(torchrun):
     with socket.create_server(("0.0.0.0", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        nodes = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        _, out, err = ranks.run("--train_files", "x", code=1, **nodes)
-    assert out == "" and err.count("\n") == 1
+        port = taken.getsockname()[1]
+        node = "--nnodes", 2, "--node-rank", 0, "--master-addr", "127.0.0.1", "--master-port", port
+        code, err = torchrun(*node)
+    assert code == 1 and err.count("\n") == 1
     assert err.startswith("run.sh: the nodes cannot meet (") and "address already in use" in err
     assert f"port: {port}" in err and "MASTER_PORT a free port there" in err
 
@@ -365,6 +387,7 @@ WORLD = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
             {"WORLD_SIZE": "1"},
             "has RANK=, WORLD_SIZE=1, MASTER_ADDR=, MASTER_PORT=: start several ",
         ),
+        ({"WORLD_SIZE": ""}, "has RANK=, WORLD_SIZE=, MASTER_ADDR=, MASTER_PORT=: start several "),
         ({"RANK": "1"}, "has RANK=1, WORLD_SIZE=, MASTER_ADDR=, MASTER_PORT=: start several "),
         ({**WORLD, "MASTER_ADDR": ""}, "has RANK=0, WORLD_SIZE=2, MASTER_ADDR=, MASTER_PORT=29500"),
         ({**WORLD, "RANK": "first"}, "cannot meet by RANK=first, WORLD_SIZE=2, "),
@@ -386,38 +409,3 @@ def test_an_environment_of_no_launcher_is_one_line(monkeypatch, given, message):
             connect()
     assert str(error.value).count("\n") == 0
     assert "unset RANK WORLD_SIZE" in str(error.value)
-
-
-ORPHANS = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train_gpt
-def rank(kind):
-    handler = signal.SIG_IGN if kind == "deaf" else lambda *_: os._exit(os.write(1, b"told ") and 0)
-    signal.signal(signal.SIGTERM, handler)
-    os.environ["TORCHELASTIC_RUN_ID"] = "1"
-    if kind == "alone":
-        del os.environ["TORCHELASTIC_RUN_ID"]
-    train_gpt.watch_launcher(grace_s=0.2)
-    os.write(2, b"r")
-    time.sleep(4)
-    os.write(1, b"stayed ")
-    os._exit(0)
-for kind in sys.argv[1:]:
-    if os.fork() == 0:
-        rank(kind)
-time.sleep(60)
-"""
-
-
-def test_ranks_end_when_their_launcher_is_killed():
-    """By SIGTERM, and those that do not hear it without. Only torchrun's."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", ORPHANS, "hears", "deaf", "alone"],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr.read(3) == b"rrr"
-    process.kill()
-    assert process.communicate(timeout=30) == (b"told stayed ", b"")
