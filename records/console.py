@@ -25,7 +25,8 @@ def number(kind: type, least: float, most: float) -> Callable[[str], float]:
             value = float("nan")
         if not least <= value <= most:
             found = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is no {found} from {least} to {most}")
+            end = f"to {most}" if most < sys.maxsize else "up"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {found} from {least} {end}")
         return value
 
     return read

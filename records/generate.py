@@ -92,11 +92,11 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="./run.sh generate", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what --checkpoint wrote")
     parser.add_argument("text", type=utf8, metavar="TEXT", help="what is to be continued")
-    kind = number(int, 0, 2**31)
+    kind = number(int, 0, sys.maxsize)
     parser.add_argument("--tokens", type=kind, default=128, metavar="N", help="at most [128]")
     text, kind = "0 takes the likeliest token [0.8]", number(float, 0, sys.float_info.max)
     parser.add_argument("--temperature", type=kind, default=0.8, metavar="T", help=text)
-    kind = number(int, 0, 2**63 - 1)
+    kind = number(int, 0, 2**63 - 2)
     parser.add_argument("--seed", type=kind, default=1337, metavar="N", help="of chance [1337]")
     args = parser.parse_args(arguments)
     try:

@@ -218,7 +218,7 @@ def test_limit_is_at_least_one(capsys, limit):
         hellaswag.main(["model.pt", "--limit", limit])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: argument --limit: {limit!r} is no whole number from 1 to ")
+    assert error.startswith(f"error: argument --limit: {limit!r} is no whole number from 1 up")
     assert error.count("\n") == 1
 
 

@@ -1,6 +1,7 @@
 """records/generate.py with the weights of a short run."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,12 +85,12 @@ def test_what_is_no_checkpoint_is_told(weights, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens", "-1"], "--tokens: '-1' is no whole number from 0 to "),
+        (["--tokens", "-1"], "--tokens: '-1' is no whole number from 0 up"),
         (["--tokens", "2.5"], "--tokens: '2.5' is no whole number"),
-        (["--temperature", "-0.1"], "--temperature: '-0.1' is no number from 0 to "),
+        (["--temperature", "-0.1"], "--temperature: '-0.1' is no number from 0 up"),
         (["--temperature", "nan"], "--temperature: 'nan' is no number"),
         (["--temperature", "inf"], "--temperature: 'inf' is no number"),
-        (["--seed", "-1"], "--seed: '-1' is no whole number from 0 to 9223372036854775807"),
+        (["--seed", "-1"], "--seed: '-1' is no whole number from 0 to 9223372036854775806"),
         (["--seed", "1" + "0" * 19], "--seed: '10000000000000000000' is no whole number"),
         (["--seed", "1" * 5000], "--seed: "),
         (["\udcff"], "TEXT: '\\udcff' is not UTF-8"),
@@ -200,6 +201,24 @@ runpy.run_path({str(ROOT / "records" / tool)!r} + ".py", run_name="__main__")
         [sys.executable, "-c", script, "model.pt", "text"], capture_output=True, check=False
     )
     assert (result.returncode, result.stderr) == (130, b"\ninterrupted\n")
+
+
+SIGNALLED = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "records")!r})
+import console
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+console.end_on_signals()
+for number in map(int, sys.argv[1:]):
+    os.kill(os.getpid(), number)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_tool_but_not_one_that_is_ignored(number):
+    command = [sys.executable, "-c", SIGNALLED, str(int(signal.SIGHUP)), str(int(number))]
+    result = subprocess.run(command, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (128 + number, b"\ninterrupted\n")
 
 
 def test_a_panic_of_the_tokenizer_is_one_line(monkeypatch):

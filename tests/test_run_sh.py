@@ -102,6 +102,14 @@ def test_paths_are_the_callers_from_any_folder_and_through_links(copy):
     assert calls[-1][-1].endswith("pytest -n 2 --dist loadfile tests -x")
 
 
+@pytest.mark.parametrize(("program", "code"), [("ruff", 1), ("pytest", 1), ("pytest", 5)])
+def test_lint_and_tests_fail_with_their_exit_code(copy, program, code):
+    """Also when pytest has found no test, which is 5."""
+    (copy.notes / "does").write_text(f"[[ $* != *{program}* ]] || exit {code}\n")
+    calls, _, _ = copy.run("test", code=code)
+    assert len(calls) == (1 if program == "ruff" else 3)
+
+
 SAMPLE, FINEWEB = "sample.py", "cached_fineweb.py"
 
 
