@@ -164,7 +164,7 @@ SHOW = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "records")!r})
 import console
-sys.exit(console.show(chr(0xe9) + "b" * 99999))
+sys.exit(console.show(chr(0xe9) + "bb"))
 """
 
 
