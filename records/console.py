@@ -52,7 +52,6 @@ def show(text: str) -> int:
         sys.stdout.reconfigure(errors="replace")
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is written again
         if not isinstance(error, BrokenPipeError):
             print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
             return 1
