@@ -18,12 +18,12 @@ from test_train import environment
 from train_gpt import UserError, connect
 
 # Answers what run.sh asks; all else is noted, and then done what the file `does` says.
-PYTHON = """#!/bin/bash
+PYTHON = f"""#!/bin/bash
 case "$*" in
-  *version_info*) exit ${TOO_OLD:-0} ;;
+  *version_info*) {sys.executable} -c "import sys; sys.version_info = (${{VERSION:-3, 11}}); $2" ;;
   --version) echo "Python 3.10.13" ;;
-  *device_count*) echo "${GPUS:-0} ${THREADS:-4}" ;;
-  *) echo "$PWD|${OMP_NUM_THREADS:-}|${OMP_WAIT_POLICY:-}|${*//$'\\n'/ }" >>"$NOTES/calls"
+  *device_count*) echo "${{GPUS:-0}} ${{THREADS:-4}}" ;;
+  *) echo "$PWD|${{OMP_NUM_THREADS:-}}|${{OMP_WAIT_POLICY:-}}|${{*//$'\\n'/ }}" >>"$NOTES/calls"
     [ ! -f "$NOTES/does" ] || . "$NOTES/does" ;;
 esac
 """
@@ -224,11 +224,11 @@ def with_path(copy: Copy) -> dict[str, str]:
 
 
 def test_an_old_python_is_named_before_pip_is_called(copy):
-    calls, out, err = copy.run("history", code=1, TOO_OLD="1", **with_path(copy))
+    calls, out, err = copy.run("history", code=1, VERSION="3, 10, 13", **with_path(copy))
     assert calls == [] and out == ""
     found = "Python 3.11 or later is needed, python3 is Python 3.10.13: name a later one as PYTHON"
     assert err.startswith(f"run.sh: {found}, or make .venv ") and err.count("\n") == 1
-    _, _, err = copy.run("history", code=1, TOO_OLD="1")
+    _, _, err = copy.run("history", code=1, VERSION="3, 10, 13")
     assert err.startswith(f"run.sh: Python 3.11 or later is needed, {copy.python} is Python 3.10.")
 
 
