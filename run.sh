@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up on first use, then trains, tests, or makes and judges records. `./run.sh help` says how.
 set -euo pipefail
-cd "$(dirname "$0")"
+root=$(dirname "$(readlink -f "$0")")  # not where we are: relative paths are the caller's
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # threads that wait leave the cores to others
 
 usage='./run.sh [--option value ...]   train; the options are those of train_gpt.py (--help lists them)
 ./run.sh test [pytest args]     lint and tests, on a CPU; with a GPU also the tests that need one
@@ -21,63 +22,132 @@ GPUs: the largest of 8, 4, 2, 1 that the machine has; NPROC overrides. Data: Fin
 Without a GPU it trains the small preset on the built-in sample, in about two minutes.
 Several nodes: on each one NNODES=2 NODE_RANK=0 MASTER_ADDR=host [MASTER_PORT=29500] ./run.sh'
 
-set_up() {  # sets $python; installs again when requirements.txt has changed
-  python=${PYTHON:-$PWD/.venv/bin/python}
-  [ -n "${PYTHON:-}" ] || cmp -s requirements.txt .venv/requirements.txt && return
-  echo "installing requirements.txt in .venv (once, a minute or two)"
-  python3 -m venv .venv
-  "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
-  cp requirements.txt .venv/requirements.txt
+fail() {  # with one line; exit code 2: what was asked for is wrong
+  echo "run.sh: $1" >&2
+  exit "${2:-2}"
 }
 
-# torchrun, but silent about processes that have said themselves why they ended (exit codes 1, 2, 130)
+attend() {  # run a command that ends when this script is told to
+  local code=0 signal
+  "$@" &
+  for signal in 1 2 15; do  # SIGHUP, SIGINT, SIGTERM
+    trap "kill $! 2>/dev/null; wait $! || :; fail interrupted $((128 + signal))" "$signal"
+  done
+  wait $! || code=$?
+  trap - 1 2 15
+  return $code
+}
+
+set_up() {  # sets $python; installs again when requirements.txt has changed
+  local venv=$root/.venv base=python3
+  python=${PYTHON:-$venv/bin/python}
+  [ -z "${PYTHON:-}" ] && [ ! -x "$python" ] || base=$python
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "Python 3.11 or later is needed, $base is $("$base" --version 2>&1 | tail -1): name a later one as PYTHON, or make .venv by it, as python3.12 -m venv --clear '$venv'" 1
+  [ -n "${PYTHON:-}" ] || cmp -s "$root/requirements.txt" "$venv/requirements.txt" && return
+  echo "installing requirements.txt in .venv (once, a minute or two)"
+  attend "$base" -m venv "$venv"
+  attend "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
+  cp "$root/requirements.txt" "$venv/requirements.txt"
+}
+
+number() {  # a variable of the environment, or its default, if it is within a range
+  local value=${!1:-$2}
+  [[ $value =~ ^(0|[1-9][0-9]{0,4})$ ]] && [ "$value" -ge "$3" ] && [ "$value" -le "$4" ] ||
+    fail "$1=$value: give a whole number from $3 to $4"
+  echo "$value"
+}
+
+# how many GPUs to use, and how many threads torch would take
+count='
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"run.sh: {error}: install requirements.txt for {sys.executable}, or unset PYTHON")
+gpus = torch.cuda.device_count()
+print(max(n for n in (0, 1, 2, 4, 8) if n <= gpus), torch.get_num_threads())'
+
+# torchrun, but silent about processes that have said themselves why they ended
 torchrun='
-import logging, sys
-from torch.distributed import run
+import os, signal, sys
+def interrupted(number, frame):  # until there are processes, which are told to end then
+    print("\ninterrupted", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+signals = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
+signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP
+for number in signals:
+    signal.signal(number, interrupted)
+import logging
+from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import api, errors
-logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+logging.disable(logging.ERROR)
+names = ",".join(s.name for s in signals)
+sys.argv[1:1] = ["--signals-to-handle", names, "--shutdown-timeout", "5"]
 try:
     run.main()
 except errors.ChildFailedError as error:
-    code = error.get_first_failure()[1].exitcode
-    sys.exit(code if code in (1, 2, 130) else str(error))
-except api.SignalException:
-    sys.exit(130)'
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode
+    if code not in (1, 2, 129, 130, 143):
+        code = f"run.sh: process {rank} ended with {failure.signal_name() if code < 0 else code}"
+    sys.exit(code)
+except api.SignalException as error:
+    sys.exit(128 + error.sigval)
+except DistError as error:
+    first = str(error).splitlines()[0]
+    print(f"run.sh: the nodes cannot meet ({first}): MASTER_ADDR is the address of node 0 and",
+          "MASTER_PORT a free port there, the same on every node", file=sys.stderr)
+    sys.exit(1)'
 
 launch() {  # a script, on the GPUs there are, with the data it needs
-  local script=$1 gpus nproc nnodes=${NNODES:-1} nodes=(--standalone)
+  local script=$root/$1 nproc nnodes node port nodes=(--standalone) found gpus threads preset= shards
   shift
-  gpus=$("$python" -c 'import torch; n = torch.cuda.device_count(); print(max(p for p in (0, 1, 2, 4, 8) if p <= n))')
-  nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
-  case " $* " in
-    *" --train_files"* | *" --help "* | *" -h "*) ;;  # the data is the caller's affair
-    *)
-      if [ "$gpus" -eq 0 ] || [[ " $* " =~ " --preset"[=\ ]"tiny " ]]; then
-        [ "$gpus" -gt 0 ] || echo "no GPU: training the small preset on the built-in sample, on the CPU"
-        [ -f data/sample/sample_train_000001.bin ] || "$python" data/sample.py
-      elif ! ls data/fineweb10B/fineweb_train_*.bin >/dev/null 2>&1; then
-        "$python" data/cached_fineweb.py
-      fi ;;
-  esac
-  [ "$nproc" -gt 1 ] || [ "$nnodes" -gt 1 ] || exec "$python" "$script" "$@"
+  nproc=$(number NPROC 1 1 9999)
+  nnodes=$(number NNODES 1 1 9999)
   if [ "$nnodes" -gt 1 ]; then
-    nodes=(--nnodes "$nnodes" --node-rank "${NODE_RANK:?which node is this, 0 to NNODES - 1}"
-      --master-addr "${MASTER_ADDR:?the address of node 0}" --master-port "${MASTER_PORT:-29500}")
+    node=$(number NODE_RANK "" 0 $((nnodes - 1)))
+    port=$(number MASTER_PORT 29500 1 65535)
+    [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR is missing: give the address of node 0"
+    nodes=(--nnodes "$nnodes" --node-rank "$node" --master-addr "$MASTER_ADDR" --master-port "$port")
   fi
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # of each process
+  set_up
+  found=$("$python" -c "$count")
+  read -r gpus threads <<<"$found"
+  [ -n "${NPROC:-}" ] || nproc=$((gpus > 0 ? gpus : 1))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > nproc ? threads / nproc : 1))}
+
+  if [[ ! " $* " =~ " "(--train_files|--val_file|--volumes|--help|-h)[=\ ] ]]; then  # needs our data
+    [[ ! " $* " =~ .*" --preset"[=\ ]([^ ]*) ]] || preset=${BASH_REMATCH[1]}
+    if [ -z "$preset" ] && [ "$gpus" -eq 0 ]; then
+      preset=tiny
+      echo "no GPU: training the small preset on the built-in sample, on the CPU"
+    fi
+    if [ "$preset" = tiny ]; then
+      shards=$root/data/sample/sample
+      [ -f "${shards}_train_000001.bin" ] || attend "$python" "$root/data/sample.py"
+    else
+      shards=$root/data/fineweb10B/fineweb
+      attend "$python" "$root/data/cached_fineweb.py"  # passes over what is whole
+    fi
+    [ "$PWD" -ef "$root" ] || set -- "$@" --val_file "${shards}_val_000000.bin" \
+      --train_files "${shards}_train_*.bin"
+  fi
+  [ "$nproc" -gt 1 ] || [ "$nnodes" -gt 1 ] || exec "$python" "$script" "$@"
   exec "$python" -c "$torchrun" "${nodes[@]}" --nproc-per-node "$nproc" "$script" "$@"
 }
 
 case ${1:-} in
   help | -h) echo "$usage" ;;
-  test) set_up; shift; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile tests "$@" ;;
-  record | reproduce | compare | history) set_up; exec "$python" records/report.py "$@" ;;
-  ablate) set_up; shift; exec "$python" records/ablate.py "$@" ;;
-  check) set_up; shift; exec "$python" records/check.py "$@" ;;
-  eval) set_up; shift; exec "$python" records/hellaswag.py "$@" ;;
-  generate) set_up; shift; exec "$python" records/generate.py "$@" ;;
-  bench) set_up; shift; exec "$python" records/bench.py "$@" ;;
-  profile) set_up; shift; launch records/profiler.py "$@" ;;
-  "" | --*) set_up; launch train_gpt.py "$@" ;;
-  *) echo "run.sh: '$1' is not understood; ./run.sh help lists the commands" >&2; exit 2 ;;
+  test) set_up; shift; cd "$root"; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile tests "$@" ;;
+  record | reproduce | compare | history) set_up; exec "$python" "$root"/records/report.py "$@" ;;
+  ablate) set_up; shift; exec "$python" "$root"/records/ablate.py "$@" ;;
+  check) set_up; shift; exec "$python" "$root"/records/check.py "$@" ;;
+  eval) set_up; shift; exec "$python" "$root"/records/hellaswag.py "$@" ;;
+  generate) set_up; shift; exec "$python" "$root"/records/generate.py "$@" ;;
+  bench) set_up; shift; exec "$python" "$root"/records/bench.py "$@" ;;
+  profile) shift; launch records/profiler.py "$@" ;;
+  "" | --*) launch train_gpt.py "$@" ;;
+  *) fail "'$1' is not understood; ./run.sh help lists the commands" ;;
 esac

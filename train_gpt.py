@@ -492,7 +492,22 @@ class Runtime:
 
 def connect() -> dist.Store | None:
     """The key-value store that torchrun's processes share; None for a process started alone."""
-    return next(dist.rendezvous("env://"))[0] if "WORLD_SIZE" in os.environ else None
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return None
+    found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+    remedy = "start several processes by run.sh or torchrun, and one after unset RANK WORLD_SIZE"
+    require(
+        all(map(os.environ.get, names)), f"the environment of this process has {found}: {remedy}"
+    )
+    try:
+        return next(dist.rendezvous("env://"))[0]
+    except (ValueError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes cannot meet by {found} ({reason}): give a port of MASTER_ADDR that "
+            f"is free, or {remedy}"
+        ) from None
 
 
 def speaks_for_error(store: dist.Store | None) -> bool:

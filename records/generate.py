@@ -4,6 +4,11 @@ import argparse
 import sys
 from types import ModuleType
 
+from console import Parser, end_on_signals, number, show
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import torch
 import torch.nn.functional as F
 from check import ROOT, Unjudgeable, as_windows, load_checkpoint, load_script
@@ -30,7 +35,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         if self.gpt2 is not None:
-            return self.gpt2.encode_ordinary(text)
+            try:
+                return self.gpt2.encode_ordinary(text)
+            except BaseException as error:  # its panics are no Exception
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
+                start = text[:40]
+                raise Unjudgeable(f"GPT-2's tokenizer cannot read {start!r} ...: {error}") from None
         return BYTE_TO_ID[list(text.encode())].tolist()
 
     def decode(self, tokens: list[int]) -> str:
@@ -58,7 +69,8 @@ def continue_text(
         x = model.hidden(script.Batch(row, row.long(), ends, len(row)), *windows)
         logits = script.softcap(F.linear(x[-1], model.head))[: config.vocab_size]
         if temperature > 0:
-            chances = (logits / temperature).softmax(dim=-1)
+            logits = logits.double()  # or a low temperature makes them infinite
+            chances = ((logits - logits.max()) / temperature).softmax(dim=-1)
             token = int(torch.multinomial(chances, 1, generator=generator))
         else:
             token = int(logits.argmax())
@@ -68,23 +80,32 @@ def continue_text(
     return tokenizer.decode(tokens[1:])
 
 
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8: convert it") from None
+    return text
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="./run.sh generate", description=__doc__.split("\n")[0])
+    parser = Parser(prog="./run.sh generate", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what --checkpoint wrote")
-    parser.add_argument("text", metavar="TEXT", help="what is to be continued")
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="at most [128]")
-    text = "0 takes the likeliest token [0.8]"
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help=text)
-    parser.add_argument("--seed", type=int, default=1337, metavar="N", help="of chance [1337]")
+    parser.add_argument("text", type=utf8, metavar="TEXT", help="what is to be continued")
+    kind = number(int, 0, sys.maxsize)
+    parser.add_argument("--tokens", type=kind, default=128, metavar="N", help="at most [128]")
+    text, kind = "0 takes the likeliest token [0.8]", number(float, 0, sys.float_info.max)
+    parser.add_argument("--temperature", type=kind, default=0.8, metavar="T", help=text)
+    kind = number(int, 0, 2**63 - 2)
+    parser.add_argument("--seed", type=kind, default=1337, metavar="N", help="of chance [1337]")
     args = parser.parse_args(arguments)
     try:
         how = args.tokens, args.temperature, args.seed
         script = load_script(ROOT / "train_gpt.py")
-        print(continue_text(script, args.checkpoint, args.text, *how))
+        return show(continue_text(script, args.checkpoint, args.text, *how))
     except Unjudgeable as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

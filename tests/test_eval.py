@@ -107,11 +107,24 @@ def test_log_probability_is_that_of_the_ending_alone(tmp_path):
         targets[position] = tokens[position + 1]
         batch = scorer.script.Batch(row, targets, ends, len(row))
         expected -= float(scorer.model(batch, *scorer.windows).detach())
-    total, count = scorer.log_probability(context, ending)
-    assert count == len(" " + ending)
-    assert total == pytest.approx(expected, abs=1e-4)
-    # the beginning of a context that is too long for a row is left out
-    assert scorer.log_probability("x" * 99, ending) == scorer.log_probability("x" * 80, ending)
+    before, after = scorer.tokens(context, ending)
+    assert len(after) == len(" " + ending)
+    assert scorer.log_probability(before, after) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_long_context_keeps_its_end(tmp_path, monkeypatch):
+    """As much of it as a row takes: 64 tokens, with all of the ending's but the last."""
+    model = trained_like(tiny_config(val_row_tokens=64), cpu_runtime())
+    path = checkpoint_of(model, tmp_path, [START_TOKEN, *BYTE_TO_ID.tolist()])
+    scorer, rows = hellaswag.Scorer(train_gpt, path, "cpu"), []
+    monkeypatch.setattr(scorer, "model", lambda batch, *windows: rows.append(batch) or 0.0)
+    text = "".join(chr(ord("a") + i % 26) for i in range(99))
+    for ending in ("An end", "y" * 63):
+        before, after = scorer.tokens(text, ending)
+        scorer.log_probability(before, after)
+        assert rows[-1].tokens.tolist() == [*before, *after][-65:-1]
+        targets = [-1] * (64 - len(after)) + after
+        assert rows[-1].targets.tolist() == targets
 
 
 def test_other_tokens_than_bytes_are_gpt2s(tmp_path, monkeypatch):
@@ -124,7 +137,8 @@ def test_other_tokens_than_bytes_are_gpt2s(tmp_path, monkeypatch):
             return [300 + len(word) for word in text.split()]
 
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: Words())
-    assert hellaswag.Scorer(train_gpt, path, "cpu").log_probability("a bc", "d e f")[1] == 3
+    scorer = hellaswag.Scorer(train_gpt, path, "cpu")
+    assert scorer.tokens("a bc", "d e f") == ([START_TOKEN, 301, 302], [301, 301, 301])
 
     def unreachable(name: str) -> None:
         raise OSError("no network")
@@ -134,7 +148,7 @@ def test_other_tokens_than_bytes_are_gpt2s(tmp_path, monkeypatch):
         hellaswag.Scorer(train_gpt, path, "cpu")
 
 
-def test_one_line_says_what_is_missing(loaded, alphabet, tmp_path, capsys, monkeypatch):
+def test_one_line_says_what_is_missing(loaded, alphabet, questions, tmp_path, capsys, monkeypatch):
     import huggingface_hub
 
     def unreachable(*arguments: str, **options: str) -> None:
@@ -143,13 +157,119 @@ def test_one_line_says_what_is_missing(loaded, alphabet, tmp_path, capsys, monke
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     (tmp_path / "bad.pt").write_text("no weights")
     (tmp_path / "bad.jsonl").write_text('{"ctx": "a"}\n')
-    for arguments, message in (
-        ([alphabet], "HellaSwag cannot be had (Rowan/hellaswag from the hub: OSError): "),
-        ([alphabet, "--data", tmp_path / "bad.jsonl"], "bad.jsonl: not HellaSwag's validation"),
-        ([tmp_path / "gone.pt"], "gone.pt: cannot be read (No such file or directory)"),
-        ([tmp_path / "bad.pt"], "bad.pt: not a checkpoint of"),
+    for arguments, code, message in (
+        ([alphabet], 1, "HellaSwag cannot be had (Rowan/hellaswag from the hub: OSError): "),
+        ([alphabet, "--data", tmp_path / "bad.jsonl"], 2, "bad.jsonl, line 1: endings is no list"),
+        ([alphabet, "--data", tmp_path / "no.jsonl"], 2, "no.jsonl: cannot be read (No such file"),
+        ([tmp_path / "gone.pt", "--data", questions], 1, "gone.pt: cannot be read (No such file"),
+        ([tmp_path / "bad.pt", "--data", questions], 1, "bad.pt: not a checkpoint of"),
     ):
-        assert hellaswag.main(list(map(str, arguments))) == 1
+        assert hellaswag.main(list(map(str, arguments))) == code
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert message in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ": no question in it"),
+        ("\n \n", ": no question in it"),
+        ('{"ctx": "a"', ", line 1: not HellaSwag's validation split (JSONDecodeError: "),
+        ("GOOD\n\n{]", ", line 3: not HellaSwag's validation split (JSONDecodeError: "),
+        ("[" * 200_000, ", line 1: not HellaSwag's validation split (RecursionError: "),
+        ("7", ", line 1: a question is a table"),
+        ({"label": 7}, ", line 1: label 7 is none of 0, 1"),
+        ({"label": -1}, ", line 1: label -1 is none of 0, 1"),
+        ({"label": 1.7}, ", line 1: label 1.7 is none of 0, 1"),
+        ({"label": True}, ", line 1: label True is none of 0, 1"),
+        ({"label": ""}, ", line 1: label  is none of 0, 1"),
+        ({"label": None}, ", line 1: label None is none of 0, 1"),
+        ({"endings": None}, ", line 1: endings is no list of two or more texts"),
+        ({"endings": []}, ", line 1: endings is no list of two or more texts"),
+        ({"endings": ["one"]}, ", line 1: endings is no list of two or more texts"),
+        ({"endings": "abcd"}, ", line 1: endings is no list of two or more texts"),
+        ({"endings": ["a", 1]}, ", line 1: endings is no list of two or more texts"),
+        ({"endings": ["a", "\ud800"]}, ", line 1: endings is no list of two or more texts"),
+        ({"endings": ["a", ""]}, ", line 1: an ending is empty"),
+        ({"ctx": None}, ", line 1: ctx is no text"),
+        ({"ctx_a": "A man"}, ", line 1: activity_label is no text"),
+        ({"ctx_a": "A", "ctx_b": None, "activity_label": "b"}, ", line 1: ctx_b is no text"),
+        ({"endings": ["b", "x" * 256]}, ", line 1: an ending has 257 tokens, a row of this "),
+    ],
+)
+def test_one_line_names_the_place_of_a_bad_question(
+    loaded, alphabet, tmp_path, capsys, text, message
+):
+    good = {"ctx": "a", "endings": ["b", "c"], "label": 1}
+    text = (
+        text.replace("GOOD", json.dumps(good)) if isinstance(text, str) else json.dumps(good | text)
+    )
+    (path := tmp_path / "odd.jsonl").write_text(text, encoding="utf-8")
+    assert hellaswag.main([str(alphabet), "--data", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}{message}"), error
+    assert error.count("\n") == 1 and error.endswith("\n")
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "1.5", "many"])
+def test_limit_is_at_least_one(capsys, limit):
+    with pytest.raises(SystemExit) as stop:
+        hellaswag.main(["model.pt", "--limit", limit])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: argument --limit: {limit!r} is no whole number from 1 up")
+    assert error.count("\n") == 1
+
+
+def test_jsonl_is_read_as_an_editor_shows_it(tmp_path):
+    """A byte order mark, blank lines, and a line separator within a text."""
+    question = {"ctx": "one\u2028two", "endings": ["a", "b"], "label": "1"}
+    text = f"\ufeff{json.dumps(question, ensure_ascii=False)}\r\n\n"
+    (path := tmp_path / "q.jsonl").write_text(text, encoding="utf-8", newline="")
+    expected = hellaswag.Question(f"{path}, line 1", "one\u2028two", ["a", "b"], 1)
+    assert hellaswag.read_questions(path) == [expected]
+
+
+# The rule of the reference harness, by hand -------------------------------------------------------
+
+
+def test_query_and_endings_are_the_harnesss():
+    """Marks in brackets go, shortest first, " [title]" ends a sentence; ctx_b is capitalized, which
+    makes the rest of it small; then two blanks are one, which leaves two of three."""
+    row = {
+        "activity_label": "Home and Garden",
+        "ctx_a": "[header] How to clean a sink [title] Take out the dishes.  [step] Rinse [a] it].",
+        "ctx_b": "the Water of New York",
+        "ctx": "not read",
+        "endings": [" [substeps] Is  warm [x].", "[title] flows", "runs [title] Off"],
+        "label": "2",
+    }
+    query = "Home and Garden: How to clean a sink. Take out the dishes.  Rinse it]. "
+    query += "The water of new york"
+    endings = [" Is warm .", " flows", "runs. Off"]
+    assert hellaswag.read_question(row, "p") == hellaswag.Question("p", query, endings, 2)
+    plain = {"ctx": " [step] a  b ", "endings": ["c ", "d"], "label": 0}
+    assert hellaswag.read_question(plain, "p") == hellaswag.Question("p", " a b", ["c", "d"], 0)
+
+
+def test_acc_norm_divides_by_characters():
+    """-75.8 / 28, -97.4 / 27, -65.0 / 22 and -21.6 / 5 are -2.71, -3.61, -2.95 and -4.32. By
+    tokens of GPT-2 the last would be the highest. Of the next two the first has more bytes."""
+    endings = ["sits on the bench and waits.", "unscrews carburettor bolts."]
+    endings += ["pirouettes gracefully.", "eats."]
+    assert hellaswag.choices([-75.8, -97.4, -65.0, -21.6], endings) == (3, 0)
+    assert hellaswag.choices([-9.0, -8.0], ["äöü", "abcd"]) == (1, 1)
+    assert hellaswag.choices([-1.0, -9.0, -9.0], ["", "ab", "cd"]) == (0, 1)
+
+
+def test_blanks_at_the_end_of_a_query_belong_to_the_ending(tmp_path):
+    """As the harness cuts the tokens of the whole text, behind those of the context."""
+    path = checkpoint_of(GPT(tiny_config(), cpu_runtime()), tmp_path, [START_TOKEN, 5])
+    scorer, ids = hellaswag.Scorer(train_gpt, path, "cpu"), BYTE_TO_ID.tolist()
+    scorer.encode = encode = lambda text: [ids[byte] for byte in text.encode()]
+    assert scorer.tokens("ab  ", "c") == ([START_TOKEN, *encode("ab")], encode("   c"))
+    assert scorer.tokens("", "c") == ([START_TOKEN], encode(" c"))
+    # merges across the border: the whole text's tokens count
+    scorer.encode = lambda text: text.split("|")
+    assert scorer.tokens("a|b", "c|d") == ([START_TOKEN, "a", "b"], ["d"])

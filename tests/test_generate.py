@@ -1,5 +1,7 @@
 """records/generate.py with the weights of a short run."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,11 @@ import torch
 from conftest import ROOT
 from test_train import BYTE_TO_ID, environment, load, run, write_data
 
+import train_gpt
 from train_gpt import START_TOKEN, Batch, Windows
+
+sys.path.insert(0, str(ROOT / "records"))
+import generate as tool
 
 LENGTH, PROMPT = 24, "dins"
 
@@ -74,3 +80,157 @@ def test_what_is_no_checkpoint_is_told(weights, tmp_path):
         error = generate(path, code=1).stderr
         assert error.startswith(f"error: {path.parent}") and message in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "-1"], "--tokens: '-1' is no whole number from 0 up"),
+        (["--tokens", "2.5"], "--tokens: '2.5' is no whole number"),
+        (["--temperature", "-0.1"], "--temperature: '-0.1' is no number from 0 up"),
+        (["--temperature", "nan"], "--temperature: 'nan' is no number"),
+        (["--temperature", "inf"], "--temperature: 'inf' is no number"),
+        (["--seed", "-1"], "--seed: '-1' is no whole number from 0 to 9223372036854775806"),
+        (["--seed", "1" + "0" * 19], "--seed: '10000000000000000000' is no whole number"),
+        (["--seed", "1" * 5000], "--seed: "),
+        (["\udcff"], "TEXT: '\\udcff' is not UTF-8"),
+        (["--temprature", "1"], "unrecognized arguments"),
+    ],
+)
+def test_what_is_out_of_range_ends_with_code_2_and_one_line(capsys, options, message):
+    text = [] if len(options) == 1 else ["text"]
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["model.pt", *text, *options])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+class Model:
+    """Finds `favourite` likeliest by far behind any text, of ids that stand for nothing as well,
+    and then the ids from 0 on, each 1 less than the one before. Notes what it is given."""
+
+    def __init__(self, config: train_gpt.Config, favourite: int):
+        self.head = torch.zeros(config.padded_vocab_size, 1)
+        self.head[:4, 0] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+        self.head[favourite] = 20.0
+        self.given: list[list[int]] = []
+
+    def hidden(self, batch: Batch, windows: Windows) -> torch.Tensor:
+        self.given.append(batch.tokens.tolist())
+        return torch.ones(len(batch.tokens), 1)
+
+
+@pytest.fixture
+def rigged(monkeypatch):
+    """Continues a text with a Model; gives it and the text's tokens."""
+
+    def run(text: str, favourite: int, count: int, temperature: float) -> tuple[Model, list[int]]:
+        config = train_gpt.Config(val_row_tokens=16)
+        model, seen = Model(config, favourite), []
+        monkeypatch.setattr(tool, "load_checkpoint", lambda *how: (model, config, True))
+        monkeypatch.setattr(tool.Tokenizer, "decode", lambda self, tokens: seen.extend(tokens))
+        tool.continue_text(train_gpt, "", text, count, temperature, seed=1)
+        return model, seen
+
+    return run
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8, 1e9])
+def test_ids_that_stand_for_nothing_are_never_drawn(rigged, temperature):
+    """Those that pad the vocabulary to a multiple of 128."""
+    _, tokens = rigged("a", train_gpt.Config().vocab_size, 20, temperature)
+    assert len(tokens) == 21
+    assert max(tokens) < train_gpt.Config().vocab_size
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-9, 1e-320])
+def test_low_temperatures_take_the_likeliest(rigged, temperature):
+    assert rigged("a", 50_300, 5, temperature)[1][1:] == [0] * 5
+
+
+def test_a_long_text_keeps_its_end(rigged):
+    """The model is given as many of the last tokens as a row has, new ones too."""
+    model, tokens = rigged("abcdefghijklmnopqrstuvwxyz", 7, 3, 0)
+    assert tokens[-3:] == [7, 7, 7] and len(tokens) == 29
+    assert model.given == [tokens[-19:-3], tokens[-18:-2], tokens[-17:-1]]
+
+
+def test_a_documents_end_stops_it(rigged):
+    assert rigged("ab", START_TOKEN, 9, 0)[1] == BYTE_TO_ID[list(b"ab")].tolist()
+
+
+SHOW = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "records")!r})
+import console
+sys.exit(console.show(chr(0xe9) + "bb"))
+"""
+
+
+def test_an_output_that_ends_or_lacks_characters_is_no_failure(tmp_path):
+    """A closed pipe, ASCII; a full disk is a failure, in one line."""
+    command, kept = [sys.executable, "-c", SHOW], os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=kept, capture_output=True, check=False)
+    assert (result.returncode, result.stdout[:3], result.stderr) == (0, b"?bb", b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert result.returncode == 1
+    assert result.stderr == b"error: the output cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("tool", ["generate", "hellaswag"])
+def test_ctrl_c_during_the_imports_is_one_line(tool):
+    """It comes while torch is imported."""
+    script = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.path.insert(0, {str(ROOT / "records")!r})
+runpy.run_path({str(ROOT / "records" / tool)!r} + ".py", run_name="__main__")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, "model.pt", "text"], capture_output=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (130, b"\ninterrupted\n")
+
+
+SIGNALLED = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "records")!r})
+import console
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+console.end_on_signals()
+for number in map(int, sys.argv[1:]):
+    os.kill(os.getpid(), number)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_tool_but_not_one_that_is_ignored(number):
+    command = [sys.executable, "-c", SIGNALLED, str(int(signal.SIGHUP)), str(int(number))]
+    result = subprocess.run(command, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (128 + number, b"\ninterrupted\n")
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    class Library:
+        def encode_ordinary(self, text: str) -> list[int]:
+            raise Panic("stack overflow")
+
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: Library())
+    with pytest.raises(tool.Unjudgeable, match="cannot read 'a{40}' ...: stack overflow"):
+        tool.Tokenizer(byte_tokens=False).encode("a" * 99)
