@@ -457,16 +457,21 @@ def judge(path: Path, names: list[str]) -> dict[str, tuple[bool, str]]:
     with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
         folder = Path(name)
         runs = start_training(script, folder) if "training" in names else []
-        for name in names:
-            try:
+        try:
+            for name in names:
                 check = CHECKS.get(name) or functools.partial(check_training, runs=runs)
-                results[name] = True, check(script, folder)
-            except Failed as failure:
-                results[name] = False, str(failure)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever the script does)
-                results[name] = False, f"cannot be judged: {type(error).__name__}: {error}"
-            good, seen = results[name]
-            print(f"{'ok' if good else 'FAILED':8}{name:15}{seen}", flush=True)
+                try:
+                    results[name] = True, check(script, folder)
+                except Failed as failure:
+                    results[name] = False, str(failure)
+                except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever the script does)
+                    results[name] = False, f"cannot be judged: {type(error).__name__}: {error}"
+                good, seen = results[name]
+                print(f"{'ok' if good else 'FAILED':8}{name:15}{seen}", flush=True)
+        finally:  # before the folder goes
+            for run in runs:
+                run.kill()
+                run.join()
     return results
 
 

@@ -4,9 +4,11 @@ cheat is a copy of the script with a few lines before its last, which wrap one o
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_records import is_alive, wait_until
 from test_train import environment
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -296,6 +298,42 @@ def test_cheat_is_caught(cheat, judged):
     assert not good
     assert SEEN.get(cheat, "") in seen
     assert cheat in SEEN or "cannot be judged" not in seen
+
+
+TRAINING = """
+import sys
+from pathlib import Path
+import check, terminal
+sys.exit(terminal.run_tool(lambda paths: check.judge(Path(paths[0]), ["training"]) and 1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_nothing_is_left_of_a_check_that_is_ended(tmp_path):
+    """By a signal that it sees and by one that it does not. The script would train for minutes."""
+    path = tmp_path / "script.py"
+    waits = "\ndef train(*arguments):\n    time.sleep(300)\n"
+    path.write_text(SCRIPT.read_text(encoding="utf-8").replace(MAIN, waits + MAIN))
+    temporary, tools = tmp_path / "temporary", []
+    temporary.mkdir()
+    env = environment() | {"PYTHONPATH": str(TOOL.parent), "TMPDIR": str(temporary)}
+    for _ in range(2):
+        command = [sys.executable, "-c", TRAINING, str(path)]
+        how = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        tools.append(subprocess.Popen(command, text=True, **how))
+
+    def children(tool: subprocess.Popen) -> list[str]:
+        return Path(f"/proc/{tool.pid}/task/{tool.pid}/children").read_text().split()
+
+    wait_until(lambda: [len(children(tool)) for tool in tools] == [4, 4])
+    trainers = [pid for tool in tools for pid in children(tool)]
+    tools[0].terminate()
+    out, err = tools[0].communicate(timeout=60)
+    assert (tools[0].returncode, out, err) == (130, "", "\ninterrupted\n")
+    tools[1].kill()
+    tools[1].communicate(timeout=60)
+    wait_until(lambda: not any(map(is_alive, trainers)))
+    assert len(list(temporary.glob("speedrun_*"))) == 1  # of the one that was killed
 
 
 def test_what_is_no_trainer_is_told_from_one(tmp_path, capsys):

@@ -643,7 +643,7 @@ def started(*arguments: str, **how: object) -> subprocess.Popen:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
