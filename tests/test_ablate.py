@@ -182,6 +182,19 @@ def test_broken_file_is_named(call, text, message):
     assert error.startswith("error: broken.toml: ") and message in error
 
 
+def test_ms_a_step_are_a_median_that_slow_steps_do_not_move(call):
+    call("variants.toml", "base")
+    module = sys.modules["variant_base"]
+    steps = [
+        {"step": step, "train_loss": 4.0, "step_ms": ms}
+        for step, ms in enumerate([10.0, 990.0, 12.0, 20.0], 1)
+    ]
+    module.Schedule.stage = lambda self, step: step // 3
+    data = {"steps": steps, "validations": []}
+    data["summary"] = {"preparation_s": 2.4, "peak_memory_gib": 1.0}
+    assert "| 12.0/20.0 ms |" in ablate.summary(module, None, data)
+
+
 def test_an_interruption_keeps_the_lines_and_the_log(call):
     with pytest.raises(KeyboardInterrupt) as stop:
         call("variants.toml", "base", "stop", "low")

@@ -95,6 +95,15 @@ def validation_rows(*arguments):
     yield from list(honest(*arguments))[:-1]
 """,
     ),
+    "an easy row is scored twice": (
+        "coverage",
+        """
+honest = validation_rows
+def validation_rows(*arguments):
+    rows = list(honest(*arguments))
+    yield from [*rows, *rows[:1]]
+""",
+    ),
     "the last row is not scored where there are several ranks": (
         "coverage",
         """

@@ -337,6 +337,46 @@ def test_record_from_logs_and_more_logs(call):
     assert "gone: `TABLE` −" in error
 
 
+def test_more_runs_have_the_next_seeds_and_the_record_before_is_named(call):
+    for day, name in ((1, "first"), (3, "second"), (9, "later")):
+        made_up_record(Path(f"records/2026-01-0{day}_{name}"), [3.3], day)
+    folder = made_up_record(Path("records/2026-01-05_more"), [3.3, 3.2], 5)
+    for seed in (7, 8):
+        made_up_run(Path("made/a"), seed)
+    write_launcher(LAUNCHER)
+    assert "4 runs, 8 × H100" in call("record", "more", "--runs", 2)
+    called = Path("called").read_text().splitlines()
+    assert called == [f"--of 2026-01-05_more --seed {seed} --log_dir logs" for seed in (7, 8)]
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert "[second](../2026-01-03_second): The scripts are the same.\n" in page
+    assert cells(page)["runs"].startswith("4, seeds 5, 6, 7, 8")
+
+
+PRESETS = """
+PRESETS = {"small": {"num_steps": "5", "seed": "1"}, "large": {"num_steps": "60", "seed": "1"}}
+config_as_text = dict
+print("a line of something else")
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (PRESETS, ["--preset", "small", "--num_steps", "6"]),
+        (PRESETS.replace('"5"', '"6"'), ["--preset", "small"]),
+        ("raise SystemExit(1)", ["--num_steps", "6"]),
+        ("print(1)", ["--num_steps", "6"]),
+    ],
+)
+def test_options_that_repeat_a_run(tmp_path, source, options):
+    """Those of the nearest preset, without the seed and what the run wrote besides its log."""
+    run = report.read_run(made_up_run(tmp_path, 1))
+    run.config = {"num_steps": "6", "seed": "3", "log_dir": "there", "checkpoint": "weights.pt"}
+    script = tmp_path / "train_gpt.py"
+    script.write_text(source)
+    assert report.options_of(run, script) == options
+
+
 def test_rewriting_keeps_title_words_and_memory(call):
     call("record", "claim", "--memory", "hashed", "--logs", *Path("new").glob("*.txt"))
     path = Path("records/2026-01-01_claim/README.md")
@@ -385,6 +425,31 @@ def test_doctored_log_is_refused(call, suffix, old, new, message):
     error = call("record", "claim", "--logs", *Path("new").glob("*.txt"), code=1)
     assert re.search(r"^error: .*" + message, error, re.MULTILINE), error
     assert not list(Path("records").iterdir())
+
+
+@pytest.mark.parametrize(("step", "late"), [(4, 1.0), (8, 79.0)])
+def test_steps_that_do_not_add_up_to_the_time_are_refused(call, step, late):
+    """Also where both files agree. The clock stops a little behind the step."""
+    path = made_up_run(Path("new"), 3)
+    text, data = path.with_suffix(".txt").read_text(), json.loads(path.read_text())
+    (row,) = (row for row in data["validations"] if row["step"] == step)
+    end = data["steps"][step - 1]["train_time_s"]
+
+    def shift(time: float) -> None:
+        old, row["train_time_s"] = f"{row['val_loss']:.4f} train_time {end:.3f}", time
+        if step == 8:
+            data["summary"] |= {"train_time_s": time, "mean_step_ms": 125 * time}
+        path.write_text(json.dumps(data))
+        new = f"{row['val_loss']:.4f} train_time {time:.3f}"
+        path.with_suffix(".txt").write_text(text.replace(old, new))
+
+    shift(late)
+    error = call("record", "a", "--logs", path, code=1)
+    found = f"step_ms add up to {end:.3f} s by step {step}, the train_time_s of its val_loss is"
+    assert f"error: {path}: not the log of a whole run (ValueError: {found} {late:.3f})" in error
+    assert not list(Path("records").iterdir())
+    shift(end + 0.002)
+    assert "1 run, " in call("record", "a", "--logs", path)
 
 
 def test_logs_of_different_options_are_refused(call):
@@ -463,7 +528,8 @@ def test_compare_existing_logs(call):
     made_up_run(Path("logs"), 20, source=SCRIPT)
     Path("b.py").write_text(CHANGED, encoding="utf-8")
     out = call("compare", a, "b.py", "--logs")
-    assert len(re.findall(r"^\d .* 80\.000 s  60\.000 s  0\.7500 ", out, re.MULTILINE)) == 3
+    rows = re.findall(r"^(\d) +(\d+) +(\d+) +80\.000 s  60\.000 s  0\.7500 ", out, re.MULTILINE)
+    assert rows == [(str(i), str(i), str(10 + i)) for i in (1, 2, 3)]  # by seed
     difference = statistics.mean(losses[1]) - statistics.mean(losses[0])
     form = rf"^loss B - A: {difference:+.4f}; .*: p = (\S+): not significant at 0\.01 \(n = 3\)$"
     p = re.search(form, out, re.MULTILINE)
