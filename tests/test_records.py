@@ -1,6 +1,7 @@
 """records/report.py in a small copy of the repository: one real run of a few steps that is recorded
 and reproduced, and logs made up where the figures must be known."""
 
+import functools
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from test_train import environment, write_data
 
 sys.path.insert(0, str(ROOT / "records"))
 import report
+import terminal
 
 STEPS, EXTENSION = 4, 2
 TRAINING = {
@@ -700,7 +702,7 @@ wait
 
 
 def started(*arguments: str, **how: object) -> subprocess.Popen:
-    """The tool in the current folder, in the background as a shell would start it there."""
+    """The tool in the current folder, in the background."""
     for name in ("report.py", "terminal.py"):
         shutil.copy(ROOT / "records" / name, Path("records") / name)
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
@@ -724,7 +726,11 @@ def is_alive(pid: str) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_the_tool_and_the_run(call, number):
     write_launcher(WAITS)
-    tool = started("record", "a", "--runs", "2")
+    ignore = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_IGN
+    )  # as shells do behind &
+    how = {} if number == signal.SIGINT else {"preexec_fn": ignore}
+    tool = started("record", "a", "--runs", "2", **how)
     wait_until(Path("pids").exists)
     tool.send_signal(number)
     first, below = Path("pids").read_text().split()
@@ -738,6 +744,26 @@ def test_a_signal_ends_the_tool_and_the_run(call, number):
     assert Path("told").read_text() == "told\n"
     assert not is_alive(first) and not is_alive(below)
     assert Path("logs/2026-01-01_000001.txt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_run_that_will_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "GRACE", ((signal.SIGINT, 0.1), (signal.SIGTERM, 0.1)))
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            terminal.call(
+                ["bash", "-c", "trap '' INT TERM; echo $$ > pid; while :; do sleep 1; done"]
+            )
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    wait_until(lambda: not is_alive(Path("pid").read_text().strip()))
 
 
 # With PYTHONIOENCODING=ascii: says "·", waits to be read no more, and goes on.
