@@ -16,9 +16,11 @@ the screen and to logs/ablate/<FILE>.txt, its script is kept beside that as <NAM
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import itertools
+import re
 import statistics
 import sys
 import tomllib
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import terminal
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,13 +56,18 @@ def are_texts(value: object, count: int | None = None) -> bool:
 
 def read_variants(path: Path) -> dict[str, Variant]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise AblateError(f"{path}: cannot be read as TOML: {error}") from None
     variants = {"base": Variant()}
     for name, fields in tables.items():
-        if name == "base" or "+" in name or not isinstance(fields, dict):
-            raise AblateError(f"{path}: {name!r}: call a table of options and replace otherwise")
+        if (
+            name == "base"
+            or not re.fullmatch(r"[\w-][\w.-]*", name)
+            or not isinstance(fields, dict)
+        ):
+            found = f"{path}: {name!r}: call a table of options and replace otherwise"
+            raise AblateError(f"{found}, by letters, digits, '_', '-' and '.'")
         unknown = fields.keys() - {"options", "replace"}
         if unknown:
             raise AblateError(f"{path}: [{name}] has {', '.join(unknown)}, not options or replace")
@@ -75,7 +83,10 @@ def make(
     script: Path, name: str, variants: dict[str, Variant], options: list[str], out: Path
 ) -> tuple[ModuleType, object]:
     """The script with these changes as a module, and its config."""
-    text, options = script.read_text(encoding="utf-8"), list(options)
+    try:
+        text, options = script.read_text(encoding="utf-8"), list(options)
+    except (OSError, UnicodeDecodeError) as error:
+        raise AblateError(f"{script}: cannot be read: {error}") from None
     for part in name.split("+"):
         if part not in variants:
             raise AblateError(f"{part}: no such variant: there are {', '.join(variants)}")
@@ -85,14 +96,17 @@ def make(
                 raise AblateError(f"[{part}]: {found}: replace takes what occurs once")
             text = text.replace(old, new)
         options += variants[part].options
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.py"
-    path.write_text(text, encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise AblateError(f"{path}: cannot be written: {error}") from None
     spec = importlib.util.spec_from_file_location(f"variant_{name}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 (whatever the change does)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever the change does)
         raise AblateError(f"[{name}]: {type(error).__name__} on import: {error}") from None
     try:
         config = module.parse_args(options)
@@ -121,14 +135,29 @@ def summary(module: ModuleType, config: object, data: dict) -> str:
 
 
 def run(module: ModuleType, config: object) -> str:
-    """Train; gives the summary, or what went wrong."""
+    """Train; gives the summary, or what went wrong. The log's .json is written either way."""
+    log = None
     try:
         runtime = module.start_runtime(config, None)
+        log = runtime.log
         module.train(config, runtime)
-        return summary(module, config, runtime.log.data)
-    except Exception as error:  # noqa: BLE001 (of one variant; the next may do better)
+        return summary(module, config, log.data)
+    except BaseException as error:
+        if log is not None:
+            with contextlib.suppress(OSError):
+                log.write_json()
+        if isinstance(error, KeyboardInterrupt):
+            raise
         message = str(error).strip().partition("\n")[0]
         return f"failed: {type(error).__name__}: {message}"
+
+
+def append(table: Path, text: str) -> None:
+    try:
+        with table.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise AblateError(f"{table}: cannot be written: {error}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,19 +175,27 @@ def main(arguments: list[str] | None = None) -> int:
         variants = read_variants(args.file)
         names = args.names or list(variants)
         made = [make(args.script, name, variants, options, OUT) for name in names]
+        table = OUT / f"{args.file.stem}.txt"
+        append(table, "")
     except AblateError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    failures, width = 0, max(map(len, names))
-    table = OUT / f"{args.file.stem}.txt"
-    for name in names:
-        line = run(*made.pop(0))  # so that nothing of it stays
+    failures, width, lost = 0, max(map(len, names)), ""
+    for count, name in enumerate(names):
+        try:
+            line = run(*made.pop(0))  # so that nothing of it stays
+        except KeyboardInterrupt:
+            kept = f"; {table} keeps the lines of the {count} variants before it" if count else ""
+            raise KeyboardInterrupt(kept) from None
         gc.collect()
         failures += line.startswith("failed")
         line = f"{name:{width}} {line}"
         print(line, flush=True)
-        with table.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            append(table, line + "\n")
+        except AblateError as error:  # the screen has it
+            lost = str(error)
+            print(f"warning: {lost}", file=sys.stderr)
         if torch.cuda.is_available():
             try:
                 torch._dynamo.reset()
@@ -167,9 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
             except RuntimeError:
                 print("error: the GPU takes no more work of this process", file=sys.stderr)
                 return 1
-    print(f"{len(names)} variants, {failures} failed; {table} keeps the lines")
-    return 1 if failures else 0
+    keeps = f"{table} does not keep all lines" if lost else f"{table} keeps the lines"
+    print(f"{len(names)} variants, {failures} failed; {keeps}")
+    return 1 if failures or lost else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run_tool(main))

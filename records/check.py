@@ -3,12 +3,14 @@
 The script's validate() is given small files of tokens, and its GPT, with random numbers for all
 that it learns, the rows that validate() makes of them. The loss of one position is that of a row
 whose other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
-validation files. One line a check; exit code 1 when one fails or the script cannot be judged.
+validation files. What looks up matches in what was read is judged with and without them. One line a
+check; exit code 1 when one fails or the script cannot be judged.
 """
 
 import argparse
 import dataclasses
 import functools
+import glob
 import importlib.util
 import inspect
 import json
@@ -23,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import terminal
 import torch
 from torch import Tensor
 
@@ -36,6 +39,7 @@ SIZES |= {"ngram_rows": 512, "ngram_dim": 32}
 SIZES |= {"dtype": "float32", "min_mean_doc_len": 1}
 SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
 GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
+MATCHING = {"match_orders": (2, 3), "match_slots": 2**12}  # of scripts that have match tables
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
 
@@ -56,12 +60,21 @@ def load_script(path: Path) -> ModuleType:
     script = sys.modules["judged_script"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(script)
-    except Exception as error:  # noqa: BLE001 (whatever the script does)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever the script does)
         raise Unjudgeable(f"{path}: {type(error).__name__} on import: {error}") from None
     missing = [name for name in NAMES.split() if not hasattr(script, name)]
     if missing:
         raise Unjudgeable(f"{path}: cannot be judged, it has no {', '.join(missing)}")
     return script
+
+
+def field_names(script: ModuleType) -> set[str]:
+    return {field.name for field in dataclasses.fields(script.Config)}
+
+
+def with_matching(script: ModuleType) -> list[dict]:
+    """Changes of the config that a script is judged with: none, and match tables if it has them."""
+    return [{}, MATCHING] if MATCHING.keys() <= field_names(script) else [{}]
 
 
 def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: int = 1):
@@ -79,7 +92,7 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
 
 def load_checkpoint(script: ModuleType, path: str, device: str):
     """The model that --checkpoint saved, its config, and whether its tokens are bytes."""
-    known = {field.name for field in dataclasses.fields(script.Config)}
+    known = field_names(script)
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         fields = saved["config"] | {"compile": "none"}
@@ -124,13 +137,21 @@ def write_shard(path: Path, tokens: np.ndarray) -> Path:
 
 class Probe:
     """Stands in for the model in validate() and keeps the rows that it is called with, and their
-    losses."""
+    losses: of one rank's rows, and the tokens before position `until` alone where it is given."""
 
-    def __init__(self, model: torch.nn.Module, silent: bool = False):
-        self.model, self.silent, self.rows, self.losses = model, silent, [], []
+    def __init__(
+        self, model: torch.nn.Module, ignored: int, silent: bool = False, until: int | None = None
+    ):
+        self.model, self.ignored, self.silent, self.until = model, ignored, silent, until
+        self.rows, self.losses = [], []
 
     def __call__(self, row, *windows) -> Tensor:
         self.rows.append(row)
+        if self.until is not None:  # the target of a position is the next token
+            end = max(0, self.until - 1 - ROW * (len(self.rows) - 1))
+            targets = row.targets.clone()
+            targets[end:] = self.ignored
+            row = row._replace(targets=targets)
         loss = torch.zeros(()) if self.silent else self.model(row, *windows)
         self.losses.append(float(loss))
         return loss
@@ -145,11 +166,11 @@ class Judge:
     def __init__(self, script: ModuleType, folder: Path, **changes: object):
         self.script, self.file = script, folder / "judged_val.bin"
         tiny, plan = script.PRESETS["tiny"], {"layers": script.PRESETS["speedrun"].layers}
-        known = {field.name for field in dataclasses.fields(script.Config)}
+        known = field_names(script)
         fields = {**SIZES, **plan, "val_row_tokens": ROW, "final_window_long": WINDOWS[1]}
         fields["rows_per_step"] = ROWS
         # mix_window: of the head mixing that scripts of older records have
-        fields |= {"mix_window": WINDOWS[0], "val_file": str(self.file), **changes}
+        fields |= {"mix_window": WINDOWS[0], "val_file": glob.escape(str(self.file)), **changes}
         self.config = dataclasses.replace(
             tiny, **{name: value for name, value in fields.items() if name in known}
         )
@@ -173,10 +194,8 @@ class Judge:
     ) -> tuple[float, Probe]:
         """validate() on a file of these tokens: its result, and what the model was called with."""
         write_shard(self.file, tokens)
-        probe, runtime = (
-            Probe(self.model, **options),
-            start_runtime(self.script, "cpu", rank, world_size),
-        )
+        probe = Probe(self.model, self.script.IGNORED_TARGET, **options)
+        runtime = start_runtime(self.script, "cpu", rank, world_size)
         loss = self.script.validate(probe, self.config, runtime, num_targets, *self.windows)
         return float(loss), probe
 
@@ -212,7 +231,7 @@ def require(condition: bool, seen: str) -> str:
 
 def check_coverage(script: ModuleType, folder: Path) -> str:
     """validate() scores each of the first targets of the file once, on any number of ranks."""
-    judge, num_targets = Judge(script, folder), 5 * ROW + 13
+    judge, num_targets = Judge(script, folder), (ROWS + 5) * ROW + 13  # of two steps
     tokens = np.arange(num_targets + 50)  # so that a target tells its position
     tokens[[30, 31, 64, 100]] = script.START_TOKEN
     expected = Counter(zip(tokens[:num_targets].tolist(), tokens[1 : num_targets + 1].tolist()))
@@ -231,19 +250,42 @@ def check_coverage(script: ModuleType, folder: Path) -> str:
 def check_mean(script: ModuleType, folder: Path) -> str:
     """What validate() returns is the mean of the losses of the single targets."""
     judge, num_targets = Judge(script, folder), ROW + 13
-    loss, probe = judge.validate(random_tokens(script, 1, num_targets + 1), num_targets)
+    tokens = random_tokens(script, 1, num_targets + 1)
+    loss, probe = judge.validate(tokens, num_targets)
     mean = sum(judge.single_losses(probe.rows, num_targets)) / num_targets
     seen = f"validate() gives {loss:.6f}, the mean of the single losses is {mean:.6f}"
-    return require(abs(loss - mean) < TOLERANCE, seen)
+    require(abs(loss - mean) < TOLERANCE, seen)
+    for ranks in (2, 4, 8):  # each gives its share of the sum
+        loss = sum(judge.validate(tokens, num_targets, rank, ranks)[0] for rank in range(ranks))
+        require(abs(loss - mean) < TOLERANCE, f"{ranks} ranks: {seen}, theirs {loss:.6f}")
+    return f"{seen}, on 1, 2, 4 and 8 ranks"
 
 
 def check_causality(script: ModuleType, folder: Path) -> str:
     """Another token later in the file changes no earlier loss; some later one it does."""
+    worst, count = 0.0, 0
+    # What has been scored may help with later rows, so whole validations. Contexts recur in a step,
+    # each with a few tokens of its own; the other token is the one that tables would keep.
+    step = ROWS * ROW
+    num_targets = 2 * step
+    tokens = np.random.default_rng(7).integers(0, 3, num_targets + 1)
+    tokens += 3 * (np.arange(num_targets + 1) // step)
+    for changes in with_matching(script):
+        judge = Judge(script, folder, **changes)
+        for k in 14, step + 3, step + 110:
+            changed = tokens.copy()
+            changed[k] = 9000
+            before, after = (
+                judge.validate(text, num_targets, until=k)[1].losses for text in (tokens, changed)
+            )
+            for row in range(k // ROW + 1):
+                moved = abs(after[row] - before[row]) / ROW
+                worst, count = max(worst, moved), count + 1
+                require(moved <= TOLERANCE, f"token {k} moved the loss of row {row} by {moved:.2g}")
     judge, num_targets = Judge(script, folder), 2 * ROW
     tokens = random_tokens(script, 2, num_targets + 1)
     rows = judge.validate(tokens, num_targets)[1].rows
     before = judge.single_losses(rows, num_targets)
-    worst, count = 0.0, 0
     # within documents, at their starts (the token becomes another), and a start where none was
     for k, token in (3, 7), (5, 7), (8, script.START_TOKEN), (11, 7), (15, 7), (20, 7), (24, 7):
         changed = tokens.copy()
@@ -257,18 +299,6 @@ def check_causality(script: ModuleType, folder: Path) -> str:
             require(moved <= TOLERANCE, seen)
         own = judge.score(changed_rows[k // ROW], {k % ROW: int(tokens[k + 1])})
         require(own != before[k], f"token {k} has no influence on the prediction behind it")
-    # what has been scored may help with later rows, so whole validations too, of texts that recur
-    num_targets = 3 * ROWS * ROW
-    tokens = random_tokens(script, 7, num_targets + 1) % 5
-    before = judge.validate(tokens, num_targets)[1].losses
-    for k in 7, ROWS * ROW + 3, 2 * ROWS * ROW + 40:
-        changed = tokens.copy()
-        changed[k] = (tokens[k] + 1) % 5
-        after = judge.validate(changed, num_targets)[1].losses
-        for row in range((k - 1) // ROW):
-            moved = abs(after[row] - before[row]) / ROW
-            worst, count = max(worst, moved), count + 1
-            require(moved <= TOLERANCE, f"token {k} moved the loss of row {row} by {moved:.2g}")
     return f"{count} earlier losses moved by at most {worst:.1g}"
 
 
@@ -307,28 +337,38 @@ def check_normalisation(script: ModuleType, folder: Path) -> str:
 
 
 def start_training(script: ModuleType, folder: Path) -> list[multiprocessing.Process]:
-    """Two runs of the script, with the validation files a.bin and b.bin."""
+    """Two runs of the script, with the validation files a.bin and b.bin; two more with matches."""
     rng = np.random.default_rng(6)
     for name in ("train", "a", "b"):
         tokens = rng.integers(0, 256, 2000)
         tokens[rng.integers(0, 2000, 50)] = tokens[0] = script.START_TOKEN
         write_shard(folder / f"{name}.bin", tokens)
     fork = multiprocessing.get_context("fork")  # spares them the imports
-    runs = [fork.Process(target=train_watched, args=(script, folder / name)) for name in "ab"]
-    for run in runs:
-        run.start()
+    runs = []
+    for i, changes in enumerate(with_matching(script)):
+        for name in "ab":
+            how = script, folder / f"{name}{i}", folder / f"{name}.bin", changes
+            runs.append(fork.Process(target=train_watched, args=how, daemon=True))
+            runs[-1].start()
     return runs
 
 
 def check_training(script: ModuleType, folder: Path, runs: list[multiprocessing.Process]) -> str:
     """Runs with different validation files train alike, read them for scoring only, and log the
     loss that their weights have."""
-    for name, run in zip("ab", runs):
-        run.join()
-        output = (folder / f"{name}.out").read_text(encoding="utf-8")
-        require(run.exitcode == 0, f"a few steps of training ended with:\n{output[-2000:]}")
-    results = [json.loads((folder / f"{name}.json").read_text()) for name in "ab"]
-    saved = [torch.load(folder / f"{name}.pt", weights_only=True)["weights"] for name in "ab"]
+    seen = ""
+    for i in range(len(runs) // 2):
+        for name, run in zip("ab", runs[2 * i :]):
+            run.join()
+            output = (folder / f"{name}{i}.out").read_text(encoding="utf-8")
+            require(run.exitcode == 0, f"a few steps of training ended with:\n{output[-2000:]}")
+        seen = compare_training(script, *(folder / f"{name}{i}" for name in "ab"))
+    return f"equal to the bit with two files; {seen}"
+
+
+def compare_training(script: ModuleType, *runs: Path) -> str:
+    results = [json.loads(Path(f"{run}.json").read_text()) for run in runs]
+    saved = [torch.load(f"{run}.pt", weights_only=True)["weights"] for run in runs]
     same = results[0]["train_losses"] == results[1]["train_losses"]
     require(same, "another validation file makes other training losses")
     same = all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
@@ -336,25 +376,27 @@ def check_training(script: ModuleType, folder: Path, runs: list[multiprocessing.
     times = Counter(results[0]["opened"])
     peeks = times["while the clock ran"]
     require(not peeks, f"the validation file was opened {peeks} times while the clock ran")
-    model, config, _ = load_checkpoint(script, str(folder / "a.pt"), "cpu")
-    windows = as_windows(script, config.extension[0].window_short, config.final_window_long)
-    runtime = start_runtime(script, "cpu")
-    loss = script.validate(model, config, runtime, config.val_tokens, *windows)
-    logged = results[0]["val_losses"][-1]
-    require(abs(loss - logged) < 1e-4, f"logged loss {logged:.5f}, the weights have {loss:.5f}")
-    opened = ", ".join(f"{count} × {when}" for when, count in times.items())
-    return f"equal to the bit with two files; opened {opened}"
+    for run, result in zip(runs, results):
+        model, config, _ = load_checkpoint(script, f"{run}.pt", "cpu")
+        windows = as_windows(script, config.extension[0].window_short, config.final_window_long)
+        runtime = start_runtime(script, "cpu")
+        loss = script.validate(model, config, runtime, config.val_tokens, *windows)
+        for logged in (result["val_losses"][-1], result["val_loss"]):
+            found = f"logged loss {logged:.5f}, the weights have {loss:.5f}"
+            require(abs(logged - loss) < 1e-4, found)
+    return "opened " + ", ".join(f"{count} × {when}" for when, count in times.items())
 
 
-def train_watched(script: ModuleType, run: Path) -> None:
+def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) -> None:
     """Train a few steps; <run>.json gets the losses, and when the validation file was opened."""
+    terminal.end_with_parent()
     with open(f"{run}.out", "w") as out:
         os.dup2(out.fileno(), sys.stdout.fileno())
         os.dup2(out.fileno(), sys.stderr.fileno())
     os.chdir(ROOT)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)  # sums in one order
-    when, opened, val_file = ["before the clock"], [], f"{run}.bin"
+    when, opened = ["before the clock"], []
 
     def noting(method: Callable, state: str) -> Callable:
         def wrapped(self) -> None:
@@ -373,22 +415,26 @@ def train_watched(script: ModuleType, run: Path) -> None:
             opened.append(when[-1])
 
     sys.addaudithook(hook)
-    known = {field.name for field in dataclasses.fields(script.Config)}
+    known = field_names(script)
     tiny = script.PRESETS["tiny"]
     short = {
-        name: [dataclasses.replace(stage, tokens_per_step=128) for stage in table]
+        name: [dataclasses.replace(stage, tokens_per_step=32) for stage in table]
         for name, table in (("stages", tiny.stages), ("extension", tiny.extension))
     }
     options = {name: script.format_value(tuple(table)) for name, table in short.items()}
-    options |= {**SIZES, "num_steps": 3, "extension_steps": 1, "val_every": 2, "val_tokens": 300}
-    options |= {"val_row_tokens": 64, "train_files": run.parent / "train.bin"}
-    options |= {"val_file": val_file, "checkpoint": f"{run}.pt", "log_dir": f"{run}_logs"}
+    options |= {**SIZES, "num_steps": 3, "extension_steps": 1, "val_every": 2, "val_tokens": 200}
+    train_file = run.parent / "train.bin"
+    options |= {"val_row_tokens": 64, "train_files": glob.escape(str(train_file))}
+    options |= {"val_file": glob.escape(str(val_file)), "checkpoint": f"{run}.pt"}
+    options |= {name: script.format_value(value) for name, value in changes.items()}
+    options |= {"log_dir": f"{run}_logs"}
     arguments = [f"--{name}={value}" for name, value in options.items() if name in known]
     script.main(["--preset=tiny", *arguments])
-    (log,) = Path(f"{run}_logs").glob("*.json")
+    (log,) = run.with_name(f"{run.name}_logs").glob("*.json")
     data = json.loads(log.read_text())
     result = {"train_losses": [row["train_loss"] for row in data["steps"]], "opened": opened}
     result["val_losses"] = [row["val_loss"] for row in data["validations"]]
+    result["val_loss"] = data["summary"]["val_loss"]
     Path(f"{run}.json").write_text(json.dumps(result))
 
 
@@ -411,16 +457,21 @@ def judge(path: Path, names: list[str]) -> dict[str, tuple[bool, str]]:
     with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
         folder = Path(name)
         runs = start_training(script, folder) if "training" in names else []
-        for name in names:
-            try:
+        try:
+            for name in names:
                 check = CHECKS.get(name) or functools.partial(check_training, runs=runs)
-                results[name] = True, check(script, folder)
-            except Failed as failure:
-                results[name] = False, str(failure)
-            except Exception as error:  # noqa: BLE001 (whatever the script does)
-                results[name] = False, f"cannot be judged: {type(error).__name__}: {error}"
-            good, seen = results[name]
-            print(f"{'ok' if good else 'FAILED':8}{name:15}{seen}", flush=True)
+                try:
+                    results[name] = True, check(script, folder)
+                except Failed as failure:
+                    results[name] = False, str(failure)
+                except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever the script does)
+                    results[name] = False, f"cannot be judged: {type(error).__name__}: {error}"
+                good, seen = results[name]
+                print(f"{'ok' if good else 'FAILED':8}{name:15}{seen}", flush=True)
+        finally:  # before the folder goes
+            for run in runs:
+                run.kill()
+                run.join()
     return results
 
 
@@ -437,4 +488,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run_tool(main))

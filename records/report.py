@@ -8,15 +8,17 @@
     ./run.sh compare A B --logs                       compare the logs that there are of them
     ./run.sh history                                  write records/README.md and history.png
 
-Losses are in nats per token, times in seconds of training unless a name says otherwise. Deviations
-are those of a sample (n - 1).
+Losses are in nats per token, times in seconds of training unless a name says otherwise, dates in
+UTC. Deviations are those of a sample (n - 1).
 """
 
 import argparse
 import contextlib
 import difflib
+import functools
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -27,8 +29,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+import terminal
 
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
@@ -41,6 +45,12 @@ DIFF_LINES = 100  # shown at most
 SEPARATOR = "=" * 100 + "\n"  # between the script and the log proper
 OWN_FIELDS = ("seed", "log_dir")  # what the runs of one record may differ in
 OUTPUT_FIELDS = ("checkpoint",)  # and what repeating a run leaves out besides
+OUTPUT_OPTIONS = "--log_dir", "--checkpoint"
+MOST_RUNS = 10_000
+RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{6}")  # what one begins with
+DATED = re.compile(r"\d{4}-\d\d-\d\d_(.+)", re.DOTALL)  # the folder of a record
+RUN_BYTES = 2**21  # more than the files of a run need
+SLACK_S = 0.25  # between a step and the clock that is stopped behind it
 AUTHOR = "<!-- the author's words: kept when this file is written again -->"
 AUTHOR_END = "<!-- the end of the author's words -->"
 PLACEHOLDER = "What changed against the previous record, and why."
@@ -50,14 +60,70 @@ class ReportError(Exception):
     """Something the user can mend. The message names the file or option and the remedy."""
 
 
+class OptionError(ReportError):
+    """The same of what stands on the command line: exit code 2."""
+
+
 def shown(path: Path) -> str:
     """Relative to the repository where it lies inside."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ReportError(f"{shown(path)}: no text in UTF-8: leave it out") from None
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ReportError for what is there and no file."""
+    if path.exists() and not path.is_file():
+        raise ReportError(f"{shown(path)}: is no file, and not replaced: move it away")
+
+
+def replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Have the file made under another name, and put it in its place once it is whole."""
+    check_replaceable(path)
+    part = path.with_name(f".part_{path.name}")
+    try:
+        make(part)
+        os.replace(part, path.resolve())
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def draw(picture: Callable[[Path], None], path: Path) -> None:
+    """A picture that fails ends nothing."""
+    try:
+        replace(path, picture)
+    except Exception as error:  # noqa: BLE001 (whatever the library or the disk does)
+        warn(f"warning: {shown(path)} is not drawn: {type(error).__name__}: {error}")
+
+
+def try_folder(folder: Path, runs: int) -> None:
+    """Raise ReportError unless the folder, made if missing, can take the files of so many runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        found = f"cannot be written to ({error.strerror})"
+        raise ReportError(f"{shown(folder)}: {found}: make it a folder that can") from None
+    if free < runs * RUN_BYTES:
+        need = f"{runs * RUN_BYTES / 2**20:.0f} MiB for the logs"
+        raise ReportError(
+            f"{shown(folder)}: {free / 2**20:.1f} MiB are free, not {need}: make room"
+        )
 
 
 # ==================================================================================================
@@ -71,12 +137,14 @@ class Run:
     def __init__(self, path: Path, source: str, text: str, data: dict):
         self.path, self.source, self.run_id = path, source, str(data["run_id"])  # path: the .json
         self.environment, self.config = environment, config = data["environment"], data["config"]
-        self.started = datetime.strptime(environment["date"], "%Y-%m-%d %H:%M:%S %z")
+        started = datetime.strptime(environment["date"], "%Y-%m-%d %H:%M:%S %z")
+        self.started = started.astimezone(UTC)
         self.seed = int(config["seed"])
         self.steps: list[dict] = data["steps"]  # step, train_loss, train_time_s, step_ms
         self.validations: list[dict] = data["validations"]  # step, val_loss, train_time_s
         names = "val_loss", "steps", "train_time_s"
         self.loss, self.num_steps, self.time = (data["summary"][name] for name in names)
+        self.check_times(data["summary"]["mean_step_ms"])
         scheduled = int(config["num_steps"]) + int(config["extension_steps"])
         self.finished = self.num_steps == scheduled
         self.steps_text = f"{self.num_steps}" + ("" if self.finished else f" of {scheduled}")
@@ -106,22 +174,58 @@ class Run:
             if times:
                 self.stage_ms[name] = statistics.fmean(times)
 
+    def check_times(self, mean_step_ms: float) -> None:
+        """Raise ValueError unless the times of steps, validations and summary add up."""
+        if [row["step"] for row in self.steps] != [*range(1, self.num_steps + 1)]:
+            raise ValueError(f"its steps are not 1 to {self.num_steps}")
+        losses = [row["train_loss"] for row in self.steps] + [self.loss]
+        if not all(map(math.isfinite, losses)):
+            raise ValueError("a loss is not finite")
+        ends = [0.0, *(row["train_time_s"] for row in self.steps)]
+        for (begin, end), row in zip(itertools.pairwise(ends), self.steps):
+            if not abs(row["step_ms"] - 1000 * (end - begin)) < 0.01:
+                took = f"step {row['step']} took {1000 * (end - begin):.2f} ms by its train_time_s"
+                raise ValueError(f"{took}, {row['step_ms']:.2f} by its step_ms")
+        if not abs(mean_step_ms * self.num_steps / 1000 - self.time) < 0.001:
+            raise ValueError(f"mean_step_ms is {mean_step_ms}, of {self.num_steps} steps")
+        for row in self.validations:  # the last is the result
+            step, time = row["step"], row["train_time_s"]
+            if not abs(time - ends[step]) <= SLACK_S:
+                found = f"step_ms add up to {ends[step]:.3f} s by step {step}"
+                raise ValueError(f"{found}, the train_time_s of its val_loss is {time:.3f}")
+
     def agrees_with(self, text: str) -> bool:
-        """Whether the log has the .json's tables, validations and result."""
+        """Whether the log has the .json's tables, steps, validations and result."""
         tables, _ = json.JSONDecoder().raw_decode(text)
-        form = "step {step} val_loss {val_loss:.4f} train_time {train_time_s:.3f} s"
-        lines = [form.format(**row) for row in self.validations]
         last = {"step": self.num_steps, "val_loss": self.loss, "train_time_s": self.time}
+        time = "train_time {train_time_s:.3f} s"
+        forms = {
+            "train_loss": (f"{{train_loss:.4f}} {time} step {{step_ms:.1f}} ms", self.steps),
+            "val_loss": (f"{{val_loss:.4f}} {time}", self.validations),
+        }
         return (
             tables == {"environment": self.environment, "config": self.config}
-            and re.findall(r"^step \d+ val_loss .*$", text, re.MULTILINE) == lines
+            and self.run_id == self.path.stem
             and self.validations[-1] == last
+            and all(
+                re.findall(rf"^step \d+ {name} .*$", text, re.MULTILINE)
+                == [f"step {row['step']} {name} {form.format(**row)}" for row in rows]
+                for name, (form, rows) in forms.items()
+            )
         )
+
+    def is_copy_of(self, other: "Run") -> bool:
+        files = [[run.path, run.path.with_suffix(".txt")] for run in (self, other)]
+        return [*map(read_text, files[0])] == [*map(read_text, files[1])]
 
 
 def read_run(path: Path) -> Run:
     """From any of a run's files. ReportError unless both are there, whole, and of one run."""
     text_path, json_path = path.with_suffix(".txt"), path.with_suffix(".json")
+    for needed in (text_path, json_path):
+        if not needed.is_file():
+            found = "no such file, but a run has a .txt and a .json"
+            raise ReportError(f"{shown(needed)}: {found}: put it back, or leave the run out")
     source, separator, text = read_text(text_path).partition(SEPARATOR)
     if not separator:
         raise ReportError(
@@ -130,15 +234,15 @@ def read_run(path: Path) -> Run:
     try:
         run = Run(json_path, source, text, json.loads(read_text(json_path)))
         agrees = run.agrees_with(text)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ReportError(
             f"{shown(json_path)}: not the log of a whole run ({type(error).__name__}: {error}): "
             "leave it out"
         ) from None
     if not agrees:
         raise ReportError(
-            f"{shown(json_path)}: does not say what {text_path.name} says of config, validations "
-            "or result: copy both again as the run left them"
+            f"{shown(json_path)}: does not say what {text_path.name} says of config, steps, "
+            "validations or result: copy both again as the run left them"
         )
     return run
 
@@ -183,13 +287,20 @@ class Record:
     def __init__(self, folder: Path):
         """With all checks of its logs."""
         self.folder, self.script = folder, folder / "train_gpt.py"
-        self.runs = sorted(map(read_run, folder.glob("*.json")), key=lambda run: run.started)
-        if not self.runs:
-            raise ReportError(f"{shown(folder)}: no record, it has no log (<run id>.json and .txt)")
-        check_runs(self.script, self.runs)
-        self.first = self.runs[0]
         readme = folder / "README.md"
         self.readme = read_text(readme) if readme.exists() else ""
+        # a run that has lost a file must not be missing from the figures
+        names = {path.stem for path in folder.glob("[!.]*.json")}
+        names |= {path.stem for path in folder.glob("*.txt") if RUN_ID.match(path.name)}
+        names |= set(re.findall(r"\[log\]\(([^/)]+)\.txt\)", self.readme))
+        runs = [read_run(folder / f"{name}.json") for name in names]
+        self.runs = sorted(runs, key=lambda run: (run.started, run.run_id))
+        if not self.runs:
+            raise ReportError(f"{shown(folder)}: no record, it has no log (<run id>.json and .txt)")
+        if not self.script.is_file():
+            raise ReportError(f"{shown(self.script)}: no such file: put back the script that ran")
+        check_runs(self.script, self.runs)
+        self.first = self.runs[0]
 
     @property
     def title(self) -> str:
@@ -226,26 +337,37 @@ class Record:
         run, reasons = self.first, []
         if run.data_name != "fineweb":
             reasons.append(f"{run.data_name} data, not FineWeb")
-        elif run.num_targets != CLAIM_TARGETS:
-            reasons.append(f"scored on {run.num_targets:,} targets, not {CLAIM_TARGETS:,}")
+        for count in dict.fromkeys(run.num_targets for run in self.runs):
+            if run.data_name == "fineweb" and count != CLAIM_TARGETS:
+                reasons.append(f"scored on {count:,} targets, not {CLAIM_TARGETS:,}")
         if len({run.machine for run in self.runs}) > 1:
             reasons.append("runs of different machines")
-        if run.gpus < CLAIM_GPUS:
-            reasons.append(f"{run.gpus or 'no'} GPU{'s' * (run.gpus > 1)}, not {CLAIM_GPUS}")
-        if not run.finished:
+        gpus = min(run.gpus for run in self.runs)
+        if gpus < CLAIM_GPUS:
+            reasons.append(f"{gpus or 'no'} GPU{'s' * (gpus > 1)}, not {CLAIM_GPUS}")
+        if not all(run.finished for run in self.runs):
             reasons.append("schedule not finished")
         if len(self.runs) < 2:
             reasons.append("one run")
         p = p_at_most([run.loss for run in self.runs])
-        if not reasons and (p is None or p >= ALPHA):
+        if not reasons and (p is None or not p < ALPHA):
             reasons.append(f"p not below {ALPHA}")
         return reasons
 
 
-def all_records() -> list[Record]:
-    """By the time of their first run."""
-    folders = [path.parent for path in RECORDS.glob("*_*/train_gpt.py")]
-    return sorted(map(Record, folders), key=lambda record: record.first.started)
+def all_records(skip: bool = False) -> list[Record]:
+    """By the time of their first run. One that is not whole is an error, or skipped with a line."""
+    folders = [folder for folder in RECORDS.glob("[!.]*_*") if folder.is_dir()]
+    records = []
+    for folder in sorted(folders):
+        if DATED.fullmatch(folder.name) or (folder / "train_gpt.py").exists():
+            try:
+                records.append(Record(folder))
+            except ReportError as error:
+                if not skip:
+                    raise
+                warn(f"left out: {error}")
+    return sorted(records, key=lambda record: record.first.started)
 
 
 # Figures ------------------------------------------------------------------------------------------
@@ -258,22 +380,27 @@ def spread(values: Iterable[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def are_equal(losses: list[float]) -> bool:
+    """One alone, or several that only rounding may tell apart: there is no deviation to test by."""
+    return max(losses) - min(losses) < 1e-9
+
+
 def p_at_most(losses: list[float]) -> float | None:
     """One-sided t-test: probability of losses this low if their mean were above the target. None
-    for fewer than two losses, or all the same: they allow no test."""
+    for one loss, or equal ones: they allow no test."""
     from scipy import stats
 
-    if len(set(losses)) < 2:
+    if are_equal(losses):
         return None
     return float(stats.ttest_1samp(losses, TARGET, alternative="less").pvalue)
 
 
 def p_different(a: list[float], b: list[float]) -> float | None:
     """Welch's two-sided t-test: probability of means this far apart if they were the same. None
-    where one has fewer than two losses, or all are the same: they allow no test."""
+    where one side has one loss, or equal ones: they allow no test."""
     from scipy import stats
 
-    if min(len(a), len(b)) < 2 or len({*a, *b}) < 2:
+    if are_equal(a) or are_equal(b):
         return None
     return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
@@ -356,13 +483,32 @@ def short_diff(old: str, new: str, old_name: str, new_name: str, limit: int) -> 
 # ==================================================================================================
 
 
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """A type of options."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,30}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        return int(text)
+
+    return read
+
+
 def take_seed(options: list[str], default: int | None) -> tuple[list[str], int | None]:
     """The options without --seed, and its value."""
-    parser = argparse.ArgumentParser(prog="options after --", allow_abbrev=False, add_help=False)
-    parser.add_argument("--seed", type=int, default=default)
+    parser = argparse.ArgumentParser(
+        prog="options after --", usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1 - MOST_RUNS), default=default)
+    for name in OUTPUT_OPTIONS:
+        parser.add_argument(name)
     known, rest = parser.parse_known_args(options)
     if rest and not rest[0].startswith("--"):
-        raise ReportError(f"options after -- are those of train_gpt.py: {rest[0]!r} is none")
+        raise OptionError(f"options after -- are those of train_gpt.py: {rest[0]!r} is none")
+    for name in OUTPUT_OPTIONS:
+        if getattr(known, name[2:]) is not None:
+            found = "the runs write to a folder of their own, and their logs go to logs/"
+            raise OptionError(f"{name} after --: {found}: leave it out")
     return rest, known.seed
 
 
@@ -378,7 +524,9 @@ def options_of(run: Run, script: Path) -> list[str]:
     code += "print(json.dumps({name: t.config_as_text(config) for name, config in tables}))"
     command = [sys.executable, "-B", "-c", code]
     result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, check=False)
-    presets = json.loads(result.stdout) if result.returncode == 0 else {"": {}}
+    presets = {"": {}}
+    if result.returncode == 0:  # behind what the script itself may print
+        presets = json.loads(result.stdout.splitlines()[-1])
     candidates = []
     for preset, defaults in presets.items():
         options = ["--preset", preset] if preset else []
@@ -391,28 +539,36 @@ def options_of(run: Run, script: Path) -> list[str]:
 
 @contextlib.contextmanager
 def clean_copy(script: Path) -> Iterator[Path]:
-    """A temporary folder with this script, the launcher, and the repository's data."""
-    with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
-        folder = Path(name)
+    """A temporary folder with this script, the launcher, and the repository's data. It stays where
+    logs could not be copied from it."""
+    folder = Path(tempfile.mkdtemp(prefix="speedrun_"))
+    try:
         shutil.copyfile(script, folder / "train_gpt.py")
         shutil.copy(ROOT / "run.sh", folder / "run.sh")
         (folder / "data").symlink_to(ROOT / "data")
         yield folder
+    finally:
+        if all((LOGS / path.name).exists() for path in folder.glob("logs/*")):
+            shutil.rmtree(folder)
+        else:
+            warn(f"logs that could not be copied to {shown(LOGS)} stay in {folder / 'logs'}")
 
 
 def launch(folder: Path, options: list[str], seed: int) -> Run:
-    """Train like a user in that clean copy; the logs go to logs/."""
+    """Train like a user in that clean copy; the logs go to logs/, those of a run that fails too."""
     command = ["./run.sh", *options, "--seed", str(seed), "--log_dir", "logs"]
     environment = {**os.environ, "PYTHON": sys.executable}
-    before = set(folder.glob("logs/*.json"))
+    before = set(folder.glob("logs/*.txt"))
     sys.stdout.flush()
-    code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
-    new = set(folder.glob("logs/*.json")) - before
+    try:
+        code = terminal.call(command, cwd=folder, env=environment)
+    finally:
+        new = [copy_logs(path, LOGS) for path in set(folder.glob("logs/*.txt")) - before]
     if code == 130:
         raise KeyboardInterrupt
     if code != 0 or len(new) != 1:
         raise ReportError(f"the run ended with exit code {code}: {shlex.join(command)}")
-    return read_run(copy_logs(new.pop(), LOGS))
+    return read_run(new[0])
 
 
 def copy_logs(path: Path, folder: Path) -> Path:
@@ -421,7 +577,7 @@ def copy_logs(path: Path, folder: Path) -> Path:
     for suffix in (".txt", ".json", ".png"):
         source = path.with_suffix(suffix)
         if source.exists() and source.resolve().parent != folder.resolve():
-            shutil.copyfile(source, folder / source.name)
+            replace(folder / source.name, functools.partial(shutil.copyfile, source))
     return folder / path.with_suffix(".json").name
 
 
@@ -431,12 +587,10 @@ def copy_logs(path: Path, folder: Path) -> Path:
 
 
 def new_figure(width: float, height: float):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -573,7 +727,6 @@ def write_page(folder: Path, memory: str | None) -> Record:
     """Write loss.png and README.md of a record, keeping title, author's words and memory class."""
     record = Record(folder)
     words, runs, run = record.words, record.runs, record.first
-    draw_losses(record, folder / "loss.png")
     losses = [run.loss for run in runs]
     seeds = ", ".join(str(run.seed) for run in runs)
     command = shlex.join(["./run.sh", *options_of(run, record.script)])
@@ -588,7 +741,7 @@ def write_page(folder: Path, memory: str | None) -> Record:
         "machine": joined(run.machine for run in runs),
         "versions": joined(run.versions for run in runs),
         "data": data,
-        "memory": memory or record.memory,
+        "memory": " ".join((memory or record.memory).split()),
         "schedule": f"{run.config['num_steps']} + {run.config['extension_steps']} steps{ended}",
         "runs": f"{len(runs)}, seed{'s' * (len(runs) > 1)} {seeds}{marks}",
         "time": f"{spread((run.time for run in runs), 2)} s{several}",
@@ -600,7 +753,7 @@ def write_page(folder: Path, memory: str | None) -> Record:
         [str(r.seed), f"{r.loss:.4f}", f"{r.time:.2f} s", f"[log]({r.run_id}.txt)"] for r in runs
     ]
     difference = "There is none."
-    earlier = [other for other in all_records() if other.first.started < run.started]
+    earlier = [other for other in all_records(skip=True) if other.first.started < run.started]
     if earlier:
         old = earlier[-1]
         summary, *parts = describe_changes(read_text(old.script), read_text(record.script))
@@ -633,7 +786,8 @@ For every seed ({seeds}), with `train_gpt.py` of this folder:
 
 `./run.sh reproduce {shown(folder)}` runs it again beside these figures.
 """
-    (folder / "README.md").write_text(page, encoding="utf-8")
+    write_text(folder / "README.md", page)
+    draw(functools.partial(draw_losses, record), folder / "loss.png")
     return Record(folder)
 
 
@@ -680,37 +834,48 @@ machine, data and number of steps only.
 
 def record_command(args: argparse.Namespace, options: list[str]) -> None:
     if not re.fullmatch(r"[\w.-]+", args.name):
-        raise ReportError(f"record: the name {args.name!r} makes no folder: use letters, digits, _")
-    script = ROOT / "train_gpt.py"
-    folder = next(RECORDS.glob(f"[0-9]*-??-??_{args.name}"), None)
+        raise OptionError(f"record: the name {args.name!r} makes no folder: use letters, digits, _")
+    if args.logs and (options or args.runs is not None):
+        raise OptionError("record: --logs takes runs that there are: leave out --runs and options")
+    num_runs = 0 if args.logs else 1 if args.runs is None else args.runs
+    script, same = ROOT / "train_gpt.py", re.compile(rf"\d{{4}}-\d\d-\d\d_{re.escape(args.name)}")
+    folder = next((path for path in RECORDS.glob("*") if same.fullmatch(path.name)), None)
+    try_folder(folder or RECORDS, num_runs + 1)
     runs, seed = [], default_seed(script)
     if folder:
         old = Record(folder)
         _ = old.words  # or an error, before anything is run
+        check_replaceable(folder / "README.md")
         changes = describe_changes(read_text(old.script), read_text(script))
-        if args.runs and not args.logs and len(changes) > 1:
+        if num_runs and len(changes) > 1:
             raise ReportError(
                 f"{shown(folder)} has another script than train_gpt.py: choose another name, or "
                 "put its script back\n" + "\n".join(changes)
             )
         script, runs, seed = old.script, old.runs, max(run.seed for run in old.runs) + 1
-        if args.runs and not args.logs and not options:
+        if num_runs and not options:
             options = options_of(old.first, script)
     options, seed = take_seed(options, seed)
     new = [read_run(path) for path in args.logs or []]
-    if not args.logs and args.runs:
+    if num_runs:
         with clean_copy(script) as copy:
-            (new,) = run_in_turn({"": (copy, options)}, range(seed, seed + args.runs))
-    runs = list({run.run_id: run for run in [*runs, *new]}.values())
+            (new,) = run_in_turn({"": (copy, options)}, range(seed, seed + num_runs))
+    by_id: dict[str, Run] = {}
+    for run in [*runs, *new]:
+        first = by_id.setdefault(run.run_id, run)
+        if not run.is_copy_of(first):
+            both = f"{shown(first.path)} and {shown(run.path)}"
+            raise ReportError(f"{both}: are two logs of one run: leave out the wrong one")
+    runs = list(by_id.values())
     if not runs:
-        raise ReportError("record: a new record needs runs: --runs N, or --logs FILE ...")
+        raise OptionError("record: a new record needs runs: --runs N, or --logs FILE ...")
     check_runs(script, runs)
     started = min(run.started for run in runs)
     folder = folder or RECORDS / f"{started:%Y-%m-%d}_{args.name}"
     for run in new:
         copy_logs(run.path, folder)
     if not (folder / "train_gpt.py").exists():
-        (folder / "train_gpt.py").write_text(runs[0].source, encoding="utf-8")
+        write_text(folder / "train_gpt.py", runs[0].source)
     record = write_page(folder, args.memory)
     print(f"\n{shown(folder)}: {len(runs)} run{'s' * (len(runs) > 1)}, {runs[0].machine}")
     print(f"time {spread((run.time for run in runs), 2)} s")
@@ -752,12 +917,17 @@ def run_in_turn(jobs: dict[str, tuple[Path, list[str]]], seeds: Iterable[int]) -
     each. The logs are kept in logs/."""
     results: dict[str, list[Run]] = {name: [] for name in jobs}
     seeds = list(seeds)
-    if not seeds:
-        raise ReportError("--runs must be at least 1")
-    for i, seed in enumerate(seeds, 1):
-        for name, (folder, options) in jobs.items():
-            print(f"run {i}{name}, seed {seed}")
-            results[name].append(launch(folder, options, seed))
+    try_folder(LOGS, len(seeds) * len(jobs))
+    try:
+        for i, seed in enumerate(seeds, 1):
+            for name, (folder, options) in jobs.items():
+                print(f"run {i}{name}, seed {seed}")
+                results[name].append(launch(folder, options, seed))
+    except (ReportError, OSError, KeyboardInterrupt) as stop:
+        logs = [shown(run.path.with_suffix(".txt")) for runs in results.values() for run in runs]
+        kept = f"; the runs before it are kept, for --logs: {' '.join(logs)}" if logs else ""
+        kind = ReportError if isinstance(stop, OSError) else type(stop)
+        raise kind(f"{stop}{kept}") from None
     return list(results.values())
 
 
@@ -768,18 +938,23 @@ def reproduce_command(args: argparse.Namespace, options: list[str]) -> None:
     seeds = itertools.chain(seeds, itertools.count(max(seeds) + 1))
     options = options_of(record.first, record.script) + options
     with clean_copy(record.script) as copy:
-        (here,) = run_in_turn({"": (copy, options)}, itertools.islice(seeds, max(args.runs, 0)))
+        (here,) = run_in_turn({"": (copy, options)}, itertools.islice(seeds, args.runs))
     print(f"\n{shown(args.folder)}")
     print_beside((f"recorded ({len(record.runs)})", f"here ({len(here)})"), record.runs, here)
 
 
 def logs_of(path: Path) -> list[Run]:
-    """Of a record its runs, of a script those in logs/ that it made."""
+    """Of a record its runs, of a script those in logs/ that it made; others of these that are not
+    whole are left out with a line."""
     if path.is_dir():
         return Record(path).runs
-    source = read_text(path) + SEPARATOR
-    made = [log for log in LOGS.glob("*.txt") if read_text(log).startswith(source)]
-    runs = [read_run(log) for log in made if log.with_suffix(".json").exists()]
+    source, runs = read_text(path) + SEPARATOR, []
+    for log in sorted(LOGS.glob("[!.]*.txt")):
+        try:
+            if read_text(log).startswith(source):
+                runs.append(read_run(log))
+        except (ReportError, OSError) as error:
+            warn(f"left out: {error}")
     if not runs:
         raise ReportError(f"{shown(path)}: logs/ has no log of it: compare without --logs runs it")
     check_runs(path, runs)
@@ -787,6 +962,8 @@ def logs_of(path: Path) -> list[Run]:
 
 
 def compare_command(args: argparse.Namespace, options: list[str]) -> None:
+    if args.logs and (options or args.runs is not None):
+        raise OptionError("compare: --logs takes runs that there are: leave out --runs and options")
     paths = args.a, args.b
     scripts = [path / "train_gpt.py" if path.is_dir() else path for path in paths]
     texts, names = [read_text(script) for script in scripts], list(map(shown, scripts))
@@ -802,7 +979,7 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         own = [known.get(i, known.get(1 - i, [])) + options for i in range(2)]
         with clean_copy(scripts[0]) as first, clean_copy(scripts[1]) as second:
             jobs = {"A": (first, own[0]), "B": (second, own[1])}
-            results = run_in_turn(jobs, range(seed, seed + args.runs))
+            results = run_in_turn(jobs, range(seed, seed + (args.runs or 1)))
     print(f"\nA  {shown(args.a)}\nB  {shown(args.b)}\n")
     print_beside((f"A ({len(results[0])})", f"B ({len(results[1])})"), *results)
     rows = [["pair", "seed A", "seed B", "time A", "time B", "B / A", "loss A", "loss B"]]
@@ -819,7 +996,10 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
     p = p_different(*losses)
     test = "too few runs, or equal losses: no test"
     if p is not None:
-        test = f"p = {format_p(p)}: {'a' if p < ALPHA else 'no'} difference at {ALPHA}"
+        count = joined(map(len, losses))
+        test = (
+            f"p = {format_p(p)}: {'' if p < ALPHA else 'not '}significant at {ALPHA} (n = {count})"
+        )
     print(f"loss B - A: {difference:+.4f}; Welch's two-sided t-test: {test}")
     changes = config_changes(results[0][0], results[1][0])
     if changes:
@@ -829,11 +1009,13 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
 
 
 def history_command(args: argparse.Namespace, options: list[str]) -> None:
+    if options:
+        raise OptionError(f"history: takes no options, found {shlex.join(options)}")
     records = all_records()
     if not records:
         raise ReportError(f"{shown(RECORDS)}: has no record: make one with ./run.sh record NAME")
-    draw_history(records, RECORDS / "history.png")
-    (RECORDS / "README.md").write_text(history_page(records), encoding="utf-8")
+    write_text(RECORDS / "README.md", history_page(records))
+    draw(functools.partial(draw_history, records), RECORDS / "history.png")
     print(f"{shown(RECORDS / 'README.md')} and history.png: {len(records)} records")
 
 
@@ -856,7 +1038,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
     record = command("record", record_command, "train, and write or extend the record's folder")
     record.add_argument("name", metavar="NAME", help="of the folder, after the date")
-    record.add_argument("--runs", type=int, default=1, help="with seeds in a row [1]")
+    number = whole_number(0, MOST_RUNS)
+    record.add_argument("--runs", type=number, help="with seeds in a row [1, with --logs none]")
     logs = "take these runs (.txt or .json) instead of training"
     record.add_argument("--logs", nargs="+", type=Path, metavar="FILE", help=logs)
     memory = "none beyond embeddings, hashed n-gram rows, or exact match; kept when written again"
@@ -866,27 +1049,25 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     compare = command("compare", compare_command, "run two scripts or records in turn")
     for name in ("a", "b"):
         compare.add_argument(name, type=Path, metavar=name.upper(), help="a script or a record")
-    for subparser in (reproduce, compare):
-        subparser.add_argument("--runs", type=int, default=1, help="of each script [1]")
+    number = whole_number(1, MOST_RUNS)
+    reproduce.add_argument("--runs", type=number, default=1, help="of its script [1]")
+    compare.add_argument("--runs", type=number, help="of each script [1]")
     compare.add_argument("--logs", action="store_true", help="compare logs that there are")
     command("history", history_command, "write records/README.md and records/history.png")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, 1 with a message, 2 for what cannot be parsed, or 130 when interrupted."""
+    """Exit code 0, 1 with a message, or 2 for the command line."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     args = parse_args(arguments[:split])
     try:
         args.function(args, arguments[split + 1 :])
     except (ReportError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        warn(f"\nerror: {error}")
+        return 2 if isinstance(error, OptionError) else 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run_tool(main))

@@ -1,5 +1,7 @@
 """records/ablate.py on a script of a few lines, and once on the real one."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ sys.path.insert(0, str(ROOT / "records"))
 import ablate
 
 SCRIPT = """
-import types
+import json, sys, types
 
 START = 4.0
 
@@ -39,11 +41,25 @@ class Schedule:
         return step // 2
 
 
+class Log:
+    def __init__(self):
+        self.data = {}
+
+    def write_json(self):
+        with open("log.json", "w") as file:
+            json.dump(self.data, file)
+
+
 def start_runtime(config, store):
-    return types.SimpleNamespace(log=types.SimpleNamespace(data={}))
+    return types.SimpleNamespace(log=Log())
 
 
 def train(config, runtime):
+    runtime.log.data["lr"] = config.lr
+    if config.lr == 0.25:
+        raise KeyboardInterrupt
+    if config.lr == 0.125:
+        sys.exit(3)
     if config.lr > 5:
         raise ValueError(f"the loss at {config.lr} is nan\\nmore")
     losses = [START - config.lr * step / 4 for step in range(4)]
@@ -69,7 +85,13 @@ options = ["--none", "0"]
 [twice]
 replace = [["lr", "rate"]]
 [broken]
-replace = [["import types", "import no_such_module"]]
+replace = [["import json, sys, types", "import no_such_module"]]
+[stop]
+options = ["--lr", "0.25"]
+[ends]
+options = ["--lr", "0.125"]
+[ends_on_import]
+replace = [["START = 4.0", "sys.exit(4)"]]
 """
 
 
@@ -125,6 +147,7 @@ def test_options_may_stand_between_file_and_names(call, capsys):
         (["unread"], "[unread]: these options cannot be read"),
         (["twice"], "[twice]: 'lr' occurs"),
         (["broken"], "[broken]: ModuleNotFoundError on import"),
+        (["ends_on_import"], "[ends_on_import]: SystemExit on import: 4"),
         (["base", "low+low"], "occurs 0 times"),
     ],
 )
@@ -140,6 +163,9 @@ def test_nothing_is_trained_when_a_variant_cannot_be(call, names, message):
         ("[slow", "cannot be read as TOML"),
         ("[base]", "'base'"),
         ('["a+b"]', "'a+b'"),
+        ('["a/b"]', "'a/b': call a table of options and replace otherwise, by letters"),
+        ('["../a"]', "'../a'"),
+        ('[""]', "''"),
         ("slow = 1", "'slow'"),
         ("[slow]\nlr = 1", "[slow] has lr, not options or replace"),
         ('[slow]\noptions = "--lr 1"', "[slow] is not of the form"),
@@ -154,6 +180,82 @@ def test_broken_file_is_named(call, text, message):
         Path("broken.toml").write_text(text, encoding="utf-8")
     error = call("broken.toml", code=1)
     assert error.startswith("error: broken.toml: ") and message in error
+
+
+def test_ms_a_step_are_a_median_that_slow_steps_do_not_move(call):
+    call("variants.toml", "base")
+    module = sys.modules["variant_base"]
+    steps = [
+        {"step": step, "train_loss": 4.0, "step_ms": ms}
+        for step, ms in enumerate([10.0, 990.0, 12.0, 20.0], 1)
+    ]
+    module.Schedule.stage = lambda self, step: step // 3
+    data = {"steps": steps, "validations": []}
+    data["summary"] = {"preparation_s": 2.4, "peak_memory_gib": 1.0}
+    assert "| 12.0/20.0 ms |" in ablate.summary(module, None, data)
+
+
+def test_an_interruption_keeps_the_lines_and_the_log(call):
+    with pytest.raises(KeyboardInterrupt) as stop:
+        call("variants.toml", "base", "stop", "low")
+    table = "logs/ablate/variants.txt"
+    assert str(stop.value) == f"; {table} keeps the lines of the 1 variants before it"
+    assert Path(table).read_text().startswith("base 4:3.2500@1.50s")
+    assert json.loads(Path("log.json").read_text()) == {"lr": 0.25}
+
+
+def test_a_variant_that_ends_the_process_ends_itself_alone(call):
+    printed = call("variants.toml", "ends", "base", code=1).splitlines()
+    assert printed[0] == "ends failed: SystemExit: 3"
+    assert json.loads(Path("log.json").read_text()) == {"lr": 0.125}
+    assert printed[1].startswith("base 4:3.2500@1.50s")
+
+
+@pytest.mark.parametrize("place", ["logs", "logs/ablate", "logs/ablate/base.py"])
+def test_outputs_are_tried_before_anything_is_trained(call, place):
+    """Each of them is something else already."""
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).mkdir() if place.endswith("py") else Path(place).touch()
+    error = call("variants.toml", "base", "stop", code=1)
+    assert re.fullmatch(r"error: logs/ablate/base\.py: cannot be written: [^\n]*\n", error), error
+
+
+def test_the_table_is_tried_too_and_what_it_cannot_take_is_on_the_screen(call, capsys, monkeypatch):
+    table = Path("logs/ablate/variants.txt")
+    table.mkdir(parents=True)
+    assert f"error: {table}: cannot be written" in call("variants.toml", "stop", code=1)
+    table.rmdir()
+    train = ablate.run
+
+    def run(*arguments: object) -> str:  # the disk is full from the second variant on
+        table.touch()
+        line = train(*arguments)
+        if line.startswith("4:2"):
+            table.unlink()
+            table.mkdir()
+        return line
+
+    monkeypatch.setattr(ablate, "run", run)
+    command = ["--script", "script.py", "variants.toml", "base", "low"]
+    assert ablate.main(command) == 1
+    out, err = capsys.readouterr()
+    assert "low  4:2.2500@1.50s" in out
+    assert out.endswith(f"2 variants, 0 failed; {table} does not keep all lines\n")
+    assert err.startswith(f"warning: {table}: cannot be written: ")
+
+
+def test_what_cannot_be_read_is_named(call, tmp_path):
+    Path("script.py").write_bytes(b"\xff")
+    assert call("variants.toml", "base", code=1).startswith("error: script.py: cannot be read: ")
+    Path("script.py").unlink()
+    assert call("variants.toml", "base", code=1).startswith("error: script.py: cannot be read: ")
+
+
+def test_a_byte_order_mark_and_brackets_in_names_do_no_harm(call):
+    Path("[v1]").mkdir()
+    Path("[v1]/more [2].toml").write_text("\ufeff" + VARIANTS, encoding="utf-8")
+    assert call("[v1]/more [2].toml", "low").startswith("low 4:2.2500@1.50s")
+    assert Path("logs/ablate/more [2].txt").exists()
 
 
 def test_variants_of_the_real_script(tmp_path, monkeypatch, capsys):

@@ -4,9 +4,11 @@ cheat is a copy of the script with a few lines before its last, which wrap one o
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_records import is_alive, wait_until
 from test_train import environment
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -93,6 +95,119 @@ def validation_rows(*arguments):
     yield from list(honest(*arguments))[:-1]
 """,
     ),
+    "an easy row is scored twice": (
+        "coverage",
+        """
+honest = validation_rows
+def validation_rows(*arguments):
+    rows = list(honest(*arguments))
+    yield from [*rows, *rows[:1]]
+""",
+    ),
+    "the last row is not scored where there are several ranks": (
+        "coverage",
+        """
+honest = validation_rows
+def validation_rows(config, runtime, num_targets):
+    rows = list(honest(config, runtime, num_targets))
+    yield from rows[:-1] if runtime.world_size > 1 and runtime.rank == 0 else rows
+""",
+    ),
+    "a row of the second step is not scored on 8 ranks": (
+        "coverage",
+        """
+honest = validation_rows
+def validation_rows(config, runtime, num_targets):
+    rows = list(honest(config, runtime, num_targets))
+    yield from rows[:1] if runtime.world_size == 8 and runtime.rank == 3 else rows
+""",
+    ),
+    "the last of several ranks adds nothing to the loss": (
+        "mean",
+        """
+honest = validate
+def validate(model, config, runtime, *more):
+    loss = honest(model, config, runtime, *more)
+    return 0.0 if runtime.rank == runtime.world_size - 1 > 0 else loss
+""",
+    ),
+    "a step's rows are in the match tables before they are scored": (
+        "causality",
+        """
+honest = validate
+@torch.no_grad()
+def validate(model, config, runtime, num_targets, windows):
+    if model.matches is None:
+        return honest(model, config, runtime, num_targets, windows)
+    rows, kept, total = validation_rows(config, runtime, num_targets), model.matches.clone(), 0.0
+    while scored := list(itertools.islice(rows, config.rows_per_step)):
+        note_rows(model, scored, runtime)
+        total += sum(float(model(row, windows)) for row in scored)
+    model.matches.copy_(kept)
+    return total / num_targets
+""",
+    ),
+    "a row is in the match tables before it is scored": (
+        "causality",
+        """
+honest = validate
+@torch.no_grad()
+def validate(model, config, runtime, num_targets, windows):
+    if model.matches is None:
+        return honest(model, config, runtime, num_targets, windows)
+    kept, total = model.matches.clone(), 0.0
+    for row in validation_rows(config, runtime, num_targets):
+        note_rows(model, [row], runtime)
+        total += float(model(row, windows))
+    model.matches.copy_(kept)
+    return total / num_targets
+""",
+    ),
+    "what was scored stays in the match tables": (
+        "training",
+        """
+honest = validate
+def validate(model, config, runtime, num_targets, windows):
+    loss = honest(model, config, runtime, num_targets, windows)
+    if model.matches is not None:
+        for row in validation_rows(config, runtime, num_targets):
+            note_rows(model, [row], runtime)
+    return loss
+""",
+    ),
+    "final weights that have seen the validation file": (
+        "training",
+        """
+honest = validate
+@torch.no_grad()
+def validate(model, config, runtime, num_targets, windows):
+    if windows.long == config.final_window_long:
+        for batch in validation_rows(config, runtime, num_targets):
+            model.head[batch.targets.clamp_min(0)] *= 1.01
+    return honest(model, config, runtime, num_targets, windows)
+""",
+    ),
+    "another loss is logged than the weights have": (
+        "training",
+        """
+trained = train
+def train(config, runtime):
+    global validate
+    honest = validate
+    validate = lambda *arguments: honest(*arguments) - 0.001
+    trained(config, runtime)
+""",
+    ),
+    "the result is another loss than that of the last validation": (
+        "training",
+        """
+honest = Log.write_json
+def write_json(self):
+    self.data["summary"]["val_loss"] -= 0.001
+    honest(self)
+Log.write_json = write_json
+""",
+    ),
     "the mean is over more targets than are scored": (
         "mean",
         """
@@ -102,6 +217,7 @@ def validate(model, config, runtime, num_targets, windows):
 """,
     ),
     "a check that the script cannot stand": ("mean", "def validate(): ...\n"),
+    "a check that the script ends": ("targets", "GPT.forward = lambda *arguments: sys.exit(0)\n"),
     "training on the validation file": (
         "training",
         """
@@ -123,8 +239,18 @@ Optimizer.step = step
 }
 SEEN = {
     "a check that the script cannot stand": "cannot be judged: TypeError",
+    "a check that the script ends": "cannot be judged: SystemExit",
     "a head that has seen the whole file, until it is scored": "moved the loss of row 0 by",
     "training on the validation file": "another validation file makes other training losses",
+    "the last row is not scored where there are several ranks": "2 ranks: ",
+    "a row of the second step is not scored on 8 ranks": "8 ranks: ",
+    "the last of several ranks adds nothing to the loss": "2 ranks: ",
+    "a step's rows are in the match tables before they are scored": "moved the loss of row ",
+    "a row is in the match tables before it is scored": "moved the loss of row ",
+    "what was scored stays in the match tables": "another validation file makes other ",
+    "final weights that have seen the validation file": "file makes other weights",
+    "another loss is logged than the weights have": "logged loss ",
+    "the result is another loss than that of the last validation": "logged loss ",
     "reading the validation file in a training step": "opened 4 times while the clock ran",
 }
 # All cheats in one process, for the sake of time, but not in this one: they register operations.
@@ -133,8 +259,10 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import check
-results = {}
+with_matching, results = check.with_matching, {}
 for cheat, (name, path) in json.loads(sys.argv[2]).items():
+    # for the sake of time alone: what cheats without them is found in half of it
+    check.with_matching = with_matching if "match tables" in cheat else lambda script: [{}]
     results[cheat] = check.judge(Path(path), [name])[name]
 print("\\n" + json.dumps(results))
 """
@@ -181,8 +309,47 @@ def test_cheat_is_caught(cheat, judged):
     assert cheat in SEEN or "cannot be judged" not in seen
 
 
+TRAINING = """
+import sys
+from pathlib import Path
+import check, terminal
+sys.exit(terminal.run_tool(lambda paths: check.judge(Path(paths[0]), ["training"]) and 1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_nothing_is_left_of_a_check_that_is_ended(tmp_path):
+    """By a signal that it sees and by one that it does not. The script would train for minutes."""
+    path = tmp_path / "script.py"
+    waits = "\ndef train(*arguments):\n    time.sleep(300)\n"
+    path.write_text(SCRIPT.read_text(encoding="utf-8").replace(MAIN, waits + MAIN))
+    temporary, tools = tmp_path / "temporary", []
+    temporary.mkdir()
+    env = environment() | {"PYTHONPATH": str(TOOL.parent), "TMPDIR": str(temporary)}
+    for _ in range(2):
+        command = [sys.executable, "-c", TRAINING, str(path)]
+        how = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        tools.append(subprocess.Popen(command, text=True, **how))
+
+    def children(tool: subprocess.Popen) -> list[str]:
+        return Path(f"/proc/{tool.pid}/task/{tool.pid}/children").read_text().split()
+
+    wait_until(lambda: [len(children(tool)) for tool in tools] == [4, 4])
+    trainers = [pid for tool in tools for pid in children(tool)]
+    tools[0].terminate()
+    out, err = tools[0].communicate(timeout=60)
+    assert (tools[0].returncode, out, err) == (130, "", "\ninterrupted\n")
+    tools[1].kill()
+    tools[1].communicate(timeout=60)
+    wait_until(lambda: not any(map(is_alive, trainers)))
+    assert len(list(temporary.glob("speedrun_*"))) == 1  # of the one that was killed
+
+
 def test_what_is_no_trainer_is_told_from_one(tmp_path, capsys):
     path = tmp_path / "script.py"
+    path.write_text("raise SystemExit(3)")
+    assert check.main([str(path)]) == 1
+    assert capsys.readouterr().err == f"error: {path}: SystemExit on import: 3\n"
     path.write_text("class GPT: ...")
     assert check.main([str(path)]) == 1
     error = capsys.readouterr().err

@@ -1,14 +1,20 @@
 """records/report.py in a small copy of the repository: one real run of a few steps that is recorded
 and reproduced, and logs made up where the figures must be known."""
 
-import importlib.util
+import functools
+import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +22,9 @@ import pytest
 from conftest import ROOT
 from test_train import environment, write_data
 
-spec = importlib.util.spec_from_file_location("report", ROOT / "records" / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+sys.path.insert(0, str(ROOT / "records"))
+import report
+import terminal
 
 STEPS, EXTENSION = 4, 2
 TRAINING = {
@@ -90,7 +96,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("recorded") / "repository"
     (folder / "records").mkdir(parents=True)
     (folder / "data").mkdir()
-    for name in ("train_gpt.py", "run.sh", "records/report.py"):
+    for name in ("train_gpt.py", "run.sh", "records/report.py", "records/terminal.py"):
         shutil.copy(ROOT / name, folder / name)
     write_data(folder / "data")
     for i in range(2):
@@ -111,10 +117,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """The tool in a repository without records or data. Its script is SCRIPT, the logs of two runs
     of it are in new/. Returns what was printed; errors if it is to fail with this exit code."""
+    root = tmp_path / "no [v1] pattern"
+    root.mkdir()
     for name, path in (("ROOT", "."), ("RECORDS", "records"), ("LOGS", "logs")):
-        monkeypatch.setattr(report, name, tmp_path / path)
+        monkeypatch.setattr(report, name, root / path)
     monkeypatch.setattr(report, "options_of", lambda run, script: ["--of", script.parent.name])
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(root)
     Path("records").mkdir()
     Path("train_gpt.py").write_text(SCRIPT, encoding="utf-8")
     Path("run.sh").write_text("exit 1\n")
@@ -132,8 +140,10 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object) -> Path:
-    """The three files of a run on 8 GPUs and FineWeb of 6 + 2 steps; changes name a field of the
-    environment or the config, `time` (s), or `source`. Returns the .json."""
+    """The files of a run on 8 GPUs and FineWeb of 6 + 2 steps; changes name a field of the
+    environment or the config, `time` (s), `source`, the targets scored, or the steps made. Returns
+    the .json."""
+    num_steps = int(changes.get("steps", 8))
     environment = {
         "date": f"2026-01-{number:02d} 12:00:00 +0000",
         "python": "3.12.3",
@@ -155,27 +165,31 @@ def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object)
     environment |= {name: changes[name] for name in environment if name in changes}
     config |= {name: changes[name] for name in config if name in changes}
     time, source = float(changes.get("time", 80)), str(changes.get("source", SCRIPT))
-    times = [time * (i + 1) / 8 for i in range(8)]
+    # the first stage takes half the time of the second, the extension what is left
+    times = [number / 10] * 3 + [number / 5] * 3 + [time / 2 - 0.45 * number] * 2
+    ends = list(itertools.accumulate(times))
     steps = [
-        # the first stage takes half the time of the second, the extension the mean of both
-        {"step": i + 1, "train_loss": 9.0 - i, "train_time_s": times[i], "step_ms": 1000 * speed}
-        for i, speed in enumerate([number] * 3 + [2 * number] * 3 + [1.5 * number] * 2)
+        {"step": i + 1, "train_loss": 9.0 - i, "train_time_s": ends[i], "step_ms": 1000 * times[i]}
+        for i in range(num_steps)
     ]
+    time = ends[num_steps - 1]
     validations = [
-        {"step": 4, "val_loss": loss + 1, "train_time_s": times[3]},
-        {"step": 8, "val_loss": loss, "train_time_s": times[7]},
+        {"step": 4, "val_loss": loss + 1, "train_time_s": ends[3]},
+        {"step": num_steps, "val_loss": loss, "train_time_s": time},
     ]
     tables = {"environment": environment, "config": config}
     run_id = f"{environment['date'][:10]}_{number:06d}"
-    summary = {"val_loss": loss, "steps": 8, "train_time_s": time}
+    summary = {"val_loss": loss, "steps": num_steps, "train_time_s": time}
+    summary["mean_step_ms"] = 1000 * time / num_steps
     record = {"run_id": run_id, "steps": steps, "validations": validations, **tables}
     lines = [source + "=" * 100, json.dumps(tables, indent=1), "attention by flash-attn-4"]
-    for row in validations:
-        lines.append(
-            f"step {row['step']} val_loss {row['val_loss']:.4f} "
-            f"train_time {row['train_time_s']:.3f} s"
-        )
-    lines.append(f"val loss {loss:.4f} after 8 steps, on {int(config['val_tokens']):,} targets")
+    for kind, rows in (("train_loss", steps), ("val_loss", validations)):
+        for row in rows:
+            took = f" step {row['step_ms']:.1f} ms" if "step_ms" in row else ""
+            line = f"step {row['step']} {kind} {row[kind]:.4f} train_time "
+            lines.append(f"{line}{row['train_time_s']:.3f} s{took}")
+    targets = int(changes.get("targets", config["val_tokens"]))
+    lines.append(f"val loss {loss:.4f} after {num_steps} steps, on {targets:,} targets")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{run_id}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     path = folder / f"{run_id}.json"
@@ -230,6 +244,10 @@ def test_no_test_without_several_different_losses():
     assert report.p_at_most([3.2]) is None
     assert report.p_at_most([3.2, 3.2]) is None
     assert report.p_different([3.2], [3.3, 3.4]) is None
+    # where nothing varies any difference would be certain
+    assert report.p_different([3.2, 3.2], [3.3, 3.3]) is None
+    assert report.p_different([3.2, 3.3], [3.4, 3.4]) is None
+    assert report.p_at_most([3.2, 3.2 + 1e-15, 3.2]) is None
     assert "one run allows no test" in report.target_test([3.2])
     assert "equal losses allow no test" in report.target_test([3.2, 3.2])
 
@@ -307,7 +325,7 @@ def test_record_from_logs_and_more_logs(call):
     assert table["machine"] == "8 × H100 80GB HBM3"
     assert table["memory"] == "not stated"
     assert table["time"] == "80.00 ± 0.00 s (mean ± standard deviation)"
-    stages = "stage 1 1500.0 ± 707.1, stage 2 3000.0 ± 1414.2, extension 2250.0 ± 1060.7"
+    stages = "stage 1 150.0 ± 70.7, stage 2 300.0 ± 141.4, extension 39325.0 ± 318.2"
     assert table["ms a step"] == stages
     assert "validation loss 3.2780 ± 0.0001" in out
     Path("train_gpt.py").write_text("# the next idea\n")
@@ -319,6 +337,46 @@ def test_record_from_logs_and_more_logs(call):
     error = call("record", "claim", "--runs", 1, code=1)
     assert "claim has another script than train_gpt.py" in error
     assert "gone: `TABLE` −" in error
+
+
+def test_more_runs_have_the_next_seeds_and_the_record_before_is_named(call):
+    for day, name in ((1, "first"), (3, "second"), (9, "later")):
+        made_up_record(Path(f"records/2026-01-0{day}_{name}"), [3.3], day)
+    folder = made_up_record(Path("records/2026-01-05_more"), [3.3, 3.2], 5)
+    for seed in (7, 8):
+        made_up_run(Path("made/a"), seed)
+    write_launcher(LAUNCHER)
+    assert "4 runs, 8 × H100" in call("record", "more", "--runs", 2)
+    called = Path("called").read_text().splitlines()
+    assert called == [f"--of 2026-01-05_more --seed {seed} --log_dir logs" for seed in (7, 8)]
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert "[second](../2026-01-03_second): The scripts are the same.\n" in page
+    assert cells(page)["runs"].startswith("4, seeds 5, 6, 7, 8")
+
+
+PRESETS = """
+PRESETS = {"small": {"num_steps": "5", "seed": "1"}, "large": {"num_steps": "60", "seed": "1"}}
+config_as_text = dict
+print("a line of something else")
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (PRESETS, ["--preset", "small", "--num_steps", "6"]),
+        (PRESETS.replace('"5"', '"6"'), ["--preset", "small"]),
+        ("raise SystemExit(1)", ["--num_steps", "6"]),
+        ("print(1)", ["--num_steps", "6"]),
+    ],
+)
+def test_options_that_repeat_a_run(tmp_path, source, options):
+    """Those of the nearest preset, without the seed and what the run wrote besides its log."""
+    run = report.read_run(made_up_run(tmp_path, 1))
+    run.config = {"num_steps": "6", "seed": "3", "log_dir": "there", "checkpoint": "weights.pt"}
+    script = tmp_path / "train_gpt.py"
+    script.write_text(source)
+    assert report.options_of(run, script) == options
 
 
 def test_rewriting_keeps_title_words_and_memory(call):
@@ -349,6 +407,16 @@ def test_rewriting_keeps_title_words_and_memory(call):
         (".json", '"summary"', '"sum"', r"02\.json: not the log of a whole run \(KeyError: 'summ"),
         (".json", '{"run_id"', '"run_id"', r"02\.json: not the log of a whole run \(JSONDec"),
         (".txt", "=" * 100, "=" * 99, r"02\.txt: no line of 100 '='"),
+        (".txt", "step 200.0 ms", "step 100.0 ms", r"02\.json: does not say what"),
+        (".txt", "train_loss 5.0000", "train_loss 4.0000", r"02\.json: does not say what"),
+        (".json", '"train_loss": 9.0', '"train_loss": 8.0', r"02\.json: does not say what"),
+        (".json", '"train_loss": 9.0', '"train_loss": NaN', r"02\.json: .*a loss is not finite"),
+        (".json", '"step_ms": 200.0', '"step_ms": 100.0', r"02\.json: .* 200\.00 ms .* 100\.00 "),
+        (".json", '"step": 2,', '"step": 3,', r"02\.json: .*its steps are not 1 to 8"),
+        (".json", '"mean_step_ms": 10000', '"mean_step_ms": 1000', r"02\.json: .*mean_step_ms is"),
+        (".json", '"train_time_s": 0.4', '"train_time_s": 0.3', r"02\.json: .*step 2 took"),
+        (".json", '"run_id": "2026', '"run_id": "2025', r"02\.json: does not say what"),
+        (".json", '"environment": {', '"environment": [' * 9999, r"02\.json: not the log of a who"),
     ],
 )
 def test_doctored_log_is_refused(call, suffix, old, new, message):
@@ -359,6 +427,31 @@ def test_doctored_log_is_refused(call, suffix, old, new, message):
     error = call("record", "claim", "--logs", *Path("new").glob("*.txt"), code=1)
     assert re.search(r"^error: .*" + message, error, re.MULTILINE), error
     assert not list(Path("records").iterdir())
+
+
+@pytest.mark.parametrize(("step", "late"), [(4, 1.0), (8, 79.0)])
+def test_steps_that_do_not_add_up_to_the_time_are_refused(call, step, late):
+    """Also where both files agree. The clock stops a little behind the step."""
+    path = made_up_run(Path("new"), 3)
+    text, data = path.with_suffix(".txt").read_text(), json.loads(path.read_text())
+    (row,) = (row for row in data["validations"] if row["step"] == step)
+    end = data["steps"][step - 1]["train_time_s"]
+
+    def shift(time: float) -> None:
+        old, row["train_time_s"] = f"{row['val_loss']:.4f} train_time {end:.3f}", time
+        if step == 8:
+            data["summary"] |= {"train_time_s": time, "mean_step_ms": 125 * time}
+        path.write_text(json.dumps(data))
+        new = f"{row['val_loss']:.4f} train_time {time:.3f}"
+        path.with_suffix(".txt").write_text(text.replace(old, new))
+
+    shift(late)
+    error = call("record", "a", "--logs", path, code=1)
+    found = f"step_ms add up to {end:.3f} s by step {step}, the train_time_s of its val_loss is"
+    assert f"error: {path}: not the log of a whole run (ValueError: {found} {late:.3f})" in error
+    assert not list(Path("records").iterdir())
+    shift(end + 0.002)
+    assert "1 run, " in call("record", "a", "--logs", path)
 
 
 def test_logs_of_different_options_are_refused(call):
@@ -372,14 +465,10 @@ def test_logs_of_different_options_are_refused(call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["record", "a/b"], "the name 'a/b' makes no folder"),
-        (["record", "a", "--runs", "0"], "a new record needs runs"),
-        (["record", "a", "--logs", "gone.txt"], r"No such file or directory: 'gone\.txt'"),
-        (["record", "a", "--", "test"], "'test' is none"),
+        (["record", "a", "--logs", "gone.txt"], r"gone\.txt: no such file"),
         (["reproduce", "records/gone"], "records/gone: no record, it has no log"),
         (["compare", "train_gpt.py", "gone.py"], r"No such file or directory: 'gone\.py'"),
         (["compare", "train_gpt.py", "train_gpt.py", "--logs"], "logs/ has no log of it"),
-        (["compare", "train_gpt.py", "train_gpt.py", "--runs", "0"], "--runs must be at least 1"),
         (["history"], "has no record"),
     ],
 )
@@ -391,21 +480,26 @@ def test_one_message_names_what_to_mend(call, arguments, message):
 LAUNCHER = """#!/usr/bin/env bash
 grep -q 'x + 2' train_gpt.py && side=b || side=a
 seed=$(sed 's/.*--seed //; s/ .*//' <<< "$*")
-echo "$@" >> ROOT/called
+echo "$@" >> "ROOT/called"
 mkdir -p logs
-cp ROOT/made/$side/*_00000$seed.* logs
+cp "ROOT"/made/$side/*_00000$seed.* logs
 """
 
 
-def test_compare_runs_in_turn_with_the_options_and_seeds(call, tmp_path):
+def write_launcher(text: str) -> None:
+    """run.sh in the current folder, for which ROOT stands."""
+    Path("run.sh").write_text(text.replace("ROOT", str(Path.cwd())))
+    Path("run.sh").chmod(0o755)
+
+
+def test_compare_runs_in_turn_with_the_options_and_seeds(call):
     losses = [3.279, 3.2771, 3.2785], [3.2751, 3.2766, 3.2693]
     for side, source, values in zip("ab", (SCRIPT, CHANGED), losses, strict=True):
         for seed, loss in enumerate(values, 7):
             time = seed * (10 if side == "a" else 9)
             made_up_run(Path("made") / side, seed, loss, source=source, time=time)
         Path(f"{side}.py").write_text(source, encoding="utf-8")
-    Path("run.sh").write_text(LAUNCHER.replace("ROOT", str(tmp_path)))
-    Path("run.sh").chmod(0o755)
+    write_launcher(LAUNCHER)
     out = call("compare", "a.py", "b.py", "--runs", 3, "--", "--num_steps", "6", "--seed", "7")
     order = re.findall(r"^run (\d)(\w), seed (\d)$", out, re.MULTILINE)
     assert ["".join(run) for run in order] == ["1A7", "1B7", "2A8", "2B8", "3A9", "3B9"]
@@ -415,7 +509,7 @@ def test_compare_runs_in_turn_with_the_options_and_seeds(call, tmp_path):
         times = f"{10 * seed}.000 s +{9 * seed}.000 s +0.9000"
         assert re.search(rf"^{pair} +{seed} +{seed} +{times} +{a:.4f} +{b:.4f}$", out, re.MULTILINE)
     assert "time B / A, pair by pair: 0.9000 ± 0.0000" in out
-    assert f"p = {report.p_different(*losses):.2g}: no difference at 0.01" in out
+    assert f"p = {report.p_different(*losses):.2g}: not significant at 0.01 (n = 3)" in out
     # a record is run with its own command and seed, the script beside it with the same
     made_up_record(Path("records/2026-01-07_a"), losses[0][:1], 7)
     Path("called").unlink()
@@ -436,11 +530,11 @@ def test_compare_existing_logs(call):
     made_up_run(Path("logs"), 20, source=SCRIPT)
     Path("b.py").write_text(CHANGED, encoding="utf-8")
     out = call("compare", a, "b.py", "--logs")
-    assert len(re.findall(r"^\d .* 80\.000 s  60\.000 s  0\.7500 ", out, re.MULTILINE)) == 3
+    rows = re.findall(r"^(\d) +(\d+) +(\d+) +80\.000 s  60\.000 s  0\.7500 ", out, re.MULTILINE)
+    assert rows == [(str(i), str(i), str(10 + i)) for i in (1, 2, 3)]  # by seed
     difference = statistics.mean(losses[1]) - statistics.mean(losses[0])
-    p = re.search(
-        rf"^loss B - A: {difference:+.4f}; Welch's .*: p = (\S+): no diff", out, re.MULTILINE
-    )
+    form = rf"^loss B - A: {difference:+.4f}; .*: p = (\S+): not significant at 0\.01 \(n = 3\)$"
+    p = re.search(form, out, re.MULTILINE)
     assert float(p[1]) == pytest.approx(report.p_different(*losses), rel=0.05)
     assert "  num_steps: '6' and '5'\n" in out
     assert re.search(r"^new: added \+\d\ngone: kept −\d$", out, re.MULTILINE)
@@ -448,7 +542,361 @@ def test_compare_existing_logs(call):
     assert "-        return x + 1\n+        return x + 2\n" in out
 
 
+def test_compare_leaves_out_logs_that_are_not_whole(call, capsys):
+    made_up_record(Path("records/2026-01-01_a"), [3.3, 3.4])
+    for number, loss in ((11, 3.2), (12, 3.1), (13, 3.0), (14, 3.0)):
+        path = made_up_run(Path("logs"), number, loss, source=CHANGED)
+    path.unlink()  # of an interrupted run
+    torn = Path("logs/2026-01-13_000013.json")
+    torn.write_text(torn.read_text()[:-30])
+    Path("logs/stray.txt").write_bytes(b"\xff")
+    Path("logs/._2026-01-11_000011.txt").write_bytes(b"Mac \xb0")
+    Path("b.py").write_text(CHANGED, encoding="utf-8")
+    assert report.main(["compare", "records/2026-01-01_a", "b.py", "--logs"]) == 0
+    out, err = capsys.readouterr()
+    assert "not significant at 0.01 (n = 2)" in out
+    for row in (
+        r"validation loss +3\.3500 ± 0\.0707 +3\.1500 ± 0\.0707 +0\.9403",
+        r"ms a step, stage 1 +150\.00 ± 70\.71 +1150\.00 ± 70\.71 +7\.6667",
+        r"ms a step, stage 2 +300\.00 ± 141\.42 +2300\.00 ± 141\.42 +7\.6667",
+    ):
+        assert re.search(f"^{row}$", out, re.MULTILINE), out
+    names = "2026-01-13_000013.json", "2026-01-14_000014.json", "stray.txt"
+    lines = err.splitlines()
+    assert all(line.startswith(f"left out: logs/{name}: ") for line, name in zip(lines, names))
+    assert len(lines) == 3
+
+
+def test_compare_finds_a_significant_difference(call):
+    a = made_up_record(Path("records/2026-01-01_a"), [3.3, 3.3001, 3.3002])
+    b = made_up_record(Path("records/2026-01-05_b"), [3.2, 3.2001], 5)
+    assert "p = 2e-09: significant at 0.01 (n = 3 and 2)\n" in call("compare", a, b, "--logs")
+    made_up_record(Path("records/2026-01-05_c"), [3.2, 3.2], 5)
+    assert "equal losses: no test\n" in call("compare", a, "records/2026-01-05_c", "--logs")
+
+
+# What ends early ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["record", "a/b"], "the name 'a/b' makes no folder"),
+        (["record", "a", "--runs", "0"], "a new record needs runs"),
+        (["record", "a", "--", "test"], "'test' is none"),
+        (["record", "a", "--runs", "-1"], "'-1' is no whole number from 0 to"),
+        (["record", "a", "--runs", "abc"], "'abc' is no whole number"),
+        (["reproduce", "a", "--runs", "0"], "'0' is no whole number from 1 to"),
+        (["compare", "train_gpt.py", "train_gpt.py", "--runs", "0"], "'0' is no whole number"),
+        (["compare", "train_gpt.py", "train_gpt.py", "--runs", "9" * 5000], "is no whole number"),
+        (["compare", "a", "b", "--logs", "--", "--num_steps", "6"], "leave out --runs and options"),
+        (["compare", "a", "b", "--logs", "--runs", "1"], "leave out --runs and options"),
+        (["record", "a", "--logs", "x.txt", "--runs", "1"], "leave out --runs and options"),
+        (["record", "a", "--", "--seed", "9" * 20], "--seed: '9+' is no whole number from 0 to"),
+        (["record", "a", "--", "--seed", "-1"], "--seed: '-1' is no whole number"),
+        (["record", "a", "--", "--checkpoint", "m.pt"], "--checkpoint after --: "),
+        (["record", "a", "--", "--log_dir=x"], "--log_dir after --: "),
+        (["history", "--", "--seed", "1"], "history: takes no options, found --seed 1"),
+    ],
+)
+def test_wrong_command_line(call, capsys, arguments, message):
+    try:
+        code = report.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    *_, line = capsys.readouterr().err.splitlines()
+    assert code == 2 and re.search(f"error: .*{message}", line), line
+    assert not list(Path("records").iterdir()) and not Path("logs").exists()
+
+
+def test_outputs_are_tried_before_anything_runs(call, monkeypatch):
+    write_launcher('#!/bin/sh\ntouch "ROOT/ran"\n')
+    Path("logs").write_text("")
+    message = r"\nerror: logs: cannot be written to \(.*\): make it a folder that can\n"
+    for arguments in (["record", "a"], ["compare", "train_gpt.py", "train_gpt.py"]):
+        assert re.fullmatch(message, call(*arguments, code=1))
+    Path("logs").unlink()
+    (made_up_record(Path("records/2026-01-02_a"), [3.3], 2) / "README.md").mkdir()
+    Path("records/2026-01-02_a/README.md/mine").write_text("")
+    assert "README.md" in call("record", "a", code=1)
+    shutil.rmtree("records")
+    Path("records").write_text("")
+    assert "error: records: cannot be written to" in call("record", "a", code=1)
+    Path("records").unlink()
+    usage = shutil.disk_usage(".")._replace(free=3 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "error: records: 3.0 MiB are free, not 8 MiB" in call("record", "a", "--runs", 3, code=1)
+    assert not Path("ran").exists()
+
+
+def test_what_failed_leaves_what_was_there(call):
+    path = Path("records/page.md")
+    report.write_text(path, "old")
+
+    def fail(part: Path) -> None:
+        part.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        report.replace(path, fail)
+    assert path.read_text() == "old" and [*Path("records").iterdir()] == [path]
+
+
+def test_a_picture_that_fails_is_a_warning(call, capsys):
+    folder = made_up_record(Path("records/2026-01-01_a"), [3.3])
+    (folder / "loss.png").mkdir()
+    assert report.main(["record", "a", "--runs", "0"]) == 0
+    assert capsys.readouterr().err.startswith("warning: records/2026-01-01_a/loss.png is not drawn")
+    assert (folder / "README.md").is_file() and (folder / "loss.png").is_dir()
+
+
+def test_finished_runs_are_kept_when_a_later_one_fails(call, tmp_path, monkeypatch):
+    """And so is the log of the one that failed; nothing else stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for seed in (1, 2):
+        made_up_run(Path("made/a"), seed)
+    next(Path("made/a").glob("*02.json")).unlink()
+    stop = '[ "$seed" = 1 ] || exit 3\n'
+    write_launcher(LAUNCHER + stop)
+    error = call("record", "a", "--runs", 3, "--", "--seed", "1", code=1)
+    first = "logs/2026-01-01_000001.txt"
+    command = "./run.sh --seed 2 --log_dir logs"
+    kept = f"the runs before it are kept, for --logs: {first}"
+    assert error == f"\nerror: the run ended with exit code 3: {command}; {kept}\n"
+    assert Path("logs/2026-01-02_000002.txt").exists()
+    assert "1 run, 8 × H100" in call("record", "a", "--logs", first)
+    write_launcher(LAUNCHER + stop.replace("3", "130"))
+    with pytest.raises(KeyboardInterrupt, match=f"^; {kept}$"):
+        report.main(["record", "b", "--runs", "2", "--", "--seed", "1"])
+    assert not list(tmp_path.glob("speedrun_*"))
+
+
+def test_logs_that_cannot_be_copied_stay(call, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made_up_run(Path("made/a"), 1)
+    write_launcher(LAUNCHER + 'rmdir "ROOT/logs"; touch "ROOT/logs"\n')
+    assert report.main(["record", "a"]) == 1
+    (folder,) = tmp_path.glob("speedrun_*")
+    assert f"stay in {folder / 'logs'}\n" in capsys.readouterr().err
+    assert len(list(folder.glob("logs/*.json"))) == 1
+
+
+def test_two_logs_of_one_run_are_no_two_runs(call):
+    made_up_run(Path("other"), 1, 3.1)
+    logs = [next(Path(name).glob("*01.txt")) for name in ("new", "new", "other")]
+    assert "1 run, 8 × H100" in call("record", "a", "--logs", *logs[:2])
+    assert "are two logs of one run" in call("record", "b", "--logs", *logs, code=1)
+    assert "are two logs of one run" in call("record", "a", "--logs", logs[2], code=1)
+
+
+# The last runs until it is told to end.
+WAITS = """#!/usr/bin/env bash
+mkdir -p logs
+cp "ROOT"/new/*_000001.txt logs
+trap 'echo told >> "ROOT/told"; exit 130' INT
+sleep 300 &
+echo $$ $! > "ROOT/pids.part"
+mv "ROOT/pids.part" "ROOT/pids"
+wait
+"""
+
+
+def started(*arguments: str, **how: object) -> subprocess.Popen:
+    """The tool in the current folder, in the background."""
+    for name in ("report.py", "terminal.py"):
+        shutil.copy(ROOT / "records" / name, Path("records") / name)
+    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    command = [sys.executable, "records/report.py", *arguments]
+    return subprocess.Popen(command, text=True, env=environment(), **how)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_alive(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_the_tool_and_the_run(call, number):
+    write_launcher(WAITS)
+    ignore = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_IGN
+    )  # as shells do behind &
+    how = {} if number == signal.SIGINT else {"preexec_fn": ignore}
+    tool = started("record", "a", "--runs", "2", **how)
+    wait_until(Path("pids").exists)
+    tool.send_signal(number)
+    first, below = Path("pids").read_text().split()
+    if number == signal.SIGKILL:  # the system ends the run
+        tool.wait(30)
+        wait_until(lambda: not is_alive(first))
+        os.kill(int(below), signal.SIGKILL)
+        return
+    _, err = tool.communicate(timeout=30)
+    assert (tool.returncode, err) == (130, "\ninterrupted\n")
+    assert Path("told").read_text() == "told\n"
+    assert not is_alive(first) and not is_alive(below)
+    assert Path("logs/2026-01-01_000001.txt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_run_that_will_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "GRACE", ((signal.SIGINT, 0.1), (signal.SIGTERM, 0.1)))
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            terminal.call(
+                ["bash", "-c", "trap '' INT TERM; echo $$ > pid; while :; do sleep 1; done"]
+            )
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    wait_until(lambda: not is_alive(Path("pid").read_text().strip()))
+
+
+# With PYTHONIOENCODING=ascii: says "·", waits to be read no more, and goes on.
+SAYS = """
+import sys, terminal
+from pathlib import Path
+
+def main(arguments):
+    print("1 · 2", flush=True)
+    sys.stdin.read()
+    print("more\\n" * 9999, "·", flush=True)
+    print("more", file=sys.stderr)
+    Path("done").write_text("±", encoding="utf-8")
+    return 7
+
+sys.exit(terminal.run_tool(main))
+"""
+
+
+def test_characters_that_the_screen_lacks_and_a_closed_pipe_end_nothing(tmp_path):
+    env = environment() | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "records")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    tool = subprocess.Popen([sys.executable, "-c", SAYS], cwd=tmp_path, env=env, **pipes)
+    assert tool.stdout.readline() == b"1 ? 2\n"
+    for pipe in (tool.stdout, tool.stderr, tool.stdin):
+        pipe.close()
+    assert tool.wait(30) == 7 and (tmp_path / "done").read_text(encoding="utf-8") == "±"
+
+
+def test_a_record_is_written_with_nobody_looking(call):
+    read, write = os.pipe()
+    os.close(read)
+    command = "record", "a", "--logs", *map(str, Path("new").glob("*.txt"))
+    tool = started(*command, stdout=write, stderr=write)
+    os.close(write)
+    assert tool.wait(60) == 0
+    assert "±" in Path("records/2026-01-01_a/README.md").read_text(encoding="utf-8")
+
+
 # History ------------------------------------------------------------------------------------------
+
+
+CLAIM = [3.2781, 3.2779, 3.278]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"devices": "NVIDIA H200"}, "runs of different machines"),
+        ({"world_size": 16}, "runs of different machines"),
+        ({"world_size": 7}, "runs of different machines; 7 GPUs, not 8"),
+        ({"targets": 10_485_759}, "scored on 10,485,759 targets, not 10,485,760"),
+        ({"targets": 10_485_761}, "scored on 10,485,761 targets, not 10,485,760"),
+        ({"steps": 7}, "schedule not finished"),
+        ({"loss": 3.2798}, "p not below 0.01"),
+        ({"loss": 3.29}, "p not below 0.01"),
+    ],
+)
+def test_a_claim_needs_equal_conditions_of_all_runs(call, changes, reason):
+    """The last of three runs differs from the others."""
+    folder = made_up_record(Path("records/2026-01-01_a"), CLAIM[:2])
+    made_up_run(folder, 3, changes.pop("loss", CLAIM[2]), **changes)
+    assert "; ".join(report.Record(folder).shortfalls) == reason
+    page = report.history_page(report.all_records())
+    assert page.count(f"| no: {reason} |" if reason else "| p = 0.00042 |") == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        ([3.2, 3.2, 3.2], "p not below 0.01"),  # equal losses allow no test
+        ([3.2, 3.2000000001, 3.2], "p not below 0.01"),
+        ([3.2], "one run"),
+        ([3.2, 3.2001], ""),
+    ],
+)
+def test_equal_losses_are_no_claim(call, losses, reason):
+    record = report.Record(made_up_record(Path("records/2026-01-01_a"), losses))
+    assert "; ".join(record.shortfalls) == reason
+
+
+def test_options_of_all_runs_of_a_record_are_the_same(call):
+    folder = made_up_record(Path("records/2026-01-01_a"), CLAIM[:2])
+    made_up_run(folder, 3, 3.278, num_steps="5")
+    error = call("history", code=1)
+    assert "have different options" in error and "num_steps: '6' and '5'" in error
+
+
+@pytest.mark.parametrize("missing", ["2026-01-02_000002.json", "2026-01-02_000002.txt", "both"])
+def test_a_run_that_has_lost_a_file_is_missed(call, missing):
+    """With neither of them the README that was written tells."""
+    folder = made_up_record(Path("records/2026-01-01_a"), CLAIM)
+    call("record", "a", "--runs", 0)
+    (folder / "._2026-01-02_000002.json").write_bytes(b"Mac \xb0")
+    (folder / "notes.txt").write_text("mine")
+    call("history")
+    for path in folder.glob("2026-01-02*" if missing == "both" else missing):
+        path.unlink()
+    for arguments in (["history"], ["record", "a", "--runs", 0], ["reproduce", folder]):
+        error = call(*arguments, code=1)
+        assert re.search(r"error: records/2026-01-01_a/2026-01-02_000002\.(json|txt): no s", error)
+
+
+def test_a_record_without_its_script_is_missed(call, capsys):
+    folder = made_up_record(Path("records/2026-01-01_a"), CLAIM)
+    made_up_record(Path("records/2026-01-05_b"), CLAIM, 5)
+    (folder / "train_gpt.py").unlink()
+    missed = "records/2026-01-01_a/train_gpt.py: no such file: put back the script that ran"
+    assert call("history", code=1) == f"\nerror: {missed}\n"
+    # what is finished is recorded all the same
+    assert report.main(["record", "b", "--runs", "0"]) == 0
+    assert capsys.readouterr().err == f"left out: {missed}\n"
+    assert "There is none." in Path("records/2026-01-05_b/README.md").read_text(encoding="utf-8")
+    for path in folder.iterdir():
+        path.unlink()
+    assert "records/2026-01-01_a: no record" in call("history", code=1)
+
+
+def test_dates_are_those_of_utc(call):
+    """Of runs in the evening in New York and in the morning in Tokyo."""
+    paths = [made_up_run(Path("new"), 3, date="2026-03-01 22:30:00 -0500")]
+    call("record", "late", "--logs", *paths)
+    paths = [made_up_run(Path("new"), 4, date="2026-03-01 02:30:00 +0900")]
+    call("record", "early", "--logs", *paths)
+    names = sorted(path.name for path in Path("records").iterdir())
+    assert names == ["2026-02-28_early", "2026-03-02_late"]
+    call("history")
+    page = Path("records/README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[\d\]\(\S+\) \| (\S+) ", page, re.MULTILINE) == [
+        "2026-02-28",
+        "2026-03-02",
+    ]
 
 
 def test_history_lists_marks_and_draws_all_records(call):
