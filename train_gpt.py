@@ -538,6 +538,8 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
         # argument left out here
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
         warnings.filterwarnings("ignore", message="Argument aux_data")
+        # an import of many seconds, which is waited for when the model asks for its attention
+        threading.Thread(target=why_no_flash_attention, daemon=True).start()
     else:
         keep_freed_memory()
     if store is not None:
@@ -2937,9 +2939,9 @@ class Progress:
             self.first_loss = loss
         if step == self.NOT_LEARNING and loss > self.first_loss - 0.5:
             self.runtime.log.line(
-                f"warning: this run does not learn: its loss is {loss:.2f} at step {step + 1}, after "
-                f"{self.first_loss:.2f} at step 1. Try in this order: --self_check true; --fp8 "
-                "false; other --muon_lr and --adam_lr; the data of --train_files"
+                f"warning: this run does not learn: its loss is {loss:.2f} at step {step + 1}, "
+                f"after {self.first_loss:.2f} at step 1. Try in this order: --self_check true; "
+                "--fp8 false; other --muon_lr and --adam_lr; the data of --train_files"
             )
 
     def launched(self, step: int, loss: Tensor) -> None:
@@ -3668,7 +3670,8 @@ def train(config: Config, runtime: Runtime) -> None:
     if without_graph:
         log.line(
             f"{without_graph:,} of {passes:,} passes ran without a CUDA graph, which is slower: "
-            f"their documents are shorter than --min_mean_doc_len {config.min_mean_doc_len} on average"
+            "their documents are shorter on average than --min_mean_doc_len "
+            f"{config.min_mean_doc_len}"
         )
 
     step_ms, peak = 1000 * clock.total / done, peak_memory(runtime)
