@@ -539,7 +539,8 @@ def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
         warnings.filterwarnings("ignore", message="Argument aux_data")
         # an import of many seconds, which is waited for when the model asks for its attention
-        threading.Thread(target=why_no_flash_attention, daemon=True).start()
+        wanted = device, getattr(torch, config.dtype)
+        threading.Thread(target=attention_backend, args=wanted, daemon=True).start()
     else:
         keep_freed_memory()
     if store is not None:
