@@ -101,7 +101,7 @@ def test_field_names_are_those_of_the_tables():
     """Positions count on the command line, so their order is part of the interface."""
     sizes = ["share", "tokens_per_step", "max_seq_len", "window_short", "window_long", "lr"]
     names = [field.name for field in dataclasses.fields(Stage)]
-    assert names == [*sizes, "second", "columns"]
+    assert names == [*sizes, "second", "candidates"]
     names = [field.name for field in dataclasses.fields(Layer)]
     assert names == ["window", "value_table", "ngrams", "attend_from"]
 
@@ -232,8 +232,8 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"stages": stage(share=0.5) * 3}, "--stages.*shares add up to 1.5"),
         ({"extension": stage(share=0.5)}, "--extension.*shares add up to 0.5"),
         ({"extension": stage(share=0.5) * 2}, "--extension takes one row, found 2"),
-        ({"stages": stage(tokens_per_step=255)}, "--stages: 255 tokens.*--rows_per_step"),
-        ({"rows_per_step": 32}, "--stages: 256 tokens.*32 rows"),
+        ({"stages": stage(tokens_per_step=255)}, "--stages: 255 tokens.*--sequences_per_step"),
+        ({"sequences_per_step": 32}, "--stages: 256 tokens.*32 sequences"),
         ({"stages": stage(max_seq_len=0)}, "--stages.*max_seq_len, windows and lr"),
         ({"stages": stage(window_short=0)}, "--stages.*max_seq_len, windows and lr"),
         ({"extension": stage(window_long=-1)}, "--extension.*max_seq_len, windows and lr"),
@@ -261,7 +261,7 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"extension_steps": -1}, "--extension_steps -1 must not be negative"),
         ({"stop_step": -5}, "--stop_step -5 must not be negative"),
         ({"val_every": -1}, "--val_every -1 must not be negative"),
-        ({"val_row_tokens": 40}, "--val_row_tokens must be a multiple of 16"),
+        ({"val_sequence_tokens": 40}, "--val_sequence_tokens must be a multiple of 16"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -274,10 +274,10 @@ def test_check_config_names_the_option(changes, message):
 @pytest.mark.parametrize(
     ("changes", "option"),
     [
-        ({"rows_per_step": 0}, "--rows_per_step"),
-        ({"rows_per_step": -4}, "--rows_per_step"),
+        ({"sequences_per_step": 0}, "--sequences_per_step"),
+        ({"sequences_per_step": -4}, "--sequences_per_step"),
         ({"tokens_per_pass": 0}, "--tokens_per_pass 0 must be positive"),
-        ({"tokens_per_draw": -1}, "--tokens_per_draw -1 must be positive"),
+        ({"tokens_per_sampling": -1}, "--tokens_per_sampling -1 must be positive"),
         ({"head_dim": 0}, "--head_dim"),
         ({"num_heads": 0}, "--num_heads"),
         ({"model_dim": 0}, "--model_dim"),
@@ -297,14 +297,14 @@ def test_check_config_names_the_option_of_other_nonsense(changes, option):
 
 
 def test_world_size_must_divide_the_rows():
-    config = tiny_config(rows_per_step=4)
+    config = tiny_config(sequences_per_step=4)
     for world_size in (1, 2, 4):
         check_config(config, world_size)
     for world_size, advice in (3, 6), (8, 8):
-        message = f"--rows_per_step 4 .*{world_size} processes.*--rows_per_step {advice}"
+        message = f"--sequences_per_step 4 .*{world_size} processes.*--sequences_per_step {advice}"
         with pytest.raises(UserError, match=message):
             check_config(config, world_size)
-    check_config(tiny_config(rows_per_step=16, stages=stage(), extension=stage()), 16)
+    check_config(tiny_config(sequences_per_step=16, stages=stage(), extension=stage()), 16)
 
 
 def test_world_size_must_divide_the_tables():
