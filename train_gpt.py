@@ -173,7 +173,7 @@ class Config:
     val_file: str = "data/fineweb10B/fineweb_val_000000.bin"  # validation shard
     val_tokens: int = 10_485_760  # targets scored, from the start of val_file
     repeat_data: bool = False  # start over when the training shards run out
-    min_mean_doc_len: int = 224  # sequences of shorter ones run without a CUDA graph
+    min_mean_doc_len: int = 224  # where documents are shorter on average, there is no CUDA graph
     # Model
     layers: tuple[Layer, ...] = SPEEDRUN_LAYERS  # layer plan, rows of the fields of Layer
     model_dim: int = 768  # width of the residual stream
@@ -396,7 +396,7 @@ def show(text: str, stream: typing.TextIO | None = None) -> None:
 
 
 def unfinished_path(path: str | Path) -> Path:
-    """Where a file is written until it is whole: beside it, where a link points."""
+    """Where a file is written until it is whole: next to it, where a link points."""
     return Path(f"{os.path.realpath(path)}.part")
 
 
@@ -615,7 +615,7 @@ def gpu_facts(device: torch.device) -> dict[str, str | None]:
 
 
 def describe_environment(runtime: Runtime) -> dict:
-    """What the run depends on beside its config: versions, machine, and the state of the GPU."""
+    """What the run depends on besides its config: versions, machine, and the state of the GPU."""
     device, gpu = f"CPU {platform.machine()}", {"cuda": None}
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name(runtime.device)
@@ -982,8 +982,8 @@ def combine(
 
 
 # A coefficient is one number, or one a token: a stride of 0 or more. It is passed as
-# 3 + 2 · stride, an odd number from 3 on: for arguments that are 0, 1 or multiples of 16 Triton makes kernels of
-# their own, and one kernel shall serve sums of all kinds.
+# 3 + 2 · stride. For arguments that are 0, 1 or multiples of 16 Triton makes kernels of their own,
+# for odd numbers from 3 on it does not, and one kernel shall serve sums of all kinds.
 
 
 def encode_stride(coefficient: Tensor) -> int:
@@ -1203,8 +1203,8 @@ def attention(
 
 def shift(x: Tensor, length: int) -> Tensor:
     """x (T, ...) of the previous position in sequences of that length; the first keep their own."""
-    rows = x.unflatten(0, (-1, length))
-    return torch.cat([rows[:, :1], rows[:, :-1]], dim=1).flatten(0, 1)
+    sequences = x.unflatten(0, (-1, length))
+    return torch.cat([sequences[:, :1], sequences[:, :-1]], dim=1).flatten(0, 1)
 
 
 # --- Around attention -----------------------------------------------------------------------------
@@ -2042,7 +2042,7 @@ class Ngrams(nn.Module):
     @recorded("n-gram gather")
     def gather(self, rows: Tensor, grads: Tensor) -> None:
         """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
-        as rows are dealt out that is the order of the stream, on however many ranks."""
+        as sequences are dealt out that is the order of the stream, on however many ranks."""
         part = slice(self.filled, self.filled + self.runtime.world_size * len(rows))
         self.runtime.all_gather(self.rows[part], rows)
         self.runtime.all_gather(self.grads[part], grads)
@@ -2063,8 +2063,9 @@ class Ngrams(nn.Module):
 
 
 class NgramRows(torch.autograd.Function):
-    """The rows of a token's n-grams beside one another, (T, dim) with zeros behind them, which need
-    a gradient as `embedded`, (T, dim), does. The backward pass leaves it in `ngrams`."""
+    """The table rows of a token's n-grams, one behind the other, (T, dim) with zeros behind them,
+    which need a gradient as `embedded`, (T, dim), does. The backward pass leaves it in
+    `ngrams.pending`."""
 
     @staticmethod
     def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
@@ -3314,7 +3315,7 @@ class SelfCheck:
         return [*results, Result("count of numbers that do not fit", clipped, too_large, 1e-3)]
 
     def sums(self) -> list[Result]:
-        """Of one to four streams, with and without a norm, whose first one a later sum reads."""
+        """Of one to four streams, with and without a norm, the first of which a later sum reads."""
         results, norms = [], ["no norm", "norm in fp8" if self.uses_fp8 else "norm"]
         # the last, whose stream nothing reads, and those of validation
         cases = [(1, "no norm"), *itertools.product((2, 3, 4), ("norm", *norms))]
@@ -3961,7 +3962,7 @@ def peak_memory(runtime: Runtime) -> float:
 
 
 def draw_curve(log: Log) -> Path:
-    """Training and validation loss against steps, as a PNG beside the log."""
+    """Training and validation loss against steps, as a PNG next to the log."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -3986,8 +3987,8 @@ def draw_curve(log: Log) -> Path:
 
 
 def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
-    """Weights, what was read, config, and whether the training text was cut in bytes (then so are
-    prompts)."""
+    """Weights, tables of the n-gram lookup, config, and whether the training text was cut in bytes
+    (then so are prompts)."""
     if not runtime.is_main:
         return
     path = find_files("--train_files", config.train_files)[0]
@@ -4057,6 +4058,10 @@ def config_from_text(fields: dict[str, str]) -> Config:
     return Config(**{name: parse_value(kinds[name], text) for name, text in fields.items()})
 
 
+# What --help shows for the values of an option, by their type.
+METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple[int, ...]: "N:N:N"}
+
+
 def option_groups() -> dict[str, dict[str, str]]:
     """The fields of Config by its headings, `# Data` for instance, with the comments behind them,
     empty where there is none."""
@@ -4088,7 +4093,12 @@ def parse_args(arguments: list[str] | None = None) -> Config:
 
     tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
     tables += "1/3:131072:896:128:384:1:.5:0, a layer short:none:false:none"
-    parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
+    parser = Parser(
+        usage="%(prog)s [--preset NAME] [--option VALUE ...]",
+        description=__doc__.split("\n")[0],
+        epilog=tables,
+        allow_abbrev=False,
+    )
     preset = "speedrun" if torch.cuda.is_available() else "tiny"
     text = "where the options not given come from"
     parser.add_argument("--preset", choices=PRESETS, default=preset, help=text)
@@ -4101,9 +4111,12 @@ def parse_args(arguments: list[str] | None = None) -> Config:
             if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
                 default += f"; tiny: {tiny[name]}"
             group.add_argument(
-                f"--{name}", default=argparse.SUPPRESS, type=functools.partial(read, kinds[name]),
-                metavar=name.upper(), help=f"{comment} [{default}]".replace("%", "%%"),
-            )  # fmt: skip
+                f"--{name}",
+                default=argparse.SUPPRESS,
+                type=functools.partial(read, kinds[name]),
+                metavar=METAVARS.get(kinds[name], "TABLE"),
+                help=f"{comment} [{default}]".replace("%", "%%"),
+            )
     given = vars(parser.parse_args(arguments))
     return dataclasses.replace(PRESETS[given.pop("preset")], **given)
 

@@ -1,6 +1,7 @@
-"""Rooms 2 and 10: options, tables, their errors; and that importing the script does nothing."""
+"""Sections 2 and 10: options, tables, their errors; and that importing the script does nothing."""
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import ROOT, cpu_runtime, tiny_config
 
 from train_gpt import (
     GPT,
+    METAVARS,
     PRESETS,
     TINY_LAYERS,
     Config,
@@ -25,6 +27,7 @@ from train_gpt import (
     check_config,
     config_as_text,
     config_from_text,
+    option_groups,
     parse_args,
     start_runtime,
 )
@@ -133,9 +136,24 @@ def test_help_shows_every_fields_comment(capsys):
     fields = source[source.index("class Config:") : source.index("PRESETS = {")]
     for name in FIELDS:
         (comment,) = re.findall(rf"^    {name}: .*?  # (.+)$", fields, re.MULTILINE)
-        assert f"--{name}{name.upper()}" + "".join(comment.split()) in shown
+        kind = METAVARS.get(typing.get_type_hints(Config)[name], "TABLE")
+        assert f"--{name}{kind}" + "".join(comment.split()) in shown
+    groups = re.findall(r"^    # (\w+)$", fields, re.MULTILINE)
+    assert all(f"{group.lower()}:" in shown for group in groups) and len(groups) == 5
     (rows,) = re.findall(r"astageis(\S+),alayer(\S+)$", shown)  # these examples can be read
     parse_args([f"--{name}={row}" for name, row in zip(("stages", "layers"), rows, strict=True)])
+
+
+def test_a_field_without_a_comment_is_an_option_all_the_same(monkeypatch, capsys):
+    source = inspect.getsource(Config)
+    bare = re.sub(r"(    seed: int = 1337)  # .*", r"\1", source)
+    assert bare != source
+    monkeypatch.setattr(inspect, "getsource", lambda _: bare)
+    assert option_groups()["Run"]["seed"] == ""
+    assert parse_args(["--seed", "3"]).seed == 3
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert "--seed N" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

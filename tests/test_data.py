@@ -1,4 +1,4 @@
-"""Room 7: the loader against a walk over the documents in plain Python."""
+"""Section 7: the loader against a walk over the documents in plain Python."""
 
 import itertools
 import threading

@@ -1,4 +1,4 @@
-"""Room 5: the model against a float64 transcription, what a position sees, and the first
+"""Section 5: the model against a float64 transcription, what a position sees, and the first
 weights."""
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Room 6: every rule against a float64 transcription, and sharding against one process."""
+"""Section 6: every rule against a float64 transcription, and sharding against one process."""
 
 import dataclasses
 import math

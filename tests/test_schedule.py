@@ -1,4 +1,4 @@
-"""Room 8: stages, learning rate, momentum and loss weights against the formulas."""
+"""Section 8: stages, learning rate, momentum and loss weights against the formulas."""
 
 import pytest
 import torch

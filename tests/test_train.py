@@ -1,4 +1,4 @@
-"""Room 9 end to end: the script as a user starts it, on small streams and on the sample."""
+"""Section 9 end to end: the script as a user starts it, on small streams and on the sample."""
 
 import dataclasses
 import itertools
