@@ -744,7 +744,7 @@ def fp8_empty(shape: Sequence[int], scale: Tensor, dtype: torch.dtype | None = N
     return Fp8(*(scale.new_empty(shape, dtype=dtype or E4M3) for shape in shapes), scale)
 
 
-def fp8_product(a: Fp8, b: Fp8) -> Tensor:
+def fp8_matmul(a: Fp8, b: Fp8) -> Tensor:
     """a bᵀ in bf16 for a (rows, inner) and b (cols, inner)."""
     return torch._scaled_mm(a.rows, b.rows.mT, a.scale[0], b.scale[0], out_dtype=torch.bfloat16)
 
@@ -883,6 +883,7 @@ class Fp8Copies:
         # no number of a normed row is above √dim, 27.7 of 768; the head's norm is rounded to bf16
         root = math.sqrt(head.size(1))
         self.scale_x = scale_for(math.ceil(root))
+        # these three as in the public record: 1.6, 100 and 0.75
         self.head_scale, self.head_input_scale = scale_for(1.6), scale_for(max(100.0, 1.01 * root))
         self.logits_grad_scale = scale_for(0.75)  # in e5m2, which goes further than FP8_MAX
         # The delayed scales, (layers, kinds, 4), and the numbers that they follow.
@@ -1361,7 +1362,7 @@ class PrepareQkv(torch.autograd.Function):
         ctx, x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
         fp8: QkvFp8, key_offset: int, head_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        qkv = fp8_product(fp8.x, fp8.w)
+        qkv = fp8_matmul(fp8.x, fp8.w)
         num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
         q, k, v = (x.new_empty(num_tokens, heads, head_dim) for _ in range(3))
         # heads of 128, 16 tokens: two loads of 16 bytes for each thread of 4 warps
@@ -1377,7 +1378,7 @@ class PrepareQkv(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         fp8 = ctx.fp8
         dqkv = qkv_gradient(grads, *ctx.saved_tensors, fp8, ctx.key_offset)
-        dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, fp8.x.T)
+        dx, dw = fp8_matmul(dqkv, fp8.w.T), fp8_matmul(dqkv.T, fp8.x.T)
         d_value = grads[2].flatten(1) if ctx.has_value else None
         return dx, dw, None, None, d_value, None, None, None
 
@@ -1399,7 +1400,7 @@ MLP_TILE, MLP_PROGRAMS = 128, 264
 
 
 @triton.jit
-def _mlp_product_kernel(
+def _mlp_matmul_kernel(
     a, b, square, out, out_t, scale_a, scale_b, scale_square, scale_out, largest, num_rows,
     num_columns, inner, BACKWARD: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -1411,7 +1412,7 @@ def _mlp_product_kernel(
         scale *= scale
     to_out = scale / tl.load(scale_out)
     across, down = tl.cdiv(num_columns, TILE), tl.cdiv(num_rows, TILE)
-    # Flattened, the next tile's first loads pass by the stores; the square would want their room.
+    # Flattened, the next tile's first loads pass by the stores; the square would want that memory.
     for tile in tl.range(tl.program_id(0), across * down, tl.num_programs(0), flatten=not BACKWARD):
         # Programs that run together share the rows of eight tiles.
         group = tile // (8 * across)
@@ -1434,7 +1435,7 @@ def _mlp_product_kernel(
     tl.atomic_max(largest, top * scale)
 
 
-def mlp_product(a: Fp8, b: Fp8, result: DelayedScale, square: Fp8 | None = None) -> Fp8:
+def mlp_matmul(a: Fp8, b: Fp8, result: DelayedScale, square: Fp8 | None = None) -> Fp8:
     """relu(a bᵀ)² or, given that square, its gradient a bᵀ·2·sqrt(square), in fp8 with the scale of
     `result`, whose `largest` it raises. a: (rows, inner), b: (columns, inner)."""
     (rows, inner), columns = a.rows.shape, len(b.rows)
@@ -1442,7 +1443,7 @@ def mlp_product(a: Fp8, b: Fp8, result: DelayedScale, square: Fp8 | None = None)
     tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.rows.element_size()
     programs = min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
     describe = TensorDescriptor.from_tensor
-    _mlp_product_kernel[(programs,)](
+    _mlp_matmul_kernel[(programs,)](
         describe(a.rows, [MLP_TILE, tile_inner]), describe(b.rows, [MLP_TILE, tile_inner]),
         describe((square or out).rows, tile), describe(out.rows, tile), describe(out.columns, tile),
         a.scale, b.scale, (square or out).scale, *result, rows, columns, inner,
@@ -1457,16 +1458,16 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8) -> Tensor:
         ctx.fp8 = fp8
-        ctx.square = mlp_product(fp8.x, fp8.w_1, fp8.square)
-        return fp8_product(ctx.square, fp8.w_2.T)
+        ctx.square = mlp_matmul(fp8.x, fp8.w_1, fp8.square)
+        return fp8_matmul(ctx.square, fp8.w_2.T)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         fp8, square = ctx.fp8, ctx.square
         grad = quantize(grad, fp8_empty(grad.shape, fp8.grad.scale), fp8.grad.largest)
-        hidden = mlp_product(grad, fp8.w_2, fp8.grad_hidden, square)
-        d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, fp8.x.T)
-        return d_x, d_w_1, fp8_product(square.T, grad.T), None
+        hidden = mlp_matmul(grad, fp8.w_2, fp8.grad_hidden, square)
+        d_x, d_w_1 = fp8_matmul(hidden, fp8.w_1.T), fp8_matmul(hidden.T, fp8.x.T)
+        return d_x, d_w_1, fp8_matmul(square.T, grad.T), None
 
 
 # --- Head -----------------------------------------------------------------------------------------
@@ -1632,7 +1633,7 @@ class HeadLoss(torch.autograd.Function):
         offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x8 = quantize(x, fp8_empty(x.shape, fp8.scale_x), clipped=fp8.clipped)
-        logits = fp8_product(x8, fp8.weight)
+        logits = fp8_matmul(x8, fp8.weight)
         losses, slope = losses_and_slope(logits, targets, weights, fp8.scale_grad, offsets)
         ctx.factors = slope, x8, fp8.weight
         weighted, first = losses.sum(1).unbind()
@@ -1644,7 +1645,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         slope, x, weight = ctx.factors
         slope = slope._replace(scale=slope.scale * grad)  # the loss's own gradient
-        d_x, d_head = fp8_product(slope, weight.T), fp8_product(slope.T, x.T)
+        d_x, d_head = fp8_matmul(slope, weight.T), fp8_matmul(slope.T, x.T)
         return d_x, d_head, None, None, None, None
 
 
@@ -3348,8 +3349,8 @@ class SelfCheck:
         config, width = self.config, self.config.attention_dim
         x, w = self.leaf(self.tokens, self.dim), self.leaf(3 * width, self.dim, std=self.dim**-0.5)
         x8, w8 = self.in_fp8(x), self.in_fp8(w)
-        product = fp8_product(x8, w8)
-        results = [Result("matmul", product, dequantized(x8) @ dequantized(w8).mT)]
+        qkv = fp8_matmul(x8, w8)
+        results = [Result("matmul", qkv, dequantized(x8) @ dequantized(w8).mT)]
         rotary = rotary_tables(config.head_dim, self.tokens, self.device)
         eye = torch.eye(3 * width, dtype=torch.float64, device=self.device)
         shape = self.tokens, config.num_heads, config.head_dim
@@ -3359,13 +3360,13 @@ class SelfCheck:
             offset = CHECK_LENGTH if is_long else 0, config.head_dim
             value = self.random(self.tokens, width) if has_value else None
             grads = [self.random(*shape) for _ in range(3)]
-            doubles = product.double().requires_grad_(), eye, *(table.double() for table in rotary)
+            doubles = qkv.double().requires_grad_(), eye, *(table.double() for table in rotary)
             exact = prepare_qkv(*doubles, value.double() if has_value else None, None, *offset)
             (slope,) = torch.autograd.grad(exact, doubles[:1], [grad.double() for grad in grads])
             fp8 = QkvFp8(x8, w8, self.delayed_for(slope.abs().max()))
             found = prepare_qkv(x, w, *rotary, value, fp8, *offset)
             d_x, d_w = torch.autograd.grad(found, (x, w), grads)
-            slope8 = qkv_gradient(grads, product, *rotary, fp8, offset[0])
+            slope8 = qkv_gradient(grads, qkv, *rotary, fp8, offset[0])
             own = [*map(Result, ("queries", "keys", "values"), found, exact)]
             own += fp8_results("gradient of QKV", slope8, slope)
             own.append(Result("largest gradient", fp8.grad.largest, slope.abs().max()[None]))
@@ -3382,10 +3383,10 @@ class SelfCheck:
         x8, grad8, w_18, w_28 = map(self.in_fp8, (x, grad, w_1, w_2))
         exact_square = (dequantized(x8) @ dequantized(w_18).mT).relu().square()
         fp8_square = self.delayed_for(exact_square.max())
-        square = mlp_product(x8, w_18, fp8_square)
+        square = mlp_matmul(x8, w_18, fp8_square)
         exact_slope = 2 * dequantized(square).sqrt() * (dequantized(grad8) @ dequantized(w_28).mT)
         fp8_slope = self.delayed_for(exact_slope.abs().max())
-        slope = mlp_product(grad8, w_28, fp8_slope, square)
+        slope = mlp_matmul(grad8, w_28, fp8_slope, square)
         delayed = fp8_square, DelayedScale(grad8.scale, self.none_yet(1)), fp8_slope
         fp8 = MlpFp8(x8, w_18, w_28, *delayed)
         out = mlp(x, w_1, w_2, fp8)
@@ -3415,7 +3416,7 @@ class SelfCheck:
             targets[::5, 1], targets[1::5, 1] = IGNORED_TARGET, targets[1::5, 0]
             weights = torch.tensor([1.0, 0.5], device=self.device)
             x8, head8 = self.in_fp8(x), self.in_fp8(head)
-            logits = fp8_product(x8, head8)
+            logits = fp8_matmul(x8, head8)
             exact_logits = logits.double().requires_grad_()
             exact = token_losses(exact_logits, targets, offsets)
             exact = torch.stack([exact @ weights.double(), exact[:, 0]])

@@ -171,7 +171,7 @@ class Bench:
         if dtype == E4M3:
             a, b, scale = a.to(E4M3), b.to(E4M3), torch.ones(4, device=self.device)
             a, b = train_gpt.Fp8(a, None, scale), train_gpt.Fp8(b, None, scale)
-            return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b))
+            return self.captured_ms(lambda: lambda: train_gpt.fp8_matmul(a, b))
         return self.captured_ms(lambda: lambda: a @ b.mT)
 
     def measure_peaks(self) -> None:

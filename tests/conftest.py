@@ -112,7 +112,7 @@ def fp32_for_fp8(monkeypatch: pytest.MonkeyPatch, module: ModuleType = train_gpt
 
     monkeypatch.setattr(module, "E4M3", torch.float32)
     monkeypatch.setattr(module, "E5M2", torch.float32)
-    monkeypatch.setattr(module, "fp8_product", product)
+    monkeypatch.setattr(module, "fp8_matmul", product)
 
 
 def write_shard(path: Path, tokens: np.ndarray | list[int]) -> Path:

@@ -25,6 +25,7 @@ from train_gpt import (
     prefetch,
     read_shard_header,
     read_tokens,
+    sort_rows,
     train,
     training_batches,
     validation_batches,
@@ -465,3 +466,23 @@ def test_the_thread_ends_with_its_items(taken):
     del items
     thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+def test_examples_of_the_docstrings(tmp_path):
+    """Of TokenStream, make_batch and SortedRows."""
+    s, (a, b, c, d, e, f, g, h, i) = START_TOKEN, range(1, 10)
+    path = write_shard(tmp_path / "train.bin", [s, a, b, s, c, d, e, s, f, g, h, s, i])
+    stream = TokenStream([str(path)], 50_257, repeat=False)
+    found = [[x.tolist() for x in stream.next_sequence(4, 3)] for _ in range(2)]
+    assert found == [[[s, a, b], [s, c]], [[s, f, g], [s, i]]]
+
+    tokens = np.arange(5, dtype=np.uint16)
+    sequences = [(tokens, np.array([0, 3])), (tokens, np.array([0, 1]))]
+    batch = make_batch(sequences, 4, min_mean_doc_len=2, pin=False)
+    assert batch.tokens.tolist() == [0, 1, 2, 3] * 2
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 8, 8]
+
+    rows = sort_rows(torch.tensor([7, 2, 7, 9, 7]))
+    assert [x.tolist() for x in rows] == [
+        [2, 7, 7, 7, 9], [1, 0, 2, 4, 3], [0, 1, 4, 5, 5, 5], [0, 1, 1, 1, 2], [3],
+    ]  # fmt: skip

@@ -348,6 +348,16 @@ def write_few_tokens(folder: Path) -> dict[str, str]:
     return {"train_files": str(folder / "train.bin"), "val_file": str(folder / "val.bin")}
 
 
+def test_an_entry_holds_votes_check_and_token():
+    """As the script's comment has it."""
+    votes, check, token = (torch.tensor(x) for x in (2, 5, 1234))
+    entry = train_gpt.pack_entry(votes, train_gpt.pack_content(check, token))
+    assert entry == 1_074_070_738
+    parts = train_gpt.votes_of(entry), train_gpt.check_of(entry), train_gpt.token_of(entry)
+    assert parts == (votes, check, token)
+    assert train_gpt.content_of(entry) == train_gpt.pack_content(check, token)
+
+
 def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     """Of every row of a run what it matched is what dictionaries of the rows of earlier steps have:
     nothing of the preparation, of validations, of itself and of the rows beside it."""

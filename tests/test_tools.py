@@ -32,7 +32,7 @@ KERNELS = {
     "_logits_gradient_kernel": "head",
     "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "matmuls",
     "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "matmuls",
-    "_mlp_product_kernel": "matmuls",
+    "_mlp_matmul_kernel": "matmuls",
     "void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<>": "tables",
     "_add_rows_kernel": "tables",
     "_combine_backward_kernel": "element-wise",
