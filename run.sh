@@ -42,6 +42,7 @@ set_up() {  # sets $python; installs again when requirements.txt has changed
   local venv=$root/.venv base=python3
   python=${PYTHON:-$venv/bin/python}
   [ -z "${PYTHON:-}" ] && [ ! -x "$python" ] || base=$python
+  command -v "$base" >/dev/null || fail "PYTHON=$base: no such program: name one, or unset PYTHON" 1
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "Python 3.11 or later is needed, $base is $("$base" --version 2>&1 | tail -1): name a later one as PYTHON, or make .venv by it, as python3.12 -m venv --clear '$venv'" 1
   [ -n "${PYTHON:-}" ] || cmp -s "$root/requirements.txt" "$venv/requirements.txt" && return
