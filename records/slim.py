@@ -25,6 +25,7 @@ from pathlib import Path
 
 from console import Parser, end_on_signals
 
+RECORDS = Path(__file__).resolve().parent.parent / "records"
 SEPARATOR = "=" * 100 + "\n"
 NO_BASE = "none"
 HEAD = re.compile(r"script: (?P<base>.+) sha256: (?P<digest>[0-9a-f]{64})\n")
@@ -130,7 +131,7 @@ def main() -> int:
             if args.command == "restore":
                 sys.stdout.buffer.write(restore(read(log), log.parent).encode())
                 continue
-            scripts = sorted(Path(__file__).parent.glob("*/train_gpt.py"))
+            scripts = sorted(RECORDS.glob("*/train_gpt.py"))
             bases = args.base or [*scripts, *sorted(log.parent.glob("*.txt"))]
             log.write_bytes(slim(log, filter(is_base, bases)).encode())
     except (SlimError, OSError, UnicodeDecodeError) as error:
