@@ -3809,12 +3809,22 @@ def validate(
 
 @contextlib.contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
-    """An error of the GPU's memory says what needed it and what helps."""
+    """An error of memory says what needed it and what helps."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        found = str(error).partition(". ")[0]
-        raise UserError(f"{found}, for {what}: {remedy}") from None
+    except (RuntimeError, MemoryError) as error:
+        if found := lack_of_memory(error):
+            raise UserError(f"{found}, for {what}: {remedy}") from None
+        raise
+
+
+def lack_of_memory(error: BaseException) -> str:
+    """What could not be allocated; empty for another error. On a CPU torch raises RuntimeError."""
+    match = re.search(r"can't allocate memory: you tried to allocate \d+ bytes", str(error))
+    if match:
+        return match[0]
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return (str(error).partition(". ")[0] or "out of memory") if out_of_memory else ""
 
 
 def tables_remedy(config: Config) -> str:
@@ -4202,11 +4212,11 @@ def main(arguments: list[str] | None = None) -> int:
             return int(log.failed)
         except UserError as error:
             message = f"error: {error}"
-        except torch.OutOfMemoryError as error:
-            remedy = passes_remedy(config, int(os.environ.get("WORLD_SIZE", "1")))
-            message = f"error: {str(error).partition('. ')[0]}, for the passes of a step: {remedy}"
-        except Exception:  # noqa: BLE001 (reported with its traceback)
+        except Exception as error:  # noqa: BLE001 (reported with its traceback)
             message = traceback.format_exc()
+            if found := lack_of_memory(error):
+                remedy = passes_remedy(config, int(os.environ.get("WORLD_SIZE", "1")))
+                message = f"error: {found}, for the passes of a step: {remedy}"
         end(1, message, speaks_for_error(store))  # which may be of one rank alone
     except KeyboardInterrupt as signalled:
         interrupted(*signalled.args or [signal.SIGINT])

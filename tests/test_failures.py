@@ -173,6 +173,15 @@ def test_memory_of_tables_has_a_remedy(changes, remedy):
         raise error
 
 
+def test_memory_of_a_cpu_has_a_remedy_and_other_errors_are_left_alone():
+    remedy = tables_remedy(SPEEDRUN)
+    size = r"tried to allocate 4611686018427387904 bytes, for the tables: lower --ngram_rows"
+    with pytest.raises(UserError, match=size), memory_for("the tables", remedy):
+        torch.empty(2**62, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="of another kind"), memory_for("the tables", remedy):
+        raise RuntimeError("an error of another kind")
+
+
 def test_memory_of_passes_has_a_remedy():
     """Fewer sequences at once as long as there are several."""
     assert passes_remedy(SPEEDRUN, 8).startswith("pass --sequences_per_step 16")
