@@ -559,9 +559,9 @@ def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
     num_runs = order.num_runs.item()
     assert num_runs == len(kinds)
     assert torch.equal(order.rows, index[order.order])
-    assert torch.equal(order.starts[: num_runs + 1].diff(), numbers)
-    assert (order.starts[num_runs:] == count).all()
-    assert torch.equal(kinds[order.runs], order.rows)
+    assert torch.equal(order.run_start[: num_runs + 1].diff(), numbers)
+    assert (order.run_start[num_runs:] == count).all()
+    assert torch.equal(kinds[order.run_of], order.rows)
     expected = table.double().index_add(0, index, values.double())
     for kernel in (True, False):
         mine, other = table.clone(), -table
