@@ -1841,8 +1841,8 @@ MAX_VOTES, CHECKS = 3, 2**13
 VOTES_BIT, CHECK_BIT = 29, 16
 
 
-def pack_entry(votes: Tensor, content: Tensor) -> Tensor:
-    return votes << VOTES_BIT | content
+def pack_votes(votes: Tensor) -> Tensor:
+    return votes << VOTES_BIT
 
 
 def pack_content(check: Tensor, token: Tensor) -> Tensor:
@@ -1929,7 +1929,7 @@ def insert_matches_(
     stays = (held != wanted) & (votes > 1)
     votes = torch.where(stays, votes - 1, torch.where(held == wanted, votes, 0) + 1)
     votes = votes.clamp_max(MAX_VOTES)
-    entry = pack_entry(votes, torch.where(stays, held, wanted))
+    entry = pack_votes(votes) | torch.where(stays, held, wanted)
     tables.scatter_(1, slot, 0)
     tables.scatter_reduce_(1, slot, entry * long_enough, "amax")
 

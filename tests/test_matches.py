@@ -351,7 +351,7 @@ def write_few_tokens(folder: Path) -> dict[str, str]:
 def test_an_entry_holds_votes_check_and_token():
     """As the script's comment has it."""
     votes, check, token = (torch.tensor(x) for x in (2, 5, 1234))
-    entry = train_gpt.pack_entry(votes, train_gpt.pack_content(check, token))
+    entry = train_gpt.pack_votes(votes) | train_gpt.pack_content(check, token)
     assert entry == 1_074_070_738
     parts = train_gpt.votes_of(entry), train_gpt.check_of(entry), train_gpt.token_of(entry)
     assert parts == (votes, check, token)
