@@ -288,8 +288,8 @@ def test_profile_on_the_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     tables = result.stdout.split("\nstage ")[1:]
     assert [text.split(";")[0] for text in tables] == [
-        "1 of 2: sequences of 64 tokens, 1 a process and 1 a pass, Windows(short=8, long=16)",
-        "2 of 2: sequences of 64 tokens, 1 a process and 1 a pass, Windows(short=16, long=32)",
+        "1 of 2: sequences of 64 tokens, 1 a process and 1 a pass, windows 8 and 16",
+        "2 of 2: sequences of 64 tokens, 1 a process and 1 a pass, windows 16 and 32",
     ]
     for number, text in enumerate(tables, 1):
         lines = (line.rsplit("  ", 1)[0].strip() for line in text.splitlines()[2:-1])
