@@ -2838,7 +2838,7 @@ class TokenStream:
     with the next document. With T 4, max_seq_len 3 and S for the start token, the documents
     S a b, S c d e and S f g h make
 
-        S a b S c    the second one has 2 tokens of place, and its d e is not read
+        S a b S c    of the second document 2 tokens fit; d e is not read
         S f g ...    the third one is cut at max_seq_len
 
     While one shard is used, the next one is loaded.
@@ -2989,11 +2989,11 @@ def validation_batches(config: Config, runtime: Runtime, num_targets: int) -> It
     path, size = find_files("--val_file", config.val_file)[0], config.val_sequence_tokens
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
     for begin in range(runtime.rank * size, num_targets, runtime.world_size * size):
-        row = tokens[begin : begin + size + 1]
-        real = len(row) - 1
-        row = np.pad(row, (0, size - real), constant_values=START_TOKEN)  # the last one
-        starts = np.union1d([0], np.flatnonzero(row[: min(real + 1, size)] == START_TOKEN))
-        batch = make_batch([(row, starts)], size, config.min_mean_doc_len, pin=False)
+        part = tokens[begin : begin + size + 1]
+        real = len(part) - 1
+        part = np.pad(part, (0, size - real), constant_values=START_TOKEN)  # the last one
+        starts = np.union1d([0], np.flatnonzero(part[: min(real + 1, size)] == START_TOKEN))
+        batch = make_batch([(part, starts)], size, config.min_mean_doc_len, pin=False)
         batch.targets[real:] = IGNORED_TARGET
         yield batch
 
@@ -3638,7 +3638,7 @@ class Trainer:
             length, max_seq_len = schedule.sequence_shape(last_step)
             count = config.sequences_per_pass(length, self.runtime.world_size)
             batches[stage] = random_batch(length, max_seq_len, count)
-        # the longest first: the graphs of shorter ones find place in their memory
+        # the longest first: graphs of shorter ones fit in memory that they have left
         visited = sorted(batches, key=lambda stage: -len(batches[stage].tokens))
         with nothing_changes(self.model, self.optimizer):
             self.compile_side_by_side(report)
