@@ -332,6 +332,7 @@ class Record:
             raise ReportError(f"{shown(self.script)}: no such file: put back the script that ran")
         check_runs(self.script, self.runs)
         self.first = self.runs[0]
+        self.stated_memory: str | None = None
 
     @property
     def title(self) -> str:
@@ -353,7 +354,8 @@ class Record:
     def memory(self) -> str:
         """The class of non-parametric memory: what --memory stated, or what the options say."""
         row = re.search(r"^\| non-parametric memory \| (.+) \|$", self.readme, re.MULTILINE)
-        return row[1] if row and row[1] in MEMORY else self.first.memory
+        kept = row[1] if row and row[1] in MEMORY else None
+        return self.stated_memory or kept or self.first.memory
 
     @property
     def kind(self) -> str:
@@ -818,14 +820,17 @@ def draw_race(records: list[Record], path: Path) -> None:
     axes.set_xlim(0, 1.05 * max(run.time for record in session for run in record.runs))
     run = baseline.first
     seeds = f"{len(baseline.runs)} seed{'s' * (len(baseline.runs) > 1)} each"
-    axes.set_title(
-        f"{run.machine}, {CORPORA.get(run.data_name, run.data_name)}, {run.length}, {seeds}"
-    )
+    data = CORPORA.get(run.data_name, run.data_name)
+    axes.set_title("Loss against training time", loc="left", fontweight="bold", fontsize=13, pad=24)
+    where = f"{run.machine}, {data}, {run.length}, {seeds}"
+    axes.text(0, 1.02, where, transform=axes.transAxes, fontsize=11, va="bottom")
     axes.set_xlabel("training time (s)", fontsize=12)
     axes.set_ylabel("loss (nats per token)", fontsize=12)
     axes.tick_params(labelsize=11)
     title = "dots: validation loss; lines: training loss, smoothed"
-    axes.legend(fontsize=11, title=title, title_fontsize=11, alignment="left", framealpha=0.9)
+    how = {"fontsize": 11, "title_fontsize": 11, "alignment": "left", "framealpha": 0.9}
+    for handle in axes.legend(title=title, **how).legend_handles:
+        handle.set(linewidth=2.5, alpha=1)
     figure.savefig(path, dpi=200)
 
 
@@ -838,75 +843,85 @@ def classes(records: list[Record]) -> dict[str, list[tuple[int, Record]]]:
     return {kind: groups[kind] for kind in newest}
 
 
+MARKERS = {"none": "o", "n-gram lookup": "D"}  # other memory: a square
+
+
 def draw_history(records: list[Record], path: Path) -> None:
     """Speed-up over the baseline of its session against date; on the left the public frontier, in
     the same unit."""
-    from matplotlib import dates
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     public, own = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.3))
-    markers, labels = {"none": "o", "n-gram lookup": "D"}, []
+    for axes in (public, own):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    public.set_ylabel("speed-up over the baseline of the same session")
+    frontier = draw_public(public)
+    style = {"color": "black", "linewidth": 1.5, "linestyle": ":"}
+    own.axhline(frontier, label="the public frontier, merged", **style)
+    labels = draw_speed_ups(records, own)
+    own.set_ylim(0.8, 1.12 * own.get_ylim()[1])
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
+    part_labels(figure, labels, frontier)
+    figure.savefig(path, dpi=120)
 
-    # public
-    days, speeds = [date(2026, 9, 21)], [1.0]
+
+def draw_public(axes) -> float:
+    """The public records and proposals; returns the speed-up of the last record that is merged."""
+    days, speeds = [PUBLIC[0][1] - timedelta(days=7)], [1.0]
     for name, day, seconds, memory, merged in PUBLIC:
         speed = PUBLIC_BASELINE / seconds
-        style = {"markerfacecolor": "black" if merged else "white", "markersize": 7}
-        marker = markers.get(memory, "s")
-        public.plot(day, speed, marker, color="black", zorder=3, **style)
+        color = "black" if merged else "white"
+        marker = MARKERS.get(memory, "s")
+        axes.plot(day, speed, marker, color="black", markerfacecolor=color, markersize=7, zorder=3)
         place = {"xytext": (6, -26), "ha": "left"} if merged else {"xytext": (0, 9)}
-        label_point(
-            public, (day, speed), f"{name}\n{seconds:.1f} s = {speed:.2f}×", fontsize=9, **place
-        )
+        text = f"{name}\n{seconds:.1f} s = {speed:.2f}×"
+        label_point(axes, (day, speed), text, fontsize=9, **place)
         if merged:
             days += [day, day]
             speeds += [speeds[-1], speed]
     last = max(day for _, day, *_ in PUBLIC) + timedelta(days=5)
-    public.plot([*days, last], [*speeds, speeds[-1]], color="black", linewidth=1.5)
-    label_point(public, (days[0], 1), f"record 89\n{PUBLIC_BASELINE:.1f} s", ha="left", fontsize=9)
-    public.set_xlim(days[0], last)
-    public.set_xticks([PUBLIC[0][1], PUBLIC[1][1]], ["28 Sep", "early Oct"])
-    public.set_title("modded-nanogpt, 8 × H100,\nFineWeb, to a loss of 3.28", fontsize=10)
-    public.set_ylabel("speed-up over the baseline of the same session")
+    axes.plot([*days, last], [*speeds, speeds[-1]], color="black", linewidth=1.5)
+    text = f"record 89\n{PUBLIC_BASELINE:.1f} s"
+    label_point(axes, (days[0], 1), text, ha="left", fontsize=9)
+    axes.set_xlim(days[0], last)
+    axes.set_xticks([PUBLIC[0][1], PUBLIC[1][1]], ["28 Sep", "early Oct"])
+    axes.set_title(f"modded-nanogpt, 8 × H100,\nFineWeb, to a loss of {TARGET}", fontsize=10)
+    return speeds[-1]
 
-    # own
-    frontier, drawn = speeds[-1], []
-    style = {"color": "black", "linewidth": 1.5, "linestyle": ":"}
-    own.axhline(frontier, label="the public frontier, merged", **style)
+
+def draw_speed_ups(records: list[Record], axes) -> list:
+    """Those of our records that have a baseline, a series a class; returns the labels."""
+    from matplotlib import dates
+
+    labels, starts = [], []
     for i, (kind, members) in enumerate(classes(records).items()):
-        points = [(n, r, baseline_of(r, records)) for n, r in members]
-        points = [(n, r, base) for n, r, base in points if base]
+        points = [(n, record, baseline_of(record, records)) for n, record in members]
+        points = [(n, record, base) for n, record, base in points if base]
         if not points:
             continue
         days = [dates.date2num(record.first.started) for _, record, _ in points]
         speeds = [base.time / record.time for _, record, base in points]
-        marker = markers.get(points[0][1].memory, "s")
-        own.plot(days, speeds, f":{marker}", color=f"C{i}", label=kind)
+        marker = MARKERS.get(points[0][1].memory, "s")
+        axes.plot(days, speeds, f":{marker}", color=f"C{i}", label=kind)
         for (number, record, base), day, speed in zip(points, days, speeds):
             if record.loss > base.loss:
-                own.plot(day, speed, marker, color=f"C{i}", markerfacecolor="white")
-            text = f"#{number}: {speed:.2f}×"
+                axes.plot(day, speed, marker, color=f"C{i}", markerfacecolor="white")
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0}
-            labels.append(label_point(own, (day, speed), text, va="center", arrowprops=line))
-            drawn.append(record.first.started)
-    if drawn:
-        room = max((max(drawn) - min(drawn)) / 6, timedelta(days=1))
-        own.set_xlim(min(drawn) - room, max(drawn) + room)
+            text = f"#{number}: {speed:.2f}×"
+            labels.append(label_point(axes, (day, speed), text, va="center", arrowprops=line))
+            starts.append(record.first.started)
+    if starts:
+        room = max((max(starts) - min(starts)) / 6, timedelta(days=1))
+        axes.set_xlim(min(starts) - room, max(starts) + room)
     locator = dates.AutoDateLocator(minticks=3, maxticks=6)
     locator.intervald[dates.HOURLY] = [24]  # days are fine enough
-    own.xaxis.set_major_locator(locator)
-    own.xaxis.set_major_formatter(dates.DateFormatter("%d %b"))
-    own.set_title(
-        "this project (# as in the table);\nhollow: the loss is above the baseline's", fontsize=10
-    )
-    own.set_ylim(0.8, 1.12 * own.get_ylim()[1])
-    for axes in (public, own):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
-    part_labels(figure, labels, frontier)
-    figure.savefig(path, dpi=120)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%d %b"))
+    title = "this project (# as in the table);\nhollow: the loss is above the baseline's"
+    axes.set_title(title, fontsize=10)
+    return labels
 
 
 # ==================================================================================================
@@ -950,6 +965,7 @@ def difference(record: Record, old: Record | None) -> str:
 def write_page(folder: Path, memory: str | None) -> Record:
     """Write loss.png and README.md of a record, keeping title, author's words and memory class."""
     record = Record(folder)
+    record.stated_memory = memory
     words, runs, run = record.words, record.runs, record.first
     losses = [run.loss for run in runs]
     seeds = ", ".join(str(run.seed) for run in runs)
@@ -969,13 +985,13 @@ def write_page(folder: Path, memory: str | None) -> Record:
         link = f"[the baseline of its session](../{baseline.folder.name})"
         p = p_different(losses, [run.loss for run in baseline.runs])
         test = "" if p is None else f" (Welch's two-sided t-test: p = {format_p(p)})"
-        against = f"{baseline.time / record.time:.2f}× faster than {link}, "
+        against = f"{baseline.time / record.time:.2f}× over {link}, "
         against += f"loss {signed(record.loss - baseline.loss)}{test}"
     figures = {
         "machine": joined(run.machine for run in runs),
         "versions": joined(run.versions for run in runs),
         "data": data,
-        "non-parametric memory": memory or record.memory,
+        "non-parametric memory": record.memory,
         "schedule": f"{run.config['num_steps']} + {run.config['extension_steps']} steps{ended}",
         "runs": f"{len(runs)}, seed{'s' * (len(runs) > 1)} {seeds}{marks}",
         "time": f"{spread((run.time for run in runs), 2)} s{several}",
@@ -1076,6 +1092,8 @@ def history_page(records: list[Record]) -> str:
     count = sum(record.first.data_name == "proxy" for record in records)
     proxy = PROXY.format(count="All" if count == len(records) else count) if count else ""
     race = "![loss against seconds of the newest session](loss_against_seconds.png)\n\n"
+    race += "Lines are training losses, which a sampled softmax estimates from a part of the\n"
+    race += "vocabulary; dots are validation losses, of all of it.\n\n"
     return f"""# Records
 
 Written by `./run.sh history` from the records' logs, a section a class: machine, data, length of
