@@ -884,7 +884,7 @@ def draw_public(axes) -> float:
     last = max(day for _, day, *_ in PUBLIC) + timedelta(days=5)
     axes.plot([*days, last], [*speeds, speeds[-1]], color="black", linewidth=1.5)
     text = f"record 89\n{PUBLIC_BASELINE:.1f} s"
-    label_point(axes, (days[0], 1), text, ha="left", fontsize=9)
+    label_point(axes, (days[0], 1), text, xytext=(5, 8), ha="left", fontsize=9)
     axes.set_xlim(days[0], last)
     axes.set_xticks([PUBLIC[0][1], PUBLIC[1][1]], ["28 Sep", "early Oct"])
     axes.set_title(f"modded-nanogpt, 8 × H100,\nFineWeb, to a loss of {TARGET}", fontsize=10)
@@ -909,8 +909,9 @@ def draw_speed_ups(records: list[Record], axes) -> list:
             if record.loss > base.loss:
                 axes.plot(day, speed, marker, color=f"C{i}", markerfacecolor="white")
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0}
+            style = {"arrowprops": line, "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.5}}
             text = f"#{number}: {speed:.2f}×"
-            labels.append(label_point(axes, (day, speed), text, va="center", arrowprops=line))
+            labels.append(label_point(axes, (day, speed), text, va="center", **style))
             starts.append(record.first.started)
     if starts:
         room = max((max(starts) - min(starts)) / 6, timedelta(days=1))
