@@ -7,7 +7,6 @@ validation files. What looks up matches in what was read is judged with and with
 check; exit code 1 when one fails or the script cannot be judged.
 """
 
-import argparse
 import dataclasses
 import functools
 import glob
@@ -24,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import console
 import numpy as np
-import terminal
 import torch
 from torch import Tensor
 
@@ -412,7 +411,7 @@ def compare_training(script: ModuleType, *runs: Path) -> str:
 
 def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) -> None:
     """Train a few steps; <run>.json gets the losses, and when the validation file was opened."""
-    terminal.end_with_parent()
+    console.end_with_parent()
     with open(f"{run}.out", "w") as out:
         os.dup2(out.fileno(), sys.stdout.fileno())
         os.dup2(out.fileno(), sys.stderr.fileno())
@@ -499,7 +498,7 @@ def judge(path: Path, names: list[str]) -> dict[str, tuple[bool, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="./run.sh check", description=__doc__.split("\n")[0])
+    parser = console.Parser(prog="./run.sh check", description=__doc__.split("\n")[0])
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="script, or folder of a record")
     path = parser.parse_args(arguments).script
     try:
@@ -511,4 +510,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_tool(main))
+    sys.exit(console.run_tool(main))

@@ -3,10 +3,13 @@
     ./run.sh record NAME [--runs N] [-- OPTION ...]   train N times, write records/<date>_<NAME>/;
                                                       where it exists, add N runs (0: only rewrite)
     ./run.sh record NAME --logs FILE ...              the same with logs that there are already
-    ./run.sh reproduce FOLDER [--runs N]              run a record's script, beside its figures
-    ./run.sh compare A B [--runs N] [-- OPTION ...]   run two scripts or records in turn
-    ./run.sh compare A B --logs                       compare the logs that there are of them
-    ./run.sh history                                  write records/README.md and history.png
+    ./run.sh reproduce FOLDER [--runs N] [--fineweb]  run a record's script, beside its figures
+    ./run.sh compare A B [--runs N] [-- OPTION ...]   run two scripts or records, interleaved
+    ./run.sh compare A B --logs [--page FILE]         compare the logs that there are of them
+    ./run.sh history                                  write records/README.md and its pictures
+
+The record NAME_reference is the baseline of NAME and NAME_... of the same date: runs of one session
+on one machine, interleaved.
 
 Losses are in nats per token, times in seconds of training unless a name says otherwise, dates in
 UTC. Deviations are those of a sample (n - 1).
@@ -16,6 +19,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import glob
 import itertools
 import json
 import math
@@ -29,10 +33,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-import terminal
+import console
 
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
@@ -40,12 +44,24 @@ LOGS = ROOT / "logs"
 TARGET = 3.28  # validation loss
 ALPHA = 0.01  # a claim's p is below this
 CLAIM_GPUS, CLAIM_TARGETS = 8, 10_485_760
-PUBLIC_SECONDS = 73.8  # the public record on 8 x H100
+BASELINE = "_reference"  # what the name of a session's baseline ends with
+MEMORY = "none", "document", "n-gram lookup"  # classes of non-parametric memory
+CORPORA = {"fineweb": "FineWeb", "proxy": "proxy corpus"}
+TOY_TOKENS, WHOLE_TOKENS = 30e6, 250e6  # a schedule of fewer is a toy, or a short one
+# Seconds of modded-nanogpt on 8 x H100 and FineWeb to a loss of 3.28: name, day, memory, merged.
+PUBLIC_BASELINE = 73.889  # record 89, July 2026
+PUBLIC = (
+    ("record 92", date(2026, 9, 28), 39.914, "none", True),
+    ("#379, open", date(2026, 10, 3), 36.009, "none", False),
+    ("#367, open, retrieval", date(2026, 10, 3), 21.555, "retrieval", False),
+)
 DIFF_LINES = 100  # shown at most
+SCREEN = 160  # and characters of an option
 SEPARATOR = "=" * 100 + "\n"  # between the script and the log proper
 OWN_FIELDS = ("seed", "log_dir")  # what the runs of one record may differ in
 OUTPUT_FIELDS = ("checkpoint",)  # and what repeating a run leaves out besides
 OUTPUT_OPTIONS = "--log_dir", "--checkpoint"
+DATA_OPTIONS = "--train_files", "--val_file"
 MOST_RUNS = 10_000
 RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{6}")  # what one begins with
 DATED = re.compile(r"\d{4}-\d\d-\d\d_(.+)", re.DOTALL)  # the folder of a record
@@ -164,8 +180,14 @@ class Run:
         targets = re.search(r"^val loss .* on ([\d,]+) targets$", text, re.MULTILINE)
         self.num_targets = int(targets[1].replace(",", "") if targets else config["val_tokens"])
 
-        shares = [float(row.split(":")[0]) for row in config["stages"].split(",")]
-        ends = [round(edge * int(config["num_steps"])) for edge in itertools.accumulate(shares)]
+        matches = config.get("match_orders", "none")  # older scripts have no such option
+        self.memory = "none" if matches in ("none", "") else "n-gram lookup"
+
+        stages = [row.split(":") for row in [*config["stages"].split(","), config["extension"]]]
+        shares = itertools.accumulate(float(share) for share, *_ in stages[:-1])
+        ends = [round(edge * int(config["num_steps"])) for edge in shares]
+        counts = [end - begin for begin, end in itertools.pairwise([0, *ends, scheduled])]
+        self.tokens = sum(n * int(size) for n, (_, size, *_) in zip(counts, stages, strict=True))
         names = [f"stage {i + 1}" for i in range(len(ends))] + ["extension"]
         self.stage_begins = [0, *ends]
         self.stage_ms: dict[str, float] = {}  # mean milliseconds a step of the stages it reached
@@ -173,6 +195,15 @@ class Run:
             times = [row["step_ms"] for row in self.steps if begin < row["step"] <= end]
             if times:
                 self.stage_ms[name] = statistics.fmean(times)
+
+    @property
+    def length(self) -> str:
+        """A class of runs: only those of one have losses that compare."""
+        if self.gpus == 0 or self.data_name == "sample" or self.tokens < TOY_TOKENS:
+            return "toy"
+        if not self.finished:
+            return "stopped early"
+        return "short schedule" if self.tokens < WHOLE_TOKENS else "whole schedule"
 
     def check_times(self, mean_step_ms: float) -> None:
         """Raise ValueError unless the times of steps, validations and summary add up."""
@@ -301,6 +332,7 @@ class Record:
             raise ReportError(f"{shown(self.script)}: no such file: put back the script that ran")
         check_runs(self.script, self.runs)
         self.first = self.runs[0]
+        self.stated_memory: str | None = None
 
     @property
     def title(self) -> str:
@@ -319,17 +351,31 @@ class Record:
         return parts[1].strip() if self.readme else PLACEHOLDER
 
     @property
-    def what_changed(self) -> str:
-        """The first sentence of the author's section, or else the title."""
-        words = " ".join(self.words.split()) if AUTHOR in self.readme else PLACEHOLDER
-        sentence = re.match(r".+?[.!?](?=\s|$)", words)
-        return self.title if words in (PLACEHOLDER, "") else sentence[0] if sentence else words
+    def memory(self) -> str:
+        """The class of non-parametric memory: what --memory stated, or what the options say."""
+        row = re.search(r"^\| non-parametric memory \| (.+) \|$", self.readme, re.MULTILINE)
+        kept = row[1] if row and row[1] in MEMORY else None
+        return self.stated_memory or kept or self.first.memory
 
     @property
-    def memory(self) -> str:
-        """What the model keeps of what it read, a class that records state."""
-        row = re.search(r"^\| memory \| (.+) \|$", self.readme, re.MULTILINE)
-        return row[1] if row else "not stated"
+    def kind(self) -> str:
+        """The class: machine, data, length and memory. Only within one do times and losses
+        compare."""
+        data = CORPORA.get(self.first.data_name, f"{self.first.data_name} data")
+        machine, length = (joined(getattr(r, n) for r in self.runs) for n in ("machine", "length"))
+        return f"{machine}, {data}, {length}, non-parametric memory: {self.memory}"
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.folder.name.endswith(BASELINE)
+
+    @property
+    def time(self) -> float:
+        return statistics.fmean(run.time for run in self.runs)
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(run.loss for run in self.runs)
 
     @property
     def shortfalls(self) -> list[str]:
@@ -368,6 +414,34 @@ def all_records(skip: bool = False) -> list[Record]:
                     raise
                 warn(f"left out: {error}")
     return sorted(records, key=lambda record: record.first.started)
+
+
+def baseline_of(record: Record, records: list[Record]) -> Record | None:
+    """The baseline of its session, where machine, data and targets are the same."""
+
+    def conditions(of: Record) -> set:
+        return {(run.machine, run.data_name, run.num_targets) for run in of.runs}
+
+    def begin(of: Record) -> str:
+        return of.folder.name.removesuffix(BASELINE)
+
+    name = record.folder.name
+    found = [r for r in records if r.is_baseline and f"{name}_".startswith(f"{begin(r)}_")]
+    if record.is_baseline or not found:
+        return None
+    nearest = max(found, key=lambda other: len(begin(other)))
+    return nearest if conditions(nearest) == conditions(record) else None
+
+
+def last_of_class(record: Record, records: list[Record]) -> Record | None:
+    """The one before it of its class; before a baseline, the baseline before."""
+    same = [
+        other
+        for other in records
+        if (other.kind, other.is_baseline) == (record.kind, record.is_baseline)
+        and other.first.started < record.first.started
+    ]
+    return same[-1] if same else None
 
 
 # Figures ------------------------------------------------------------------------------------------
@@ -483,23 +557,11 @@ def short_diff(old: str, new: str, old_name: str, new_name: str, limit: int) -> 
 # ==================================================================================================
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """A type of options."""
-
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,30}", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
-        return int(text)
-
-    return read
-
-
 def take_seed(options: list[str], default: int | None) -> tuple[list[str], int | None]:
     """The options without --seed, and its value."""
-    parser = argparse.ArgumentParser(
-        prog="options after --", usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False
-    )
-    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1 - MOST_RUNS), default=default)
+    parser = console.Parser(usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    number = console.number(int, 0, 2**63 - 1 - MOST_RUNS)
+    parser.add_argument("--seed", type=number, default=default)
     for name in OUTPUT_OPTIONS:
         parser.add_argument(name)
     known, rest = parser.parse_known_args(options)
@@ -537,6 +599,26 @@ def options_of(run: Run, script: Path) -> list[str]:
     return min(candidates, key=len)
 
 
+def take_data(options: list[str]) -> tuple[list[str], list[str]]:
+    """The files of data that options name, and the options without them: with none of them run.sh
+    fetches FineWeb, which is what scripts train on."""
+    parser = console.Parser(usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    for name in DATA_OPTIONS:
+        parser.add_argument(name)
+    known, rest = parser.parse_known_args(options)
+    return [path for path in vars(known).values() if path is not None], rest
+
+
+def check_data(options: list[str], remedy: str) -> None:
+    """Raise ReportError where the options name shards that this machine lacks."""
+    for pattern in take_data(options)[0]:
+        if not glob.glob(pattern, root_dir=ROOT):
+            found = "this machine has no such shards"
+            if Path(pattern).name.startswith("proxy_"):
+                found += ", and the proxy corpus cannot be downloaded"
+            raise ReportError(f"{pattern}: {found}: {remedy}")
+
+
 @contextlib.contextmanager
 def clean_copy(script: Path) -> Iterator[Path]:
     """A temporary folder with this script, the launcher, and the repository's data. It stays where
@@ -561,7 +643,7 @@ def launch(folder: Path, options: list[str], seed: int) -> Run:
     before = set(folder.glob("logs/*.txt"))
     sys.stdout.flush()
     try:
-        code = terminal.call(command, cwd=folder, env=environment)
+        code = console.call(command, cwd=folder, env=environment)
     finally:
         new = [copy_logs(path, LOGS) for path in set(folder.glob("logs/*.txt")) - before]
     if code == 130:
@@ -598,17 +680,21 @@ def new_figure(width: float, height: float):
 
 
 def label_point(axes, point: tuple, text: str, **place: object):
-    place = {"xytext": (0, 8), "ha": "center"} | place
-    return axes.annotate(text, point, fontsize=8, textcoords="offset points", **place)
+    place = {"xytext": (0, 8), "ha": "center", "fontsize": 8} | place
+    return axes.annotate(text, point, textcoords="offset points", **place)
 
 
-def part_labels(figure, labels: list) -> None:
-    """Put each label beside its point, where it hides no other label and no point."""
+def part_labels(figure, labels: list, level: float | None = None) -> None:
+    """Put each label beside its point, where it hides no other label, no point, and no line drawn
+    at this level."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()  # settles where points are
     taken = []
+    for axes in {label.axes for label in labels if level is not None}:
+        y = axes.transData.transform((0, level))[1]
+        taken.append(Bbox.from_extents(axes.bbox.x0, y - 1, axes.bbox.x1, y + 1))
     for label in labels:
         x, y = label.axes.transData.transform(label.xy)
         taken.append(Bbox.from_extents(x - 6, y - 6, x + 6, y + 6))
@@ -623,94 +709,220 @@ def part_labels(figure, labels: list) -> None:
         taken.append(box)
 
 
-def draw_losses(record: Record, path: Path) -> None:
-    """Training loss of all runs in the background, validation loss of each in colour."""
-    figure, axes = new_figure(8, 5)
-    losses = []
-    for i, run in enumerate(record.runs):
-        columns = [[row[name] for row in run.steps] for name in ("step", "train_loss")]
-        label = None if i else "training"
-        axes.plot(*columns, color="0.7", linewidth=0.8, zorder=1, label=label)
-        losses += columns[1]
-        columns = [[row[name] for row in run.validations] for name in ("step", "val_loss")]
-        label = f"validation, seed {run.seed}: {run.loss:.4f}" if i < 10 else None
-        axes.plot(*columns, "o-", color=f"C{i % 10}", markersize=4, linewidth=1, label=label)
-        losses += columns[1]
-    for rows in zip(*(run.validations for run in record.runs)):
-        values = [row["val_loss"] for row in rows]
-        label_point(axes, (rows[0]["step"], max(values)), f"{statistics.fmean(values):.3f}")
-    losses.sort()
-    bottom, top = losses[0], losses[int(0.97 * (len(losses) - 1))]  # leaves out the first fall
-    if record.first.data_name == "fineweb":
-        axes.axhline(TARGET, color="black", linestyle="--", linewidth=1, label=f"target {TARGET}")
-        bottom = min(bottom, TARGET)
+def smoothed(run: Run) -> tuple:
+    """Seconds and training losses, both as moving averages over a thirtieth of the run."""
+    import numpy as np
+
+    width = max(1, len(run.steps) // 30)
+    columns = ([row[name] for row in run.steps] for name in ("train_time_s", "train_loss"))
+    return tuple(np.convolve(column, np.ones(width) / width, "valid") for column in columns)
+
+
+def fit_losses(axes, losses: list[float], share: float) -> None:
+    """Limits of the axis that leave out the first fall: of the losses, show this share."""
+    losses = sorted(losses)
+    bottom, top = losses[0], losses[int(share * (len(losses) - 1))]
     margin = 0.05 * (top - bottom) + 0.02
     axes.set_ylim(bottom - margin, top + margin)
+
+
+def draw_losses(record: Record, path: Path) -> None:
+    """Losses of all runs against seconds, a color a seed."""
+    from matplotlib import colormaps
+
+    figure, axes = new_figure(8, 5)
+    losses, few = [], len(record.runs) <= 10
+    for i, run in enumerate(record.runs):
+        color = f"C{i}" if few else colormaps["turbo"](i / (len(record.runs) - 1))
+        times, means = smoothed(run)
+        axes.plot(times, means, color=color, linewidth=1, alpha=0.6, zorder=1)
+        rows = [[row[name] for row in run.validations] for name in ("train_time_s", "val_loss")]
+        label = f"seed {run.seed}: {run.loss:.4f} in {run.time:.2f} s"
+        axes.plot(*rows, "oDs^v"[i % 5], linestyle="", color=color, markersize=6, label=label)
+        losses += [*means, *rows[1]]
+    if record.first.data_name == "fineweb":
+        axes.axhline(TARGET, color="black", linestyle="--", linewidth=1, label=f"target {TARGET}")
+        losses.append(TARGET)
+    fit_losses(axes, losses, 0.93)
     for begin in record.first.stage_begins[1:]:
-        if begin < record.first.num_steps:
-            axes.axvline(begin, color="0.8", linewidth=1, zorder=0)
-    axes.set_title(f"{record.title}: {record.first.machine}, {record.first.data_name} data")
-    axes.set_xlabel("step (vertical lines: a new stage)")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    axes.legend(frameon=False)
+        if 0 < begin < record.first.num_steps:
+            end = record.first.steps[begin - 1]["train_time_s"]
+            axes.axvline(end, color="0.85", linewidth=1, zorder=0)
+    axes.set_title(f"{record.title}\n{record.kind}", fontsize=9)
+    axes.set_xlabel("training time (s); vertical lines: a new stage of the schedule")
+    axes.set_ylabel("loss (nats per token)")
+    columns = 1 + (len(record.runs) - 1) // 12
+    legend = "markers: validation, lines: training, smoothed"
+    how = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
+    axes.legend(ncols=columns, title=legend, loc="upper right", **how)
+    if len(record.runs) > 1:
+        draw_end(record, axes)
     figure.savefig(path, dpi=120)
 
 
-def history_series(records: list[Record]) -> dict[str, list[tuple[int, Record]]]:
-    """What may be joined by a line: the claims of a machine, or runs of one machine, data and
-    number of steps. Members come with their number in the table."""
-    series: dict[str, list[tuple[int, Record]]] = {}
+def draw_end(record: Record, axes) -> None:
+    """The end of the same lines and markers once more, so large that seeds are told apart."""
+    inset = axes.inset_axes((0.46, 0.3, 0.52, 0.34))
+    for line in axes.get_lines():
+        inset.plot(*line.get_data(), color=line.get_color(), marker=line.get_marker(),
+                   linestyle=line.get_linestyle(), linewidth=1, markersize=6)  # fmt: skip
+    times, losses = zip(*((run.time, run.loss) for run in record.runs))
+    begin = 0.9 * min(times)
+    for run in record.runs:
+        losses += tuple(loss for second, loss in zip(*smoothed(run)) if second >= begin)
+    inset.set_xlim(begin, 1.01 * max(times))
+    room = 0.1 * (max(losses) - min(losses)) + 0.001
+    inset.set_ylim(min(losses) - room, max(losses) + room)
+    inset.tick_params(labelsize=8)
+    inset.grid(alpha=0.3)
+
+
+def newest_session(records: list[Record]) -> list[Record]:
+    """The baseline that was run last together with other records, and these; or nothing."""
+    for baseline in reversed(records):
+        others = [record for record in records if baseline_of(record, records) is baseline]
+        if others:
+            return [baseline, *sorted(others, key=lambda record: -record.time)]
+    return []
+
+
+COLORS = "0.35", "#1f6fb4", "#e07b1a", "#3a923a", "#c03d3e", "#8a5fb0"  # the baseline's first
+
+
+def draw_race(records: list[Record], path: Path) -> None:
+    """Loss against seconds of the newest session: the baseline and what ran with it."""
+    session = newest_session(records)
+    figure, axes = new_figure(8, 4.5)
+    losses, baseline = [], session[0]
+    for record, color in zip(session, itertools.cycle(COLORS)):
+        name = "baseline (record-89 recipe)" if record is baseline else "this project"
+        name += f", {record.memory}" if record.memory != "none" else ""
+        label = f"{name}: loss {record.loss:.3f} in {record.time:.1f} s"
+        for run in record.runs:
+            times, means = smoothed(run)
+            axes.plot(times, means, color=color, linewidth=1.1, alpha=0.55, label=label)
+            label = None
+            losses += [*means]
+        for run in record.runs:  # on top of all lines
+            points = [
+                [row[name] for row in run.validations] for name in ("train_time_s", "val_loss")
+            ]
+            axes.plot(*points, "o", color=color, markersize=7, markeredgecolor="white", zorder=4)
+            losses += points[1]
+        faster = "" if record is baseline else f"\n{baseline.time / record.time:.2f}×"
+        place = {"xytext": (0, -9), "va": "top", "color": color, "fontsize": 12}
+        text, lowest = f"{record.time:.1f} s{faster}", min(run.loss for run in record.runs)
+        label_point(axes, (record.time, lowest), text, fontweight="bold", **place)
+    axes.axhline(baseline.loss, color=COLORS[0], linestyle=":", linewidth=1.2, zorder=1)
+    fit_losses(axes, losses, 0.8)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom - 0.1 * (top - bottom), top)  # for what stands below the dots
+    axes.set_xlim(0, 1.05 * max(run.time for record in session for run in record.runs))
+    run = baseline.first
+    seeds = f"{len(baseline.runs)} seed{'s' * (len(baseline.runs) > 1)} each"
+    data = CORPORA.get(run.data_name, run.data_name)
+    axes.set_title("Loss against training time", loc="left", fontweight="bold", fontsize=13, pad=24)
+    where = f"{run.machine}, {data}, {run.length}, {seeds}"
+    axes.text(0, 1.02, where, transform=axes.transAxes, fontsize=11, va="bottom")
+    axes.set_xlabel("training time (s)", fontsize=12)
+    axes.set_ylabel("loss (nats per token)", fontsize=12)
+    axes.tick_params(labelsize=11)
+    title = "dots: validation loss; lines: training loss, smoothed"
+    how = {"fontsize": 11, "title_fontsize": 11, "alignment": "left", "framealpha": 0.9}
+    for handle in axes.legend(title=title, **how).legend_handles:
+        handle.set(linewidth=2.5, alpha=1)
+    figure.savefig(path, dpi=200)
+
+
+def classes(records: list[Record]) -> dict[str, list[tuple[int, Record]]]:
+    """Records by class, the class of the newest first, each with its number in order of time."""
+    groups: dict[str, list[tuple[int, Record]]] = {}
     for number, record in enumerate(records, 1):
-        run, kind = record.first, "claims"
-        if record.shortfalls:
-            kind = f"{run.data_name} data, {run.steps_text} steps (no claim)"
-        series.setdefault(f"{run.machine}, {kind}", []).append((number, record))
-    return series
+        groups.setdefault(record.kind, []).append((number, record))
+    newest = sorted(groups, key=lambda kind: groups[kind][-1][0], reverse=True)
+    return {kind: groups[kind] for kind in newest}
+
+
+MARKERS = {"none": "o", "n-gram lookup": "D"}  # other memory: a square
 
 
 def draw_history(records: list[Record], path: Path) -> None:
-    """Time against date: claims filled and joined by machine, the others hollow, a series each."""
-    from matplotlib import dates, ticker
+    """Speed-up over the baseline of its session against date; on the left the public frontier, in
+    the same unit."""
+    from matplotlib.figure import Figure
 
-    series, labels = history_series(records), []
-    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0}  # to its point
-    figure, axes = new_figure(9, 5 + 0.25 * len(series))
-    for i, (name, members) in enumerate(series.items()):
-        days = [record.first.started for _, record in members]
-        times = [[run.time for run in record.runs] for _, record in members]
-        means = [statistics.fmean(values) for values in times]
-        deviations = [statistics.stdev(v) if len(v) > 1 else 0 for v in times]
-        style = {"linestyle": "-", "marker": "oD^v"[i // 10 % 4]}  # there are ten colors
-        if members[0][1].shortfalls:
-            style = {"linestyle": ":", "marker": "sd<>"[i // 10 % 4], "markerfacecolor": "white"}
-        axes.errorbar(days, means, deviations, color=f"C{i % 10}", capsize=3, label=name, **style)
-        for (number, record), day, mean in zip(members, days, means):
-            unfinished = "" if record.first.finished else ", unfinished"
-            text = f"{number}: {mean:.1f} s{unfinished}"
-            labels.append(
-                label_point(axes, (dates.date2num(day), mean), text, va="center", arrowprops=line)
-            )
-    label = f"public record on 8 × H100: {PUBLIC_SECONDS} s"
-    axes.axhline(PUBLIC_SECONDS, color="black", linestyle="--", linewidth=1, label=label)
-    starts = [record.first.started for record in records]
-    room = max((starts[-1] - starts[0]) / 10, timedelta(days=1))
-    axes.set_xlim(starts[0] - room, starts[-1] + room)
-    means = [statistics.fmean(run.time for run in record.runs) for record in records]
-    if max(*means, PUBLIC_SECONDS) > 10 * min(*means, PUBLIC_SECONDS):
-        axes.set_yscale("log")
-        formatter = ticker.LogFormatter(minor_thresholds=(2, 0.5))  # 20, not 2 × 10¹
-        axes.yaxis.set_major_formatter(formatter)
-        axes.yaxis.set_minor_formatter(formatter)
-    axes.margins(y=0.2)
-    locator = dates.AutoDateLocator(minticks=3, maxticks=8)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    public, own = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.3))
+    for axes in (public, own):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    public.set_ylabel("speed-up over the baseline of the same session")
+    frontier = draw_public(public)
+    style = {"color": "black", "linewidth": 1.5, "linestyle": ":"}
+    own.axhline(frontier, label="the public frontier, merged", **style)
+    labels = draw_speed_ups(records, own)
+    own.set_ylim(0.8, 1.12 * own.get_ylim()[1])
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
+    part_labels(figure, labels, frontier)
+    figure.savefig(path, dpi=120)
+
+
+def draw_public(axes) -> float:
+    """The public records and proposals; returns the speed-up of the last record that is merged."""
+    days, speeds = [PUBLIC[0][1] - timedelta(days=7)], [1.0]
+    for name, day, seconds, memory, merged in PUBLIC:
+        speed = PUBLIC_BASELINE / seconds
+        color = "black" if merged else "white"
+        marker = MARKERS.get(memory, "s")
+        axes.plot(day, speed, marker, color="black", markerfacecolor=color, markersize=7, zorder=3)
+        place = {"xytext": (6, -26), "ha": "left"} if merged else {"xytext": (0, 9)}
+        text = f"{name}\n{seconds:.1f} s = {speed:.2f}×"
+        label_point(axes, (day, speed), text, fontsize=9, **place)
+        if merged:
+            days += [day, day]
+            speeds += [speeds[-1], speed]
+    last = max(day for _, day, *_ in PUBLIC) + timedelta(days=5)
+    axes.plot([*days, last], [*speeds, speeds[-1]], color="black", linewidth=1.5)
+    text = f"record 89\n{PUBLIC_BASELINE:.1f} s"
+    label_point(axes, (days[0], 1), text, xytext=(5, 8), ha="left", fontsize=9)
+    axes.set_xlim(days[0], last)
+    axes.set_xticks([PUBLIC[0][1], PUBLIC[1][1]], ["28 Sep", "early Oct"])
+    axes.set_title(f"modded-nanogpt, 8 × H100,\nFineWeb, to a loss of {TARGET}", fontsize=10)
+    return speeds[-1]
+
+
+def draw_speed_ups(records: list[Record], axes) -> list:
+    """Those of our records that have a baseline, a series a class; returns the labels."""
+    from matplotlib import dates
+
+    labels, starts = [], []
+    for i, (kind, members) in enumerate(classes(records).items()):
+        points = [(n, record, baseline_of(record, records)) for n, record in members]
+        points = [(n, record, base) for n, record, base in points if base]
+        if not points:
+            continue
+        days = [dates.date2num(record.first.started) for _, record, _ in points]
+        speeds = [base.time / record.time for _, record, base in points]
+        marker = MARKERS.get(points[0][1].memory, "s")
+        axes.plot(days, speeds, f":{marker}", color=f"C{i}", label=kind)
+        for (number, record, base), day, speed in zip(points, days, speeds):
+            if record.loss > base.loss:
+                axes.plot(day, speed, marker, color=f"C{i}", markerfacecolor="white")
+            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0}
+            style = {"arrowprops": line, "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.5}}
+            text = f"#{number}: {speed:.2f}×"
+            labels.append(label_point(axes, (day, speed), text, va="center", **style))
+            starts.append(record.first.started)
+    if starts:
+        room = max((max(starts) - min(starts)) / 6, timedelta(days=1))
+        axes.set_xlim(min(starts) - room, max(starts) + room)
+    locator = dates.AutoDateLocator(minticks=3, maxticks=6)
     locator.intervald[dates.HOURLY] = [24]  # days are fine enough
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(dates.DateFormatter("%Y-%m-%d"))
-    axes.set_title("Training time of the records (numbers: rows of the table)")
-    axes.set_ylabel("training time (s)")
-    figure.legend(loc="outside lower left", frameon=False)
-    part_labels(figure, labels)
-    figure.savefig(path, dpi=120)
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%d %b"))
+    title = "this project (# as in the table);\nhollow: the loss is above the baseline's"
+    axes.set_title(title, fontsize=10)
+    return labels
 
 
 # ==================================================================================================
@@ -723,9 +935,38 @@ def markdown_table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
+def folded(title: str, text: str) -> str:
+    """What a page shows on a click alone."""
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def fenced(lines: list[str], language: str = "") -> str:
+    fence = "`" * 4  # more than a script has in a row
+    return "\n".join([fence + language, *lines, fence])
+
+
+def signed(number: float) -> str:
+    return f"{number:+.4f}".replace("-", "−")
+
+
+def difference(record: Record, old: Record | None) -> str:
+    """What the script changed against that record's, folded."""
+    if old is None:
+        return "This is the first of its class."
+    texts = read_text(old.script), read_text(record.script)
+    summary, *parts = describe_changes(*texts)
+    found = f"[{old.title}](../{old.folder.name}): {summary}"
+    if not parts:
+        return found
+    lines = short_diff(*texts, shown(old.script), shown(record.script), limit=DIFF_LINES)
+    changes = folded("by function", "\n".join(f"- {part}" for part in parts))
+    return "\n\n".join([found, changes, folded("the diff", fenced(lines, "diff"))])
+
+
 def write_page(folder: Path, memory: str | None) -> Record:
     """Write loss.png and README.md of a record, keeping title, author's words and memory class."""
     record = Record(folder)
+    record.stated_memory = memory
     words, runs, run = record.words, record.runs, record.first
     losses = [run.loss for run in runs]
     seeds = ", ".join(str(run.seed) for run in runs)
@@ -734,47 +975,56 @@ def write_page(folder: Path, memory: str | None) -> Record:
     several = " (mean ± standard deviation)" if len(runs) > 1 else ""
     ended = "" if run.finished else f", ended after {run.num_steps}"
     stages = stage_spread(runs).items()
-    data = (
-        f"{run.data_name}: `{run.config['train_files']}`; validation on {run.num_targets:,} targets"
-    )
+    corpus = CORPORA.get(run.data_name, run.data_name)
+    data = f"{corpus}: `{run.config['train_files']}`; validation on {run.num_targets:,} targets"
+    records = all_records(skip=True)
+    baseline = baseline_of(record, records)
+    against = "no baseline in its session"
+    if record.is_baseline:
+        against = "this is the baseline of its session"
+    elif baseline:
+        link = f"[the baseline of its session](../{baseline.folder.name})"
+        p = p_different(losses, [run.loss for run in baseline.runs])
+        test = "" if p is None else f" (Welch's two-sided t-test: p = {format_p(p)})"
+        against = f"{baseline.time / record.time:.2f}× over {link}, "
+        against += f"loss {signed(record.loss - baseline.loss)}{test}"
     figures = {
         "machine": joined(run.machine for run in runs),
         "versions": joined(run.versions for run in runs),
         "data": data,
-        "memory": " ".join((memory or record.memory).split()),
+        "non-parametric memory": record.memory,
         "schedule": f"{run.config['num_steps']} + {run.config['extension_steps']} steps{ended}",
         "runs": f"{len(runs)}, seed{'s' * (len(runs) > 1)} {seeds}{marks}",
         "time": f"{spread((run.time for run in runs), 2)} s{several}",
         "validation loss": f"{spread(losses, 4)}{several}",
+        "speed-up": against,
         "test": target_test(losses),
         "ms a step": ", ".join(f"{name} {spread(ms, 1)}" for name, ms in stages),
     }
     rows = [
         [str(r.seed), f"{r.loss:.4f}", f"{r.time:.2f} s", f"[log]({r.run_id}.txt)"] for r in runs
     ]
-    difference = "There is none."
-    earlier = [other for other in all_records(skip=True) if other.first.started < run.started]
-    if earlier:
-        old = earlier[-1]
-        summary, *parts = describe_changes(read_text(old.script), read_text(record.script))
-        lines = [f"[{old.title}](../{old.folder.name}): {summary}"] + [f"- {x}" for x in parts]
-        lines += ["", f"`diff {shown(old.script)} {shown(record.script)}` shows them."]
-        difference = "\n".join(lines)
+    old = last_of_class(record, records)
+    on_fineweb = ""
+    if run.data_name == "proxy":
+        on_fineweb = (
+            "; add `--fineweb` where there is no proxy corpus (times compare, losses do not)"
+        )
     page = f"""# {record.title}
 
 {AUTHOR}
 {words}
 {AUTHOR_END}
 
-{markdown_table(["", ""], figures.items())}
+{markdown_table(["figure", "value"], figures.items())}
 
 {markdown_table(["seed", "validation loss", "time", "log"], rows)}
 
-![loss of all runs](loss.png)
+![loss of all runs against seconds](loss.png)
 
-## Against the previous record
+## Against the last record of its class
 
-{difference}
+{difference(record, old)}
 
 ## Command
 
@@ -784,47 +1034,82 @@ For every seed ({seeds}), with `train_gpt.py` of this folder:
 {command} --seed SEED
 ```
 
-`./run.sh reproduce {shown(folder)}` runs it again beside these figures.
+`./run.sh reproduce {shown(folder)}` runs it again beside these figures{on_fineweb}.
 """
     write_text(folder / "README.md", page)
     draw(functools.partial(draw_losses, record), folder / "loss.png")
     return Record(folder)
 
 
+PROXY = """**The data.** {count} of these records use a proxy corpus that nobody outside has: 160
+to 220 million GPT-2 tokens of English prose, in documents about as long as FineWeb's, with a
+held-out validation shard. Their losses compare with each other, and with no loss on FineWeb or
+elsewhere. Their times compare: `./run.sh reproduce records/FOLDER --fineweb` runs a record on
+FineWeb.
+
+"""
+
+
 def history_page(records: list[Record]) -> str:
-    rows = []
-    for number, record in enumerate(records, 1):
-        run, name = record.first, record.folder.name
-        names = ["log"] if len(record.runs) == 1 else map(str, itertools.count(1))
-        links = [f"[{text}]({name}/{r.run_id}.txt)" for text, r in zip(names, record.runs)]
-        p = p_at_most([run.loss for run in record.runs])
-        reasons = "; ".join(record.shortfalls)
-        rows.append(
-            [
-                f"[{number}]({name})",
-                f"{run.started:%Y-%m-%d}",
-                f"{spread((run.time for run in record.runs), 2)} s",
-                spread((run.loss for run in record.runs), 4),
-                run.steps_text,
-                joined(run.machine for run in record.runs),
-                run.data_name,
-                record.memory,
-                record.what_changed.replace("|", "\\|").replace("](../", "]("),  # a folder up
-                " ".join(links),
-                f"no: {reasons}" if reasons else f"p = {format_p(p)}",
-            ]
-        )
-    header = "number,date,time,loss,steps,machine,data,memory,what changed,log,claim"
+    """The records by class, toy runs left out."""
+    sections = []
+    for kind, members in classes(records).items():
+        first, *others = (record.shortfalls for _, record in members)
+        common = [reason for reason in first if all(reason in reasons for reasons in others)]
+        rows = []
+        for number, record in members:
+            run, name = record.first, record.folder.name
+            names = ["log"] if len(record.runs) == 1 else map(str, itertools.count(1))
+            links = [f"[{text}]({name}/{r.run_id}.txt)" for text, r in zip(names, record.runs)]
+            reasons = [reason for reason in record.shortfalls if reason not in common]
+            p = p_at_most([run.loss for run in record.runs])
+            claim = ": ".join(["no", *filter(None, ["; ".join(reasons)])])
+            if not record.shortfalls:
+                claim = f"p = {format_p(p)}"
+            base = baseline_of(record, records)
+            speed, above = "baseline" if record.is_baseline else "", ""
+            if base:
+                speed, above = f"{base.time / record.time:.2f}×", signed(record.loss - base.loss)
+            rows.append(
+                [
+                    str(number),
+                    f"{run.started:%Y-%m-%d}",
+                    f"[{record.title}]({name})".replace("|", "\\|"),
+                    speed,
+                    spread((run.time for run in record.runs), 2),
+                    spread((run.loss for run in record.runs), 4),
+                    above,
+                    run.steps_text,
+                    " ".join(links),
+                    claim,
+                ]
+            )
+        header = ["#", "date", "record", "speed-up", "time (s)", "loss", "Δ loss", "steps", "logs"]
+        header += ["claim"]
+        used = [any(row[i] not in ("", "no") for row in rows) for i in range(len(header))]
+        table = [list(itertools.compress(row, used)) for row in [header, *rows]]
+        reasons = f"No claim: {'; '.join(common)}.\n\n" if common else ""
+        sections.append(f"## {kind}\n\n{reasons}{markdown_table(table[0], table[1:])}\n")
+    count = sum(record.first.data_name == "proxy" for record in records)
+    proxy = PROXY.format(count="All" if count == len(records) else count) if count else ""
+    race = "![loss against seconds of the newest session](loss_against_seconds.png)\n\n"
+    race += "Lines are training losses, which a sampled softmax estimates from a part of the\n"
+    race += "vocabulary; dots are validation losses, of all of it.\n\n"
     return f"""# Records
 
-Written by `./run.sh history` from the records' logs. A claim is a mean loss of at most {TARGET}
-(p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more. Times compare on one
-machine, data and number of steps only.
+Written by `./run.sh history` from the records' logs, a section a class: machine, data, length of
+the schedule and non-parametric memory. Runs on a CPU and toy schedules are left out. All are on the
+main track, the least training time to a validation loss of {TARGET}.
 
-{markdown_table(header.split(","), rows)}
+{proxy}**Speed-up** is the baseline's time over the record's, of one session on one machine with
+interleaved runs; Δ loss is the record's loss less the baseline's. The baseline is the recipe of
+record 89 of modded-nanogpt with this project's kernels, on a short schedule of its own. What a
+short schedule shows need not hold on a whole one. **A claim** is a mean loss of at most {TARGET}
+(p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more.
 
-![training time of the records by date](history.png)
-"""
+![speed-up over the baseline by date](history.png)
+
+{race if newest_session(records) else ""}{chr(10).join(sections)}"""
 
 
 # ==================================================================================================
@@ -891,10 +1176,15 @@ def print_columns(rows: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def print_beside(heads: tuple[str, str], a: list[Run], b: list[Run]) -> None:
-    """Machine, time, loss and ms a step by stage in two columns, with the ratio second / first."""
-    machines = [joined(run.machine for run in runs) for runs in (a, b)]
-    rows = [["", *heads, "ratio"], ["machine", *machines, ""]]
+def beside(heads: tuple[str, str], a: list[Run], b: list[Run]) -> tuple[list[list[str]], str]:
+    """A table of conditions and figures, with the ratio second / first of what compares; and what
+    does not."""
+    conditions = {
+        "machine": [joined(run.machine for run in runs) for runs in (a, b)],
+        "data": [joined(CORPORA.get(r.data_name, r.data_name) for r in runs) for runs in (a, b)],
+    }
+    rows = [["figure", *heads, "ratio"], *([name, *both, ""] for name, both in conditions.items())]
+    same_data = len(set(conditions["data"])) == 1
     figures = {
         ("time (s)", 3): [[run.time for run in runs] for runs in (a, b)],
         ("validation loss", 4): [[run.loss for run in runs] for runs in (a, b)],
@@ -903,13 +1193,16 @@ def print_beside(heads: tuple[str, str], a: list[Run], b: list[Run]) -> None:
     for name in stages[0] | stages[1]:
         figures[f"ms a step, {name}", 2] = [table.get(name, []) for table in stages]
     for (name, digits), (first, second) in figures.items():
-        both = first and second
-        ratio = f"{statistics.fmean(second) / statistics.fmean(first):.4f}" if both else ""
+        comparable = first and second and (same_data or name != "validation loss")
+        ratio = f"{statistics.fmean(second) / statistics.fmean(first):.4f}" if comparable else ""
         cells = [spread(values, digits) if values else "none" for values in (first, second)]
         rows.append([name, *cells, ratio])
-    print_columns(rows)
-    if machines[0] != machines[1]:
-        print("These are times of different machines.")
+    notes = []
+    if len(set(conditions["machine"])) > 1:
+        notes.append("These are times of different machines.")
+    if not same_data:
+        notes.append("These are losses on different data: the times compare, the losses do not.")
+    return rows, "\n".join(notes)
 
 
 def run_in_turn(jobs: dict[str, tuple[Path, list[str]]], seeds: Iterable[int]) -> list[list[Run]]:
@@ -936,11 +1229,25 @@ def reproduce_command(args: argparse.Namespace, options: list[str]) -> None:
     options, seed = take_seed(options, None)
     seeds = [run.seed for run in record.runs] if seed is None else [seed]
     seeds = itertools.chain(seeds, itertools.count(max(seeds) + 1))
-    options = options_of(record.first, record.script) + options
+    own = options_of(record.first, record.script)
+    if args.fineweb:
+        if record.first.data_name in ("fineweb", "sample"):
+            found = f"the record's own data is {record.first.data_name}, which is there"
+            raise OptionError(f"reproduce: --fineweb: {found}: leave it out")
+        own = take_data(own)[1]
+        print("on FineWeb in place of the record's data: times compare, losses do not")
+        if int(record.first.config.get("match_shards", 0)):
+            print("its shards hold more tokens, so reading some ahead takes longer than recorded")
+    remedy = "add --fineweb to run on FineWeb in its place (times then compare, losses do not)"
+    check_data(own + options, remedy)
     with clean_copy(record.script) as copy:
-        (here,) = run_in_turn({"": (copy, options)}, itertools.islice(seeds, args.runs))
+        jobs = {"": (copy, own + options)}
+        (here,) = run_in_turn(jobs, itertools.islice(seeds, args.runs))
     print(f"\n{shown(args.folder)}")
-    print_beside((f"recorded ({len(record.runs)})", f"here ({len(here)})"), record.runs, here)
+    heads = f"recorded ({len(record.runs)})", f"here ({len(here)})"
+    rows, notes = beside(heads, record.runs, here)
+    print_columns(rows)
+    print(notes, end="\n" * bool(notes))
 
 
 def logs_of(path: Path) -> list[Run]:
@@ -964,6 +1271,9 @@ def logs_of(path: Path) -> list[Run]:
 def compare_command(args: argparse.Namespace, options: list[str]) -> None:
     if args.logs and (options or args.runs is not None):
         raise OptionError("compare: --logs takes runs that there are: leave out --runs and options")
+    if args.page:
+        check_replaceable(args.page)
+        try_folder(args.page.parent, 0)
     paths = args.a, args.b
     scripts = [path / "train_gpt.py" if path.is_dir() else path for path in paths]
     texts, names = [read_text(script) for script in scripts], list(map(shown, scripts))
@@ -977,20 +1287,19 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         options, seed = take_seed(options, model.seed if model else default_seed(scripts[0]))
         known = {i: options_of(r.first, r.script) for i, r in records.items()}
         own = [known.get(i, known.get(1 - i, [])) + options for i in range(2)]
+        for each in own:
+            check_data(each, f"give others behind --, as {DATA_OPTIONS[0]} and {DATA_OPTIONS[1]}")
         with clean_copy(scripts[0]) as first, clean_copy(scripts[1]) as second:
             jobs = {"A": (first, own[0]), "B": (second, own[1])}
             results = run_in_turn(jobs, range(seed, seed + (args.runs or 1)))
-    print(f"\nA  {shown(args.a)}\nB  {shown(args.b)}\n")
-    print_beside((f"A ({len(results[0])})", f"B ({len(results[1])})"), *results)
-    rows = [["pair", "seed A", "seed B", "time A", "time B", "B / A", "loss A", "loss B"]]
+    heads = f"A ({len(results[0])})", f"B ({len(results[1])})"
+    table, notes = beside(heads, *results)
+    pairs = [["pair", "seed A", "seed B", "time A", "time B", "B / A", "loss A", "loss B"]]
     ratios = []
     for i, (a, b) in enumerate(zip(*results), 1):
         ratios.append(b.time / a.time)
         times = f"{a.time:.3f} s", f"{b.time:.3f} s", f"{ratios[-1]:.4f}"
-        rows.append([str(i), str(a.seed), str(b.seed), *times, f"{a.loss:.4f}", f"{b.loss:.4f}"])
-    print()
-    print_columns(rows)
-    print(f"\ntime B / A, pair by pair: {spread(ratios, 4)}")
+        pairs.append([str(i), str(a.seed), str(b.seed), *times, f"{a.loss:.4f}", f"{b.loss:.4f}"])
     losses = [[run.loss for run in runs] for runs in results]
     difference = statistics.fmean(losses[1]) - statistics.fmean(losses[0])
     p = p_different(*losses)
@@ -1000,12 +1309,34 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         test = (
             f"p = {format_p(p)}: {'' if p < ALPHA else 'not '}significant at {ALPHA} (n = {count})"
         )
-    print(f"loss B - A: {difference:+.4f}; Welch's two-sided t-test: {test}")
-    changes = config_changes(results[0][0], results[1][0])
-    if changes:
-        print("\noptions that differ, in A and in B:\n" + "\n".join(changes))
-    print("\nFrom A to B: " + "\n".join(describe_changes(*texts)).replace("`", ""))
-    print("\n".join(short_diff(*texts, *names, limit=DIFF_LINES)))
+    found = [f"time B / A, pair by pair: {spread(ratios, 4)}"]
+    found += [f"loss B - A: {difference:+.4f}; Welch's two-sided t-test: {test}"]
+    options = config_changes(results[0][0], results[1][0])
+    changes, diff = describe_changes(*texts), short_diff(*texts, *names, limit=DIFF_LINES)
+
+    print(f"\nA  {shown(args.a)}\nB  {shown(args.b)}\n")
+    print_columns(table)
+    print(notes, end="\n" * bool(notes))
+    print()
+    print_columns(pairs)
+    print("\n" + "\n".join(found))
+    if options:
+        short = [line if len(line) <= SCREEN else f"{line[:SCREEN]}…" for line in options]
+        print("\noptions that differ, in A and in B:\n" + "\n".join(short))
+    print("\nFrom A to B: " + "\n".join(changes).replace("`", ""))
+    print("\n".join(diff))
+    if args.page:
+        versions = [
+            f"{name}: {joined(r.versions for r in runs)}" for name, runs in zip("AB", results)
+        ]
+        dumps = {"versions": versions, "options that differ, in A and in B": options}
+        dumps |= {"what changed from A to B, by function": changes, "the diff": diff}
+        parts = [f"# A and B\n\n- A: {shown(args.a)}\n- B: {shown(args.b)}"]
+        parts += [markdown_table(rows[0], rows[1:]) for rows in (table, pairs)]
+        parts += [line for line in [*notes.splitlines(), *found]]
+        parts += [folded(name, fenced(lines)) for name, lines in dumps.items() if lines]
+        write_text(args.page, "\n\n".join(parts) + "\n")
+        print(f"{shown(args.page)} has this as a page")
 
 
 def history_command(args: argparse.Namespace, options: list[str]) -> None:
@@ -1014,16 +1345,23 @@ def history_command(args: argparse.Namespace, options: list[str]) -> None:
     records = all_records()
     if not records:
         raise ReportError(f"{shown(RECORDS)}: has no record: make one with ./run.sh record NAME")
-    write_text(RECORDS / "README.md", history_page(records))
-    draw(functools.partial(draw_history, records), RECORDS / "history.png")
-    print(f"{shown(RECORDS / 'README.md')} and history.png: {len(records)} records")
+    listed = [record for record in records if record.first.length != "toy"]
+    write_text(RECORDS / "README.md", history_page(listed))
+    pictures = {"history.png": draw_history}
+    if newest_session(listed):
+        pictures["loss_against_seconds.png"] = draw_race
+    for name, picture in pictures.items():
+        draw(functools.partial(picture, listed), RECORDS / name)
+    left = f", {len(records) - len(listed)} toy runs left out" if len(listed) < len(records) else ""
+    files = " and ".join(["README.md", *pictures])
+    print(f"{shown(RECORDS)}: {files}: {len(listed)} records{left}")
 
 
 # Command line -------------------------------------------------------------------------------------
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         prog="./run.sh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1038,21 +1376,25 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
     record = command("record", record_command, "train, and write or extend the record's folder")
     record.add_argument("name", metavar="NAME", help="of the folder, after the date")
-    number = whole_number(0, MOST_RUNS)
+    number = console.number(int, 0, MOST_RUNS)
     record.add_argument("--runs", type=number, help="with seeds in a row [1, with --logs none]")
     logs = "take these runs (.txt or .json) instead of training"
     record.add_argument("--logs", nargs="+", type=Path, metavar="FILE", help=logs)
-    memory = "none beyond embeddings, hashed n-gram rows, or exact match; kept when written again"
-    record.add_argument("--memory", help=memory)
+    memory = "class of non-parametric memory [by the options]; kept when written again"
+    record.add_argument("--memory", choices=MEMORY, help=memory)
     reproduce = command("reproduce", reproduce_command, "run a record's script again")
     reproduce.add_argument("folder", type=Path, metavar="FOLDER", help="of the record")
     compare = command("compare", compare_command, "run two scripts or records in turn")
     for name in ("a", "b"):
         compare.add_argument(name, type=Path, metavar=name.upper(), help="a script or a record")
-    number = whole_number(1, MOST_RUNS)
+    number = console.number(int, 1, MOST_RUNS)
     reproduce.add_argument("--runs", type=number, default=1, help="of its script [1]")
     compare.add_argument("--runs", type=number, help="of each script [1]")
     compare.add_argument("--logs", action="store_true", help="compare logs that there are")
+    page = "write it as Markdown too, what is long folded away"
+    compare.add_argument("--page", type=Path, metavar="FILE", help=page)
+    fineweb = "train on FineWeb, where the record's data is not at hand"
+    reproduce.add_argument("--fineweb", action="store_true", help=fineweb)
     command("history", history_command, "write records/README.md and records/history.png")
     return parser.parse_args(arguments)
 
@@ -1070,4 +1412,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_tool(main))
+    sys.exit(console.run_tool(main))

@@ -312,8 +312,8 @@ def test_cheat_is_caught(cheat, judged):
 TRAINING = """
 import sys
 from pathlib import Path
-import check, terminal
-sys.exit(terminal.run_tool(lambda paths: check.judge(Path(paths[0]), ["training"]) and 1))
+import check, console
+sys.exit(console.run_tool(lambda paths: check.judge(Path(paths[0]), ["training"]) and 1))
 """
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -23,8 +24,8 @@ from conftest import ROOT
 from test_train import environment, write_data
 
 sys.path.insert(0, str(ROOT / "records"))
+import console
 import report
-import terminal
 
 STEPS, EXTENSION = 4, 2
 TRAINING = {
@@ -46,6 +47,7 @@ TRAINING = {
     "extension": "1:128:64:16:2:1:0:0",
     "seed": 5,
 }
+PROXY = {"train_files": "data/proxy/proxy_train_*.bin", "val_file": "proxy_val_0.bin"}
 WORDS = "Two seeds of nothing new. With | bars,\n\n- a list\n- and `code`."
 SCRIPT = '''"""Train."""
 
@@ -96,7 +98,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("recorded") / "repository"
     (folder / "records").mkdir(parents=True)
     (folder / "data").mkdir()
-    for name in ("train_gpt.py", "run.sh", "records/report.py", "records/terminal.py"):
+    for name in ("train_gpt.py", "run.sh", "records/report.py", "records/console.py"):
         shutil.copy(ROOT / name, folder / name)
     write_data(folder / "data")
     for i in range(2):
@@ -105,7 +107,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     older = source.replace("def rms_norm", "def old_norm", 1)
     assert older != source
-    made_up_record(folder / "records" / "2026-01-01_older", [3.3], source=older)
+    sample = {name: TRAINING[name] for name in ("train_files", "val_file")}
+    like = {"devices": f"CPU {platform.machine()}", "cuda": None, "world_size": 1, **sample}
+    made_up_record(folder / "records" / "2026-01-01_older", [3.3], source=older, **like)
     repository = Repository(folder)
     options = [f"--{name}={value}" for name, value in TRAINING.items()]
     out = repository.start("record", "real", "--memory", "none", "--", *options)
@@ -157,8 +161,11 @@ def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object)
         "val_file": "data/fineweb10B/fineweb_val_000000.bin",
         "val_tokens": "10485760",
         "num_steps": "6",
-        "stages": "0.5:128:1.0, 0.5:256:1.0",
+        "match_orders": "none",
+        "match_shards": "0",
+        "stages": "0.5:33554432:1.0, 0.5:67108864:1.0",
         "extension_steps": "2",
+        "extension": "1.0:67108864:1.0",
         "seed": str(number),
         "log_dir": "logs",
     }
@@ -208,7 +215,7 @@ def made_up_record(
 
 def cells(page: str) -> dict[str, str]:
     """The first table of a record's README."""
-    return dict(re.findall(r"^\| ([a-z ]+) \| (.*) \|$", page, re.MULTILINE))
+    return dict(re.findall(r"^\| ([a-z -]+) \| (.*) \|$", page, re.MULTILINE))
 
 
 # Tests of significance ----------------------------------------------------------------------------
@@ -275,7 +282,8 @@ def test_record_of_a_real_run(recorded):
     assert table["test"].endswith("one run allows no test")
     assert table["runs"] == "1, seed 5 (sample data, not FineWeb; no GPU, not 8; one run: no claim)"
     assert table["data"].endswith("validation on 200 targets")
-    assert table["memory"] == "none"
+    assert table["non-parametric memory"] == "none"
+    assert table["speed-up"] == "no baseline in its session"
     assert "attention by plain" in table["versions"]
     means = [
         statistics.mean(row["step_ms"] for row in log["steps"][begin:end])
@@ -323,7 +331,7 @@ def test_record_from_logs_and_more_logs(call):
     table = cells((folder / "README.md").read_text(encoding="utf-8"))
     assert table["runs"] == "2, seeds 1, 2 (p not below 0.01: no claim)"
     assert table["machine"] == "8 × H100 80GB HBM3"
-    assert table["memory"] == "not stated"
+    assert table["non-parametric memory"] == "none"
     assert table["time"] == "80.00 ± 0.00 s (mean ± standard deviation)"
     stages = "stage 1 150.0 ± 70.7, stage 2 300.0 ± 141.4, extension 39325.0 ± 318.2"
     assert table["ms a step"] == stages
@@ -380,11 +388,12 @@ def test_options_that_repeat_a_run(tmp_path, source, options):
 
 
 def test_rewriting_keeps_title_words_and_memory(call):
-    call("record", "claim", "--memory", "hashed", "--logs", *Path("new").glob("*.txt"))
+    call("record", "claim", "--memory", "document", "--logs", *Path("new").glob("*.txt"))
     path = Path("records/2026-01-01_claim/README.md")
     page = path.read_text(encoding="utf-8")
     edited = page.replace(report.PLACEHOLDER, WORDS).replace("# claim", "# A claim")
     path.write_text(edited.replace("| time |", "| nonsense |"), encoding="utf-8")
+    assert cells(edited)["non-parametric memory"] == "document"
     call("record", "claim", "--runs", 0)
     assert path.read_text(encoding="utf-8") == edited
     path.write_text(edited.replace(report.AUTHOR, ""), encoding="utf-8")
@@ -522,6 +531,90 @@ def test_compare_runs_in_turn_with_the_options_and_seeds(call):
     assert called == ["--of 2026-01-07_a --num_steps 6 --seed 7 --log_dir logs"] * 2
 
 
+@pytest.fixture
+def proxy_record(call, monkeypatch) -> Path:
+    """A record whose corpus is not here; its script can be run on what was made in made/."""
+
+    def options_of(run: report.Run, script: Path) -> list[str]:
+        files = [f"--{name}={run.config[name]}" for name in ("train_files", "val_file")]
+        return ["--preset", "small", *files]
+
+    monkeypatch.setattr(report, "options_of", options_of)
+    write_launcher(LAUNCHER)
+    lookup = {"match_orders": "3:4", "match_shards": "3"}
+    return made_up_record(Path("records/2026-01-01_a"), [3.3], **PROXY, **lookup)
+
+
+def test_a_record_of_the_proxy_corpus_offers_fineweb_in_its_place(call, proxy_record):
+    before = (
+        "\nerror: data/proxy/proxy_train_*.bin: this machine has no such shards, and the proxy "
+    )
+    before += "corpus cannot be downloaded: "
+    offer = "add --fineweb to run on FineWeb in its place (times then compare, losses do not)\n"
+    assert call("reproduce", proxy_record, code=1) == before + offer
+    for paths in ((proxy_record, "train_gpt.py"), ("train_gpt.py", proxy_record)):
+        assert call("compare", *paths, code=1).startswith(f"{before}give others behind --, as --tr")
+    assert not Path("called").exists()
+    made_up_run(Path("made/a"), 1, 3.2)  # on FineWeb
+    out = call("reproduce", proxy_record, "--fineweb")
+    # run.sh fetches it for whoever names no data
+    assert Path("called").read_text() == "--preset small --seed 1 --log_dir logs\n"
+    assert "reading some ahead takes longer than recorded" in out
+    assert re.search(r"^data +proxy corpus +FineWeb$", out, re.MULTILINE)
+    assert re.search(r"^validation loss +3\.3000 +3\.2000$", out, re.MULTILINE)  # without a ratio
+    assert re.search(r"^time \(s\) +80\.000 +80\.000 +1\.0000$", out, re.MULTILINE)
+    assert "losses on different data: the times compare, the losses do not" in out
+    made_up_run(Path("made/a"), 1, 3.2, **PROXY)
+    shutil.rmtree("logs")
+    for name in ("proxy_train_1.bin", "proxy_val_0.bin"):
+        folder = Path("data/proxy") if "train" in name else Path()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    assert "losses do not" not in call("reproduce", proxy_record)  # it is here
+    fineweb = made_up_record(Path("records/2026-01-02_b"), [3.3], 2)
+    assert "--fineweb: the record's own data is fineweb" in call(
+        "reproduce", fineweb, "--fineweb", code=2
+    )
+
+
+def test_data_given_behind_the_dashes_takes_the_place_of_the_records(call, proxy_record):
+    Path("mine_1.bin").write_text("")
+    made_up_run(Path("made/a"), 1)
+    files = ["--train_files", "mine_*.bin", "--val_file", "mine_1.bin"]
+    call("reproduce", proxy_record, "--", *files)
+    assert Path("called").read_text().split()[-8:-4] == files
+    gone = call("reproduce", proxy_record, "--", "--train_files", "gone.bin", code=1)
+    assert gone.startswith("\nerror: gone.bin: this machine has no such shards: add --fineweb")
+
+
+def test_compare_writes_a_page_with_long_dumps_folded(call):
+    a = made_up_record(Path("records/2026-01-01_a"), [3.3, 3.4], stages="0:8:1, " * 19 + "1:9:1")
+    b = made_up_record(Path("records/2026-01-05_b"), [3.2, 3.3], 5, source=CHANGED)
+    out = call("compare", a, b, "--logs", "--page", "compare.md")
+    assert out.endswith("compare.md has this as a page\n")
+    (line,) = re.findall(r"^  stages: .*$", out, re.MULTILINE)
+    assert len(line) == report.SCREEN + 1 and line.endswith("…")
+    page = Path("compare.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^(\|.*)\n(\|---.*)$", page, re.MULTILINE)
+    assert [header for header, _ in tables] == [
+        "| figure | A (2) | B (2) | ratio |",
+        "| pair | seed A | seed B | time A | time B | B / A | loss A | loss B |",
+    ]
+    open_part, *dumps = re.split(r"<details>\n<summary>(.+)</summary>", page)
+    assert "validation loss | 3.3500" in open_part and "stages: " not in open_part
+    assert dumps[::2] == [
+        "versions",
+        "options that differ, in A and in B",
+        "what changed from A to B, by function",
+        "the diff",
+    ]
+    assert "0:8:1, " * 19 + "1:9:1' and" in dumps[3]
+    assert "+        return x + 2\n" in dumps[7]
+    assert page.count("</details>") == 4
+    Path("folder.md").mkdir()
+    assert "folder.md: is no file" in call("compare", a, b, "--logs", "--page", "folder.md", code=1)
+
+
 def test_compare_existing_logs(call):
     losses = [3.279, 3.2771, 3.2785], [3.2751, 3.2766, 3.2693]
     a = made_up_record(Path("records/2026-01-01_a"), losses[0], time=80)
@@ -596,6 +689,7 @@ def test_compare_finds_a_significant_difference(call):
         (["record", "a", "--", "--seed", "-1"], "--seed: '-1' is no whole number"),
         (["record", "a", "--", "--checkpoint", "m.pt"], "--checkpoint after --: "),
         (["record", "a", "--", "--log_dir=x"], "--log_dir after --: "),
+        (["record", "a", "--memory", "hashed"], "--memory: invalid choice: 'hashed'"),
         (["history", "--", "--seed", "1"], "history: takes no options, found --seed 1"),
     ],
 )
@@ -703,7 +797,7 @@ wait
 
 def started(*arguments: str, **how: object) -> subprocess.Popen:
     """The tool in the current folder, in the background."""
-    for name in ("report.py", "terminal.py"):
+    for name in ("report.py", "console.py"):
         shutil.copy(ROOT / "records" / name, Path("records") / name)
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
     command = [sys.executable, "records/report.py", *arguments]
@@ -748,7 +842,7 @@ def test_a_signal_ends_the_tool_and_the_run(call, number):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_run_that_will_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(terminal, "GRACE", ((signal.SIGINT, 0.1), (signal.SIGTERM, 0.1)))
+    monkeypatch.setattr(console, "GRACE", ((signal.SIGINT, 0.1), (signal.SIGTERM, 0.1)))
     monkeypatch.chdir(tmp_path)
 
     def interrupt(*_: object) -> None:
@@ -758,7 +852,7 @@ def test_a_run_that_will_not_end_is_killed(tmp_path, monkeypatch):
     signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         with pytest.raises(KeyboardInterrupt):
-            terminal.call(
+            console.call(
                 ["bash", "-c", "trap '' INT TERM; echo $$ > pid; while :; do sleep 1; done"]
             )
     finally:
@@ -768,7 +862,7 @@ def test_a_run_that_will_not_end_is_killed(tmp_path, monkeypatch):
 
 # With PYTHONIOENCODING=ascii: says "·", waits to be read no more, and goes on.
 SAYS = """
-import sys, terminal
+import sys, console
 from pathlib import Path
 
 def main(arguments):
@@ -779,7 +873,7 @@ def main(arguments):
     Path("done").write_text("±", encoding="utf-8")
     return 7
 
-sys.exit(terminal.run_tool(main))
+sys.exit(console.run_tool(main))
 """
 
 
@@ -829,7 +923,8 @@ def test_a_claim_needs_equal_conditions_of_all_runs(call, changes, reason):
     made_up_run(folder, 3, changes.pop("loss", CLAIM[2]), **changes)
     assert "; ".join(report.Record(folder).shortfalls) == reason
     page = report.history_page(report.all_records())
-    assert page.count(f"| no: {reason} |" if reason else "| p = 0.00042 |") == 1
+    assert page.count(f"\nNo claim: {reason}.\n" if reason else "| p = 0.00042 |") == 1
+    assert ("| p = " in page) is not bool(reason)
 
 
 @pytest.mark.parametrize(
@@ -877,7 +972,8 @@ def test_a_record_without_its_script_is_missed(call, capsys):
     # what is finished is recorded all the same
     assert report.main(["record", "b", "--runs", "0"]) == 0
     assert capsys.readouterr().err == f"left out: {missed}\n"
-    assert "There is none." in Path("records/2026-01-05_b/README.md").read_text(encoding="utf-8")
+    page = Path("records/2026-01-05_b/README.md").read_text(encoding="utf-8")
+    assert "This is the first of its class." in page
     for path in folder.iterdir():
         path.unlink()
     assert "records/2026-01-01_a: no record" in call("history", code=1)
@@ -893,55 +989,221 @@ def test_dates_are_those_of_utc(call):
     assert names == ["2026-02-28_early", "2026-03-02_late"]
     call("history")
     page = Path("records/README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| \[\d\]\(\S+\) \| (\S+) ", page, re.MULTILINE) == [
+    assert re.findall(r"^\| \d \| (\S+) \|", page, re.MULTILINE) == [
         "2026-02-28",
         "2026-03-02",
     ]
 
 
-def test_history_lists_marks_and_draws_all_records(call):
+def sections(page: str) -> dict[str, list[dict[str, str]]]:
+    """The rows of every section of records/README.md, by its heading; columns by their name."""
+    found = {}
+    for text in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        heading, *lines = text.splitlines()
+        header, _, *rows = ([*line.strip("| ").split(" | ")] for line in lines if line[:1] == "|")
+        found[heading] = [dict(zip(header, row, strict=True)) for row in rows]
+    return found
+
+
+def test_history_lists_records_by_class(call):
+    """Classes are sections, the newest first; runs on a CPU and toys stay out."""
     records, claim = Path("records"), [3.2781, 3.2779, 3.278]
     made_up_record(records / "2026-01-01_first", claim, 1, time=90)
     made_up_record(records / "2026-01-05_second", claim, 5, time=80)
     made_up_record(records / "2026-01-09_high", [3.29, 3.281], 9)
     made_up_record(records / "2026-01-12_four", [3.3], 12, world_size=4)
-    proxy = {"train_files": "data/proxy/proxy_train_*.bin", "val_file": "proxy_val_0.bin"}
-    made_up_record(records / "2026-01-13_proxy", [3.3], 13, **proxy)
+    made_up_record(records / "2026-01-13_proxy", [3.3], 13, **PROXY)
     edu = {"train_files": "data/finewebedu10B/finewebedu_train_*.bin"}
     made_up_record(records / "2026-01-14_edu", [3.3], 14, **edu)
     made_up_record(records / "2026-01-15_long", [3.3], 15, num_steps="1000")
-    by_hand = "# By hand\n\nWords.\n\n| | |\n|---|---|\n| memory | hashed |\n"
+    made_up_record(records / "2026-01-16_lookup", [3.3], 16, match_orders="3:4")
+    made_up_record(records / "2026-01-17_cpu", [3.3], 17, cuda=None, devices="CPU", world_size=1)
+    made_up_record(
+        records / "2026-01-18_toy", [3.3], 18, stages="0.5:128:1.0, 0.5:256:1.0", extension="1:9:1"
+    )
+    short = {"stages": "0.5:8388608:1.0, 0.5:16777216:1.0", "extension": "1:8388608:1"}
+    made_up_record(records / "2026-01-19_short", [3.3], 19, **short)
+    by_hand = "# By | hand\n\nWords.\n\n| | |\n|---|---|\n| memory | hashed |\n"
     (records / "2026-01-01_first" / "README.md").write_text(by_hand)
-    words = "Faster |\nthan [the first](../2026-01-01_first). Much."
-    written = f"# x\n\n{report.AUTHOR}\n{words}\n{report.AUTHOR_END}\n"
-    (records / "2026-01-05_second" / "README.md").write_text(written)
-    call("history")
+    assert "9 records, 2 toy runs left out" in call("history")
     assert (records / "2026-01-01_first" / "README.md").read_text() == by_hand
     assert (records / "history.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    page = (records / "README.md").read_text(encoding="utf-8")
-    names = sorted(path.name for path in records.glob("2*"))
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if "| 2026-01" in line]
-    links = [f"[{number + 1}]({name})" for number, name in enumerate(names)]
-    assert [row[0] for row in rows] == links
-    assert rows[0][1:4] == ["2026-01-01", "90.00 ± 0.00 s", "3.2780 ± 0.0001"]
-    assert rows[0][4:9] == ["8", "8 × H100 80GB HBM3", "fineweb", "hashed", "By hand"]
-    assert rows[0][9].startswith("[1](2026-01-01_first/2026-01-01_000001.txt) [2](")
-    assert rows[1][8] == "Faster \\| than [the first](2026-01-01_first)."
-    assert [row[6] for row in rows] == ["fineweb"] * 4 + ["proxy", "other", "fineweb"]
-    assert rows[6][4] == "8 of 1002"
-    assert [row[10] for row in rows] == [
-        "p = 0.00042",
-        "p = 0.00042",
-        "no: p not below 0.01",
-        "no: 4 GPUs, not 8; one run",
-        "no: proxy data, not FineWeb; one run",
-        "no: other data, not FineWeb; one run",
-        "no: schedule not finished; one run",
+    page = (records / "README.md").read_text(encoding="utf-8").replace("\\|", "¦")
+    found, machine = sections(page), "8 × H100 80GB HBM3"
+    whole = f"{machine}, FineWeb, whole schedule, non-parametric memory"
+    names = {
+        kind: [re.sub(r".*_(\w+)\)", r"\1", row["record"]) for row in rows]
+        for kind, rows in found.items()
+    }
+    assert list(names.items()) == [
+        (f"{machine}, FineWeb, short schedule, non-parametric memory: none", ["short"]),
+        (f"{whole}: n-gram lookup", ["lookup"]),
+        (f"{machine}, FineWeb, stopped early, non-parametric memory: none", ["long"]),
+        (f"{machine}, other data, whole schedule, non-parametric memory: none", ["edu"]),
+        (f"{machine}, proxy corpus, whole schedule, non-parametric memory: none", ["proxy"]),
+        ("4 × H100 80GB HBM3, FineWeb, whole schedule, non-parametric memory: none", ["four"]),
+        (f"{whole}: none", ["first", "second", "high"]),
     ]
-    series = report.history_series(report.all_records())
-    assert sorted([number for number, _ in members] for members in series.values()) == [
-        [1, 2],
-        *([n] for n in range(3, 8)),
+    first, second, high = found[list(found)[-1]]
+    assert first["record"] == "[By ¦ hand](2026-01-01_first)"
+    assert (first["#"], first["date"], first["steps"]) == ("1", "2026-01-01", "8")
+    assert (first["time (s)"], first["loss"]) == ("90.00 ± 0.00", "3.2780 ± 0.0001")
+    assert first["logs"].startswith("[1](2026-01-01_first/2026-01-01_000001.txt) [2](")
+    claims = [row["claim"] for row in (first, second, high)]
+    assert claims == ["p = 0.00042", "p = 0.00042", "no: p not below 0.01"]
+    assert found[list(found)[2]][0]["steps"] == "8 of 1002"
+    assert re.findall(r"^No claim: (.+)\.$", page, re.MULTILINE) == [
+        "one run",
+        "one run",
+        "schedule not finished; one run",
+        "other data, not FineWeb; one run",
+        "proxy data, not FineWeb; one run",
+        "4 GPUs, not 8; one run",
+    ]
+    assert page.count("proxy corpus that nobody outside has") == 1
+    assert "**The data.** 1 of these records use" in page
+
+
+def test_history_without_the_proxy_corpus_does_not_speak_of_it(call):
+    made_up_record(Path("records/2026-01-01_a"), CLAIM)
+    call("history")
+    assert "proxy" not in Path("records/README.md").read_text(encoding="utf-8")
+    assert not Path("records/loss_against_seconds.png").exists()  # of no session
+
+
+def a_session(name: str, day: int, dated: int | None = None, **changes: object) -> None:
+    """A baseline, a record in half of its time, and one with n-gram lookup in a third."""
+    lookup = {"match_orders": "3:4"}
+    rows = ("_reference", 3.38, 90, {}), ("", 3.37, 45, {}), ("_matching", 3.39, 30, lookup)
+    for i, (suffix, loss, seconds, own) in enumerate(rows):
+        folder = Path(f"records/2026-01-{dated or day:02d}_{name}{suffix}")
+        losses = [loss, loss + 0.002]
+        made_up_record(folder, losses, day + 3 * i, time=seconds, **PROXY, **own, **changes)
+
+
+def test_speed_up_is_over_the_baseline_of_the_same_session(call):
+    a_session("a", 1)
+    a_session("a_later", 11, dated=1)  # its name begins like the other's
+    other = made_up_record(Path("records/2026-01-01_a_later_one"), [3.3], 21, world_size=4, **PROXY)
+    lone = made_up_record(Path("records/2026-01-22_lone"), [3.3], 22, **PROXY)
+    records = report.all_records()
+    bases = {r.folder.name: report.baseline_of(r, records) for r in records}
+    assert {name: base and base.folder.name for name, base in bases.items()} == {
+        "2026-01-01_a_reference": None,
+        "2026-01-01_a": "2026-01-01_a_reference",
+        "2026-01-01_a_matching": "2026-01-01_a_reference",
+        "2026-01-01_a_later_reference": None,
+        "2026-01-01_a_later": "2026-01-01_a_later_reference",
+        "2026-01-01_a_later_matching": "2026-01-01_a_later_reference",
+        other.name: None,  # another machine
+        lone.name: None,
+    }
+    assert [r.folder.name[11:] for r in report.newest_session(records)] == [
+        "a_later_reference",
+        "a_later",
+        "a_later_matching",
+    ]
+    assert "loss_against_seconds.png" in call("history")
+    for name in ("history", "loss_against_seconds"):
+        assert Path(f"records/{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    rows = [
+        row for rows in sections(Path("records/README.md").read_text()).values() for row in rows
+    ]
+    speeds = {row["record"]: (row.get("speed-up"), row.get("Δ loss")) for row in rows}
+    assert speeds["[a](2026-01-01_a)"] == ("2.00×", "−0.0100")
+    assert speeds["[a matching](2026-01-01_a_matching)"] == ("3.00×", "+0.0100")
+    assert speeds["[a reference](2026-01-01_a_reference)"] == ("baseline", "")
+    call("record", "a_matching", "--runs", 0)
+    table = cells(Path("records/2026-01-01_a_matching/README.md").read_text(encoding="utf-8"))
+    link = "[the baseline of its session](../2026-01-01_a_reference)"
+    assert table["speed-up"].startswith(f"3.00× over {link}, loss +0.0100 (Welch's two-")
+    assert table["non-parametric memory"] == "n-gram lookup"
+
+
+def test_the_diff_is_against_the_last_record_of_the_class_and_folded(call):
+    a_session("a", 1)
+    a_session("b", 11, source=CHANGED)
+    for name, before in (("b_reference", "a_reference"), ("b", "a"), ("b_matching", "a_matching")):
+        call("record", name, "--runs", 0)
+        page = Path(f"records/2026-01-11_{name}/README.md").read_text(encoding="utf-8")
+        assert f"](../2026-01-01_{before}): " in page
+        shown, *hidden = re.split(r"</?details>", page[page.index("## Against the last") :])[:4]
+        assert "lines added" in shown and "added" not in hidden[1]
+        assert "- gone: `kept` −" in hidden[0] and "````diff\n--- records/" in hidden[2]
+        assert "-        return x + 1\n+        return x + 2\n" in hidden[2]
+    call("record", "a", "--runs", 0)
+    page = Path("records/2026-01-01_a/README.md").read_text(encoding="utf-8")
+    assert "This is the first of its class." in page and "<details>" not in page
+
+
+def points(axes) -> dict[tuple[float, ...], str]:
+    """Colors of the lines of a picture, by what they draw."""
+    return {tuple(line.get_ydata()): line.get_color() for line in axes.get_lines()}
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_records_picture_tells_all_seeds_apart_against_seconds(call, monkeypatch, count):
+    figures = keep_figures(monkeypatch)
+    losses = [3.3 + i / 1000 for i in range(count)]
+    record = report.Record(made_up_record(Path("records/2026-01-01_a"), losses))
+    report.draw_losses(record, Path("loss.png"))
+    (axes,) = figures[0].axes
+    assert axes.get_xlabel().startswith("training time (s)")
+    scored = {
+        tuple(line.get_ydata()): line for line in axes.get_lines() if len(line.get_ydata()) == 2
+    }
+    mine = [scored[loss + 1, loss] for loss in losses]
+    looks = {(str(line.get_color()), line.get_marker()) for line in mine}
+    assert len(looks) == count
+    assert [list(line.get_xdata()) for line in mine] == [
+        [row["train_time_s"] for row in run.validations] for run in record.runs
+    ]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == [f"seed {r.seed}: {r.loss:.4f} in {r.time:.2f} s" for r in record.runs] + [
+        "target 3.28"
+    ]
+    assert len(axes.child_axes) == (count > 1)  # the end once more, larger
+
+
+def keep_figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that are saved from now on."""
+    from matplotlib.figure import Figure
+
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **how: (kept.append(self), save(self, *a, **how))
+    )
+    return kept
+
+
+def test_pictures_show_ratios_and_the_newest_session(call, monkeypatch):
+    figures = keep_figures(monkeypatch)
+    a_session("a", 1)
+    a_session("b", 11)
+    call("history")
+    public, own = figures[0].axes
+    drawn = sorted(
+        y for line in own.get_lines() for y in line.get_ydata() if len(line.get_ydata()) == 2
+    )
+    frontier = 73.889 / 39.914
+    assert drawn == pytest.approx(sorted([frontier] * 2 + [2.0] * 2 + [3.0] * 2), rel=1e-9)
+    ratios = {line.get_ydata()[0] for line in public.get_lines() if len(line.get_ydata()) == 1}
+    assert sorted(ratios) == pytest.approx([frontier, 73.889 / 36.009, 73.889 / 21.555])
+    hollow = [line for line in own.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata()[0] for line in hollow] == [3.0, 3.0]  # of a loss above the baseline's
+    (race,) = figures[1].axes
+    texts = [text.get_text() for text in race.get_legend().get_texts()]
+    assert texts == [
+        "baseline (record-89 recipe): loss 3.381 in 90.0 s",
+        "this project: loss 3.371 in 45.0 s",
+        "this project, n-gram lookup: loss 3.391 in 30.0 s",
+    ]
+    where = "8 × H100 80GB HBM3, proxy corpus, whole schedule, 2 seeds each"
+    marks = [text.get_text() for text in race.texts if text.get_text() != where]
+    assert len(marks) == len(race.texts) - 1 and marks == [
+        "90.0 s",
+        "45.0 s\n2.00×",
+        "30.0 s\n3.00×",
     ]
 
 
@@ -965,6 +1227,11 @@ def test_history_of_the_repository(call):
     folders = [path.parent for path in (ROOT / "records").glob("*/train_gpt.py")]
     for folder in folders:
         shutil.copytree(folder, Path("records") / folder.name)
-    assert f"{len(folders)} records" in call("history")
+    assert f"{len(folders) - 1} records, 1 toy runs left out" in call("history")
     page = Path("records/README.md").read_text(encoding="utf-8")
-    assert all(f"]({folder.name}) |" in page for folder in folders)
+    listed = [row for rows in sections(page).values() for row in rows]
+    assert len(listed) == len(folders) - 1  # a toy of 97 steps
+    for folder in folders:
+        toy = folder.name == "2026-11-22_two_gpus_every_stage"
+        assert (f"]({folder.name}) |" in page) is not toy
+    assert max(len(row["record"].split("](")[0]) for row in listed) < 70
