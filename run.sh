@@ -5,6 +5,7 @@ root=$(dirname "$(readlink -f "$0")")  # not where we are: relative paths are th
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # threads that wait leave the cores to others
 
 usage='./run.sh [--option value ...]   train; the options are those of train_gpt.py (--help lists them)
+./run.sh reference [--option value ...]   train the baseline, records/reference
 ./run.sh test [pytest args]     lint and tests, on a CPU; with a GPU also the tests that need one
 ./run.sh record NAME [--runs N] [-- --option value ...]   train N times, write records/<date>_<NAME>/
 ./run.sh reproduce FOLDER [--runs N]                      run a record again, beside its figures
@@ -42,6 +43,7 @@ set_up() {  # sets $python; installs again when requirements.txt has changed
   local venv=$root/.venv base=python3
   python=${PYTHON:-$venv/bin/python}
   [ -z "${PYTHON:-}" ] && [ ! -x "$python" ] || base=$python
+  command -v "$base" >/dev/null || fail "PYTHON=$base: no such program: name one, or unset PYTHON" 1
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "Python 3.11 or later is needed, $base is $("$base" --version 2>&1 | tail -1): name a later one as PYTHON, or make .venv by it, as python3.12 -m venv --clear '$venv'" 1
   [ -n "${PYTHON:-}" ] || cmp -s "$root/requirements.txt" "$venv/requirements.txt" && return
@@ -147,6 +149,7 @@ case ${1:-} in
   eval) set_up; shift; exec "$python" "$root"/records/hellaswag.py "$@" ;;
   generate) set_up; shift; exec "$python" "$root"/records/generate.py "$@" ;;
   bench) set_up; shift; exec "$python" "$root"/records/bench.py "$@" ;;
+  reference) shift; launch records/reference/train_gpt.py "$@" ;;
   profile) shift; launch records/profiler.py "$@" ;;
   "" | --*) launch train_gpt.py "$@" ;;
   *) fail "'$1' is not understood; ./run.sh help lists the commands" ;;

@@ -1,11 +1,14 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
-Claim:   none on 8 x H100 and FineWeb yet. On 2 x H100 and the proxy corpus: validation loss 3.3721
-         after 580 + 10 steps, 33.5 s, three runs, 2026-11-28,
-         records/2026-11-28_three_runs_two_gpus.
-Launch:  ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
-Rooms:   1 this claim, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
-         7 data, 8 schedule, 9 train and validate, 10 command line. Later rooms call earlier ones.
+Claim:     none on 8 x H100 and FineWeb yet. On 2 x H100 and the proxy corpus: validation loss
+           3.3721 after 580 + 10 steps, 33.5 s, three runs, 2026-11-28,
+           records/2026-11-28_three_runs_two_gpus.
+Launch:    ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
+Lineage:   the task, its data and most techniques are those of modded-nanogpt's speedrun (Jordan et
+           al. 2024), which began with llm.c's GPT-2. GPT says which, and what differs.
+Sections:  1 this claim, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
+           7 data, 8 schedule, 9 train and validate, 10 command line. Later ones call earlier ones.
+           To see the model first, read GPT.hidden; to see a step, Trainer.run_step.
 """
 
 import argparse
@@ -66,7 +69,14 @@ IGNORED_TARGET = -1  # a target that is not scored: padding behind the last vali
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the file or option and the remedy."""
+    """Something the user can fix. The message names the file or option and the remedy."""
+
+
+class Windows(NamedTuple):
+    """How many earlier tokens a query sees in short and in long layers."""
+
+    short: int
+    long: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,11 @@ class Stage:
     window_long: int
     lr: float  # multiplier
     second: float  # loss weight of the token after the next one
-    columns: int  # of the vocabulary that the loss of tokens_per_draw is computed on; 0: all
+    candidates: int  # tokens of the vocabulary that a loss is computed on, sampled; 0: all
+
+    @property
+    def windows(self) -> Windows:
+        return Windows(self.window_short, self.window_long)
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class Layer:
 
 # fmt: off
 SPEEDRUN_STAGES = (
-    #     share tokens  seq_len  short  long    lr    second columns
+    #     share tokens  seq_len  short  long    lr    second candidates
     Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42,  6_656),
     Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  5_888),
     Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12,  7_168),
@@ -159,7 +173,7 @@ class Config:
     val_file: str = "data/fineweb10B/fineweb_val_000000.bin"  # validation shard
     val_tokens: int = 10_485_760  # targets scored, from the start of val_file
     repeat_data: bool = False  # start over when the training shards run out
-    min_mean_doc_len: int = 224  # rows of shorter documents, on average, run without a CUDA graph
+    min_mean_doc_len: int = 224  # where documents are shorter on average, there is no CUDA graph
     # Model
     layers: tuple[Layer, ...] = SPEEDRUN_LAYERS  # layer plan, rows of the fields of Layer
     model_dim: int = 768  # width of the residual stream
@@ -169,11 +183,11 @@ class Config:
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the MLP of the last layer's gates
     ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
-    ngram_rows: int = 2**22  # of each length; with 768 columns 6.02 GiB a GPU
-    ngram_dim: int = 768  # columns of these rows; each length has its own of the stream
-    match_orders: tuple[int, ...] = ()  # lengths of context looked up in what was read, as 3:4:6
-    match_slots: int = 2**28  # of the table of each length, 4 bytes each, a power of two
-    match_shards: int = 0  # of train_files, the last ones: matches hold them from the start
+    ngram_rows: int = 2**22  # table rows of each length; 768 wide 6.02 GiB a GPU
+    ngram_dim: int = 768  # width of these rows; each length has its own part of the stream
+    match_orders: tuple[int, ...] = ()  # n-gram lookup: lengths of context, as 3:4:6; none: off
+    match_slots: int = 2**28  # of the lookup table of a length, 4 bytes each, a power of two
+    match_shards: int = 0  # of train_files, the last ones: inserted before the first step
     attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
@@ -182,9 +196,9 @@ class Config:
     extension_steps: int = 20  # steps after the scheduled ones, at the final learning rate
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
     final_window_long: int = 2560  # long window of the final validation
-    rows_per_step: int = 8  # rows a step is cut in, shared out over the GPUs
-    tokens_per_pass: int = 131_072  # a GPU computes as many of its rows at once, at least one
-    tokens_per_draw: int = 8192  # of a row, for which the columns of stages are drawn
+    sequences_per_step: int = 8  # packed sequences of a step, shared out over the GPUs
+    tokens_per_pass: int = 131_072  # micro-batch of a GPU, but at least one sequence
+    tokens_per_sampling: int = 8192  # of a sequence, whose loss shares sampled candidates
     stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
     # Optimizer
     muon_lr: float = 0.023  # NorMuon, all attention and MLP matrices
@@ -203,9 +217,9 @@ class Config:
     # Run
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
-    val_row_tokens: int = 32_768  # tokens of one validation row
+    val_sequence_tokens: int = 32_768  # tokens of one validation sequence
     fp8: bool = True  # QKV, MLP and head by kernels in fp8 where the GPU has it
-    cuda_graphs: bool = True  # replay a row's forward and backward pass as one graph on a GPU
+    cuda_graphs: bool = True  # replay forward and backward pass as one CUDA graph
     self_check: bool = True  # compare every kernel with its reference before training, on a GPU
     log_dir: str = "logs"  # where <run id>.txt, .json and .png go
     checkpoint: str = ""  # file the final weights are written to
@@ -222,10 +236,12 @@ class Config:
     def num_value_tables(self) -> int:
         return len({row.value_table for row in self.layers} - {None})
 
-    def rows_per_pass(self, num_tokens: int, world_size: int) -> int:
-        """How many rows of as many tokens a GPU computes at once: a divisor of those it has."""
-        own, most = self.rows_per_step // world_size, max(1, self.tokens_per_pass // num_tokens)
-        return max(count for count in range(1, own + 1) if own % count == 0 and count <= most)
+    def sequences_per_pass(self, num_tokens: int, world_size: int) -> int:
+        """How many sequences of as many tokens make a micro-batch: a divisor of those a GPU has."""
+        per_rank = self.sequences_per_step // world_size
+        most = max(1, self.tokens_per_pass // num_tokens)
+        counts = range(1, min(per_rank, most) + 1)
+        return max(count for count in counts if per_rank % count == 0)
 
 
 # fmt: off
@@ -241,8 +257,8 @@ PRESETS = {
         layers=TINY_LAYERS, model_dim=64, num_heads=2, head_dim=16, mlp_dim=256, gate_dim=16,
         ngram_rows=4096, ngram_dim=64, dtype="float32",
         num_steps=80, stages=TINY_STAGES, extension_steps=4, extension=TINY_EXTENSION,
-        final_window_long=512, rows_per_step=2, momentum_warmup_steps=25,
-        momentum_cooldown_steps=10, val_every=40, val_row_tokens=512, ngram_lr=30.0,
+        final_window_long=512, sequences_per_step=2, momentum_warmup_steps=25,
+        momentum_cooldown_steps=10, val_every=40, val_sequence_tokens=512, ngram_lr=30.0,
         adam_lr=0.035,  # few tokens, each of them often; at 0.07 the loss leapt and stayed there
     ),
 }
@@ -261,10 +277,11 @@ def require(condition: bool, message: str) -> None:
 # fmt: off
 def check_config(config: Config, world_size: int, kernels: bool = False) -> None:
     """Raise UserError for values that cannot work together, or not with the kernels."""
-    c, rows, vocab = config, config.rows_per_step, config.padded_vocab_size
-    positive = ("num_steps rows_per_step tokens_per_pass tokens_per_draw final_window_long "
-                "momentum_warmup_steps val_tokens val_row_tokens min_mean_doc_len model_dim "
-                "num_heads head_dim mlp_dim gate_dim ngram_rows ngram_dim")
+    c, count, vocab = config, config.sequences_per_step, config.padded_vocab_size
+    positive = ("num_steps sequences_per_step tokens_per_pass tokens_per_sampling "
+                "final_window_long momentum_warmup_steps val_tokens val_sequence_tokens "
+                "min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim ngram_rows "
+                "ngram_dim")
     not_negative = ("extension_steps stop_step val_every momentum_cooldown_steps ngram_lr "
                     "match_shards")
     for name in positive.split():
@@ -273,22 +290,24 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
         require(getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must not be negative")
     require(0 <= c.lr_decay_start < 1,
             f"--lr_decay_start {c.lr_decay_start} must be a share of num_steps below 1")
-    require(rows % world_size == 0,
-            f"--rows_per_step {rows} is not divisible by the {world_size} processes: start 1, 2, 4 "
-            f"or 8 of them, or pass --rows_per_step {round_up(rows, world_size)}")
+    require(count % world_size == 0,
+            f"--sequences_per_step {count} is not divisible by the {world_size} processes: start "
+            f"1, 2, 4 or 8 of them, or pass --sequences_per_step {round_up(count, world_size)}")
     for option, stages in ("--stages", c.stages), ("--extension", c.extension):
         require(len(stages) > 0, f"{option} has no row: give at least one")
         shares = sum(stage.share for stage in stages)
         require(abs(shares - 1) < 1e-6,
                 f"{option}: the shares add up to {shares:g}: make them add up to 1")
         for stage in stages:
-            require(stage.tokens_per_step % (16 * rows) == 0,
-                    f"{option}: {stage.tokens_per_step} tokens a step do not make {rows} rows of a "
-                    "multiple of 16 tokens: change them or --rows_per_step")
-            require(min(dataclasses.astuple(stage)[:6]) > 0,
+            require(stage.tokens_per_step % (16 * count) == 0,
+                    f"{option}: {stage.tokens_per_step} tokens a step do not make {count} "
+                    "sequences of a multiple of 16 tokens: change them or --sequences_per_step")
+            sizes = stage.tokens_per_step, stage.max_seq_len, stage.window_short, stage.window_long
+            require(min(stage.share, *sizes, stage.lr) > 0,
                     f"{option}: share, tokens, max_seq_len, windows and lr must be > 0: {stage}")
-            require(stage.columns in range(0, vocab + 1, 16),
-                    f"{option}: {stage.columns} columns: take 0, for all, or 16, 32, … to {vocab}")
+            require(stage.candidates in range(0, vocab + 1, 16),
+                    f"{option}: {stage.candidates} candidates: take 0, for all, or 16, 32, … to "
+                    f"{vocab}")
     require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
     require(c.head_dim % 8 == 0, f"--head_dim {c.head_dim} is no multiple of 8")
     require(c.num_heads % 2 == 0,  # Muon takes query and key heads in pairs
@@ -312,7 +331,7 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
             f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
     require(c.dtype in ("bfloat16", "float32"),
             f"--dtype {c.dtype!r} is not one of bfloat16, float32")
-    require(c.val_row_tokens % 16 == 0, "--val_row_tokens must be a multiple of 16")
+    require(c.val_sequence_tokens % 16 == 0, "--val_sequence_tokens must be a multiple of 16")
     require(c.match_orders or not c.match_shards,
             f"--match_shards {c.match_shards} goes with --match_orders: give some, as 3:4:6")
     if kernels:
@@ -321,12 +340,13 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
 
 def check_kernel_sizes(c: Config, world_size: int) -> None:
     """Raise UserError for sizes that the kernels cannot take."""
-    longest = max(stage.tokens_per_step // c.rows_per_step for stage in (*c.stages, *c.extension))
-    tokens = max(c.rows_per_pass(longest, world_size) * longest, c.val_row_tokens)
+    most = max(stage.tokens_per_step for stage in (*c.stages, *c.extension))
+    longest = most // c.sequences_per_step
+    tokens = max(c.sequences_per_pass(longest, world_size) * longest, c.val_sequence_tokens)
     width = max(c.model_dim, c.mlp_dim, 3 * c.attention_dim)
     require(tokens * width < 2**31,
             f"a pass of {tokens} tokens, {width} numbers wide, is beyond the 2^31 numbers that the "
-            "kernels can address: lower --tokens_per_pass or raise --rows_per_step")
+            "kernels can address: lower --tokens_per_pass or raise --sequences_per_step")
     if not c.fp8 or c.dtype != "bfloat16":
         return
     require(c.head_dim.bit_count() == 1,
@@ -336,7 +356,7 @@ def check_kernel_sizes(c: Config, world_size: int) -> None:
     for option, size in ((f"--model_dim {c.model_dim}", c.model_dim),
                          (f"--mlp_dim {c.mlp_dim}", c.mlp_dim), (heads, c.attention_dim)):
         require(size % 16 == 0,
-                f"{option}: {size} is no multiple of 16, as fp8 products need it: take "
+                f"{option}: {size} is no multiple of 16, as fp8 matmuls need it: take "
                 f"{round_up(size, 16)}, or pass --fp8 false")
 
 
@@ -376,7 +396,7 @@ def show(text: str, stream: typing.TextIO | None = None) -> None:
 
 
 def unfinished_path(path: str | Path) -> Path:
-    """Where a file is written until it is whole: beside it, where a link points."""
+    """Where a file is written until it is whole: next to it, where a link points."""
     return Path(f"{os.path.realpath(path)}.part")
 
 
@@ -422,8 +442,8 @@ class Log:
             self.path = Path(folder, f"{run_id}.txt")
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                how = {"encoding": "utf-8", "errors": "replace", "buffering": 1}  # line by line
-                self.file = self.path.open("w", **how)
+                options = {"encoding": "utf-8", "errors": "replace"}
+                self.file = self.path.open("w", buffering=1, **options)  # line by line
             except OSError as error:
                 raise UserError(
                     f"--log_dir {folder}: cannot write there ({error}): choose another"
@@ -478,12 +498,12 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_gather(self, everyone: Tensor, own: Tensor) -> None:
-        """Fill `everyone` with what each rank has, behind one another in the first dimension."""
+    def all_gather(self, gathered: Tensor, part: Tensor) -> None:
+        """Fill `gathered` with the part of each rank, behind one another in the first dimension."""
         if self.world_size > 1:
-            dist.all_gather_into_tensor(everyone, own)
+            dist.all_gather_into_tensor(gathered, part)
         else:
-            everyone.copy_(own)
+            gathered.copy_(part)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -595,7 +615,7 @@ def gpu_facts(device: torch.device) -> dict[str, str | None]:
 
 
 def describe_environment(runtime: Runtime) -> dict:
-    """What the run depends on beside its config: versions, machine, and the state of the GPU."""
+    """What the run depends on besides its config: versions, machine, and the state of the GPU."""
     device, gpu = f"CPU {platform.machine()}", {"cuda": None}
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name(runtime.device)
@@ -650,16 +670,18 @@ def takes_kernel(x: Tensor) -> bool:
 
 
 def compiled(function: Callable, dynamic: bool = False) -> Callable:
-    """The function by torch.compile where its first argument is on a GPU, as it is elsewhere. What
-    changes from step to step comes in tensors: another number would be compiled anew, and so would
-    another length, unless `dynamic`. One such function becomes part of another that calls it."""
-    how = {"fullgraph": True, "dynamic": dynamic}
-    compile_once = functools.cache(lambda: torch.compile(function, **how))
+    """Decorator: torch.compile at the first call with a first argument on a GPU, and the function
+    as it is on a CPU. torch compiles anew for every other number among the arguments and, unless
+    `dynamic`, for every other length, so what changes from step to step is given as a tensor. A
+    compiled function that calls another one inlines it."""
+    options = {"fullgraph": True, "dynamic": dynamic}
+    compile_once = functools.cache(lambda: torch.compile(function, **options))
 
     @functools.wraps(function)
-    def call(first: Tensor, *others: object) -> object:
-        as_it_is = torch.compiler.is_compiling() or not first.is_cuda
-        return (function if as_it_is else compile_once())(first, *others)
+    def call(first: Tensor, *others: object, **named: object) -> object:
+        inlined = torch.compiler.is_compiling()
+        run = compile_once() if first.is_cuda and not inlined else function
+        return run(first, *others, **named)
 
     return call
 
@@ -691,31 +713,40 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 # --- fp8 ------------------------------------------------------------------------------------------
+#
+# The scheme. A matrix in fp8 has one scale, what 1.0 in it stands for. Weights have that of their
+# own largest number, measured after every update. Normed rows and the head have fixed scales, for
+# their size is known. What a pass makes on its way (the square of ReLU, three gradients) has a
+# delayed scale, one a layer: that of the largest number of the step before, with HEADROOM, so that
+# no pass waits for a maximum. What does not fit is clipped and counted. All are e4m3 but the
+# gradient of the logits, which is e5m2. cuBLAS multiplies rows by rows, so what is multiplied from
+# both sides is written both ways round, by the kernel that makes it.
 
 
 class Fp8(NamedTuple):
-    """A matrix in fp8. Products read rows of both factors, so what is multiplied from both sides is
-    kept both ways round."""
+    """A matrix in fp8. A matmul reads rows of both factors, so what is multiplied from both sides
+    is kept both ways round."""
 
     rows: Tensor
     columns: Tensor  # its transpose
-    unit: Tensor  # what 1.0 stands for: fp32, padded to the 16 bytes at which cuBLAS wants it
+    scale: Tensor  # what 1.0 stands for: fp32, padded to the 16 bytes at which cuBLAS wants it
 
     @property
     def T(self) -> "Fp8":
-        return Fp8(self.columns, self.rows, self.unit)
+        return Fp8(self.columns, self.rows, self.scale)
 
 
-def fp8_empty(shape: Sequence[int], unit: Tensor, dtype: torch.dtype | None = None) -> Fp8:
-    """Room for a matrix, or a batch of them with a unit each, in e4m3 unless it says otherwise."""
+def fp8_empty(shape: Sequence[int], scale: Tensor, dtype: torch.dtype | None = None) -> Fp8:
+    """A buffer for a matrix, or a batch of them with a scale each, in e4m3 unless it says
+    otherwise."""
     *batch, rows, columns = shape
     shapes = shape, (*batch, columns, rows)
-    return Fp8(*(unit.new_empty(shape, dtype=dtype or E4M3) for shape in shapes), unit)
+    return Fp8(*(scale.new_empty(shape, dtype=dtype or E4M3) for shape in shapes), scale)
 
 
-def fp8_product(a: Fp8, b: Fp8) -> Tensor:
+def fp8_matmul(a: Fp8, b: Fp8) -> Tensor:
     """a bᵀ in bf16 for a (rows, inner) and b (cols, inner)."""
-    return torch._scaled_mm(a.rows, b.rows.mT, a.unit[0], b.unit[0], out_dtype=torch.bfloat16)
+    return torch._scaled_mm(a.rows, b.rows.mT, a.scale[0], b.scale[0], out_dtype=torch.bfloat16)
 
 
 @triton.jit
@@ -735,7 +766,7 @@ def _largest(tile):
 
 @triton.jit
 def _quantize_kernel(
-    x, unit, out, out_t, largest, clipped, num_rows, num_columns, matrix_stride,
+    x, scale, out, out_t, largest, clipped, num_rows, num_columns, matrix_stride,
     LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64) * num_rows * num_columns
@@ -747,7 +778,7 @@ def _quantize_kernel(
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if largest is not None:
         tl.atomic_max(largest, _largest(values))
-    values *= 1 / tl.load(unit + 4 * tl.program_id(2))
+    values *= 1 / tl.load(scale + 4 * tl.program_id(2))
     if clipped is not None:
         count = tl.sum((tl.abs(values) > LIMIT).to(tl.int32))
         tl.atomic_add(clipped, count.to(tl.int64), mask=count > 0)
@@ -763,26 +794,32 @@ def quantize(
     """Write x to `out`, saturated; raise largest (1,) to that of |x|, and add to clipped (1,) int64
     how many numbers did not fit.
 
-    x: (rows, cols) with one unit (4,), or (batch, rows, cols), the first rows of larger matrices or
-    all, with units (batch, 4).
+    x: (rows, cols) with one scale (4,), or (batch, rows, cols), the first rows of larger matrices
+    or all, with scales (batch, 4).
     """
     *batch, rows, columns = x.shape
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128), math.prod(batch))
     x = x.flatten(-2) if batch else packed(x)  # a view
     _quantize_kernel[grid](
-        x, out.unit, out.rows, out.columns, largest, clipped, rows, columns, x.stride(0),
+        x, out.scale, out.rows, out.columns, largest, clipped, rows, columns, x.stride(0),
         LIMIT=torch.finfo(out.rows.dtype).max, ROWS=64, COLUMNS=128, num_warps=4,
     )  # fmt: skip
     return out
 
 
+class DelayedScale(NamedTuple):
+    """A scale that follows the largest number of the step before."""
+
+    scale: Tensor  # (4,), like Fp8's
+    largest: Tensor  # (1,) fp32, raised by the kernels; what they have seen since the last update
+
+
 class QkvFp8(NamedTuple):
-    """The factors of the QKV product, and what its gradient in fp8 takes."""
+    """The factors of the QKV matmul, and what its gradient in fp8 takes."""
 
     x: Fp8  # (T, dim)
     w: Fp8  # (3 attention_dim, dim)
-    unit_grad: Tensor  # of the product
-    largest: Tensor  # (1,) of this gradient, seen since the last update
+    grad: DelayedScale  # of the matmul's result
 
 
 class MlpFp8(NamedTuple):
@@ -791,25 +828,24 @@ class MlpFp8(NamedTuple):
     x: Fp8  # (T, dim)
     w_1: Fp8  # (hidden, dim)
     w_2: Fp8
-    unit_square: Tensor
-    unit_grad: Tensor  # of the MLP's result
-    unit_hidden: Tensor  # of the gradient in front of relu
-    largest: Tensor  # (3,) of these, seen since the last update
+    square: DelayedScale
+    grad: DelayedScale  # of the MLP's result
+    grad_hidden: DelayedScale  # in front of relu
 
 
 class HeadFp8(NamedTuple):
-    """The head, and the units of its input and of the gradient of the logits."""
+    """The head, and the scales of its input and of the gradient of the logits."""
 
     weight: Fp8  # (vocab, dim)
-    unit_x: Tensor
-    unit_grad: Tensor
+    scale_x: Tensor
+    scale_grad: Tensor
     clipped: Tensor | None = None  # (1,) int64, how many numbers of its input did not fit so far
 
 
 FP8_MAX = 448.0  # the largest e4m3 number
-HEADROOM = 1.8  # a scale that follows the step before fits numbers so many times as large
+HEADROOM = 1.8  # a delayed scale fits numbers so many times as large as those of the step before
 
-# name: the number that the scale fits in the first step. A layer has one of each.
+# What they are of: the number that the scale fits in the first step. A layer has one of each.
 DELAYED_SCALES = {
     "the square of ReLU": 16.0,
     "the gradient of the MLP's result": 2.0**-6,
@@ -818,42 +854,55 @@ DELAYED_SCALES = {
 }
 
 
+class BankCopy(NamedTuple):
+    """Weights, (entries, rows, dim), and their copy in fp8 with a scale an entry."""
+
+    bank: Tensor
+    copy: Fp8
+
+    def entry(self, number: int) -> Fp8:
+        return Fp8(*(tensor[number] for tensor in self.copy))
+
+
 class Fp8Copies:
     """fp8 copies of the MLP bank and of the QKV rows, made anew after every update, and of the
-    head's rows for each draw of columns.
-
-    A weight matrix of a bank has the scale of its largest number. Normed rows and the head have
-    fixed scales, and the numbers of DELAYED_SCALES those that fit the step before. What does not
-    fit is clipped, and counted in `clipped`.
-    """
+    head's rows for each sample of candidates; and all scales, as the scheme above has them."""
 
     def __init__(self, mlp_bank: Tensor, attention_bank: Tensor, head: Tensor, num_layers: int):
         self.num_layers, self.head_weight = num_layers, head.detach()
-        rows, device = attention_bank.size(1) // 4 * 3, head.device
+        qkv_rows, device = attention_bank.size(1) // 4 * 3, head.device
 
-        def unit(value: float, *shape: int) -> Tensor:
-            return torch.full((*shape, 4), value / FP8_MAX, device=device)
+        def scale_for(largest: float, *shape: int) -> Tensor:
+            return torch.full((*shape, 4), largest / FP8_MAX, device=device)
 
-        banks = mlp_bank[: 2 * num_layers], attention_bank[:num_layers, :rows]
-        self.banks = [
-            (bank.detach(), fp8_empty(bank.shape, unit(1.0, len(bank)))) for bank in banks
-        ]
+        def copy_of(bank: Tensor) -> BankCopy:
+            return BankCopy(bank.detach(), fp8_empty(bank.shape, scale_for(1.0, len(bank))))
+
+        self.mlp_weights = copy_of(mlp_bank[: 2 * num_layers])
+        self.qkv_weights = copy_of(attention_bank[:num_layers, :qkv_rows])
         # no number of a normed row is above √dim, 27.7 of 768; the head's norm is rounded to bf16
-        self.unit_x = unit(math.ceil(math.sqrt(head.size(1))))
-        self.units = unit(0.0, num_layers, len(DELAYED_SCALES))
+        root = math.sqrt(head.size(1))
+        self.scale_x = scale_for(math.ceil(root))
+        # these three as in the public record: 1.6, 100 and 0.75
+        self.head_scale, self.head_input_scale = scale_for(1.6), scale_for(max(100.0, 1.01 * root))
+        self.logits_grad_scale = scale_for(0.75)  # in e5m2, which goes further than FP8_MAX
+        # The delayed scales, (layers, kinds, 4), and the numbers that they follow.
+        self.scales = scale_for(0.0, num_layers, len(DELAYED_SCALES))
         self.largest = torch.zeros(num_layers, len(DELAYED_SCALES), device=device)
-        # of the head's weights, of its input, and of the gradient of the logits, in e5m2
-        self.head_units = unit(1.6), unit(max(100.0, 1.01 * math.sqrt(head.size(1)))), unit(0.75)
         # numbers of the head's weights and of its input, and delayed scales of a layer and step
         self.clipped = torch.zeros(3, dtype=torch.int64, device=device)
         # The largest number of each weight matrix and behind each delayed scale, after a step.
         self.health = torch.zeros(3 * num_layers + self.largest.numel(), device=device)
         self.reset()
 
+    @property
+    def banks(self) -> tuple[BankCopy, BankCopy]:
+        return self.mlp_weights, self.qkv_weights
+
     def reset(self) -> None:
         """As before the first step: nothing is known of a layer's numbers yet."""
-        for units, guess in zip(self.units.unbind(1), DELAYED_SCALES.values()):
-            units.fill_(guess / FP8_MAX)
+        for scales, guess in zip(self.scales.unbind(1), DELAYED_SCALES.values()):
+            scales.fill_(guess / FP8_MAX)
         self.largest.zero_()
         self.refresh()
         self.clipped.zero_()
@@ -865,13 +914,13 @@ class Fp8Copies:
         of_banks = []
         for bank, copy in self.banks:
             largest = torch.linalg.vector_norm(bank, math.inf, dim=(1, 2), dtype=torch.float32)
-            copy.unit.copy_(largest.clamp_min(1e-12)[:, None] / FP8_MAX)
+            copy.scale.copy_(largest.clamp_min(1e-12)[:, None] / FP8_MAX)
             quantize(bank, copy)
             of_banks.append(largest)
         torch.cat([*of_banks, self.largest.flatten()], out=self.health)
-        self.clipped[2] += (self.largest > FP8_MAX * self.units[:, :, 0]).sum()
+        self.clipped[2] += (self.largest > FP8_MAX * self.scales[:, :, 0]).sum()
         largest = self.largest[:, :, None]
-        self.units.copy_(torch.where(largest > 0, HEADROOM / FP8_MAX * largest, self.units))
+        self.scales.copy_(torch.where(largest > 0, HEADROOM / FP8_MAX * largest, self.scales))
         self.largest.zero_()
 
     def count_clipped(self, runtime: "Runtime") -> dict[str, int]:
@@ -888,23 +937,27 @@ class Fp8Copies:
         names += [f"{scale} in {layer}" for layer in layers for scale in DELAYED_SCALES]
         return [name for name, value in zip(names, health.tolist()) if not math.isfinite(value)]
 
+    def delayed(self, layer: int) -> list[DelayedScale]:
+        """Of a layer, in the order of DELAYED_SCALES."""
+        return [*map(DelayedScale, self.scales[layer], self.largest[layer].split(1))]
+
     def qkv(self, layer: int, x: Fp8) -> QkvFp8:
         """For this layer, given a copy of the stream."""
-        w = Fp8(*(tensor[layer] for tensor in self.banks[1][1]))
-        return QkvFp8(x, w, self.units[layer, 3], self.largest[layer, 3:])
+        *_, grad = self.delayed(layer)
+        return QkvFp8(x, self.qkv_weights.entry(layer), grad)
 
     def mlp(self, layer: int, x: Fp8) -> MlpFp8:
         """For this layer, given a copy of the stream."""
-        entries = layer, self.num_layers + layer
-        weights = (Fp8(*(tensor[entry] for tensor in self.banks[0][1])) for entry in entries)
-        return MlpFp8(x, *weights, *self.units[layer, :3], self.largest[layer, :3])
+        square, grad, grad_hidden, _ = self.delayed(layer)
+        w_1, w_2 = map(self.mlp_weights.entry, (layer, self.num_layers + layer))
+        return MlpFp8(x, w_1, w_2, square, grad, grad_hidden)
 
     def head(self, tokens: Tensor | None = None) -> HeadFp8:
         """Of these rows of the head, or of all."""
         weight = self.head_weight if tokens is None else self.head_weight[tokens]
-        unit, *others = self.head_units
-        copy = quantize(weight, fp8_empty(weight.shape, unit), clipped=self.clipped[:1])
-        return HeadFp8(copy, *others, self.clipped[1:2])
+        copy = fp8_empty(weight.shape, self.head_scale)
+        quantize(weight, copy, clipped=self.clipped[:1])
+        return HeadFp8(copy, self.head_input_scale, self.logits_grad_scale, self.clipped[1:2])
 
 
 # --- Sums of streams ------------------------------------------------------------------------------
@@ -919,8 +972,8 @@ def combine(
     sources: (T, dim). coefficients: fp32, one number or, (T,) or (T, 1), one a token. What
     happens on the residual stream is such a sum; it is formed in fp32 and rounded once. Whoever
     reads a source again takes it from here: its gradient from there is added in the pass that makes
-    the one from here, for which autograd would need another pass. Given room in fp8, the norm is
-    written there, and the one returned has its shape and its gradient, but no memory.
+    the one from here, for which autograd would need another pass. Given a buffer in fp8, the norm
+    is written there; the one returned has its shape and its gradient, but all its numbers are NaN.
     """
     if takes_kernel(sources[0]):
         return Combine.apply(norm, fp8, *sources, *coefficients)
@@ -929,20 +982,41 @@ def combine(
     return total.type_as(sources[0]), normed, *sources
 
 
+# A coefficient is one number, or one a token: a stride of 0 or more. It is passed as
+# 3 + 2 · stride. For arguments that are 0, 1 or multiples of 16 Triton makes kernels of their own,
+# for odd numbers from 3 on it does not, and one kernel shall serve sums of all kinds.
+
+
+def encode_stride(coefficient: Tensor) -> int:
+    return 3 + 2 * (0 if coefficient.numel() == 1 else coefficient.stride(0))
+
+
 @triton.jit
-def _combine_tile(sources, coefficients, rows, steps, t, real, column, inside):
+def _decode_stride(code):
+    return code // 2 - 1
+
+
+@functools.cache
+def unreadable(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN, (1,). What must not be read is an expanded view of it."""
+    return torch.full((1,), math.nan, dtype=dtype, device=device)
+
+
+@triton.jit
+def _combine_tile(sources, coefficients, rows, strides, t, real, column, inside):
     """The sum, fp32 in the shape of `inside`, for tokens t, where they are real, and columns."""
     total = tl.zeros(inside.shape, tl.float32)
     for i in tl.static_range(len(sources)):
         source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
-        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1), mask=real, other=0.0)
+        place = coefficients[i] + t * _decode_stride(strides[i])
+        coefficient = tl.load(place, mask=real, other=0.0)
         total += coefficient * source.to(tl.float32)
     return total
 
 
 @triton.jit
 def _combine_kernel(
-    sources, coefficients, rows, steps, stream, normed, normed_t, unit, num_tokens, dim,
+    sources, coefficients, rows, strides, stream, normed, normed_t, scale, num_tokens, dim,
     LIMIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
@@ -950,19 +1024,19 @@ def _combine_kernel(
     for start in range(0, dim, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         inside = real & (column < dim)
-        total = _combine_tile(sources, coefficients, rows, steps, t, real, column, inside)
+        total = _combine_tile(sources, coefficients, rows, strides, t, real, column, inside)
         tl.store(stream + t * dim + column, total, mask=inside)
         squares += tl.sum(total * total, 1)
     if normed is not None:
-        scale = tl.rsqrt(squares / dim + EPS)
-        if unit is not None:
-            scale /= tl.load(unit)
+        factor = tl.rsqrt(squares / dim + EPS)  # (TOKENS,)
+        if scale is not None:
+            factor /= tl.load(scale)
         tl.debug_barrier()  # the stream is read as other threads may have stored it
         for start in range(0, dim, COLUMNS):
             column = start + tl.arange(0, COLUMNS)[None, :]
             inside = real & (column < dim)
             tile = tl.load(stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
-            tile *= scale[:, None]
+            tile *= factor[:, None]
             if normed_t is not None:
                 tile = tl.clamp(tile, -LIMIT, LIMIT)
             tile = tile.to(normed.dtype.element_ty)
@@ -974,7 +1048,7 @@ def _combine_kernel(
 
 @triton.jit(do_not_specialize=["later"])
 def _combine_backward_kernel(
-    sources, coefficients, rows, steps, grad_stream, grad_normed, grad_later, grad_sources,
+    sources, coefficients, rows, strides, grad_stream, grad_normed, grad_later, grad_sources,
     grad_coefficients, later, dim, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """later: bit i is set if source i has a gradient from later on. It is no constant, so that one
@@ -986,14 +1060,14 @@ def _combine_backward_kernel(
     if grad_stream is not None:
         grad += tl.load(grad_stream + t * dim + column, mask=inside, other=0.0).to(tl.float32)
     if grad_normed is not None:
-        total = _combine_tile(sources, coefficients, rows, steps, t, True, column, inside)
+        total = _combine_tile(sources, coefficients, rows, strides, t, True, column, inside)
         scale = tl.rsqrt(tl.sum(total * total) / dim + EPS)
         total *= scale
         outer = tl.load(grad_normed + t * dim + column, mask=inside, other=0.0).to(tl.float32)
         grad += scale * (outer - total * (tl.sum(outer * total) / dim))
     for i in tl.static_range(len(sources)):
         source = tl.load(sources[i] + t * rows[i] + column, mask=inside, other=0.0)
-        coefficient = tl.load(coefficients[i] + t * (steps[i] // 2 - 1))
+        coefficient = tl.load(coefficients[i] + t * _decode_stride(strides[i]))
         grad_source = coefficient * grad
         if (later >> i) & 1:
             added = tl.load(grad_later[i] + t * dim + column, mask=inside, other=0.0)
@@ -1005,9 +1079,8 @@ def _combine_backward_kernel(
 def combine_arguments(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
     """Sources, coefficients, and how far apart the rows of each are."""
     sources, coefficients = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-    # Odd numbers from 3 on: of 0, 1 and multiples of 16 Triton would make kernels of their own.
-    steps = tuple(3 + 2 * (0 if c.numel() == 1 else c.stride(0)) for c in coefficients)
-    return sources, coefficients, tuple(map(row_stride, sources)), steps
+    strides = tuple(map(encode_stride, coefficients))
+    return sources, coefficients, tuple(map(row_stride, sources)), strides
 
 
 class Combine(torch.autograd.Function):
@@ -1025,7 +1098,7 @@ class Combine(torch.autograd.Function):
             COLUMNS=256, num_warps=8,
         )  # fmt: skip
         if fp8 is not None:
-            normed = stream.new_empty(1).expand(num_tokens, dim)
+            normed = unreadable(stream.dtype, stream.device).expand(num_tokens, dim)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient
         return stream, normed, *sources
@@ -1130,9 +1203,9 @@ def attention(
 
 
 def shift(x: Tensor, length: int) -> Tensor:
-    """x (T, ...) of the previous position in rows of that length; the first ones keep their own."""
-    rows = x.unflatten(0, (-1, length))
-    return torch.cat([rows[:, :1], rows[:, :-1]], dim=1).flatten(0, 1)
+    """x (T, ...) of the previous position in sequences of that length; the first keep their own."""
+    sequences = x.unflatten(0, (-1, length))
+    return torch.cat([sequences[:, :1], sequences[:, :-1]], dim=1).flatten(0, 1)
 
 
 # --- Around attention -----------------------------------------------------------------------------
@@ -1143,12 +1216,12 @@ def prepare_qkv(
     key_offset: int, head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys and values, (T, heads, head_dim), of the normed stream x (T, dim) and the
-    weights w_qkv (3 A, dim), where A is heads · head_dim. What follows their product is computed in
+    weights w_qkv (3 A, dim), where A is heads · head_dim. What follows their matmul is computed in
     fp32; results are in x's dtype.
 
     cos, sin: (positions, 1, head_dim / 4) fp32. value: (T, A), added to the values. key_offset: the
-    tokens of a row, in which the half of a key that rotary leaves is that of the token before; 0
-    for none. With fp8 all of it runs in kernels, and the product and those of its gradient in fp8.
+    tokens of a sequence, in which the half of a key that rotary leaves is that of the token before;
+    0 for none. With fp8 all of it runs in kernels, and the matmuls, forward and backward, in fp8.
     """
     if fp8 is not None:
         return PrepareQkv.apply(x, w_qkv, cos, sin, value, fp8, key_offset, head_dim)
@@ -1238,7 +1311,7 @@ def _store_gradient(tile, column, target, WIDTH: tl.constexpr, LIMIT: tl.constex
 
 @triton.jit
 def _prepare_qkv_backward_kernel(
-    dq, dk, dv, qkv, cos, sin, dqkv, dqkv_t, unit, largest, num_tokens, length,
+    dq, dk, dv, qkv, cos, sin, dqkv, dqkv_t, scale, largest, num_tokens, length,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -1246,7 +1319,7 @@ def _prepare_qkv_backward_kernel(
     row = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
     part = tl.arange(0, HEAD_DIM)[None, :]
     mask, column = row < num_tokens, tl.program_id(0) * HEAD_DIM + part
-    inverse, target = 1 / tl.load(unit), (dqkv, dqkv_t, row, mask, num_tokens)
+    inverse, target = 1 / tl.load(scale), (dqkv, dqkv_t, row, mask, num_tokens)
 
     grad = inverse * _load_head(dv, row, DIM, column, mask)
     top = _store_gradient(grad, 2 * DIM + column, target, 3 * DIM, LIMIT)
@@ -1264,19 +1337,19 @@ def _prepare_qkv_backward_kernel(
     grad = _turn(grad, cos, sin, row, mask, -1)
     grad = _norm_gradient(grad, _load_head(qkv, row, 3 * DIM, DIM + column, mask))
     top = tl.maximum(top, _store_gradient(grad, DIM + column, target, 3 * DIM, LIMIT))
-    tl.atomic_max(largest, top * tl.load(unit))
+    tl.atomic_max(largest, top * tl.load(scale))
 
 
 def qkv_gradient(
     grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, fp8: QkvFp8, key_offset: int
 ) -> Fp8:
-    """The gradient of QKV's product (T, 3 A) in fp8, of those of queries, keys and values."""
+    """The gradient of QKV's matmul (T, 3 A) in fp8, from those of queries, keys and values."""
     num_tokens, heads, head_dim = grads[0].shape
-    dqkv = fp8_empty(qkv.shape, fp8.unit_grad)
+    dqkv = fp8_empty(qkv.shape, fp8.grad.scale)
     # a row of a transposed tile is a sector of memory
     _prepare_qkv_backward_kernel[heads, triton.cdiv(num_tokens, 32)](
-        *map(packed, grads), qkv, cos, sin, *dqkv, fp8.largest, num_tokens, key_offset, heads,
-        head_dim, key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=32,
+        *map(packed, grads), qkv, cos, sin, *dqkv, fp8.grad.largest, num_tokens, key_offset,
+        heads, head_dim, key_offset > 0, LIMIT=torch.finfo(dqkv.rows.dtype).max, TILE=32,
     )  # fmt: skip
     return dqkv
 
@@ -1289,7 +1362,7 @@ class PrepareQkv(torch.autograd.Function):
         ctx, x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, value: Tensor | None,
         fp8: QkvFp8, key_offset: int, head_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        qkv = fp8_product(fp8.x, fp8.w)
+        qkv = fp8_matmul(fp8.x, fp8.w)
         num_tokens, heads = qkv.size(0), qkv.size(1) // (3 * head_dim)
         q, k, v = (x.new_empty(num_tokens, heads, head_dim) for _ in range(3))
         # heads of 128, 16 tokens: two loads of 16 bytes for each thread of 4 warps
@@ -1305,7 +1378,7 @@ class PrepareQkv(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         fp8 = ctx.fp8
         dqkv = qkv_gradient(grads, *ctx.saved_tensors, fp8, ctx.key_offset)
-        dx, dw = fp8_product(dqkv, fp8.w.T), fp8_product(dqkv.T, fp8.x.T)
+        dx, dw = fp8_matmul(dqkv, fp8.w.T), fp8_matmul(dqkv.T, fp8.x.T)
         d_value = grads[2].flatten(1) if ctx.has_value else None
         return dx, dw, None, None, d_value, None, None, None
 
@@ -1321,25 +1394,25 @@ def mlp(x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None = None) -> Tenso
     return (x @ w_1.mT).relu().square() @ w_2
 
 
-# Of the MLP's product. Two programs of 4 warps fit on each of an H100's 132 SMs: while one stores a
+# Of the MLP's matmul. Two programs of 4 warps fit on each of an H100's 132 SMs: while one stores a
 # tile the other multiplies.
 MLP_TILE, MLP_PROGRAMS = 128, 264
 
 
 @triton.jit
-def _mlp_product_kernel(
-    a, b, square, out, out_t, unit_a, unit_b, unit_square, unit_out, largest, num_rows,
+def _mlp_matmul_kernel(
+    a, b, square, out, out_t, scale_a, scale_b, scale_square, scale_out, largest, num_rows,
     num_columns, inner, BACKWARD: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    # One factor for all units: the arithmetic on a tile takes as long as its stores.
-    unit, top = tl.load(unit_a) * tl.load(unit_b), 0.0
+    # One factor for all scales: the arithmetic on a tile takes as long as its stores.
+    scale, top = tl.load(scale_a) * tl.load(scale_b), 0.0
     if BACKWARD:
-        unit *= 2 * tl.sqrt(tl.load(unit_square))
+        scale *= 2 * tl.sqrt(tl.load(scale_square))
     else:
-        unit *= unit
-    scale = unit / tl.load(unit_out)
+        scale *= scale
+    to_out = scale / tl.load(scale_out)
     across, down = tl.cdiv(num_columns, TILE), tl.cdiv(num_rows, TILE)
-    # Flattened, the next tile's first loads pass by the stores; the square would want their room.
+    # Flattened, the next tile's first loads pass by the stores; the square would want that memory.
     for tile in tl.range(tl.program_id(0), across * down, tl.num_programs(0), flatten=not BACKWARD):
         # Programs that run together share the rows of eight tiles.
         group = tile // (8 * across)
@@ -1356,24 +1429,24 @@ def _mlp_product_kernel(
             total = tl.maximum(total, 0.0)
             total *= total
             top = tl.maximum(top, tl.max(total))
-        values = (total * scale).to(out.dtype)  # fp8 saturates
+        values = (total * to_out).to(out.dtype)  # fp8 saturates
         out.store([row, column], values)
         out_t.store([column, row], tl.trans(values))
-    tl.atomic_max(largest, top * unit)
+    tl.atomic_max(largest, top * scale)
 
 
-def mlp_product(a: Fp8, b: Fp8, unit: Tensor, largest: Tensor, square: Fp8 | None = None) -> Fp8:
-    """relu(a bᵀ)² or, given that square, its gradient a bᵀ·2·sqrt(square), in fp8 with this unit;
-    raises largest (1,) to its largest. a, b: rows of `inner`."""
+def mlp_matmul(a: Fp8, b: Fp8, result: DelayedScale, square: Fp8 | None = None) -> Fp8:
+    """relu(a bᵀ)² or, given that square, its gradient a bᵀ·2·sqrt(square), in fp8 with the scale of
+    `result`, whose `largest` it raises. a: (rows, inner), b: (columns, inner)."""
     (rows, inner), columns = a.rows.shape, len(b.rows)
-    out = fp8_empty((rows, columns), unit)
+    out = fp8_empty((rows, columns), result.scale)
     tile, tile_inner = [MLP_TILE, MLP_TILE], 128 // a.rows.element_size()
     programs = min(MLP_PROGRAMS, triton.cdiv(rows, MLP_TILE) * triton.cdiv(columns, MLP_TILE))
     describe = TensorDescriptor.from_tensor
-    _mlp_product_kernel[(programs,)](
+    _mlp_matmul_kernel[(programs,)](
         describe(a.rows, [MLP_TILE, tile_inner]), describe(b.rows, [MLP_TILE, tile_inner]),
         describe((square or out).rows, tile), describe(out.rows, tile), describe(out.columns, tile),
-        a.unit, b.unit, (square or out).unit, unit, largest, rows, columns, inner,
+        a.scale, b.scale, (square or out).scale, *result, rows, columns, inner,
         BACKWARD=square is not None, TILE=MLP_TILE, INNER=tile_inner, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
@@ -1385,16 +1458,16 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8) -> Tensor:
         ctx.fp8 = fp8
-        ctx.square = mlp_product(fp8.x, fp8.w_1, fp8.unit_square, fp8.largest[:1])
-        return fp8_product(ctx.square, fp8.w_2.T)
+        ctx.square = mlp_matmul(fp8.x, fp8.w_1, fp8.square)
+        return fp8_matmul(ctx.square, fp8.w_2.T)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         fp8, square = ctx.fp8, ctx.square
-        grad = quantize(grad, fp8_empty(grad.shape, fp8.unit_grad), fp8.largest[1:2])
-        hidden = mlp_product(grad, fp8.w_2, fp8.unit_hidden, fp8.largest[2:], square)
-        d_x, d_w_1 = fp8_product(hidden, fp8.w_1.T), fp8_product(hidden.T, fp8.x.T)
-        return d_x, d_w_1, fp8_product(square.T, grad.T), None
+        grad = quantize(grad, fp8_empty(grad.shape, fp8.grad.scale), fp8.grad.largest)
+        hidden = mlp_matmul(grad, fp8.w_2, fp8.grad_hidden, square)
+        d_x, d_w_1 = fp8_matmul(hidden, fp8.w_1.T), fp8_matmul(hidden.T, fp8.x.T)
+        return d_x, d_w_1, fp8_matmul(square.T, grad.T), None
 
 
 # --- Head -----------------------------------------------------------------------------------------
@@ -1412,12 +1485,12 @@ def head_loss(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None = None,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sums over a row of cross-entropies of the softcapped logits, 0-d fp32, in nats: of all terms
+    """Sums over tokens of cross-entropies of the softcapped logits, 0-d fp32, in nats: of all terms
     by weight, and of the first alone, which has no gradient.
 
     x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
     weights: (terms,) fp32. offsets: (vocab,) fp32, added to the logits in the softmax's denominator
-    alone. With fp8 all of it runs in kernels, and all products in fp8, forward and backward.
+    alone. With fp8 all of it runs in kernels, and all matmuls in fp8, forward and backward.
     """
     if fp8 is not None:
         return HeadLoss.apply(x, head, targets, weights, fp8, offsets)
@@ -1472,7 +1545,7 @@ def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr):
 
 @triton.jit
 def _logits_gradient_kernel(
-    logits, offsets, lse, targets, weights, grad, grad_t, unit, num_rows, vocab,
+    logits, offsets, lse, targets, weights, grad, grad_t, scale, num_rows, vocab,
     TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """All of the gradient but what the targets add to it."""
@@ -1480,14 +1553,14 @@ def _logits_gradient_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = row < num_rows
     inside = real[:, None] & (column < vocab)[None, :]
-    scale = _sum_weights(targets, weights, row, real, TERMS) * (CAP / CAP_SCALE) / tl.load(unit)
+    factor = _sum_weights(targets, weights, row, real, TERMS) * (CAP / CAP_SCALE) / tl.load(scale)
     shift = tl.load(lse + row, mask=real, other=0.0)
     tile = tl.load(logits + row[:, None] * vocab + column[None, :], mask=inside, other=0.0)
     tile = _sigmoid_of_logits(tile, APPROXIMATE)
     tile = tl.exp2(tile * (CAP * LOG2_E) - (shift * LOG2_E)[:, None]) * (tile - tile * tile)
     if offsets is not None:
         tile *= tl.exp(tl.load(offsets + column, mask=column < vocab, other=0.0))[None, :]
-    tile *= scale[:, None]
+    tile *= factor[:, None]
     tile = tile.to(grad.dtype.element_ty)
     tl.store(grad + row[:, None] * vocab + column[None, :], tile, mask=inside)
     at_t = column[:, None].to(tl.int64) * num_rows + row[None, :]
@@ -1496,7 +1569,7 @@ def _logits_gradient_kernel(
 
 @triton.jit
 def _targets_kernel(
-    logits, offsets, lse, targets, weights, grad, grad_t, unit, num_rows, vocab, losses,
+    logits, offsets, lse, targets, weights, grad, grad_t, scale, num_rows, vocab, losses,
     TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The losses, weighted and of the first term, and the gradient in the targets' columns."""
@@ -1521,7 +1594,7 @@ def _targets_kernel(
         for other in tl.static_range(TERMS):  # two terms may have the same target
             same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
             values -= tl.where(same, tl.load(weights + other), 0.0)
-        values = values * (CAP / CAP_SCALE) / tl.load(unit) * tile * (1 - tile)
+        values = values * (CAP / CAP_SCALE) / tl.load(scale) * tile * (1 - tile)
         values = values.to(grad.dtype.element_ty)
         tl.store(grad + row * vocab + target, values, mask=scored)
         tl.store(grad_t + target * num_rows + row, values, mask=scored)
@@ -1529,12 +1602,12 @@ def _targets_kernel(
 
 
 def losses_and_slope(
-    logits: Tensor, targets: Tensor, weights: Tensor, unit: Tensor, offsets: Tensor | None
+    logits: Tensor, targets: Tensor, weights: Tensor, scale: Tensor, offsets: Tensor | None
 ) -> tuple[Tensor, Fp8]:
     """The losses of every row, (2, T) fp32: of all terms by weight, and of the first alone; and the
-    gradient of the former by the logits (T, vocab) in fp8 with this unit."""
+    gradient of the former by the logits (T, vocab) in fp8 with this scale."""
     (num_rows, terms), vocab = targets.shape, logits.size(1)
-    slope = fp8_empty(logits.shape, unit, E5M2)
+    slope = fp8_empty(logits.shape, scale, E5M2)
     losses, lse = (
         logits.new_empty(size, dtype=torch.float32) for size in ((2, num_rows), num_rows)
     )
@@ -1559,9 +1632,9 @@ class HeadLoss(torch.autograd.Function):
         ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8,
         offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x8 = quantize(x, fp8_empty(x.shape, fp8.unit_x), clipped=fp8.clipped)
-        logits = fp8_product(x8, fp8.weight)
-        losses, slope = losses_and_slope(logits, targets, weights, fp8.unit_grad, offsets)
+        x8 = quantize(x, fp8_empty(x.shape, fp8.scale_x), clipped=fp8.clipped)
+        logits = fp8_matmul(x8, fp8.weight)
+        losses, slope = losses_and_slope(logits, targets, weights, fp8.scale_grad, offsets)
         ctx.factors = slope, x8, fp8.weight
         weighted, first = losses.sum(1).unbind()
         ctx.mark_non_differentiable(first)
@@ -1571,68 +1644,81 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         slope, x, weight = ctx.factors
-        slope = slope._replace(unit=slope.unit * grad)  # the loss's own gradient
-        d_x, d_head = fp8_product(slope, weight.T), fp8_product(slope.T, x.T)
+        slope = slope._replace(scale=slope.scale * grad)  # the loss's own gradient
+        d_x, d_head = fp8_matmul(slope, weight.T), fp8_matmul(slope.T, x.T)
         return d_x, d_head, None, None, None, None
 
 
-class Columns(NamedTuple):
-    """The part of the vocabulary that the loss of some tokens is computed on."""
+class Candidates(NamedTuple):
+    """The tokens of the vocabulary that the loss of some positions is computed on."""
 
-    tokens: Tensor | None  # (columns,) int64, each once; None for all
-    offsets: Tensor | None  # (columns,) fp32, as head_loss takes them
-    targets: Tensor  # like those given, as places among the columns
+    tokens: Tensor | None  # (candidates,) int64, each once; None for all
+    offsets: Tensor | None  # (candidates,) fp32, as head_loss takes them
+    targets: Tensor  # like those given, as places among the candidates
 
 
-def draw_columns(targets: Tensor, proposal: Tensor, count: int) -> Columns:
-    """`count` columns: all targets, and others, of which those with a large proposal, (vocab,)
-    fp32, come more often.
+def sample_candidates(targets: Tensor, proposal: Tensor, count: int) -> Candidates:
+    """`count` candidates: all targets, and other tokens, of which those with a large proposal,
+    (vocab,) fp32, come more often.
 
-    Drawn are the largest priorities, a token's proposal divided by a number from 0 to 1 that is a
-    hash of row and token: the same on whichever rank. A drawn one stands for as many tokens as the
-    largest priority that is left out is above its proposal, for itself at least; with the log of
-    that as its offset the softmax's denominator is estimated without bias. Rows with `count` or
-    more distinct targets give NaN. Sources: Jean et al. 2015, arXiv 1412.2007, section 3; Duffield
-    et al. 2007, JACM 54, Priority sampling, theorem 1.
+    Those with the largest priorities are taken: a token's proposal over a number from 0 to 1 that
+    is a hash of the targets and the token, the same on whichever rank. A candidate stands for as
+    many tokens as the largest priority that is left out is above its proposal, for itself at least;
+    with the log of that as its offset the softmax's denominator is estimated without bias. `count`
+    or more distinct targets give NaN. Sources: Jean et al. 2015, arXiv 1412.2007, section 3;
+    Duffield et al. 2007, JACM 54, Priority sampling, theorem 1.
     """
-    vocab = len(proposal)
-    token = torch.arange(vocab, device=targets.device)
-    flat = targets.flatten() % (vocab + 1)  # IGNORED_TARGET goes behind the end
-    is_target = torch.zeros(vocab + 1, device=targets.device).scatter_(0, flat, 1.0)[:vocab] > 0
-    seed = (flat * torch.arange(1, len(flat) + 1, device=targets.device)).sum()
+    vocab, device = len(proposal), targets.device
+    token = torch.arange(vocab, device=device)
+    # IGNORED_TARGET, -1, becomes vocab: a place behind the end, which is cut off
+    flat = targets.flatten() % (vocab + 1)
+    is_target = torch.zeros(vocab + 1, device=device).scatter_(0, flat, 1.0)[:vocab] > 0
+    # one number above 0 and below 1 a token, from 24 bits of a hash
+    seed = (flat * torch.arange(1, len(flat) + 1, device=device)).sum()
     key = mix(token * MIX_2 + seed) * MIX_2
-    even = ((key >> 40).float() + 2**23 + 0.5) / 2**24
-    priority = F.pad(torch.where(is_target, math.inf, proposal / even), (0, 1))
+    uniform = ((key >> 40).float() + 2**23 + 0.5) / 2**24
+    # targets come first; a last priority of 0 is left out when all tokens are taken
+    priority = F.pad(torch.where(is_target, math.inf, proposal / uniform), (0, 1))
     priority, tokens = priority.sort(descending=True, stable=True)
-    tokens, left_out = tokens[:count], priority[count]
-    offsets = (left_out / proposal[tokens]).clamp_min(1.0).log()
+    tokens, threshold = tokens[:count], priority[count]
+    # a target is certain to be taken, and stands for itself
+    offsets = (threshold / proposal[tokens]).clamp_min(1.0).log()
     offsets = torch.where(is_target[tokens], 0.0, offsets)
-    if count < vocab:
+    if count < vocab:  # too many targets leave nothing to estimate the others by
         offsets = torch.where(priority[count - 1] < math.inf, offsets, math.nan)
-    place = torch.full((vocab + 1,), IGNORED_TARGET, device=targets.device)
-    place.scatter_(0, tokens, torch.arange(count, device=targets.device))
-    return Columns(tokens, offsets, place[targets])
+    # of IGNORED_TARGET, -1, the last entry: IGNORED_TARGET again
+    candidate_of_token = torch.full((vocab + 1,), IGNORED_TARGET, device=device)
+    candidate_of_token.scatter_(0, tokens, torch.arange(count, device=device))
+    return Candidates(tokens, offsets, candidate_of_token[targets])
 
 
 @compiled
 def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The sum over a row of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
+    """The sum over tokens of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
     chunks = zip(x.split(4096), targets.split(4096))  # of logits, 0.8 GB
-    how = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
-    return sum(F.cross_entropy(softcap(rows @ head.mT), wanted, **how) for rows, wanted in chunks)
+    options = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
+    return sum(F.cross_entropy(softcap(part @ head.mT), own, **options) for part, own in chunks)
 
 
 # --- Tables ---------------------------------------------------------------------------------------
 
 
 class SortedRows(NamedTuple):
-    """Row numbers in order, so that all that goes to one row of a table is together."""
+    """Row numbers in order, so that all that goes to one row of a table is together: a run. Of the
+    rows 7 2 7 9 7, for instance:
+
+        rows       2  7  7  7  9
+        order      1  0  2  4  3       values[1] goes to row 2, values[0], [2] and [4] to row 7
+        run_start  0  1  4  5  5  5    run 1 is 1 to 4
+        run_of     0  1  1  1  2
+        num_runs   3
+    """
 
     rows: Tensor  # (n,) sorted
     order: Tensor  # (n,) where each came from
-    starts: Tensor  # (n + 1,) of the runs of equal rows; n behind the last one
-    runs: Tensor  # (n,) which run each is in
-    count: Tensor  # (1,) how many runs
+    run_start: Tensor  # (n + 1,) of the runs of equal rows; n behind the last one
+    run_of: Tensor  # (n,) which run each is in
+    num_runs: Tensor  # (1,)
 
     @classmethod
     def of_distinct(cls, rows: Tensor, place: Tensor) -> "SortedRows":
@@ -1643,12 +1729,12 @@ class SortedRows(NamedTuple):
 def sort_rows(rows: Tensor) -> SortedRows:
     rows, order = rows.sort(stable=True)
     begins = F.pad(rows[1:] != rows[:-1], (1, 0), value=True)
-    runs, position = begins.cumsum(0) - 1, torch.arange(len(rows), device=rows.device)
-    starts = torch.full((len(rows) + 1,), len(rows), device=rows.device)
+    run_of, position = begins.cumsum(0) - 1, torch.arange(len(rows), device=rows.device)
+    run_start = torch.full((len(rows) + 1,), len(rows), device=rows.device)
     # what begins no run goes behind the end, where n stands anyway
-    places = torch.where(begins, runs, len(rows))
-    starts.scatter_(0, places, torch.where(begins, position, len(rows)))
-    return SortedRows(rows, order, starts, runs, runs[-1:] + 1)
+    places = torch.where(begins, run_of, len(rows))
+    run_start.scatter_(0, places, torch.where(begins, position, len(rows)))
+    return SortedRows(rows, order, run_start, run_of, num_runs=run_of[-1:] + 1)
 
 
 @triton.jit
@@ -1676,26 +1762,31 @@ def _add_to_row(table, rows, order, values, stride, at, end, dim, column, ROWS: 
 
 @triton.jit
 def _add_rows_kernel(
-    tables, rows, order, values, strides, starts, runs, count, dim, SHORT: tl.constexpr,
+    tables, rows, order, values, strides, run_start, run_of, num_runs, dim, SHORT: tl.constexpr,
     LONG: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
+    """Two kinds of programs. The first SHORT take every SHORT-th run, if it is shorter than LONG,
+    and whole rows. Of those behind them there is one for every multiple of LONG among the places
+    and every PART of a row: a run of LONG or more covers such a place, and the first that it covers
+    takes the run. With SHORT 4096, LONG 32 and two parts a row, run 1 of places 5 to 80 covers 32
+    and 64: program 4096 + 2 adds the left half of its row and 4096 + 3 the right one, and the two
+    of place 64 do nothing; program 1 leaves it to them."""
     program, parts = tl.program_id(0), tl.cdiv(dim, PART)
-    # of a long run: the first multiple of LONG in it, and a part of the row
-    position, part = (program - SHORT) // parts * LONG, (program - SHORT) % parts
+    place, part = (program - SHORT) // parts * LONG, (program - SHORT) % parts
     for i in tl.static_range(len(tables)):
         if tl.program_id(1) == i:
             if program < SHORT:
-                for run in range(program, tl.load(count), SHORT):
-                    at, end = tl.load(starts + run), tl.load(starts + run + 1)
+                for run in range(program, tl.load(num_runs), SHORT):
+                    at, end = tl.load(run_start + run), tl.load(run_start + run + 1)
                     if end - at < LONG:
                         column = tl.arange(0, BLOCK)
                         _add_to_row(
                             tables[i], rows, order, values[i], strides[i], at, end, dim, column, 4
                         )
             else:
-                run = tl.load(runs + position)
-                at, end = tl.load(starts + run), tl.load(starts + run + 1)
-                if (end - at >= LONG) & (position - at < LONG):
+                run = tl.load(run_of + place)
+                at, end = tl.load(run_start + run), tl.load(run_start + run + 1)
+                if (end - at >= LONG) & (place - at < LONG):
                     column = part * PART + tl.arange(0, PART)
                     _add_to_row(
                         tables[i], rows, order, values[i], strides[i], at, end, dim, column, 32
@@ -1716,7 +1807,7 @@ def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tenso
     programs = short + triton.cdiv(count, long) * triton.cdiv(dim, part)
     _add_rows_kernel[programs, len(tables)](
         tuple(tables), rows.rows, rows.order, tuple(values), tuple(map(row_stride, values)),
-        rows.starts, rows.runs, rows.count, dim, SHORT=short, LONG=long,
+        rows.run_start, rows.run_of, rows.num_runs, dim, SHORT=short, LONG=long,
         BLOCK=triton.next_power_of_2(dim), PART=part, num_warps=1,
     )  # fmt: skip
 
@@ -1727,7 +1818,8 @@ class TableRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, order: SortedRows | None, *tables: Tensor) -> tuple[Tensor, ...]:
-        ctx.tables, ctx.order, ctx.rows = tables, order, rows  # which order may not have read yet
+        ctx.tables, ctx.order = tables, order
+        ctx.rows = rows  # kept alive: the side stream, which makes `order`, may yet read them
         return tuple(F.embedding(rows, table) for table in tables)
 
     @staticmethod
@@ -1736,14 +1828,41 @@ class TableRows(torch.autograd.Function):
         return None, None, *(None for _ in grads)
 
 
-# --- Exact match ----------------------------------------------------------------------------------
+# --- N-gram lookup --------------------------------------------------------------------------------
 #
 # What was read, as hash tables, one an order: the slot of the last n tokens of a document holds a
-# token that followed them, as lead << 29 | check << 16 | token. The lead says how sure it is: it
-# grows up to 3 when the token comes again and falls when another token or context wants the slot,
-# which gets it when the lead is used up (Boyer & Moore's vote). An empty slot is 0.
+# token that followed them, with votes for it: they grow up to 3 when the token comes again and fall
+# when another token or context wants the slot, which gets it when they are used up (Boyer & Moore's
+# majority vote). An entry is one int32, votes << 29 | check << 16 | token, where the check is more
+# of the context's hash: 2 votes for token 1,234 behind a context of check 5 are 1,074,070,738. An
+# empty slot is 0.
 
-LEADS, CHECKS = 3, 2**13
+MAX_VOTES, CHECKS = 3, 2**13
+VOTES_BIT, CHECK_BIT = 29, 16
+
+
+def pack_entry(votes: Tensor, content: Tensor) -> Tensor:
+    return votes << VOTES_BIT | content
+
+
+def pack_content(check: Tensor, token: Tensor) -> Tensor:
+    return check << CHECK_BIT | token
+
+
+def votes_of(entry: Tensor) -> Tensor:
+    return entry >> VOTES_BIT
+
+
+def content_of(entry: Tensor) -> Tensor:
+    return entry & (2**VOTES_BIT - 1)
+
+
+def check_of(entry: Tensor) -> Tensor:
+    return entry >> CHECK_BIT & (CHECKS - 1)
+
+
+def token_of(entry: Tensor) -> Tensor:
+    return entry & (2**CHECK_BIT - 1)
 
 
 def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -1758,15 +1877,15 @@ def context_keys(
 ) -> tuple[Tensor, ...]:
     """Of the last n tokens, (orders, T) each: the slot, the check bits, and whether the document is
     that long yet."""
-    position, key, found = torch.arange(len(tokens), device=tokens.device), 0, []
+    position, key, keys = torch.arange(len(tokens), device=tokens.device), 0, []
     for done, order in itertools.pairwise((0, *orders)):
         for back in range(done, order):
             token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
             key = mix((token + 1) ^ key)
         mixed = key * MIX_2
         slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & (CHECKS - 1)
-        found.append((slot, check, position - starts >= order - 1))
-    return tuple(torch.stack(of_orders) for of_orders in zip(*found))
+        keys.append((slot, check, position - starts >= order - 1))
+    return tuple(torch.stack(of_orders) for of_orders in zip(*keys))
 
 
 @torch.no_grad()
@@ -1774,40 +1893,43 @@ def context_keys(
 def find_matches(
     tokens: Tensor, starts: Tensor, tables: Tensor, orders: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The token that has followed a context seen before, and how sure it is: of the i-th order,
-    from 0, LEADS · i + its lead. Of several contexts it is that with the largest i + 2 · lead, of
-    equals the longest: in text a lead tells as much as two orders.
+    """Predict the token that has followed a context seen before, and tell how sure that is: of the
+    i-th order, from 0, MAX_VOTES · i + its votes. Of several contexts it is that with the largest
+    i + 2 · votes, of equals the longest: in text a vote tells as much as two orders.
 
     tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int32, slots
     a power of two. orders: ascending. Returns (T,) int64 each; the token itself and 0 without one.
     """
-    slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))
+    slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))  # (orders, T)
     entry = tables.gather(1, slot).long()
-    hit = long_enough & (entry > 0) & ((entry >> 16 & (CHECKS - 1)) == check)
-    number, lead = torch.arange(len(orders), device=tokens.device)[:, None], entry >> 29
-    best = (hit * (len(orders) * (number + 2 * lead) + number)).argmax(0, keepdim=True)
-    which = (hit * (LEADS * number + lead)).gather(0, best)[0]
-    found = entry.gather(0, best)[0] & 0xFFFF
-    return torch.where(which > 0, found, tokens), which
+    hit = long_enough & (entry > 0) & (check_of(entry) == check)
+    number, votes = torch.arange(len(orders), device=tokens.device)[:, None], votes_of(entry)
+    score = len(orders) * (number + 2 * votes) + number
+    best = (hit * score).argmax(0, keepdim=True)  # (1, T)
+    which = (hit * (MAX_VOTES * number + votes)).gather(0, best)[0]
+    predicted = token_of(entry.gather(0, best)[0])
+    return torch.where(which > 0, predicted, tokens), which
 
 
 @recorded("matches")
-def note_matches_(
+def insert_matches_(
     tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
-    own: slice = slice(None),
+    part: slice = slice(None),
 ) -> None:  # fmt: skip
-    """Write down what followed each context of rows that were read together, in these tables of the
-    orders. Of what wants one slot the largest entry gets it, in whichever order threads write."""
+    """Insert what followed each context of sequences that were read together, in the tables of this
+    part of the orders. Of what wants one slot the largest entry gets it, in whichever order threads
+    write."""
     # keys of all orders, and of copies: for some orders, or views, they would be compiled anew
     keys = context_keys(tokens.clone(), starts.clone(), orders, tables.size(1))
-    tables = tables[own]
-    slot, check, long_enough = (key[own] for key in keys)
+    tables = tables[part]
+    slot, check, long_enough = (key[part] for key in keys)
     slot = slot * long_enough  # what is no context yet goes to slot 0, and empties it
-    entry, wanted = tables.gather(1, slot), (check << 16 | targets).int()
-    held, lead = entry & (2**29 - 1), entry >> 29
-    stays = (held != wanted) & (lead > 1)
-    lead = torch.where(stays, lead - 1, torch.where(held == wanted, lead, 0) + 1).clamp_max(LEADS)
-    entry = lead << 29 | torch.where(stays, held, wanted)
+    entry, wanted = tables.gather(1, slot), pack_content(check, targets).int()
+    held, votes = content_of(entry), votes_of(entry)
+    stays = (held != wanted) & (votes > 1)
+    votes = torch.where(stays, votes - 1, torch.where(held == wanted, votes, 0) + 1)
+    votes = votes.clamp_max(MAX_VOTES)
+    entry = pack_entry(votes, torch.where(stays, held, wanted))
     tables.scatter_(1, slot, 0)
     tables.scatter_reduce_(1, slot, entry * long_enough, "amax")
 
@@ -1834,12 +1956,12 @@ def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: in
 
 @triton.jit
 def _update_ngrams_kernel(
-    table, sum_squares, rows, order, grads, starts, count, lr, eps, dim, BLOCK: tl.constexpr
+    table, sum_squares, rows, order, grads, run_start, num_runs, lr, eps, dim, BLOCK: tl.constexpr
 ):
     column = tl.arange(0, BLOCK)
     inside = column < dim
-    for run in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
-        at, end = tl.load(starts + run), tl.load(starts + run + 1)
+    for run in range(tl.program_id(0), tl.load(num_runs), tl.num_programs(0)):
+        at, end = tl.load(run_start + run), tl.load(run_start + run + 1)
         row = tl.load(rows + at).to(tl.int64)
         target, few = table + row * dim + column, tl.minimum(at + 2, end)
         # most n-grams come once in a step, the most frequent ones thousands of times
@@ -1865,8 +1987,8 @@ def update_ngrams_(
     if takes_kernel(table):
         dim = table.size(1)
         _update_ngrams_kernel[(min(len(grads), 16384),)](
-            table, sum_squares, rows.rows, rows.order, packed(grads), rows.starts, rows.count, lr,
-            eps, dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+            table, sum_squares, rows.rows, rows.order, packed(grads), rows.run_start, rows.num_runs,
+            lr, eps, dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
         return
     touched, lengths = rows.rows.unique_consecutive(return_counts=True)
@@ -1882,28 +2004,21 @@ def update_ngrams_(
 
 
 class Batch(NamedTuple):
-    """Rows that are computed at once: whole documents packed behind one another."""
+    """Sequences that are computed at once: whole documents packed behind one another."""
 
     tokens: Tensor  # (T,) int32
     targets: Tensor  # (T,) int64, the next tokens
     cu_seqlens: Tensor  # int32: document starts, padded with T to the length that graphs take
     max_seq_len: int  # no document is longer
-    rows: int = 1  # how many rows, each as long
+    sequences: int = 1  # how many, each as long
 
 
 class Lookups(NamedTuple):
-    """What the tables hold for a row of tokens."""
+    """What the tables hold for the tokens of a batch."""
 
     embedded: Tensor  # (T, dim)
     values: Sequence[Tensor]  # (T, attention_dim) of each value table
-    ngrams: Tensor  # (T, dim), with the matches
-
-
-class Windows(NamedTuple):
-    """How many earlier tokens a query sees in short and in long layers."""
-
-    short: int
-    long: int
+    ngrams: Tensor  # (T, dim), with those of the tokens that the lookup predicts
 
 
 class Ngrams(nn.Module):
@@ -1923,12 +2038,12 @@ class Ngrams(nn.Module):
         # of one step, in the order of the stream
         self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
         self.filled = 0  # how many of these there are so far
-        self.left = None  # rows and grads of the last backward pass
+        self.pending = None  # rows and grads of the last backward pass, to be gathered
 
     @recorded("n-gram gather")
     def gather(self, rows: Tensor, grads: Tensor) -> None:
         """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
-        as rows are dealt out that is the order of the stream, on however many ranks."""
+        as sequences are dealt out that is the order of the stream, on however many ranks."""
         part = slice(self.filled, self.filled + self.runtime.world_size * len(rows))
         self.runtime.all_gather(self.rows[part], rows)
         self.runtime.all_gather(self.grads[part], grads)
@@ -1949,12 +2064,13 @@ class Ngrams(nn.Module):
 
 
 class NgramRows(torch.autograd.Function):
-    """The rows of a token's n-grams beside one another, (T, dim) with zeros behind them, which need
-    a gradient as `embedded`, (T, dim), does. The backward pass leaves it in `ngrams`."""
+    """The table rows of a token's n-grams, one behind the other, (T, dim) with zeros behind them,
+    which need a gradient as `embedded`, (T, dim), does. The backward pass leaves it in
+    `ngrams.pending`."""
 
     @staticmethod
     def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
-        which = batch.tokens, ngrams.orders, ngrams.num_rows, batch.rows
+        which = batch.tokens, ngrams.orders, ngrams.num_rows, batch.sequences
         with recorded("hashing"):
             ctx.ngrams, ctx.rows = ngrams, ngram_hash(*which)
         rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
@@ -1965,7 +2081,7 @@ class NgramRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
         rows, dim = ctx.rows.flatten(), ctx.ngrams.table.size(1)
         columns = grad[:, : ctx.rows.size(1) * dim]
-        ctx.ngrams.left = rows, columns.reshape(len(rows), dim)
+        ctx.ngrams.pending = rows, columns.reshape(len(rows), dim)
         return None, None, None
 
 
@@ -2001,16 +2117,53 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "gate_b_2":     SmallParam((len(gates),), gates,  slow,   0.25, 0.0),
     }
     # fmt: on
-    if config.match_orders:  # of no match, and of each order and lead
-        starts = [0.0] + [1.0] * (LEADS * len(config.match_orders))
+    if config.match_orders:  # of no prediction, and of each order and number of votes
+        starts = [0.0] + [1.0] * (MAX_VOTES * len(config.match_orders))
         table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
     return table
 
 
+@dataclass
+class Stream:
+    """A (T, dim) tensor that several sums read, and its RMS norm where one was made.
+
+    Every sum that reads it puts what combine gives back in its place. The next one reads that, and
+    its gradient is then added in the kernel that makes the gradient of the earlier one.
+    """
+
+    tensor: Tensor
+    normed: Tensor | None = None
+    normed_fp8: Fp8 | None = None  # where it is, `normed` is NaN and has only a gradient
+
+
+def add_streams(
+    *terms: tuple[Stream | Tensor, Tensor], fp8: Fp8Copies | None, norm: bool = True
+) -> Stream:
+    """The sum of factor · source of (source, factor) pairs, with its norm."""
+    tensors = [s.tensor if isinstance(s, Stream) else s for s, _ in terms]
+    copy = fp8_empty(tensors[0].shape, fp8.scale_x) if fp8 and norm else None
+    total, normed, *again = combine(tensors, [factor for _, factor in terms], norm, copy)
+    for (source, _), tensor in zip(terms, again):
+        if isinstance(source, Stream):
+            source.tensor = tensor
+    return Stream(total, normed, copy)
+
+
 class GPT(nn.Module):
-    """Decoder-only transformer. Weights of one kind are stacked in a bank, so that the optimizer
-    can share a whole kind out over the ranks at once; banks are padded with zeros to a multiple
-    of the ranks."""
+    """Decoder-only transformer.
+
+    From the records of modded-nanogpt, up to number 89, it has ReLU² MLPs, RMS norms without
+    weights, rotary positions on half of a head, windowed attention to packed documents, a key
+    offset in long layers, value embeddings, hashed bigrams in the stream, factors on everything
+    that is added to it, made token by token by an MLP in the last layer, attention of late layers
+    to the stream of an earlier one, softcapped logits, and early on a loss on the token after the
+    next one. Ours are seven layers and four heads in place of eleven and six, one tied table for
+    head and embedding throughout, row-wise Adagrad for a large table of n-grams, a loss on sampled
+    candidates, QKV, MLP and head in fp8 forward and backward, and the optional n-gram lookup.
+
+    Weights of one kind are stacked in a bank, so that the optimizer can share a whole kind out over
+    the ranks at once; banks are padded with zeros to a multiple of the ranks.
+    """
 
     def __init__(self, config: Config, runtime: Runtime):
         super().__init__()
@@ -2029,7 +2182,7 @@ class GPT(nn.Module):
         self.attention_bank = bank(len(config.layers), 4 * attention_dim)
         self.mlp_bank = bank(2 * len(config.layers), config.mlp_dim)  # W_1 of every layer, then W_2
         self.head = zeros(vocab, dim)  # and the embedding
-        # one table behind the other, the last for the tokens that matches foretell
+        # one table behind the other, the last for the tokens that the lookup predicts
         num_tables = config.num_value_tables + bool(config.match_orders)
         self.value_embed = zeros(num_tables * vocab, attention_dim)
         matches = None
@@ -2046,22 +2199,21 @@ class GPT(nn.Module):
         # gradients are parts of the parameters', so that autograd adds to those in place.
         for param in self.parameters():
             param.grad = torch.zeros_like(param)
-        halves = leaves(  # of every entry q, k, v and o
-            self.attention_bank,
-            lambda bank: [w for e in bank for w in e.split([3 * attention_dim, attention_dim])],
-        )
-        self.attention_weights = [*zip(halves[::2], halves[1::2])]
+        qkv_rows = 3 * attention_dim
+        w_qkv = leaves(self.attention_bank, lambda bank: [entry[:qkv_rows] for entry in bank])
+        w_o = leaves(self.attention_bank, lambda bank: [entry[qkv_rows:] for entry in bank])
+        self.attention_weights = [*zip(w_qkv, w_o)]
         self.mlp_weights = leaves(self.mlp_bank, list)
         self.value_tables = leaves(
             self.value_embed, lambda table: list(table.unflatten(0, (-1, vocab)))
         )
         self.small_weights = dict(zip(self.small_layout, leaves(self.small, self.cut_small)))
 
-        self.beside = torch.cuda.Stream() if device.type == "cuda" else None
+        self.side_stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.backend = attention_backend(device, dtype)
         stages = (*config.stages, *config.extension)
-        longest = max(stage.tokens_per_step // config.rows_per_step for stage in stages)
-        longest = max(longest, config.tokens_per_pass, config.val_row_tokens)
+        longest = max(stage.tokens_per_step for stage in stages) // config.sequences_per_step
+        longest = max(longest, config.tokens_per_pass, config.val_sequence_tokens)
         self.rotary = rotary_tables(config.head_dim, longest, device)
         self.fp8 = None
         if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
@@ -2099,29 +2251,31 @@ class GPT(nn.Module):
         """The slices of self.small by name."""
         return dict(zip(self.small_layout, self.cut_small(self.small)))
 
-    # What depends on the tokens alone, many small kernels, runs on a side stream beside the layers
-    # and the optimizer. Three rules make that safe, in a graph and without one:
-    # 1. The side stream waits for all that the main one was given before (aside), so what it reads
-    #    is written; and whatever it makes is read only behind join(), by which the main stream
-    #    waits for it. The end of hidden() is such a place, so a backward pass, which reads the
-    #    sorted rows, never runs ahead of them; forward() has one for the candidates too.
+    # What depends on the tokens alone, many small kernels, runs on a side stream, while the main
+    # one has the layers and the optimizer. Three rules make that safe, in a graph and without one:
+    # 1. The side stream waits for all that the main one was given before (on_side_stream), so what
+    #    it reads is written. Whatever it makes is read only behind wait_for_side_stream(), by which
+    #    the main stream waits for it. The end of hidden() is such a place, so a backward pass,
+    #    which reads the sorted rows, never runs ahead of them; training_loss() has one for the
+    #    candidates too.
     # 2. A tensor of the one stream that the other reads must outlive that read: the allocator would
     #    give its memory to the next tensor of its own stream. All of them live in the batch, in
-    #    `drawn` or in a ctx until the pass has ended, which is behind the wait.
+    #    `sampled` or in a ctx until the pass has ended, which is behind the wait.
     # 3. In a graph both streams' tensors come from one pool, which no eager kernel uses; a replay
     #    begins when the one before has ended, as all are launched on the main stream.
 
-    def aside(self) -> contextlib.AbstractContextManager:
-        """The side stream, behind what the main one was given so far; join() waits for it."""
-        if self.beside is None:
+    def on_side_stream(self) -> contextlib.AbstractContextManager:
+        """The side stream, behind what the main one was given so far;
+        wait_for_side_stream() waits for it."""
+        if self.side_stream is None:
             return contextlib.nullcontext()
-        self.beside.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self.beside)
+        self.side_stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.side_stream)
 
-    def join(self) -> None:
+    def wait_for_side_stream(self) -> None:
         """The main stream goes on when the side stream has done what it was given."""
-        if self.beside is not None:
-            torch.cuda.current_stream().wait_stream(self.beside)
+        if self.side_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.side_stream)
 
     @recorded("lookups")
     def look_up(self, batch: Batch) -> Lookups:
@@ -2131,7 +2285,7 @@ class GPT(nn.Module):
         def read(*tables: list[Tensor], rows: Tensor) -> list[tuple[Tensor, ...]]:
             order = None
             if torch.is_grad_enabled():
-                with self.aside():
+                with self.on_side_stream():
                     order = sort_rows(rows)
             return [TableRows.apply(rows, order, *alike) for alike in tables]
 
@@ -2140,71 +2294,83 @@ class GPT(nn.Module):
         ngrams = NgramRows.apply(embedded, batch, self.ngrams)
         if orders:
             starts = document_starts(batch.cu_seqlens, len(tokens))
-            found, which = find_matches(tokens, starts, self.matches, orders)
+            predicted, which = find_matches(tokens, starts, self.matches, orders)
             gains = self.small_weights["match"]
             one_hot = which[:, None] == torch.arange(len(gains), device=tokens.device)
             gain = (one_hot.float() @ gains)[:, None]
-            ((match,),) = read(self.value_tables[-1:], rows=found)
+            ((match,),) = read(self.value_tables[-1:], rows=predicted)
             match = F.pad(match, (0, ngrams.size(1) - match.size(1)))
             ngrams = combine([ngrams, match], [self.one, gain])[0]
         return Lookups(embedded, values, ngrams)
 
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
-        """The normed residual stream in front of the head, (T, dim)."""
-        lookups, layers, one = self.look_up(batch), self.config.layers, self.one
-        scalars = self.scalars(len(batch.tokens))
-        last, attended, attended_normed = len(layers) - 1, layers[-1].attend_from, None
-        streams = {"ngrams": lookups.ngrams}  # that several sums read
+        """The forward pass up to the head: the normed residual stream, (T, dim). In layer i
 
-        def take(name: str) -> Tensor:
-            return next(scalars[name])
+            x = residual · x + project · attention(norm(x)) [+ first · x_first] [+ ngrams · e]
+            x = mlp_residual · x + mlp_project · mlp(norm(x))
 
-        def add(shares: dict[str, Tensor], *terms: Tensor, norm: bool = True) -> tuple:
-            """combine of terms, a source and its coefficient each, and of shares of streams, with
-            the norm in fp8; later sums read the sources that it gives"""
-            sources = [*terms[::2], *(streams[name] for name in shares)]
-            copy = fp8_empty(sources[0].shape, fp8.unit_x) if fp8 and norm else None
-            x, normed, *again = combine(sources, [*terms[1::2], *shares.values()], norm, copy)
-            again = dict(zip(map(id, sources), again))
-            streams.update((name, again.get(id(old), old)) for name, old in streams.items())
-            return x, (normed, copy)
+        where x_first is the stream that enters layer 0 and e the rows of the n-grams. A layer with
+        `attend_from` attends to norm(x_attend), the stream that this earlier layer has left. The
+        factors are learned scalars; the last layer takes them, one a token, from last_gates.
+        """
+        lookups, layers = self.look_up(batch), self.config.layers
+        last, attend_from = len(layers) - 1, layers[-1].attend_from
+        enter, factors = self.layer_factors(len(batch.tokens))
+        add = functools.partial(add_streams, fp8=fp8)
 
-        x, normed = add({"ngrams": take("ngrams")}, rms_norm(lookups.embedded), one)
-        streams["first"] = x
-
+        ngrams, x_attend = Stream(lookups.ngrams), None
+        x = x_first = add((rms_norm(lookups.embedded), self.one), (ngrams, enter))  # (T, dim)
         for i, row in enumerate(layers):
             value = None if row.value_table is None else lookups.values[row.value_table]
-            shares = {}
-            if i == last:
-                gates, streams["last"] = self.last_gates(x), x
-                value = combine([value], [gates["value"]])[0]
-                x, _ = add({n: gates["x_" + n] for n in ("first", "attend", "last")}, norm=False)
-                scalars = {name: iter([gate]) for name, gate in gates.items()}
-                shares["first"] = gates["first"]
-            if row.ngrams:
-                shares["ngrams"] = take("ngrams")
-            source, copy = normed if row.attend_from is None else attended_normed
-            own_fp8 = fp8.qkv(i, copy) if fp8 else None
-            y = self.attend(i, source, value, batch, windows, own_fp8)
-            x, normed = add(shares, x, take("residual"), y, take("project"))
-            w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]
-            y = mlp(normed[0], w_1, w_2, fp8.mlp(i, normed[1]) if fp8 else None)
-            norm = i == attended or i < last and layers[i + 1].attend_from is None
-            x, normed = add({}, x, take("mlp_residual"), y, take("mlp_project"), norm=norm)
-            if i == attended:
-                streams["attend"], attended_normed = x, normed
-        self.join()
-        return combine([x, streams["attend"]], [one, self.small_weights["attended"]], True)[1]
+            if i == last:  # mixes three streams before it begins
+                gates = self.last_gates(x.tensor)
+                factors.append(gates)
+                value = combine([value], [gates["value"]])[0]  # (T, attention_dim)
+                shares = (
+                    (x_first, gates["x_first"]),
+                    (x_attend, gates["x_attend"]),
+                    (x, gates["x_last"]),
+                )
+                x = add(*shares, norm=False)
+            factor = factors[i]
 
-    def scalars(self, num_tokens: int) -> dict[str, Iterator[Tensor]]:
-        """The coefficients of the layers before the last by name, in the order in which these take
-        them; (num_tokens,) each, so that one kernel sums the gradients of them all. They are 16
+            source = x if row.attend_from is None else x_attend
+            fp8_qkv = fp8.qkv(i, source.normed_fp8) if fp8 else None
+            y = self.attend(i, source.normed, value, batch, windows, fp8_qkv)  # (T, dim)
+            terms = [(x, factor["residual"]), (y, factor["project"])]
+            if i == last:
+                terms.append((x_first, factor["first"]))
+            if row.ngrams:
+                terms.append((ngrams, factor["ngrams"]))
+            x = add(*terms)
+
+            w_1, w_2 = self.mlp_weights[i], self.mlp_weights[len(layers) + i]  # (mlp_dim, dim)
+            y = mlp(x.normed, w_1, w_2, fp8.mlp(i, x.normed_fp8) if fp8 else None)
+            is_read = i == attend_from or (i < last and layers[i + 1].attend_from is None)
+            x = add((x, factor["mlp_residual"]), (y, factor["mlp_project"]), norm=is_read)
+            if i == attend_from:
+                x_attend = x
+        self.wait_for_side_stream()
+        attended = self.small_weights["attended"]
+        return combine([x.tensor, x_attend.tensor], [self.one, attended], True)[1]
+
+    def layer_factors(self, num_tokens: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The factor of the n-grams in front of layer 0, and those of every layer but the last, by
+        name; (num_tokens,) each, so that one kernel sums the gradients of them all. They are 16
         bytes apart: of a pointer to a multiple of that Triton makes another kernel."""
         names = "residual", "project", "mlp_residual", "mlp_project", "ngrams"
-        each = [self.small_weights[name] for name in names]
-        aligned = F.pad(torch.cat(each)[:, None], (0, 3))[:, :1]
-        rows = iter(aligned.expand(-1, num_tokens).unbind())
-        return {name: iter([*itertools.islice(rows, len(own))]) for name, own in zip(names, each)}
+        parts = [self.small_weights[name] for name in names]
+        aligned = F.pad(torch.cat(parts)[:, None], (0, 3))[:, :1]
+        rows, begin, by_name = aligned.expand(-1, num_tokens).unbind(), 0, {}
+        for name, part in zip(names, parts):
+            by_name[name] = rows[begin : begin + len(part)]
+            begin += len(part)
+        enter, *ngrams = by_name["ngrams"]
+        plan = self.config.layers[:-1]
+        factors = [{name: by_name[name][i] for name in names[:-1]} for i in range(len(plan))]
+        for i, factor in zip([i for i, row in enumerate(plan) if row.ngrams], ngrams):
+            factors[i]["ngrams"] = factor
+        return enter, factors
 
     def last_gates(self, x: Tensor) -> dict[str, Tensor]:
         """Coefficients of the last layer, (T,) fp32 each, from the stream that enters it."""
@@ -2223,46 +2389,53 @@ class GPT(nn.Module):
         value (T, attention_dim) is added to the values."""
         config, is_long = self.config, self.config.layers[i].window == "long"
         w_qkv, w_o = self.attention_weights[i]
-        offset = len(normed) // batch.rows if is_long else 0
+        offset = len(normed) // batch.sequences if is_long else 0
+        # (T, num_heads, head_dim) each
         q, k, v = prepare_qkv(normed, w_qkv, *self.rotary, value, fp8, offset, config.head_dim)
         lengths = batch.cu_seqlens, batch.max_seq_len, windows.long if is_long else windows.short
         y = attention(q, k, v, *lengths, config.attention_scale, self.backend)
         return y.flatten(1) @ w_o
 
-    def forward(
-        self, batch: Batch, windows: Windows, loss_weights: Tensor | None = None, columns: int = 0
-    ) -> tuple[Tensor, Tensor] | Tensor:
+    def training_loss(
+        self, batch: Batch, windows: Windows, loss_weights: Tensor, num_candidates: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """The loss to train on and the plain next-token loss, both fp32 sums over tokens in nats.
 
-        loss_weights, (2,): of the next token and of the one after it. columns: how many of the
-        vocabulary estimate the softmax of a part of a row, 0 for all. Without weights, as
-        validation has it, the next-token loss alone, in bf16.
+        loss_weights, (2,): of the next token and of the one after it. num_candidates: how many
+        tokens of the vocabulary estimate the softmax's denominator, sampled anew for every
+        tokens_per_sampling tokens of a sequence; 0 takes the whole vocabulary.
         """
-        if loss_weights is None:
-            return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
-        targets, size = batch.targets.unflatten(0, (batch.rows, -1)), self.config.tokens_per_draw
-        sizes = [len(part) for row in targets for part in row.split(size)]
-        with self.aside(), recorded("candidates"):
-            second = F.pad(targets[:, 1:], (0, 1), value=IGNORED_TARGET)
-            terms = torch.stack([targets, second], dim=2).flatten(0, 1)
-            drawn = [self.draw(part, columns) for part in terms.split(sizes)]
+        sequences = batch.targets.unflatten(0, (batch.sequences, -1))
+        size = self.config.tokens_per_sampling
+        sizes = [len(part) for sequence in sequences for part in sequence.split(size)]
+        with self.on_side_stream(), recorded("candidates"):
+            second = F.pad(sequences[:, 1:], (0, 1), value=IGNORED_TARGET)
+            targets = torch.stack([sequences, second], dim=2).flatten(0, 1)  # (T, 2)
+            sampled = [self.sample(part, num_candidates) for part in targets.split(sizes)]
         x = self.hidden(batch, windows, self.fp8)
-        self.join()
-        losses, place = [], torch.arange(columns + 1, device=x.device)
-        for part, ((tokens, offsets, places), fp8) in zip(x.split(sizes), drawn):
-            head = self.head
-            if columns:
-                order = SortedRows.of_distinct(tokens, place)
-                (head,) = TableRows.apply(tokens, order, head)
-            losses.append(head_loss(part, head, places, loss_weights, fp8, offsets))
-        return tuple(map(sum, zip(*losses)))
+        self.wait_for_side_stream()
+        losses, place = [], torch.arange(num_candidates + 1, device=x.device)
+        for part, (candidates, fp8) in zip(x.split(sizes), sampled):
+            head = self.head  # (vocab, dim)
+            if candidates.tokens is not None:
+                rows = SortedRows.of_distinct(candidates.tokens, place)
+                (head,) = TableRows.apply(candidates.tokens, rows, head)  # (candidates, dim)
+            inputs = part, head, candidates.targets, loss_weights, fp8, candidates.offsets
+            losses.append(head_loss(*inputs))
+        weighted, plain = zip(*losses)
+        return sum(weighted), sum(plain)
 
-    def draw(self, targets: Tensor, count: int) -> tuple[Columns, HeadFp8 | None]:
-        """Columns for the targets of a part of a row, and the head's rows for these in fp8."""
-        columns = Columns(None, None, targets)
+    def validation_loss(self, batch: Batch, windows: Windows) -> Tensor:
+        """The next-token loss on the whole vocabulary, a sum over tokens in nats, without fp8."""
+        return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
+
+    def sample(self, targets: Tensor, count: int) -> tuple[Candidates, HeadFp8 | None]:
+        """Candidates for targets (n, terms), `count` or all, and the head's rows for these in
+        fp8."""
+        candidates = Candidates(None, None, targets)
         if count:
-            columns = draw_columns(targets, self.proposal, count)
-        return columns, self.fp8.head(columns.tokens) if self.fp8 else None
+            candidates = sample_candidates(targets, self.proposal, count)
+        return candidates, self.fp8.head(candidates.tokens) if self.fp8 else None
 
 
 def leaves(param: nn.Parameter, cut: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
@@ -2319,6 +2492,31 @@ POLAR_EXPRESS = (
 # fmt: on
 
 
+class MuonBlock(NamedTuple):
+    """Some rows of every entry of a bank, cut in matrices that Muon updates one by one."""
+
+    rows: slice
+    matrix_rows: int
+    # Multipliers of its step: of the first len(layers) entries, and of those behind them
+    steps: tuple[float, float] = (1.0, 1.0)
+
+    def cut(self, bank: Tensor | None) -> Tensor | None:
+        """(entries, matrices of an entry, matrix_rows, cols)"""
+        return None if bank is None else bank[:, self.rows].unflatten(1, (-1, self.matrix_rows))
+
+
+def muon_blocks(config: Config) -> dict[str, tuple[MuonBlock, ...]]:
+    """How Muon sees each bank."""
+    width, pair, hidden = config.attention_dim, 2 * config.head_dim, config.mlp_dim
+    return {
+        "attention_bank": (
+            MuonBlock(slice(0, 2 * width), pair),  # q and k in pairs of heads
+            MuonBlock(slice(2 * width, 4 * width), width),  # v and o whole
+        ),
+        "mlp_bank": (MuonBlock(slice(0, hidden), hidden, (1.0, 2.0)),),  # W_1, and twice for W_2
+    }
+
+
 def polar_express(x: Tensor) -> Tensor:
     """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols)."""
     norm, tall = widen(x).norm(dim=(1, 2), keepdim=True), x.size(1) > x.size(2)
@@ -2326,8 +2524,8 @@ def polar_express(x: Tensor) -> Tensor:
     for a, b, c in POLAR_EXPRESS:
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        left, right = (x, polynomial) if tall else (polynomial, x)
-        x = torch.baddbmm(x, left, right, beta=a)
+        first, second = (x, polynomial) if tall else (polynomial, x)
+        x = torch.baddbmm(x, first, second, beta=a)
     return x
 
 
@@ -2406,8 +2604,7 @@ class ParamState:
         self.copy = None if self.weights is self.shard else self.shard
         self.mean = torch.zeros_like(self.weights)
         self.mean_squares: list[Tensor] = []
-        # NorMuon: rows of a bank entry, rows of a matrix in them
-        self.blocks: list[tuple[slice, int]] = []
+        self.blocks: tuple[MuonBlock, ...] = ()
         self.step_scales: list[Tensor] = []  # of each block, one an entry
         self.lr, self.weight_decay, self.betas = group.lr, group.weight_decay, group.betas
         if group.name == "small":
@@ -2423,24 +2620,20 @@ class ParamState:
         if group.rule == "adam":
             self.mean_squares = [torch.zeros_like(self.mean)]
             return
-        entries, height, width = self.shard.shape
-        if group.name == "attention_bank":  # q and k in pairs of heads, v and o whole
-            half, matrix = height // 2, height // 4
-            self.blocks = [(slice(0, half), 2 * config.head_dim), (slice(half, height), matrix)]
-            scales = torch.ones(entries)
-        else:  # W_1 as it is, W_2 with twice the step
-            self.blocks = [(slice(0, height), height)]
-            scales = torch.where(torch.arange(first, first + rows) < len(config.layers), 1.0, 2.0)
-        for rows_of_entry, matrix_rows in self.blocks:
-            count = entries * (rows_of_entry.stop - rows_of_entry.start) // matrix_rows
-            shape = (count, matrix_rows, 1) if matrix_rows >= width else (count, 1, width)
+        entries, _, width = self.shard.shape
+        self.blocks = muon_blocks(config)[group.name]
+        is_first = torch.arange(first, first + rows) < len(config.layers)
+        for block in self.blocks:
+            height = block.matrix_rows
+            count = entries * (block.rows.stop - block.rows.start) // height
+            shape = (count, height, 1) if height >= width else (count, 1, width)
             self.mean_squares.append(torch.zeros(shape, device=param.device))
-            step_scale = scales * math.sqrt(max(1.0, matrix_rows / width))
+            step_scale = torch.where(is_first, *block.steps) * math.sqrt(max(1.0, height / width))
             self.step_scales.append(step_scale.to(param.device))
 
     def tensors(self) -> list[Tensor]:
-        own = [] if self.copy is None else [self.weights]  # else they are the parameter's
-        return [*own, self.mean, *self.mean_squares]
+        weights = [] if self.copy is None else [self.weights]  # else they are the parameter's
+        return [*weights, self.mean, *self.mean_squares]
 
 
 class Optimizer:
@@ -2518,21 +2711,23 @@ class Optimizer:
             return lr, lr * lr * weight_decay * state.weight_decay
 
         if group.rule == "adam":
-            moments = state.mean, state.mean_squares[0]
             updates = torch.full((), (step + 1) // group.every, device=grad.device)
-            numbers = config.adam_eps, *rates(config.adam_lr, config.adam_weight_decay)
-            adam_update_(state.weights, state.copy, grad, *moments, state.betas, updates, *numbers)
+            lr, decay = rates(config.adam_lr, config.adam_weight_decay)
+            adam_update_(
+                state.weights, copy=state.copy, grad=grad, mean=state.mean,
+                mean_square=state.mean_squares[0], betas=state.betas, updates=updates,
+                eps=config.adam_eps, lr=lr, decay=decay,
+            )  # fmt: skip
             return
         mu = torch.full((), momentum, device=grad.device)
-        numbers = mu, config.muon_beta2, *rates(config.muon_lr, config.muon_weight_decay)
-        for (rows, matrix_rows), *buffers in zip(
-            state.blocks, state.mean_squares, state.step_scales
-        ):
-            matrices = (
-                None if bank is None else bank[:, rows].unflatten(1, (-1, matrix_rows))
-                for bank in (state.weights, state.copy, grad, state.mean)
-            )
-            normuon_update_(*matrices, *buffers, *numbers)
+        lr, decay = rates(config.muon_lr, config.muon_weight_decay)
+        blocks = zip(state.blocks, state.mean_squares, state.step_scales, strict=True)
+        for block, mean_square, step_scale in blocks:
+            normuon_update_(
+                block.cut(state.weights), copy=block.cut(state.copy), grad=block.cut(grad),
+                momentum=block.cut(state.mean), mean_square=mean_square, step_scale=step_scale,
+                mu=mu, beta2=config.muon_beta2, lr=lr, decay=decay,
+            )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -2606,21 +2801,21 @@ def find_files(option: str, pattern: str) -> list[str]:
 
 
 def find_train_files(config: Config) -> tuple[list[str], list[str]]:
-    """The shards that training reads, and those that matches hold from the start."""
+    """The shards that training reads, and those that are inserted before the first step."""
     files, count = find_files("--train_files", config.train_files), config.match_shards
     few = f"--match_shards {count}: --train_files {config.train_files} has {len(files)} shards, "
     require(count < len(files), few + "which leaves none to train on: add shards or take less")
     return files[: len(files) - count], files[len(files) - count :]
 
 
-def ahead(items: Iterator, depth: int) -> Iterator:
+def prefetch(items: Iterator, depth: int) -> Iterator:
     """The items, made by a thread, `depth` of them ahead, and then what making them raises."""
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
-    coming = deque(thread.submit(next, items, None) for _ in range(depth))
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    pending = deque(thread.submit(next, items, None) for _ in range(depth))
 
     def hand_on() -> Iterator:
-        while (item := coming.popleft().result()) is not None:
-            coming.append(thread.submit(next, items, None))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, items, None))
             yield item
 
     return hand_on()
@@ -2638,24 +2833,31 @@ def load_shard(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 class TokenStream:
     """The training shards as one stream of documents, read once, in order.
 
-    Each row is a run of whole documents, cut at max_seq_len; the last one is cut so that the row
-    holds exactly T + 1 tokens: T inputs and their next tokens. The next row begins with the next
-    document. While one shard is used, the next one is loaded.
+    Each sequence is a run of whole documents, cut at max_seq_len; the last one is cut so that the
+    sequence holds exactly T + 1 tokens: T inputs and their next tokens. The next sequence begins
+    with the next document. With T 4, max_seq_len 3 and S for the start token, the documents
+    S a b, S c d e and S f g h make
+
+        S a b S c    the second one has 2 tokens of place, and its d e is not read
+        S f g ...    the third one is cut at max_seq_len
+
+    While one shard is used, the next one is loaded.
     """
 
     def __init__(self, files: list[str], vocab_size: int, repeat: bool):
         files = itertools.cycle(files) if repeat else iter(files)
-        self.shards = ahead((load_shard(path, vocab_size) for path in files), depth=1)
+        self.shards = prefetch((load_shard(path, vocab_size) for path in files), depth=1)
         self.tokens, self.starts = next(self.shards)  # tokens, where unread documents start
-        self.rows_read, self.ended = 0, False
+        self.sequences_read, self.ended = 0, False
 
     def _append_shard(self) -> None:
         """Put the next shard behind the unread documents: the last one may go on in it. Behind the
-        last shard comes a start of nothing, where that document ends."""
+        last shard comes an empty one with one start, at which the last document ends."""
         require(
             not self.ended,
-            f"--train_files: the training data ran out after {self.rows_read} rows, before the "
-            f"schedule did (what max_seq_len cuts off a document is not read): {MORE_DATA}",
+            f"--train_files: the training data ran out after {self.sequences_read} sequences, "
+            "before the schedule did (what max_seq_len cuts off a document is not read): "
+            f"{MORE_DATA}",
         )
         rest, first = self.tokens[self.starts[0] :], self.starts[0]
         tokens, starts = next(self.shards, (rest[:0], np.zeros(1, np.int64)))
@@ -2663,8 +2865,8 @@ class TokenStream:
         self.tokens = np.concatenate([rest, tokens])
         self.starts = np.concatenate([self.starts - first, starts + len(rest)])
 
-    def next_row(self, num_tokens: int, max_seq_len: int) -> list[np.ndarray]:
-        """Documents of the next row, num_tokens + 1 tokens in all; UserError at the end."""
+    def next_sequence(self, num_tokens: int, max_seq_len: int) -> list[np.ndarray]:
+        """Documents of the next sequence, num_tokens + 1 tokens in all; UserError at the end."""
         while True:
             lengths = np.minimum(np.diff(self.starts[: num_tokens + 2]), max_seq_len)
             filled = np.cumsum(lengths)
@@ -2672,59 +2874,64 @@ class TokenStream:
             if count <= len(lengths):
                 break
             self._append_shard()
-        lengths[count - 1] -= filled[count - 1] - (num_tokens + 1)
+        lengths[count - 1] -= filled[count - 1] - (num_tokens + 1)  # cuts the last one
         begins, self.starts = self.starts[:count], self.starts[count:]
-        self.rows_read += 1
+        self.sequences_read += 1
         return [self.tokens[begin : begin + length] for begin, length in zip(begins, lengths)]
 
 
 def make_batch(
-    rows: list[tuple[np.ndarray, np.ndarray]], max_seq_len: int, min_mean_doc_len: int, pin: bool
-) -> Batch:
-    """Batch of rows, T + 1 tokens and the positions where their documents start each; it has room
-    for a document in min_mean_doc_len tokens, or for more if there are more."""
-    tokens = np.stack([tokens for tokens, _ in rows])
+    sequences: list[tuple[np.ndarray, np.ndarray]], max_seq_len: int, min_mean_doc_len: int,
+    pin: bool,
+) -> Batch:  # fmt: skip
+    """Batch of sequences, T + 1 tokens and the positions where their documents start each.
+
+    cu_seqlens is as long as a document in min_mean_doc_len tokens asks for, or longer if there are
+    more. Two sequences of 4 + 1 tokens whose documents start at 0, 3 and at 0, 1, with
+    min_mean_doc_len 2, have the 8 inputs behind one another and cu_seqlens 0 3 4 5 8 8.
+    """
+    tokens = np.stack([tokens for tokens, _ in sequences])
     inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int64)
     length, num_tokens = inputs.shape[1], inputs.size
-    starts = [starts[starts < length] + i * length for i, (_, starts) in enumerate(rows)]
+    starts = [starts[starts < length] + i * length for i, (_, starts) in enumerate(sequences)]
     starts = np.concatenate(starts)
-    room = max(num_tokens // min_mean_doc_len + 1, len(starts))
-    cu_seqlens = np.full(room + 1, num_tokens, dtype=np.int32)
+    most_documents = max(num_tokens // min_mean_doc_len + 1, len(starts))
+    cu_seqlens = np.full(most_documents + 1, num_tokens, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
     batch = [torch.from_numpy(array) for array in (inputs.ravel(), targets.ravel(), cu_seqlens)]
     if pin:  # torch keeps pinned buffers and reuses one only when the copy out of it is done
         batch = [tensor.pin_memory() for tensor in batch]
-    return Batch(*batch, max_seq_len, len(rows))
+    return Batch(*batch, max_seq_len, len(sequences))
 
 
 def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
-    """Ids below START_TOKEN, uint16, each as rare as it is high: of evenly drawn ones a row would
-    have more different ones than it has columns."""
+    """Ids below START_TOKEN, uint16, each as rare as it is high: of evenly drawn ones a sequence
+    would have more different ones than candidates."""
     return (START_TOKEN ** random.random(count)).astype(np.uint16) - 1
 
 
-def training_rows(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[list[Batch]]:
-    """This rank's rows of every step, pass by pass: in each the ranks take what follows one
-    another. shapes: (T, max_seq_len) of a row, for each step."""
+def training_batches(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[list[Batch]]:
+    """This rank's sequences of every step, micro-batch by micro-batch: in each the ranks take what
+    follows one another. shapes: (T, max_seq_len) of a sequence, for each step."""
     ranks, pin = runtime.world_size, runtime.device.type == "cuda"
 
-    def join(row: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return np.concatenate(row), np.cumsum([0, *map(len, row[:-1])])
+    def with_starts(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate(documents), np.cumsum([0, *map(len, documents[:-1])])
 
     files, _ = find_train_files(config)
-    # what is read twice could be foretold
+    # what is read twice could be predicted
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
-    for num_tokens, max_seq_len in shapes:
-        rows = [stream.next_row(num_tokens, max_seq_len) for _ in range(config.rows_per_step)]
-        count = config.rows_per_pass(num_tokens, ranks)
-        firsts = range(runtime.rank * count, len(rows), ranks * count)
-        how = max_seq_len, config.min_mean_doc_len, pin
-        yield [make_batch([*map(join, rows[first : first + count])], *how) for first in firsts]
+    for shape in shapes:
+        sequences = [stream.next_sequence(*shape) for _ in range(config.sequences_per_step)]
+        count = config.sequences_per_pass(shape[0], ranks)
+        firsts = range(runtime.rank * count, len(sequences), ranks * count)
+        parts = [[*map(with_starts, sequences[first : first + count])] for first in firsts]
+        yield [make_batch(part, shape[1], config.min_mean_doc_len, pin) for part in parts]
 
 
 def read_proposal(config: Config) -> Tensor:
-    """How often draw_columns takes a token beside others: the root of how often it comes in the
-    first four million training tokens, which halves the variance of even draws; (vocab,) fp32."""
+    """How often sample_candidates takes a token: the root of how often it comes in the first four
+    million training tokens, which halves the variance of even draws; (vocab,) fp32."""
     path = find_train_files(config)[0][0]
     tokens = read_tokens(path, 2**22, config.vocab_size)
     counts = np.bincount(tokens, minlength=config.padded_vocab_size)
@@ -2742,11 +2949,11 @@ def check_pair(config: Config) -> None:
 
 
 def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
-    """See that the data lasts, and is whole wherever it will be read, before anything is prepared;
-    gives the number of targets that validation scores. shapes: (T, max_seq_len) of every row of all
-    ranks."""
-    files, known = find_train_files(config)
-    sizes = [read_shard_header(path) for path in (*files, *known)]  # a bad one is found here
+    """See that the data lasts, and is whole wherever it will be read, before anything is compiled;
+    gives the number of targets that validation scores. shapes: (T, max_seq_len) of every sequence
+    of all ranks."""
+    files, inserted = find_train_files(config)
+    sizes = [read_shard_header(path) for path in (*files, *inserted)]  # a bad one is found here
     total = sum(sizes[: len(files)])
     needed = sum(num_tokens for num_tokens, _ in shapes)
     require(
@@ -2757,28 +2964,29 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     require(
         needed < total or not config.match_orders,
         f"--match_orders: the schedule reads {needed} tokens, more than the {total} of "
-        "--train_files, which matches would foretell when they are repeated: add shards or lower "
+        "--train_files, which the lookup would predict when they are repeated: add shards or lower "
         "--num_steps",
     )
     path = find_files("--val_file", config.val_file)[0]
     num_targets = min(config.val_tokens, read_shard_header(path) - 1)
     require(num_targets > 0, f"{path}: too short to validate on: make a longer one")
     read_tokens(path, num_targets + 1, config.vocab_size)
-    for path in known:
+    for path in inserted:
         load_shard(path, config.vocab_size)
     stream = TokenStream(files, config.vocab_size, repeat=False)
     try:
         for shape in shapes:  # five seconds for all of the speedrun
-            stream.next_row(*shape)
+            stream.next_sequence(*shape)
     except UserError:
         if not stream.ended or not config.repeat_data or config.match_orders:
             raise
     return num_targets
 
 
-def validation_rows(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
-    """This rank's rows of the validation stream as it is; every target once, documents masked."""
-    path, size = find_files("--val_file", config.val_file)[0], config.val_row_tokens
+def validation_batches(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
+    """This rank's sequences of the validation stream as it is; every target once, documents
+    masked."""
+    path, size = find_files("--val_file", config.val_file)[0], config.val_sequence_tokens
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
     for begin in range(runtime.rank * size, num_targets, runtime.world_size * size):
         row = tokens[begin : begin + size + 1]
@@ -2815,17 +3023,18 @@ class Schedule:
         return next((stage for end, stage in stages if step < end), self.config.extension[0])
 
     def windows(self, step: int) -> Windows:
-        return Windows(self.stage(step).window_short, self.stage(step).window_long)
+        return self.stage(step).windows
 
-    def row_shape(self, step: int) -> tuple[int, int]:
-        """Tokens of a row, and of the longest document in it."""
+    def sequence_shape(self, step: int) -> tuple[int, int]:
+        """Tokens of a sequence, and of the longest document in it."""
         stage = self.stage(step)
-        return stage.tokens_per_step // self.config.rows_per_step, stage.max_seq_len
+        return stage.tokens_per_step // self.config.sequences_per_step, stage.max_seq_len
 
     def describe(self, step: int) -> str:
-        """What tells its rows from others of their length."""
-        columns = self.stage(step).columns
-        return f"{self.windows(step)}" + (f", {columns:,} columns" if columns else "")
+        """What tells its sequences from others of their length."""
+        stage = self.stage(step)
+        counted = f", {stage.candidates:,} candidates" if stage.candidates else ""
+        return f"windows {stage.window_short} and {stage.window_long}{counted}"
 
     def rates(self, step: int) -> tuple[float, float]:
         """The learning rate's multiplier and Muon's momentum."""
@@ -2834,8 +3043,8 @@ class Schedule:
     def lr_scale(self, step: int) -> float:
         """The stage's multiplier, falling linearly to lr_end from lr_decay_start on."""
         config, lr = self.config, self.stage(step).lr
-        left = max(0.0, 1 - step / config.num_steps) / (1 - config.lr_decay_start)
-        return lr if left >= 1 else lr * left + config.lr_end * (1 - left)
+        remaining = max(0.0, 1 - step / config.num_steps) / (1 - config.lr_decay_start)
+        return lr if remaining >= 1 else lr * remaining + config.lr_end * (1 - remaining)
 
     def momentum(self, step: int) -> float:
         """Linear warm-up, plateau, linear cool-down over the last steps."""
@@ -2904,10 +3113,8 @@ def not_finite_error(
     if model.fp8 is not None:
         tries.append("--fp8 false, which tells whether a scale is at fault")
     tries.append(f"lower --muon_lr {config.muon_lr} and --adam_lr {config.adam_lr}")
-    if any(stage.columns for stage in config.stages):
-        tries.append(
-            "more columns in --stages (a draw with more different targets than columns gives NaN)"
-        )
+    if any(stage.candidates for stage in config.stages):
+        tries.append("more candidates in --stages (fewer than the different targets give NaN)")
     tries.append("the data of --train_files and --val_file")
     return UserError(f"{what}; {seen}. Try in this order: {'; '.join(tries)}")
 
@@ -2979,7 +3186,7 @@ class Progress:
 #
 # A compiler can get a kernel wrong, and then the model does not learn: with Triton 3.7.1 the
 # transposed copy of an fp8 tile has been garbage. So before training every kernel of the run works
-# on a few random tokens, at the run's own widths, beside its reference implementation in fp64. What
+# on a few random tokens, at the run's own widths, and so does its reference in fp64. What
 # selects a variant of a kernel is as in the run, so that it is compiled here for the run as well.
 
 CHECK_SEQUENCES, CHECK_LENGTH = 3, 112  # do not fill the last tile of 32 or of 128 tokens
@@ -3012,8 +3219,8 @@ def disagreement(value: Tensor, reference: Tensor) -> float:
 
 def dequantized(copy: Fp8) -> Tensor:
     """The numbers of a matrix in fp8, or of a batch of them, in fp64."""
-    unit = copy.unit[..., :1, None] if copy.rows.dim() == 3 else copy.unit[0]
-    return copy.rows.float().double() * unit.double()
+    scale = copy.scale[..., :1, None] if copy.rows.dim() == 3 else copy.scale[0]
+    return copy.rows.float().double() * scale.double()
 
 
 def fp8_results(name: str, copy: Fp8, reference: Tensor, limit: float = 0.1) -> list[Result]:
@@ -3057,18 +3264,21 @@ class SelfCheck:
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
-    def unit_for(self, largest: float | Tensor) -> Tensor:
+    def scale_for(self, largest: float | Tensor) -> Tensor:
         """Of a matrix with this largest number, or of each in a batch, with HEADROOM."""
         largest = torch.as_tensor(largest, dtype=torch.float32, device=self.device)
         return (HEADROOM / FP8_MAX * largest)[..., None].repeat_interleave(4, dim=-1)
 
     def in_fp8(self, x: Tensor) -> Fp8:
         x = x.detach()
-        return quantize(x, fp8_empty(x.shape, self.unit_for(x.abs().max())))
+        return quantize(x, fp8_empty(x.shape, self.scale_for(x.abs().max())))
 
     def none_yet(self, count: int) -> Tensor:
-        """Room for the largest numbers that kernels see."""
+        """A buffer for the largest numbers that kernels see."""
         return torch.zeros(count, device=self.device)
+
+    def delayed_for(self, largest: Tensor) -> DelayedScale:
+        return DelayedScale(self.scale_for(largest), self.none_yet(1))
 
     def compare(
         self, op: Callable[..., Sequence], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -3092,21 +3302,21 @@ class SelfCheck:
             self.random(2, self.config.mlp_dim, self.dim, std=0.02),
             self.random(self.tokens, self.dim),
         )
-        copy = quantize(w, fp8_empty(w.shape, self.unit_for(w.abs().amax((1, 2)))))
+        copy = quantize(w, fp8_empty(w.shape, self.scale_for(w.abs().amax((1, 2)))))
         results, largest = fp8_results("weights", copy, w), self.none_yet(1)
-        copy = quantize(x, fp8_empty(x.shape, self.unit_for(x.abs().max())), largest)
+        copy = quantize(x, fp8_empty(x.shape, self.scale_for(x.abs().max())), largest)
         results += fp8_results("gradient", copy, x)
         results.append(Result("largest number", largest, x.abs().max()[None], 1e-3))
-        unit = self.unit_for(1.0 / HEADROOM)
+        scale = self.scale_for(1.0 / HEADROOM)
         clipped = torch.zeros(1, dtype=torch.int64, device=self.device)
-        copy = quantize(x, fp8_empty(x.shape, unit), clipped=clipped)
-        limit = torch.finfo(copy.rows.dtype).max * unit[0].double()
+        copy = quantize(x, fp8_empty(x.shape, scale), clipped=clipped)
+        limit = torch.finfo(copy.rows.dtype).max * scale[0].double()
         results += fp8_results("head", copy, x.double().clamp(-limit, limit))
         too_large = (x.double().abs() > limit).sum()[None]
         return [*results, Result("count of numbers that do not fit", clipped, too_large, 1e-3)]
 
     def sums(self) -> list[Result]:
-        """Of one to four streams, with and without a norm, whose first one a later sum reads."""
+        """Of one to four streams, with and without a norm, the first of which a later sum reads."""
         results, norms = [], ["no norm", "norm in fp8" if self.uses_fp8 else "norm"]
         # the last, whose stream nothing reads, and those of validation
         cases = [(1, "no norm"), *itertools.product((2, 3, 4), ("norm", *norms))]
@@ -3118,7 +3328,7 @@ class SelfCheck:
             coefficients[0] = coefficients[0][:1].clone()
             copy, norm = None, kind != "no norm"
             if kind == "norm in fp8":
-                copy = fp8_empty(sources[0].shape, self.unit_for(math.sqrt(self.dim)))
+                copy = fp8_empty(sources[0].shape, self.scale_for(math.sqrt(self.dim)))
             grads = [self.random(self.tokens, self.dim) for _ in range(3)]
             grads = grads[0], grads[1] if norm else None, grads[2], *[None] * (terms - 1)
             if kind == "norm" and self.uses_fp8:
@@ -3139,8 +3349,8 @@ class SelfCheck:
         config, width = self.config, self.config.attention_dim
         x, w = self.leaf(self.tokens, self.dim), self.leaf(3 * width, self.dim, std=self.dim**-0.5)
         x8, w8 = self.in_fp8(x), self.in_fp8(w)
-        product = fp8_product(x8, w8)
-        results = [Result("product", product, dequantized(x8) @ dequantized(w8).mT)]
+        qkv = fp8_matmul(x8, w8)
+        results = [Result("matmul", qkv, dequantized(x8) @ dequantized(w8).mT)]
         rotary = rotary_tables(config.head_dim, self.tokens, self.device)
         eye = torch.eye(3 * width, dtype=torch.float64, device=self.device)
         shape = self.tokens, config.num_heads, config.head_dim
@@ -3150,16 +3360,16 @@ class SelfCheck:
             offset = CHECK_LENGTH if is_long else 0, config.head_dim
             value = self.random(self.tokens, width) if has_value else None
             grads = [self.random(*shape) for _ in range(3)]
-            doubles = product.double().requires_grad_(), eye, *(table.double() for table in rotary)
+            doubles = qkv.double().requires_grad_(), eye, *(table.double() for table in rotary)
             exact = prepare_qkv(*doubles, value.double() if has_value else None, None, *offset)
             (slope,) = torch.autograd.grad(exact, doubles[:1], [grad.double() for grad in grads])
-            fp8 = QkvFp8(x8, w8, self.unit_for(slope.abs().max()), self.none_yet(1))
+            fp8 = QkvFp8(x8, w8, self.delayed_for(slope.abs().max()))
             found = prepare_qkv(x, w, *rotary, value, fp8, *offset)
             d_x, d_w = torch.autograd.grad(found, (x, w), grads)
-            slope8 = qkv_gradient(grads, product, *rotary, fp8, offset[0])
+            slope8 = qkv_gradient(grads, qkv, *rotary, fp8, offset[0])
             own = [*map(Result, ("queries", "keys", "values"), found, exact)]
-            own += fp8_results("gradient of the product", slope8, slope)
-            own.append(Result("largest gradient", fp8.largest, slope.abs().max()[None]))
+            own += fp8_results("gradient of QKV", slope8, slope)
+            own.append(Result("largest gradient", fp8.grad.largest, slope.abs().max()[None]))
             own.append(Result("gradient of x", d_x, dequantized(slope8) @ dequantized(w8)))
             own.append(Result("gradient of W", d_w, dequantized(slope8).mT @ dequantized(x8)))
             kind = f"key offset {is_long}, value rows {has_value}".lower()
@@ -3172,12 +3382,13 @@ class SelfCheck:
         w_1, w_2 = self.leaf(hidden, self.dim, std=std), self.leaf(hidden, self.dim, std=std)
         x8, grad8, w_18, w_28 = map(self.in_fp8, (x, grad, w_1, w_2))
         exact_square = (dequantized(x8) @ dequantized(w_18).mT).relu().square()
-        unit, largest = self.unit_for(exact_square.max()), self.none_yet(3)
-        square = mlp_product(x8, w_18, unit, largest[:1])
+        fp8_square = self.delayed_for(exact_square.max())
+        square = mlp_matmul(x8, w_18, fp8_square)
         exact_slope = 2 * dequantized(square).sqrt() * (dequantized(grad8) @ dequantized(w_28).mT)
-        unit_slope = self.unit_for(exact_slope.abs().max())
-        slope = mlp_product(grad8, w_28, unit_slope, largest[2:], square)
-        fp8 = MlpFp8(x8, w_18, w_28, unit, grad8.unit, unit_slope, largest)
+        fp8_slope = self.delayed_for(exact_slope.abs().max())
+        slope = mlp_matmul(grad8, w_28, fp8_slope, square)
+        delayed = fp8_square, DelayedScale(grad8.scale, self.none_yet(1)), fp8_slope
+        fp8 = MlpFp8(x8, w_18, w_28, *delayed)
         out = mlp(x, w_1, w_2, fp8)
         d_x, d_w_1, d_w_2 = torch.autograd.grad(out, (x, w_1, w_2), grad)
         seen = torch.stack([z.abs().max() for z in (exact_square, grad.double(), exact_slope)])
@@ -3188,12 +3399,12 @@ class SelfCheck:
             Result("gradient of x", d_x, dequantized(slope) @ dequantized(w_18)),
             Result("gradient of W_1", d_w_1, dequantized(slope).mT @ dequantized(x8)),
             Result("gradient of W_2", d_w_2, dequantized(square).mT @ dequantized(grad8)),
-            Result("largest numbers", largest, seen),
+            Result("largest numbers", torch.cat([d.largest for d in delayed]), seen),
         ]
 
     def head(self) -> list[Result]:
         """On sampled candidates, with offsets, and on all tokens, as the stages have it."""
-        counts, results = {s.columns for s in (*self.config.stages, *self.config.extension)}, []
+        counts, results = {s.candidates for s in (*self.config.stages, *self.config.extension)}, []
         for count in sorted({min(counts), max(counts)}):
             vocab = count or self.config.padded_vocab_size
             offsets = self.random(vocab, dtype=torch.float32) if count else None
@@ -3205,14 +3416,14 @@ class SelfCheck:
             targets[::5, 1], targets[1::5, 1] = IGNORED_TARGET, targets[1::5, 0]
             weights = torch.tensor([1.0, 0.5], device=self.device)
             x8, head8 = self.in_fp8(x), self.in_fp8(head)
-            logits = fp8_product(x8, head8)
+            logits = fp8_matmul(x8, head8)
             exact_logits = logits.double().requires_grad_()
             exact = token_losses(exact_logits, targets, offsets)
             exact = torch.stack([exact @ weights.double(), exact[:, 0]])
             (exact_slope,) = torch.autograd.grad(exact[0].sum(), exact_logits)
-            unit = self.unit_for(exact_slope.abs().max())
-            losses, slope = losses_and_slope(logits, targets, weights, unit, offsets)
-            fp8 = HeadFp8(head8, x8.unit, unit)
+            scale = self.scale_for(exact_slope.abs().max())
+            losses, slope = losses_and_slope(logits, targets, weights, scale, offsets)
+            fp8 = HeadFp8(head8, x8.scale, scale)
             total, _ = head_loss(x, head, targets, weights, fp8, offsets)
             d_x, d_head = torch.autograd.grad(total, (x, head))
             own = [
@@ -3237,8 +3448,8 @@ class SelfCheck:
 
             def op(q: Tensor, k: Tensor, v: Tensor, window: int = window) -> list[Tensor]:
                 backend = "plain" if q.dtype == torch.float64 else self.backend
-                how = stage.max_seq_len, window, config.attention_scale, backend
-                return [attention(q, k, v, cu_seqlens, *how)]
+                options = stage.max_seq_len, window, config.attention_scale, backend
+                return [attention(q, k, v, cu_seqlens, *options)]
 
             inputs = rms_norm(q), rms_norm(k), v
             found = self.compare(op, inputs, [grad])
@@ -3309,12 +3520,31 @@ def self_check_error(problems: list[str]) -> UserError:
     )
 
 
-class Trainer:
-    """A model and what brings it on: optimizer, schedule, and the passes of rows.
+@dataclass
+class CapturedPass:
+    """Forward and backward pass as a CUDA graph, and the memory that it reads and writes."""
 
-    On a GPU the forward and backward pass of rows that are computed at once is a CUDA graph, whose
-    replay costs the host one launch in place of a thousand. Every stage has its graph and its own
-    buffers for inputs; their memory is shared.
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch  # on the device; a replay computes what is in it
+    loss: Tensor  # of the last replay
+    ngrams: tuple[Tensor, Tensor]  # rows and gradients that it leaves for Ngrams.gather
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether its documents fit: cu_seqlens is longer if they are more than expected."""
+        return len(batch.cu_seqlens) == len(self.inputs.cu_seqlens)
+
+    def replay(self, batch: Batch) -> None:
+        for own, given in zip(self.inputs[:3], batch):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+
+
+class Trainer:
+    """A model and what brings it on: optimizer, schedule, and the passes of micro-batches.
+
+    On a GPU the forward and backward pass of a micro-batch is a CUDA graph, whose replay costs the
+    host one launch in place of a thousand. Every stage has its graph and its own buffers for
+    inputs; the rest of their memory is shared, as replays follow one another on one stream.
     """
 
     def __init__(self, model: GPT, runtime: Runtime):
@@ -3326,106 +3556,110 @@ class Trainer:
             for stage in (*self.config.stages, *self.config.extension)
         }
         self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
-        self.graphs: dict[Stage, tuple] = {}  # a graph, its inputs, its loss, what Ngrams has left
+        self.graphs: dict[Stage, CapturedPass] = {}
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.passes, self.passes_without_graph = 0, 0
 
-    def compute(self, batch: Batch, step: int) -> Tensor:
-        windows, stage = self.schedule.windows(step), self.schedule.stage(step)
+    def compute(self, batch: Batch, stage: Stage) -> Tensor:
+        """Forward and backward pass, added to the gradients; gives the next-token loss."""
         with recorded("forward"):
-            losses = self.model(batch, windows, self.loss_weights[stage], stage.columns)
-        loss, next_token_loss = losses
+            loss, next_token_loss = self.model.training_loss(
+                batch, stage.windows, self.loss_weights[stage], stage.candidates
+            )
         with recorded("backward"):  # summed over tokens, averaged over ranks and micro-steps
-            (loss / self.config.rows_per_step).backward()
+            (loss / self.config.sequences_per_step).backward()
         return next_token_loss
 
-    def micro_step(self, batch: Batch, step: int) -> Tensor:
-        """Forward and backward pass of rows of a step, added to the gradients. Gives the sum of
-        their next-token losses, fp32, valid until the next call."""
-        if self.uses_graphs:
-            graph, inputs, loss, left = self.graphs[self.schedule.stage(step)]
+    def micro_step(self, batch: Batch, stage: Stage) -> Tensor:
+        """Forward and backward pass of a micro-batch, added to the gradients. Gives the sum of its
+        next-token losses, fp32, valid until the next call."""
         self.passes += 1
-        if self.uses_graphs and len(batch.cu_seqlens) == len(inputs[2]):
-            for mine, given in zip(inputs, batch):
-                mine.copy_(given, non_blocking=True)
-            graph.replay()
-        else:  # also a row of more documents than its graph has room for
-            if self.uses_graphs:
-                self.note_pass_without_graph(batch)
-            loss = self.compute(to_device(batch, self.runtime.device), step)
-            left = self.model.ngrams.left
-        self.model.ngrams.gather(*left)
+        captured = self.graphs[stage] if self.uses_graphs else None
+        if captured is not None and captured.takes(batch):
+            captured.replay(batch)
+            loss, ngrams = captured.loss, captured.ngrams
+        else:
+            if captured is not None:
+                self.report_pass_without_graph(batch)
+            loss = self.compute(to_device(batch, self.runtime.device), stage)
+            ngrams = self.model.ngrams.pending
+        self.model.ngrams.gather(*ngrams)
         return loss
 
-    def note_pass_without_graph(self, batch: Batch) -> None:
+    def report_pass_without_graph(self, batch: Batch) -> None:
         self.passes_without_graph += 1
         if self.passes_without_graph == 1:
             self.runtime.log.line(
-                f"a pass of {len(batch.tokens):,} tokens runs without its CUDA graph, which has no "
-                "room for so many documents; the end of the log says how often. If often, lower "
+                f"a pass of {len(batch.tokens):,} tokens runs without its CUDA graph, which takes "
+                "fewer documents; the end of the log says how often. If often, lower "
                 f"--min_mean_doc_len {self.config.min_mean_doc_len}"
             )
 
-    def rehearse(self, batch: Batch, step: int) -> None:
-        """Compile kernels and make workspaces for rows like these, without a graph; changes the
+    def warm_up(self, batch: Batch, stage: Stage) -> None:
+        """Compile kernels and make workspaces for batches like this, without a graph; changes the
         gradients."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.compute(to_device(batch, self.runtime.device), step)
+            self.compute(to_device(batch, self.runtime.device), stage)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # graphs keep memory of their own
 
-    def capture(self, batch: Batch, step: int) -> None:
-        """Make the graph for rows like these, once they are rehearsed."""
+    def capture(self, batch: Batch, stage: Stage) -> None:
+        """Make the graph of a stage, for batches like this, once it is warmed up."""
         batch = to_device(batch, self.runtime.device)
-        inputs = [tensor.clone() for tensor in batch[:3]]
-        mine = Batch(*inputs, *batch[3:])
+        inputs = Batch(*(tensor.clone() for tensor in batch[:3]), *batch[3:])
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
-        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **how):
-            loss = self.compute(mine, step)
-        left = self.model.ngrams.left  # memory that no other graph takes
-        self.graphs[self.schedule.stage(step)] = graph, inputs, loss, left
+        options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **options):
+            loss = self.compute(inputs, stage)
+        # memory that no other graph takes
+        self.graphs[stage] = CapturedPass(graph, inputs, loss, self.model.ngrams.pending)
 
     def prepare(self) -> None:
-        """Compile, capture and warm up on random rows of every stage, then put everything back."""
+        """Compile, warm up and capture on random sequences of every stage, then put everything
+        back."""
         config, schedule, begin = self.config, self.schedule, time.perf_counter()
         random = np.random.default_rng(self.runtime.rank)
 
-        def random_batch(num_tokens: int, max_seq_len: int, rows: int) -> Batch:
+        def random_batch(num_tokens: int, max_seq_len: int, count: int) -> Batch:
             starts = np.arange(0, num_tokens, max_seq_len)
-            rows = [(random_tokens(random, num_tokens + 1), starts) for _ in range(rows)]
-            return make_batch(rows, max_seq_len, config.min_mean_doc_len, False)
+            sequences = [(random_tokens(random, num_tokens + 1), starts) for _ in range(count)]
+            return make_batch(sequences, max_seq_len, config.min_mean_doc_len, False)
 
         def report(what: str) -> None:
             self.runtime.synchronize()
-            self.runtime.log.line(f"prepared {what} · {time.perf_counter() - begin:.1f} s")
+            self.runtime.log.line(f"{what} · {time.perf_counter() - begin:.1f} s")
 
-        lasts, batches = {schedule.stage(step): step for step in range(schedule.end_step)}, []
-        for last in lasts.values():  # the last step of every stage
-            shape = schedule.row_shape(last)
-            rows = config.rows_per_pass(shape[0], self.runtime.world_size)
-            batches.append((random_batch(*shape, rows), last))
-        # the longest first: the graphs of shorter ones find room in their memory
-        batches.sort(key=lambda item: -len(item[0].tokens))
+        last_steps = {schedule.stage(step): step for step in range(schedule.end_step)}
+        batches = {}
+        for stage, last_step in last_steps.items():
+            length, max_seq_len = schedule.sequence_shape(last_step)
+            count = config.sequences_per_pass(length, self.runtime.world_size)
+            batches[stage] = random_batch(length, max_seq_len, count)
+        # the longest first: the graphs of shorter ones find place in their memory
+        visited = sorted(batches, key=lambda stage: -len(batches[stage].tokens))
         with nothing_changes(self.model, self.optimizer):
             self.compile_side_by_side(report)
-            for batch, last in batches if self.uses_graphs else []:
-                self.rehearse(batch, last)
-                rows = f"{batch.rows} rows of {len(batch.tokens) // batch.rows:,} tokens"
-                report(f"{rows}, windows {schedule.describe(last)}")
-            for batch, last in batches:
+            for stage in visited if self.uses_graphs else ():
+                batch = batches[stage]
+                self.warm_up(batch, stage)
+                length = len(batch.tokens) // batch.sequences
+                kind = schedule.describe(last_steps[stage])
+                report(f"warmed up {batch.sequences} sequences of {length:,} tokens, {kind}")
+            for stage in visited:
                 if self.uses_graphs:
-                    self.capture(batch, last)
+                    self.capture(batches[stage], stage)
                 for update in range(2):  # an even and an odd one, so that every update runs
-                    self.run_step(last, [batch], update)
-            report("graphs and updates" if self.uses_graphs else "updates")
+                    self.run_step(last_steps[stage], [batches[stage]], update)
+            report("captured graphs and " * self.uses_graphs + "warmed up updates")
             with torch.no_grad():
-                batch = random_batch(config.val_row_tokens, config.val_row_tokens, 1)
-                self.model(to_device(batch, self.runtime.device), schedule.windows(last))
-            report(f"validation rows of {config.val_row_tokens:,} tokens")
+                batch = random_batch(config.val_sequence_tokens, config.val_sequence_tokens, 1)
+                self.model.validation_loss(
+                    to_device(batch, self.runtime.device), visited[-1].windows
+                )
+            report(f"warmed up validation sequences of {config.val_sequence_tokens:,} tokens")
 
     def compile_side_by_side(self, report: Callable[[str], None]) -> None:
         """Check the kernels, and compile them, the updates and the validation's loss, in threads
@@ -3440,7 +3674,7 @@ class Trainer:
             problems.extend(self_check(model, name))
 
         def validation_loss() -> None:
-            size = self.config.val_row_tokens
+            size = self.config.val_sequence_tokens
             x = torch.zeros(size, self.config.model_dim, dtype=model.head.dtype, device=device)
             next_token_loss(x, model.head, torch.zeros(size, dtype=torch.int64, device=device))
 
@@ -3449,7 +3683,7 @@ class Trainer:
 
         by_torch = {f"update of {s.group.name}": (update, s) for s in self.optimizer.states}
         by_torch["validation's loss"] = (validation_loss,)
-        length = self.schedule.row_shape(0)[0]
+        length = self.schedule.sequence_shape(0)[0]
         tokens = torch.zeros(2 * length, dtype=torch.int32, device=device)
         hashing = model.ngrams.orders, model.ngrams.num_rows, 2
         by_torch["hashing"] = (ngram_hash, tokens, *hashing)
@@ -3480,68 +3714,69 @@ class Trainer:
             raise self_check_error(problems)
         report("compiled functions" + " and checked kernels" * bool(checks))
 
-    def run_step(self, step: int, rows: list[Batch], update: int | None = None) -> Tensor:
-        """Train on this rank's rows of a step; gives the mean of their next-token losses, 0-d.
-        update: the optimizer's number of it, where it is not the schedule's."""
-        model, read = self.model, None
+    def run_step(self, step: int, batches: list[Batch], update: int | None = None) -> Tensor:
+        """Train on this rank's micro-batches of a step; gives the mean of their next-token losses,
+        0-d. update: the optimizer's number of it, where it is not the schedule's."""
+        model, stage, read = self.model, self.schedule.stage(step), None
         if model.matches is not None:
             # Gathered while the passes run: NCCL does one thing after the other, and behind the
             # passes the gradients would wait for it.
-            with model.aside():
-                read = gather_rows(rows, self.runtime)
+            with model.on_side_stream():
+                read = gather_sequences(batches, self.runtime)
         total = torch.zeros((), device=self.runtime.device)
-        for batch in rows:
-            total += self.micro_step(batch, step)
-        if read is not None:  # entered while the optimizer works; this step did not see them
-            with model.aside():
-                note_matches_(model.matches, *read, self.config.match_orders)
+        for batch in batches:
+            total += self.micro_step(batch, stage)
+        if read is not None:  # inserted while the optimizer works; this step did not see them
+            with model.on_side_stream():
+                insert_matches_(model.matches, *read, self.config.match_orders)
         rates = self.schedule.rates(step)
         self.optimizer.step(step if update is None else update, *rates)
-        model.join()  # the next step looks up what was entered
-        return total / sum(len(batch.tokens) for batch in rows)
+        model.wait_for_side_stream()  # the next step looks up what was inserted
+        return total / sum(len(batch.tokens) for batch in batches)
 
 
 @recorded("matches")
 @torch.no_grad()
-def gather_rows(rows: list[Batch], runtime: Runtime) -> Tensor:
-    """Tokens, document starts and targets, (3, T) int32, of the rows that all ranks read in a step,
-    as many on each and of one length, in the order of the stream."""
-    rows = [to_device(row, runtime.device) for row in rows]
-    length = len(rows[0].tokens)
-    parts = ((r.tokens, document_starts(r.cu_seqlens, length), r.targets.int()) for r in rows)
-    own = torch.stack([torch.stack(part) for part in parts])
-    everyone = own.new_empty(runtime.world_size, *own.shape)
-    runtime.all_gather(everyone.flatten(0, 1), own)
-    stream = everyone.transpose(0, 1).flatten(0, 1)  # pass by pass, rank by rank
+def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
+    """Tokens, document starts and targets, (3, T) int32, of what all ranks read in a step, as many
+    batches on each and of one length, in the order of the stream."""
+    batches = [to_device(batch, runtime.device) for batch in batches]
+    length = len(batches[0].tokens)
+    parts = ((b.tokens, document_starts(b.cu_seqlens, length), b.targets.int()) for b in batches)
+    local = torch.stack([torch.stack(part) for part in parts])  # (batches, 3, length)
+    gathered = local.new_empty(runtime.world_size, *local.shape)
+    runtime.all_gather(gathered.flatten(0, 1), local)
+    stream = gathered.transpose(0, 1).flatten(0, 1)  # pass by pass, rank by rank
     begins = length * torch.arange(len(stream), device=stream.device)
     stream[:, 1] += begins.int()[:, None]
     return stream.transpose(0, 1).flatten(1)
 
 
 @torch.no_grad()
-def note_rows(model: GPT, rows: list[Batch], runtime: Runtime) -> None:
-    """Enter the rows that all ranks have read in what the model can match."""
-    note_matches_(model.matches, *gather_rows(rows, runtime), model.config.match_orders)
+def insert_sequences(model: GPT, batches: list[Batch], runtime: Runtime) -> None:
+    """Insert what all ranks have read in the tables of the n-gram lookup."""
+    read = gather_sequences(batches, runtime)
+    insert_matches_(model.matches, *read, model.config.match_orders)
 
 
 @torch.no_grad()
-def note_shards(model: GPT, runtime: Runtime) -> None:
-    """Enter the shards that matches hold from the start. The ranks share out the tables."""
+def insert_shards(model: GPT, runtime: Runtime) -> None:
+    """Insert the shards of --match_shards. The ranks share out the tables."""
     config, size, device = model.config, 2**18, runtime.device
-    own = slice(runtime.rank, None, runtime.world_size)
-    paths = find_train_files(config)[1] if config.match_orders[own] else []
+    part = slice(runtime.rank, None, runtime.world_size)  # the orders of this rank
+    paths = find_train_files(config)[1] if config.match_orders[part] else []
     shards = (load_shard(path, config.vocab_size) for path in paths)
-    for shard, begins in ahead(shards, depth=1):
+    for shard, begins in prefetch(shards, depth=1):
         begins = np.union1d([0], begins)
         shard, begins = (torch.from_numpy(x).to(device).int() for x in (shard, begins))
         starts = document_starts(begins, len(shard))
         end = (len(shard) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
         for first in range(0, end, size):
-            part = slice(first, min(first + size, end))
-            inputs = shard[part], (starts[part] - first).clamp_min(0), shard[1:][part]
-            note_matches_(model.matches, *inputs, config.match_orders, own)
+            chunk = slice(first, min(first + size, end))
+            inputs = shard[chunk], (starts[chunk] - first).clamp_min(0), shard[1:][chunk]
+            insert_matches_(model.matches, *inputs, config.match_orders, part)
     if config.match_shards and runtime.world_size > 1:
-        for i, table in enumerate(model.matches):  # from the rank that has entered it
+        for i, table in enumerate(model.matches):  # from the rank that has filled it
             dist.broadcast(table, i % runtime.world_size)
 
 
@@ -3551,19 +3786,19 @@ def validate(
 ) -> float:
     """Mean cross-entropy in nats over the first `num_targets` targets of the validation file.
 
-    With matches, rows that have been scored are entered in them, like those of a training step, and
-    at the end they are as they were.
+    With n-gram lookup, sequences that have been scored are inserted, like those of a training step,
+    and at the end its tables are as they were.
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    rows = validation_rows(config, runtime, num_targets)
+    batches = validation_batches(config, runtime, num_targets)
     kept = None if model.matches is None else model.matches.clone()
-    size = config.rows_per_step * config.val_row_tokens
+    size = config.sequences_per_step * config.val_sequence_tokens
     for end in range(size, num_targets + size, size):
-        scored = list(itertools.islice(rows, config.rows_per_step // runtime.world_size))
+        scored = list(itertools.islice(batches, config.sequences_per_step // runtime.world_size))
         for batch in scored:
-            total += model(to_device(batch, runtime.device), windows)
+            total += model.validation_loss(to_device(batch, runtime.device), windows)
         if kept is not None and end < num_targets:
-            note_rows(model, scored, runtime)
+            insert_sequences(model, scored, runtime)
     if kept is not None:
         model.matches.copy_(kept)
     loss = runtime.all_reduce(total).item() / num_targets
@@ -3574,12 +3809,22 @@ def validate(
 
 @contextlib.contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
-    """An error of the GPU's memory says what needed it and what helps."""
+    """An error of memory says what needed it and what helps."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        found = str(error).partition(". ")[0]
-        raise UserError(f"{found}, for {what}: {remedy}") from None
+    except (RuntimeError, MemoryError) as error:
+        if found := lack_of_memory(error):
+            raise UserError(f"{found}, for {what}: {remedy}") from None
+        raise
+
+
+def lack_of_memory(error: BaseException) -> str:
+    """What could not be allocated; empty for another error. On a CPU torch raises RuntimeError."""
+    match = re.search(r"can't allocate memory: you tried to allocate \d+ bytes", str(error))
+    if match:
+        return match[0]
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return (str(error).partition(". ")[0] or "out of memory") if out_of_memory else ""
 
 
 def tables_remedy(config: Config) -> str:
@@ -3597,19 +3842,19 @@ def tables_remedy(config: Config) -> str:
 def passes_remedy(config: Config, world_size: int) -> str:
     """What makes a pass smaller: fewer sequences at once or, where there is one, shorter ones."""
     stages = (*config.stages, *config.extension)
-    lengths = {stage.tokens_per_step // config.rows_per_step for stage in stages}
-    if any(config.rows_per_pass(length, world_size) > 1 for length in lengths):
+    lengths = {stage.tokens_per_step // config.sequences_per_step for stage in stages}
+    if any(config.sequences_per_pass(length, world_size) > 1 for length in lengths):
         return f"lower --tokens_per_pass {config.tokens_per_pass}, to {max(lengths)} at the least"
-    more = 2 * config.rows_per_step
-    return f"pass --rows_per_step {more}, whose rows are half as long; or {tables_remedy(config)}"
+    more = 2 * config.sequences_per_step
+    return f"pass --sequences_per_step {more}, which are half as long; or {tables_remedy(config)}"
 
 
 def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
-    shapes = [schedule.row_shape(step) for step in range(schedule.end_step)]
-    all_rows = [shape for shape in shapes for _ in range(config.rows_per_step)]
+    shapes = [schedule.sequence_shape(step) for step in range(schedule.end_step)]
+    all_shapes = [shape for shape in shapes for _ in range(config.sequences_per_step)]
     check_pair(config)
-    num_targets = check_data(config, all_rows)
+    num_targets = check_data(config, all_shapes)
     check_outputs(config, log, len(shapes))
     environment = describe_environment(runtime)
     tables = {"environment": environment, "config": config_as_text(config)}
@@ -3637,14 +3882,14 @@ def train(config: Config, runtime: Runtime) -> None:
     trainer.prepare()
     preparation = time.perf_counter() - begin
 
-    rows = ahead(training_rows(config, runtime, shapes), depth=2)
+    batches = prefetch(training_batches(config, runtime, shapes), depth=2)
     clock = Clock(runtime)
     progress = Progress(model, runtime, clock, schedule.end_step)
     clock.start()
     model.proposal.copy_(read_proposal(config))
-    note_shards(model, runtime)
+    insert_shards(model, runtime)
     for step in range(schedule.end_step):
-        loss = trainer.run_step(step, next(rows))
+        loss = trainer.run_step(step, next(batches))
         progress.launched(step, loss)
 
         done = step + 1
@@ -3654,7 +3899,8 @@ def train(config: Config, runtime: Runtime) -> None:
             windows = schedule.windows(step)
             if done == schedule.total_steps:
                 windows = windows._replace(long=config.final_window_long)
-            smaller = f"lower --val_row_tokens {config.val_row_tokens}; or {tables_remedy(config)}"
+            smaller = f"lower --val_sequence_tokens {config.val_sequence_tokens}; "
+            smaller += f"or {tables_remedy(config)}"
             with memory_for("validation", smaller):
                 val_loss = validate(model, config, runtime, num_targets, windows)
             row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
@@ -3676,7 +3922,7 @@ def train(config: Config, runtime: Runtime) -> None:
         )
 
     step_ms, peak = 1000 * clock.total / done, peak_memory(runtime)
-    speed = sum(num_tokens for num_tokens, _ in all_rows) / clock.total
+    speed = sum(num_tokens for num_tokens, _ in all_shapes) / clock.total
     log.data["summary"] = {
         "val_loss": val_loss,
         "steps": done,
@@ -3727,13 +3973,13 @@ def peak_memory(runtime: Runtime) -> float:
 
 
 def draw_curve(log: Log) -> Path:
-    """Training and validation loss against steps, as a PNG beside the log."""
+    """Training and validation loss against steps, as a PNG next to the log."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, summary = figure.subplots(), log.data["summary"]
     steps, losses = zip(*((row["step"], row["train_loss"]) for row in log.data["steps"]))
-    axes.plot(steps, losses, color="0.7", linewidth=0.8, label="training (rows of rank 0)")
+    axes.plot(steps, losses, color="0.7", linewidth=0.8, label="training (sequences of rank 0)")
     scored = [(row["step"], row["val_loss"]) for row in log.data["validations"]]
     axes.plot(*zip(*scored), "o-", color="C0", label="validation")
     losses = sorted([*losses, *(loss for _, loss in scored)])
@@ -3752,8 +3998,8 @@ def draw_curve(log: Log) -> Path:
 
 
 def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
-    """Weights, what was read, config, and whether the training text was cut in bytes (then so are
-    prompts)."""
+    """Weights, tables of the n-gram lookup, config, and whether the training text was cut in bytes
+    (then so are prompts)."""
     if not runtime.is_main:
         return
     path = find_files("--train_files", config.train_files)[0]
@@ -3823,6 +4069,22 @@ def config_from_text(fields: dict[str, str]) -> Config:
     return Config(**{name: parse_value(kinds[name], text) for name, text in fields.items()})
 
 
+# What --help shows for the values of an option, by their type.
+METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple[int, ...]: "N:N:N"}
+
+
+def option_groups() -> dict[str, dict[str, str]]:
+    """The fields of Config by its headings, `# Data` for instance, with the comments behind them,
+    empty where there is none."""
+    groups, heading = {}, "Options"
+    for line in inspect.getsource(Config).splitlines():
+        if begins := re.fullmatch(r"    # (\w+)", line):
+            heading = begins[1]
+        elif option := re.match(r"    (\w+): [^#]*(?:# (.*))?$", line):
+            groups.setdefault(heading, {})[option[1]] = option[2] or ""
+    return groups
+
+
 def parse_args(arguments: list[str] | None = None) -> Config:
     """Config from the command line; exits with code 2 and a message on what it cannot read."""
 
@@ -3842,19 +4104,30 @@ def parse_args(arguments: list[str] | None = None) -> Config:
 
     tables = "Tables are rows of colon-separated fields with commas between the rows: a stage is "
     tables += "1/3:131072:896:128:384:1:.5:0, a layer short:none:false:none"
-    parser = Parser(description=__doc__.split("\n")[0], epilog=tables, allow_abbrev=False)
+    parser = Parser(
+        usage="%(prog)s [--preset NAME] [--option VALUE ...]",
+        description=__doc__.split("\n")[0],
+        epilog=tables,
+        allow_abbrev=False,
+    )
     preset = "speedrun" if torch.cuda.is_available() else "tiny"
     text = "where the options not given come from"
     parser.add_argument("--preset", choices=PRESETS, default=preset, help=text)
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     defaults, tiny = (config_as_text(PRESETS[name]) for name in ("speedrun", "tiny"))
-    for name, kind in typing.get_type_hints(Config).items():
-        default = defaults[name] or "none"
-        if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
-            default += f"; tiny: {tiny[name]}"
-        text = f"{comments[name]} [{default}]".replace("%", "%%")
-        how = {"type": functools.partial(read, kind), "metavar": name.upper(), "help": text}
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **how)
+    kinds = typing.get_type_hints(Config)
+    for heading, comments in option_groups().items():
+        group = parser.add_argument_group(heading.lower())
+        for name, comment in comments.items():
+            default = defaults[name] or "none"
+            if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
+                default += f"; tiny: {tiny[name]}"
+            group.add_argument(
+                f"--{name}",
+                default=argparse.SUPPRESS,
+                type=functools.partial(read, kinds[name]),
+                metavar=METAVARS.get(kinds[name], "TABLE"),
+                help=f"{comment} [{default}]".replace("%", "%%"),
+            )
     given = vars(parser.parse_args(arguments))
     return dataclasses.replace(PRESETS[given.pop("preset")], **given)
 
@@ -3939,11 +4212,11 @@ def main(arguments: list[str] | None = None) -> int:
             return int(log.failed)
         except UserError as error:
             message = f"error: {error}"
-        except torch.OutOfMemoryError as error:
-            remedy = passes_remedy(config, int(os.environ.get("WORLD_SIZE", "1")))
-            message = f"error: {str(error).partition('. ')[0]}, for the passes of a step: {remedy}"
-        except Exception:  # noqa: BLE001 (reported with its traceback)
+        except Exception as error:  # noqa: BLE001 (reported with its traceback)
             message = traceback.format_exc()
+            if found := lack_of_memory(error):
+                remedy = passes_remedy(config, int(os.environ.get("WORLD_SIZE", "1")))
+                message = f"error: {found}, for the passes of a step: {remedy}"
         end(1, message, speaks_for_error(store))  # which may be of one rank alone
     except KeyboardInterrupt as signalled:
         interrupted(*signalled.args or [signal.SIGINT])

@@ -1,12 +1,12 @@
 """Every operation of train_gpt.py beside what this GPU can do: `./run.sh bench [--tokens LIST]`.
 
 Operations get what training gives them on one GPU, at every stage: a pass of as many sequences as
---tokens_per_pass allows and, for the loss, parts of --tokens_per_draw tokens with the candidates
-drawn for them and both loss terms. A time is the median of some runs on random data, each behind a
-read of more than the L2 holds. Operations replay from a CUDA graph; their reference implementations
-run eagerly. Rates count what must be computed or moved, each input and output once. The share is of
-a peak measured in the same run: the library's matmul of the same shape and dtype, for attention the
-large bf16 matmul, else a copy. The head's backward is part of its forward.
+--tokens_per_pass allows and, for the loss, parts of --tokens_per_sampling tokens with candidates
+sampled for them and both loss terms. A time is the median of some runs on random data, each behind
+a read of more than the L2 holds. Operations replay from a CUDA graph; their reference
+implementations run eagerly. Rates count what must be computed or moved, each input and output once.
+The share is of a peak measured in the same run: the library's matmul of the same shape and dtype,
+for attention the large bf16 matmul, else a copy. The head's backward is part of its forward.
 """
 
 import argparse
@@ -169,9 +169,9 @@ class Bench:
         if batch == 1:
             a, b = a[0], b[0]
         if dtype == E4M3:
-            a, b, unit = a.to(E4M3), b.to(E4M3), torch.ones(4, device=self.device)
-            a, b = train_gpt.Fp8(a, None, unit), train_gpt.Fp8(b, None, unit)
-            return self.captured_ms(lambda: lambda: train_gpt.fp8_product(a, b))
+            a, b, scale = a.to(E4M3), b.to(E4M3), torch.ones(4, device=self.device)
+            a, b = train_gpt.Fp8(a, None, scale), train_gpt.Fp8(b, None, scale)
+            return self.captured_ms(lambda: lambda: train_gpt.fp8_matmul(a, b))
         return self.captured_ms(lambda: lambda: a @ b.mT)
 
     def measure_peaks(self) -> None:
@@ -231,11 +231,11 @@ class Pass:
 
     def __init__(self, bench: Bench, stage: Stage):
         self.device, self.random, self.stage = bench.device, bench.random, stage
-        self.length = stage.tokens_per_step // CONFIG.rows_per_step  # of a sequence
-        self.sequences = CONFIG.rows_per_pass(self.length, 1)
+        self.length = stage.tokens_per_step // CONFIG.sequences_per_step  # of a sequence
+        self.sequences = CONFIG.sequences_per_pass(self.length, 1)
         self.T = self.sequences * self.length
-        self.num_drawn = min(CONFIG.tokens_per_draw, self.length)  # tokens, for whose loss
-        self.candidates = stage.columns or VOCAB
+        self.num_drawn = min(CONFIG.tokens_per_sampling, self.length)  # tokens, for whose loss
+        self.candidates = stage.candidates or VOCAB
         random = np.random.default_rng(self.T)
         batch = random_batch(random, self.length, stage.max_seq_len, self.sequences, CONFIG, False)
         self.batch = train_gpt.to_device(batch, bench.device)
@@ -265,7 +265,7 @@ class Pass:
     def copies(self, bank: Tensor, x: Tensor, what: str) -> tuple:
         """As training has them for the weights of one layer."""
         copies = train_gpt.Fp8Copies(bank, bank, bank[0], 1)
-        copy = train_gpt.quantize(x, train_gpt.fp8_empty(x.shape, copies.unit_x))
+        copy = train_gpt.quantize(x, train_gpt.fp8_empty(x.shape, copies.scale_x))
         return getattr(copies, what)(0, copy)
 
     def combine(self) -> Iterator[Case]:
@@ -273,10 +273,12 @@ class Pass:
         inputs += [self.random(dtype=FP32, grad=True) for _ in range(2)]
         inputs += [self.wide(1, FP32) for _ in range(2)]
 
-        unit = torch.full((4,), 28 / 448, device=self.device)
+        scale = torch.full((4,), 28 / 448, device=self.device)
 
         def call(op, *x):
-            stream, normed, *sources = op(x[:4], x[4:], True, train_gpt.fp8_empty(x[0].shape, unit))
+            stream, normed, *sources = op(
+                x[:4], x[4:], True, train_gpt.fp8_empty(x[0].shape, scale)
+            )
             return stream, normed, *sources[2:]  # as in a layer, two are read again
 
         moved = {"forward": 6 * self.stream, "backward": 12 * self.stream}
@@ -341,7 +343,7 @@ class Pass:
         targets = self.batch.targets[: self.length]
         second = F.pad(targets[1:], (0, 1), value=IGNORED_TARGET)
         targets, offsets = torch.stack([targets, second], dim=1)[:size], None
-        if self.stage.columns:
+        if self.stage.candidates:
             counts = torch.bincount(self.batch.targets, minlength=VOCAB)
             proposal = (counts + 2).float().sqrt()
 
@@ -349,10 +351,10 @@ class Pass:
                 return op(*x, count)
 
             moved = 2 * targets.nbytes + proposal.nbytes + 12 * count
-            case = Case("draw_columns", [targets, proposal], draw, forward=moved)
+            case = Case("sample_candidates", [targets, proposal], draw, forward=moved)
             case.reference = None  # it is plain itself
             yield case
-            _, offsets, targets = train_gpt.draw_columns(targets, proposal, count)
+            _, offsets, targets = train_gpt.sample_candidates(targets, proposal, count)
         weights = torch.tensor([1.0, self.stage.second], device=self.device)
         x, head = self.random(size, DIM, grad=True), self.random(count, DIM, std=0.02, grad=True)
         bank = self.random(2, 128, DIM)
@@ -366,13 +368,13 @@ class Pass:
 
     def quantize(self) -> Iterator[Case]:
         def plain_quantize(x: Tensor, out: train_gpt.Fp8) -> tuple[Tensor, Tensor]:
-            out = (x.float() / out.unit[0]).clamp(-448, 448).to(E4M3)
+            out = (x.float() / out.scale[0]).clamp(-448, 448).to(E4M3)
             return out, out.mT.contiguous()
 
         inputs = [self.wide(), torch.full((4,), 28 / 448, device=self.device)]
 
-        def call(op, x, unit):
-            return op(x, train_gpt.fp8_empty(x.shape, unit))
+        def call(op, x, scale):
+            return op(x, train_gpt.fp8_empty(x.shape, scale))
 
         case = Case("quantize", inputs, call, forward=2 * self.stream)
         case.reference = plain_quantize
@@ -386,13 +388,13 @@ class Pass:
         rows = train_gpt.sort_rows(self.batch.tokens)
         drawn = torch.randperm(VOCAB, device=self.device)[: self.candidates]
         place = torch.arange(len(drawn) + 1, device=self.device)
-        each_once = train_gpt.SortedRows(drawn, place[:-1], place, place[:-1], place[-1:])
+        each_once = train_gpt.SortedRows.of_distinct(drawn, place)
         kinds = {"embedding": (rows, 1, DIM, self.T)}
         kinds["value tables"] = rows, CONFIG.num_value_tables, WIDTH, self.T
         kinds["candidates"] = each_once, 1, DIM, len(drawn)
         for kind, (rows, count, width, num_values) in kinds.items():
             inputs = [self.random(n, width) for n in (VOCAB, num_values) for _ in range(count)]
-            moved = 2 * count * width * (num_values + 2 * int(rows.count))
+            moved = 2 * count * width * (num_values + 2 * int(rows.num_runs))
 
             def call(op, *x, count=count, rows=rows):
                 return op(x[:count], rows, x[count:])
@@ -418,13 +420,13 @@ class Pass:
         def update(op, table, squares, grads):
             return op(table, squares, rows, grads, 1e-3, CONFIG.adam_eps)
 
-        moved = 2 * dim * len(rows.order) + (4 * dim + 8) * int(rows.count)
+        moved = 2 * dim * len(rows.order) + (4 * dim + 8) * int(rows.num_runs)
         yield Case("update_ngrams_, a step", inputs, update, forward=moved)
 
 
 def validation(bench: Bench) -> Iterator[Case]:
     """The loss of a validation sequence, on the whole vocabulary."""
-    size = CONFIG.val_row_tokens
+    size = CONFIG.val_sequence_tokens
     inputs = [bench.random(size, DIM), bench.random(VOCAB, DIM, std=0.02)]
     inputs.append(torch.randint(0, CONFIG.vocab_size, (size,), device=bench.device))
     yield Case("next_token_loss", inputs, forward=Need(matmuls=[(1, size, VOCAB, DIM)]))
@@ -478,27 +480,29 @@ def passes(bench: Bench, chosen: list[int]) -> None:
     trainer = train_gpt.Trainer(train_gpt.GPT(CONFIG, runtime), runtime)
     schedule, stages = trainer.schedule, []
     for first in (0, *schedule.stage_ends):
-        sizes = schedule.row_shape(first)
+        sizes = schedule.sequence_shape(first)
         if sizes[0] not in chosen:
             continue
         with bench.attempt(f"first pass of sequences of {sizes[0]:,} tokens"):
-            count = CONFIG.rows_per_pass(sizes[0], 1)
+            count = CONFIG.sequences_per_pass(sizes[0], 1)
             batches = [random_batch(random, *sizes, count, CONFIG, False) for _ in range(4)]
             batches = [train_gpt.to_device(batch, bench.device) for batch in batches]
             # before there are graphs, whose memory it would need beside them
-            stages.append((first, sizes[0], batches, eager_trace(trainer, batches[0], first)))
+            eager = eager_trace(trainer, batches[0], schedule.stage(first))
+            stages.append((first, sizes[0], batches, eager))
     groups = [group for group in GROUPS if group not in OF_A_STEP]
     lines = [["tokens a sequence", "sequences a pass", "candidates", "pass", *groups, IDLE]]
     lines[0] += ["optimizer, even", "odd"]
     for first, length, batches, eager in stages:
         with bench.attempt(f"pass of sequences of {length:,} tokens"):
-            per_pass, updates, following = batches[0].rows, [], itertools.cycle(batches)
-            trainer.capture(batches[0], first)
+            per_pass, updates, following = batches[0].sequences, [], itertools.cycle(batches)
+            stage = schedule.stage(first)
+            trainer.capture(batches[0], stage)
 
-            def run(following=following, first=first, count=1) -> None:
-                trainer.model.ngrams.filled = 0  # there is room for those of one step
+            def run(following=following, stage=stage, count=1) -> None:
+                trainer.model.ngrams.filled = 0  # it holds those of one step
                 for _ in range(count):
-                    trainer.micro_step(next(following), first)
+                    trainer.micro_step(next(following), stage)
 
             ms = bench.median_ms(run, 300)
             with tempfile.TemporaryDirectory() as folder:
@@ -510,7 +514,7 @@ def passes(bench: Bench, chosen: list[int]) -> None:
             for step in range(8):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 # a whole step, in which the host gets ahead, as in training
-                run(count=CONFIG.rows_per_step // per_pass)
+                run(count=CONFIG.sequences_per_step // per_pass)
                 begin.record()
                 trainer.optimizer.step(step, *rates)
                 end.record()
@@ -518,7 +522,7 @@ def passes(bench: Bench, chosen: list[int]) -> None:
                 updates.append(begin.elapsed_time(end))
             parts = [times[name][0] for name in (*groups, IDLE)]
             parts = [ms, *parts, np.median(updates[2::2]), np.median(updates[3::2])]
-            candidates = schedule.stage(first).columns or VOCAB
+            candidates = stage.candidates or VOCAB
             cells = [f"{length:,}", str(per_pass), f"{candidates:,}"]
             lines.append(cells + [f"{part:.2f}" for part in parts])
     bench.line(f"\npasses and optimizer, ms\n{table(lines)}")
@@ -526,7 +530,7 @@ def passes(bench: Bench, chosen: list[int]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__.split("\n")[0])
-    lengths = dict.fromkeys(stage.tokens_per_step // CONFIG.rows_per_step for stage in STAGES)
+    lengths = dict.fromkeys(stage.tokens_per_step // CONFIG.sequences_per_step for stage in STAGES)
     sizes = ",".join(map(str, lengths))
     text = f"stages to measure, by the tokens of one sequence [{sizes}]"
     parser.add_argument("--tokens", default=sizes, metavar="LIST", help=text)
@@ -549,7 +553,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench.measure_peaks()
     chosen, measured = [int(size) for size in args.tokens.split(",")], set()
     for number, stage in enumerate(STAGES, 1):
-        if stage.tokens_per_step // CONFIG.rows_per_step not in chosen:
+        if stage.tokens_per_step // CONFIG.sequences_per_step not in chosen:
             continue
         with bench.attempt(f"stage {number}"):
             own = Pass(bench, stage)

@@ -37,6 +37,9 @@ SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8}
 SIZES |= {"ngram_rows": 512, "ngram_dim": 32}
 SIZES |= {"dtype": "float32", "min_mean_doc_len": 1}
 SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
+# Options by the names that they had in scripts of older records.
+RENAMED = {"rows_per_step": "sequences_per_step", "val_row_tokens": "val_sequence_tokens"}
+RENAMED |= {"tokens_per_draw": "tokens_per_sampling"}
 GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
 MATCHING = {"match_orders": (2, 3), "match_slots": 2**12}  # of scripts that have match tables
 WINDOWS = 3, 7  # short, long
@@ -71,6 +74,23 @@ def field_names(script: ModuleType) -> set[str]:
     return {field.name for field in dataclasses.fields(script.Config)}
 
 
+def renamed(script: ModuleType, options: dict) -> dict:
+    """Options by the names that they have in the script, be it older or newer than they."""
+    known, other = field_names(script), RENAMED | {new: old for old, new in RENAMED.items()}
+    return {name if name in known else other.get(name, name): x for name, x in options.items()}
+
+
+def loss_of(model: torch.nn.Module) -> Callable[..., Tensor]:
+    """What scores a batch: a method, or the model itself in scripts of older records."""
+    return getattr(model, "validation_loss", model)
+
+
+def longest_sequence(config: object) -> int:
+    """How many tokens the model of a config is asked about at once."""
+    name = "val_sequence_tokens"
+    return getattr(config, name) if hasattr(config, name) else config.val_row_tokens
+
+
 def with_matching(script: ModuleType) -> list[dict]:
     """Changes of the config that a script is judged with: none, and match tables if it has them."""
     return [{}, MATCHING] if MATCHING.keys() <= field_names(script) else [{}]
@@ -83,8 +103,8 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
         def all_reduce(self, tensor: Tensor) -> Tensor:
             return tensor
 
-        def all_gather(self, everyone: Tensor, own: Tensor) -> None:
-            everyone.unflatten(0, (world_size, -1)).copy_(own)
+        def all_gather(self, gathered: Tensor, part: Tensor) -> None:
+            gathered.unflatten(0, (world_size, -1)).copy_(part)
 
     return Alone(rank, world_size, torch.device(device), script.Log(None))
 
@@ -94,7 +114,7 @@ def load_checkpoint(script: ModuleType, path: str, device: str):
     known = field_names(script)
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        fields = saved["config"] | {"compile": "none"}
+        fields = renamed(script, saved["config"]) | {"compile": "none"}
         fields = {name: text for name, text in fields.items() if name in known or name not in GONE}
         config, byte_tokens = script.config_from_text(fields), saved["byte_tokens"]
         model, weights = script.GPT(config, start_runtime(script, device)), saved["weights"]
@@ -151,9 +171,11 @@ class Probe:
             targets = row.targets.clone()
             targets[end:] = self.ignored
             row = row._replace(targets=targets)
-        loss = torch.zeros(()) if self.silent else self.model(row, *windows)
+        loss = torch.zeros(()) if self.silent else loss_of(self.model)(row, *windows)
         self.losses.append(float(loss))
         return loss
+
+    validation_loss = __call__
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
@@ -166,10 +188,11 @@ class Judge:
         self.script, self.file = script, folder / "judged_val.bin"
         tiny, plan = script.PRESETS["tiny"], {"layers": script.PRESETS["speedrun"].layers}
         known = field_names(script)
-        fields = {**SIZES, **plan, "val_row_tokens": ROW, "final_window_long": WINDOWS[1]}
-        fields["rows_per_step"] = ROWS
+        fields = {**SIZES, **plan, "val_sequence_tokens": ROW, "final_window_long": WINDOWS[1]}
+        fields["sequences_per_step"] = ROWS
         # mix_window: of the head mixing that scripts of older records have
         fields |= {"mix_window": WINDOWS[0], "val_file": glob.escape(str(self.file)), **changes}
+        fields = renamed(script, fields)
         self.config = dataclasses.replace(
             tiny, **{name: value for name, value in fields.items() if name in known}
         )
@@ -204,7 +227,7 @@ class Judge:
         chosen = torch.full_like(row.targets, self.script.IGNORED_TARGET)
         for position, target in targets.items():
             chosen[position] = target
-        return float(self.model(row._replace(targets=chosen), *self.windows))
+        return float(loss_of(self.model)(row._replace(targets=chosen), *self.windows))
 
     def single_losses(self, rows: list, num_targets: int) -> list[float]:
         places = [(rows[t // ROW], t % ROW) for t in range(num_targets)]
@@ -423,10 +446,10 @@ def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) 
     options = {name: script.format_value(tuple(table)) for name, table in short.items()}
     options |= {**SIZES, "num_steps": 3, "extension_steps": 1, "val_every": 2, "val_tokens": 200}
     train_file = run.parent / "train.bin"
-    options |= {"val_row_tokens": 64, "train_files": glob.escape(str(train_file))}
+    options |= {"val_sequence_tokens": 64, "train_files": glob.escape(str(train_file))}
     options |= {"val_file": glob.escape(str(val_file)), "checkpoint": f"{run}.pt"}
     options |= {name: script.format_value(value) for name, value in changes.items()}
-    options |= {"log_dir": f"{run}_logs"}
+    options = renamed(script, options | {"log_dir": f"{run}_logs"})
     arguments = [f"--{name}={value}" for name, value in options.items() if name in known]
     script.main(["--preset=tiny", *arguments])
     (log,) = run.with_name(f"{run.name}_logs").glob("*.json")

@@ -11,7 +11,14 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from check import ROOT, Unjudgeable, as_windows, load_checkpoint, load_script
+from check import (
+    ROOT,
+    Unjudgeable,
+    as_windows,
+    load_checkpoint,
+    load_script,
+    longest_sequence,
+)
 
 sys.path.insert(0, str(ROOT / "data"))
 
@@ -64,7 +71,7 @@ def continue_text(
     generator = torch.Generator(device).manual_seed(seed)
     windows = as_windows(script, config.extension[0].window_short, config.final_window_long)
     for _ in range(count):
-        row = torch.tensor(tokens[-config.val_row_tokens :], dtype=torch.int32, device=device)
+        row = torch.tensor(tokens[-longest_sequence(config) :], dtype=torch.int32, device=device)
         ends = torch.tensor([0, len(row)], dtype=torch.int32, device=device)
         x = model.hidden(script.Batch(row, row.long(), ends, len(row)), *windows)
         logits = script.softcap(F.linear(x[-1], model.head))[: config.vocab_size]

@@ -20,7 +20,15 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from check import ROOT, Unjudgeable, as_windows, load_checkpoint, load_script
+from check import (
+    ROOT,
+    Unjudgeable,
+    as_windows,
+    load_checkpoint,
+    load_script,
+    longest_sequence,
+    loss_of,
+)
 from generate import Tokenizer
 
 REPOSITORY, FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
@@ -124,7 +132,7 @@ class Scorer:
         which blanks at the context's end go. Raises EvalError for an ending longer than a row."""
         before = self.encode(context.rstrip())
         after = self.encode(f"{context} {ending}")[len(before) :]
-        longest = self.config.val_row_tokens
+        longest = longest_sequence(self.config)
         if len(after) > longest:
             raise EvalError(f"an ending has {len(after)} tokens, a row of this model {longest}")
         return [self.script.START_TOKEN, *before], after
@@ -132,7 +140,7 @@ class Scorer:
     @torch.no_grad()
     def log_probability(self, before: list[int], after: list[int]) -> float:
         """Of the tokens after those before, in nats. The end of a long context counts."""
-        before = before[-(self.config.val_row_tokens + 1 - len(after)) :]
+        before = before[-(longest_sequence(self.config) + 1 - len(after)) :]
         tokens = np.array(before + after[:-1])
         # few shapes; what is behind the tokens is a document of its own
         size = self.script.round_up(len(tokens), 16)
@@ -146,7 +154,7 @@ class Scorer:
             torch.tensor([0, len(tokens), size], dtype=torch.int32, device=self.device),
             size,
         )
-        return -float(self.model(batch, *self.windows))
+        return -float(loss_of(self.model)(batch, *self.windows))
 
 
 def report(correct: list[bool]) -> str:

@@ -277,12 +277,12 @@ def write_trace(run: Callable[[], object], device: torch.device, path: str | Pat
     profiler.export_chrome_trace(str(path))
 
 
-def eager_trace(trainer: train_gpt.Trainer, batch: Batch, step: int) -> Trace | None:
+def eager_trace(trainer: train_gpt.Trainer, batch: Batch, stage: train_gpt.Stage) -> Trace | None:
     """Of a pass without its graph, for name_replayed; None where there are no graphs. It needs the
     memory of one: call it before there are any."""
     if not trainer.uses_graphs:
         return None
-    run = functools.partial(trainer.rehearse, batch, step)
+    run = functools.partial(trainer.warm_up, batch, stage)
     run()  # compiles
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "eager.json.gz")
@@ -388,8 +388,8 @@ def volumes(config: Config) -> str:
     """
     train_gpt.check_config(config, 1)
     models = {}
-    for world_size in range(1, config.rows_per_step + 1):
-        if config.rows_per_step % world_size == 0:
+    for world_size in range(1, config.sequences_per_step + 1):
+        if config.sequences_per_step % world_size == 0:
             with FakeTensorMode():  # shapes without memory
                 runtime = Runtime(0, world_size, torch.device("cpu"), Log(None))
                 models[world_size] = train_gpt.GPT(config, runtime)  # pads its banks for them
@@ -436,12 +436,12 @@ def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, i
     """Batches of steps from the training files or, where there are none, random ones."""
     pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
     if glob.glob(config.train_files):
-        return train_gpt.training_rows(config, runtime, shapes)
+        return train_gpt.training_batches(config, runtime, shapes)
     runtime.log.line(f"no file matches --train_files {config.train_files}: the text is random")
 
     def step(shape: tuple[int, int]) -> list[Batch]:
-        count = config.rows_per_pass(shape[0], runtime.world_size)
-        passes = range(config.rows_per_step // (runtime.world_size * count))
+        count = config.sequences_per_pass(shape[0], runtime.world_size)
+        passes = range(config.sequences_per_step // (runtime.world_size * count))
         return [random_batch(random, *shape, count, config, pin) for _ in passes]
 
     return map(step, shapes)
@@ -452,20 +452,18 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     trainer = train_gpt.Trainer(train_gpt.GPT(config, runtime), runtime)
     log, schedule, random = runtime.log, trainer.schedule, np.random.default_rng(runtime.rank)
     begins = [step for step in sorted({0, *schedule.stage_ends}) if step < schedule.end_step]
-    own, eager = config.rows_per_step // runtime.world_size, []
+    own, eager = config.sequences_per_step // runtime.world_size, []
     for begin in begins:
-        shape = schedule.row_shape(begin)
-        at_once = config.rows_per_pass(shape[0], runtime.world_size)
-        eager.append(
-            eager_trace(trainer, random_batch(random, *shape, at_once, config, False), begin)
-        )
+        shape = schedule.sequence_shape(begin)
+        at_once = config.sequences_per_pass(shape[0], runtime.world_size)
+        batch = random_batch(random, *shape, at_once, config, False)
+        eager.append(eager_trace(trainer, batch, schedule.stage(begin)))
     trainer.prepare()
 
     warm_up = 2
-    shapes = (
-        schedule.row_shape(begin) for begin in begins for _ in range(warm_up + count + count + 2)
-    )
-    batches = train_gpt.ahead(batches_like(config, runtime, shapes), depth=2)
+    steps = warm_up + count + count + 2
+    shapes = (schedule.sequence_shape(begin) for begin in begins for _ in range(steps))
+    batches = train_gpt.prefetch(batches_like(config, runtime, shapes), depth=2)
     updates = itertools.count()
 
     def run(begin: int) -> None:
@@ -485,8 +483,8 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         times, line = profile(step, count, runtime.device, path, eager[number - 1])
         if not runtime.is_main:
             path.unlink()
-        length = schedule.row_shape(begin)[0]
-        at_once = config.rows_per_pass(length, runtime.world_size)
+        length = schedule.sequence_shape(begin)[0]
+        at_once = config.sequences_per_pass(length, runtime.world_size)
         sequences = f"sequences of {length:,} tokens, {own} a process and {at_once} a pass"
         sequences += f", {schedule.describe(begin)}"
         log.line(f"\nstage {number} of {len(begins)}: {sequences}; {path}")

@@ -75,11 +75,11 @@ def tiny_config(**changes: object) -> Config:
         "extension_steps": 2,
         "extension": (Stage(1.0, 256, 64, 12, 32, 1.0, 0.0, 0),),
         "final_window_long": 64,
-        "rows_per_step": 4,
+        "sequences_per_step": 4,
         "tokens_per_pass": 64,  # one row
         "momentum_warmup_steps": 4,
         "momentum_cooldown_steps": 2,
-        "val_row_tokens": 64,
+        "val_sequence_tokens": 64,
     }
     return Config(**{**fields, **changes})
 
@@ -104,15 +104,15 @@ def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
 
 
 def fp32_for_fp8(monkeypatch: pytest.MonkeyPatch, module: ModuleType = train_gpt) -> None:
-    """Everything that would be fp8 is fp32, in units all the same: the casts of Triton's
+    """Everything that would be fp8 is fp32, with scales all the same: the casts of Triton's
     interpreter to fp8 are not torch's."""
 
     def product(a: Fp8, b: Fp8) -> torch.Tensor:
-        return a.rows @ b.rows.mT * (a.unit[0] * b.unit[0])
+        return a.rows @ b.rows.mT * (a.scale[0] * b.scale[0])
 
     monkeypatch.setattr(module, "E4M3", torch.float32)
     monkeypatch.setattr(module, "E5M2", torch.float32)
-    monkeypatch.setattr(module, "fp8_product", product)
+    monkeypatch.setattr(module, "fp8_matmul", product)
 
 
 def write_shard(path: Path, tokens: np.ndarray | list[int]) -> Path:

@@ -266,7 +266,7 @@ def test_variants_of_the_real_script(tmp_path, monkeypatch, capsys):
         """[flat]
 options = ["--lr_end", "1"]
 [silent]
-replace = [["streams[\\"first\\"] = x", "streams[\\"first\\"] = x = x.detach()"]]
+replace = [["(rms_norm(lookups.embedded), ", "(rms_norm(lookups.embedded).detach(), "]]
 """
     )
     assert ablate.main(["two.toml", "base", "flat", "silent", "--", *options]) == 0

@@ -69,7 +69,7 @@ GPT.hidden = hidden
 honest = validate
 @torch.no_grad()
 def validate(model, config, runtime, num_targets, windows):
-    head, rows = model.head.clone(), validation_rows(config, runtime, num_targets)
+    head, rows = model.head.clone(), validation_batches(config, runtime, num_targets)
     seen = torch.cat([batch.targets for batch in rows]).clamp_min(0)
     model.head.mul_(1 + 0.01 * seen.bincount(minlength=len(head))[:, None])
     loss = honest(model, config, runtime, num_targets, windows)
@@ -90,16 +90,16 @@ GPT.forward = forward
     "the last row is not scored": (
         "coverage",
         """
-honest = validation_rows
-def validation_rows(*arguments):
+honest = validation_batches
+def validation_batches(*arguments):
     yield from list(honest(*arguments))[:-1]
 """,
     ),
     "an easy row is scored twice": (
         "coverage",
         """
-honest = validation_rows
-def validation_rows(*arguments):
+honest = validation_batches
+def validation_batches(*arguments):
     rows = list(honest(*arguments))
     yield from [*rows, *rows[:1]]
 """,
@@ -107,8 +107,8 @@ def validation_rows(*arguments):
     "the last row is not scored where there are several ranks": (
         "coverage",
         """
-honest = validation_rows
-def validation_rows(config, runtime, num_targets):
+honest = validation_batches
+def validation_batches(config, runtime, num_targets):
     rows = list(honest(config, runtime, num_targets))
     yield from rows[:-1] if runtime.world_size > 1 and runtime.rank == 0 else rows
 """,
@@ -116,8 +116,8 @@ def validation_rows(config, runtime, num_targets):
     "a row of the second step is not scored on 8 ranks": (
         "coverage",
         """
-honest = validation_rows
-def validation_rows(config, runtime, num_targets):
+honest = validation_batches
+def validation_batches(config, runtime, num_targets):
     rows = list(honest(config, runtime, num_targets))
     yield from rows[:1] if runtime.world_size == 8 and runtime.rank == 3 else rows
 """,
@@ -139,10 +139,10 @@ honest = validate
 def validate(model, config, runtime, num_targets, windows):
     if model.matches is None:
         return honest(model, config, runtime, num_targets, windows)
-    rows, kept, total = validation_rows(config, runtime, num_targets), model.matches.clone(), 0.0
-    while scored := list(itertools.islice(rows, config.rows_per_step)):
-        note_rows(model, scored, runtime)
-        total += sum(float(model(row, windows)) for row in scored)
+    rows, kept, total = validation_batches(config, runtime, num_targets), model.matches.clone(), 0.0
+    while scored := list(itertools.islice(rows, config.sequences_per_step)):
+        insert_sequences(model, scored, runtime)
+        total += sum(float(model.validation_loss(row, windows)) for row in scored)
     model.matches.copy_(kept)
     return total / num_targets
 """,
@@ -156,9 +156,9 @@ def validate(model, config, runtime, num_targets, windows):
     if model.matches is None:
         return honest(model, config, runtime, num_targets, windows)
     kept, total = model.matches.clone(), 0.0
-    for row in validation_rows(config, runtime, num_targets):
-        note_rows(model, [row], runtime)
-        total += float(model(row, windows))
+    for row in validation_batches(config, runtime, num_targets):
+        insert_sequences(model, [row], runtime)
+        total += float(model.validation_loss(row, windows))
     model.matches.copy_(kept)
     return total / num_targets
 """,
@@ -170,8 +170,8 @@ honest = validate
 def validate(model, config, runtime, num_targets, windows):
     loss = honest(model, config, runtime, num_targets, windows)
     if model.matches is not None:
-        for row in validation_rows(config, runtime, num_targets):
-            note_rows(model, [row], runtime)
+        for row in validation_batches(config, runtime, num_targets):
+            insert_sequences(model, [row], runtime)
     return loss
 """,
     ),
@@ -182,7 +182,7 @@ honest = validate
 @torch.no_grad()
 def validate(model, config, runtime, num_targets, windows):
     if windows.long == config.final_window_long:
-        for batch in validation_rows(config, runtime, num_targets):
+        for batch in validation_batches(config, runtime, num_targets):
             model.head[batch.targets.clamp_min(0)] *= 1.01
     return honest(model, config, runtime, num_targets, windows)
 """,
@@ -221,8 +221,8 @@ def validate(model, config, runtime, num_targets, windows):
     "training on the validation file": (
         "training",
         """
-honest = training_rows
-def training_rows(config, *more):
+honest = training_batches
+def training_batches(config, *more):
     return honest(dataclasses.replace(config, train_files=config.val_file), *more)
 """,
     ),

@@ -1,6 +1,7 @@
-"""Rooms 2 and 10: options, tables, their errors; and that importing the script does nothing."""
+"""Sections 2 and 10: options, tables, their errors; and that importing the script does nothing."""
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import ROOT, cpu_runtime, tiny_config
 
 from train_gpt import (
     GPT,
+    METAVARS,
     PRESETS,
     TINY_LAYERS,
     Config,
@@ -25,6 +27,7 @@ from train_gpt import (
     check_config,
     config_as_text,
     config_from_text,
+    option_groups,
     parse_args,
     start_runtime,
 )
@@ -101,7 +104,7 @@ def test_field_names_are_those_of_the_tables():
     """Positions count on the command line, so their order is part of the interface."""
     sizes = ["share", "tokens_per_step", "max_seq_len", "window_short", "window_long", "lr"]
     names = [field.name for field in dataclasses.fields(Stage)]
-    assert names == [*sizes, "second", "columns"]
+    assert names == [*sizes, "second", "candidates"]
     names = [field.name for field in dataclasses.fields(Layer)]
     assert names == ["window", "value_table", "ngrams", "attend_from"]
 
@@ -133,9 +136,24 @@ def test_help_shows_every_fields_comment(capsys):
     fields = source[source.index("class Config:") : source.index("PRESETS = {")]
     for name in FIELDS:
         (comment,) = re.findall(rf"^    {name}: .*?  # (.+)$", fields, re.MULTILINE)
-        assert f"--{name}{name.upper()}" + "".join(comment.split()) in shown
+        kind = METAVARS.get(typing.get_type_hints(Config)[name], "TABLE")
+        assert f"--{name}{kind}" + "".join(comment.split()) in shown
+    groups = re.findall(r"^    # (\w+)$", fields, re.MULTILINE)
+    assert all(f"{group.lower()}:" in shown for group in groups) and len(groups) == 5
     (rows,) = re.findall(r"astageis(\S+),alayer(\S+)$", shown)  # these examples can be read
     parse_args([f"--{name}={row}" for name, row in zip(("stages", "layers"), rows, strict=True)])
+
+
+def test_a_field_without_a_comment_is_an_option_all_the_same(monkeypatch, capsys):
+    source = inspect.getsource(Config)
+    bare = re.sub(r"(    seed: int = 1337)  # .*", r"\1", source)
+    assert bare != source
+    monkeypatch.setattr(inspect, "getsource", lambda _: bare)
+    assert option_groups()["Run"]["seed"] == ""
+    assert parse_args(["--seed", "3"]).seed == 3
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert "--seed N" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -232,8 +250,8 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"stages": stage(share=0.5) * 3}, "--stages.*shares add up to 1.5"),
         ({"extension": stage(share=0.5)}, "--extension.*shares add up to 0.5"),
         ({"extension": stage(share=0.5) * 2}, "--extension takes one row, found 2"),
-        ({"stages": stage(tokens_per_step=255)}, "--stages: 255 tokens.*--rows_per_step"),
-        ({"rows_per_step": 32}, "--stages: 256 tokens.*32 rows"),
+        ({"stages": stage(tokens_per_step=255)}, "--stages: 255 tokens.*--sequences_per_step"),
+        ({"sequences_per_step": 32}, "--stages: 256 tokens.*32 sequences"),
         ({"stages": stage(max_seq_len=0)}, "--stages.*max_seq_len, windows and lr"),
         ({"stages": stage(window_short=0)}, "--stages.*max_seq_len, windows and lr"),
         ({"extension": stage(window_long=-1)}, "--extension.*max_seq_len, windows and lr"),
@@ -261,7 +279,7 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"extension_steps": -1}, "--extension_steps -1 must not be negative"),
         ({"stop_step": -5}, "--stop_step -5 must not be negative"),
         ({"val_every": -1}, "--val_every -1 must not be negative"),
-        ({"val_row_tokens": 40}, "--val_row_tokens must be a multiple of 16"),
+        ({"val_sequence_tokens": 40}, "--val_sequence_tokens must be a multiple of 16"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -274,10 +292,10 @@ def test_check_config_names_the_option(changes, message):
 @pytest.mark.parametrize(
     ("changes", "option"),
     [
-        ({"rows_per_step": 0}, "--rows_per_step"),
-        ({"rows_per_step": -4}, "--rows_per_step"),
+        ({"sequences_per_step": 0}, "--sequences_per_step"),
+        ({"sequences_per_step": -4}, "--sequences_per_step"),
         ({"tokens_per_pass": 0}, "--tokens_per_pass 0 must be positive"),
-        ({"tokens_per_draw": -1}, "--tokens_per_draw -1 must be positive"),
+        ({"tokens_per_sampling": -1}, "--tokens_per_sampling -1 must be positive"),
         ({"head_dim": 0}, "--head_dim"),
         ({"num_heads": 0}, "--num_heads"),
         ({"model_dim": 0}, "--model_dim"),
@@ -297,14 +315,14 @@ def test_check_config_names_the_option_of_other_nonsense(changes, option):
 
 
 def test_world_size_must_divide_the_rows():
-    config = tiny_config(rows_per_step=4)
+    config = tiny_config(sequences_per_step=4)
     for world_size in (1, 2, 4):
         check_config(config, world_size)
     for world_size, advice in (3, 6), (8, 8):
-        message = f"--rows_per_step 4 .*{world_size} processes.*--rows_per_step {advice}"
+        message = f"--sequences_per_step 4 .*{world_size} processes.*--sequences_per_step {advice}"
         with pytest.raises(UserError, match=message):
             check_config(config, world_size)
-    check_config(tiny_config(rows_per_step=16, stages=stage(), extension=stage()), 16)
+    check_config(tiny_config(sequences_per_step=16, stages=stage(), extension=stage()), 16)
 
 
 def test_world_size_must_divide_the_tables():

@@ -1,4 +1,4 @@
-"""Room 7: the loader against a walk over the documents in plain Python."""
+"""Section 7: the loader against a walk over the documents in plain Python."""
 
 import itertools
 import threading
@@ -18,16 +18,17 @@ from train_gpt import (
     Batch,
     TokenStream,
     UserError,
-    ahead,
     check_data,
     check_pair,
     find_files,
     make_batch,
+    prefetch,
     read_shard_header,
     read_tokens,
+    sort_rows,
     train,
-    training_rows,
-    validation_rows,
+    training_batches,
+    validation_batches,
 )
 
 Row = tuple[list[int], list[int]]  # its T + 1 tokens, and where documents start in it
@@ -94,7 +95,7 @@ SHAPES = [(64, 48)] * 8 + [(128, 48)] * 8 + [(96, 1000)] * 8
 
 def split(batch: Batch) -> list[Batch]:
     """Its rows, without the padding of cu_seqlens."""
-    length = len(batch.tokens) // batch.rows
+    length = len(batch.tokens) // batch.sequences
     parts = zip(batch.tokens.split(length), batch.targets.split(length))
     starts, rows = np.array(starts_of(batch)), []
     for i, part in enumerate(parts):
@@ -113,14 +114,14 @@ def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders
     expected = list(reference_rows(tokens.tolist(), [shape for shape in SHAPES for _ in range(4)]))
     assert len(expected) == 4 * len(SHAPES)
     ranks = [
-        list(training_rows(config, cpu_runtime(rank, world_size), SHAPES))
+        list(training_batches(config, cpu_runtime(rank, world_size), SHAPES))
         for rank in range(world_size)
     ]
     passes = [together for step in zip(*ranks, strict=True) for together in zip(*step, strict=True)]
     for batch in itertools.chain(*passes):
-        length, own = len(batch.tokens) // batch.rows, 4 // world_size
+        length, own = len(batch.tokens) // batch.sequences, 4 // world_size
         most = max(1, tokens_per_pass // length)
-        assert batch.rows == max(n for n in (1, 2, 4) if n <= min(own, most))
+        assert batch.sequences == max(n for n in (1, 2, 4) if n <= min(own, most))
         assert len(batch.cu_seqlens) == len(batch.tokens) // 2 + 2
         assert [str(t.dtype) for t in batch[:3]] == ["torch.int32", "torch.int64", "torch.int32"]
     rows = [row for together in passes for batch in together for row in split(batch)]
@@ -151,7 +152,7 @@ def test_documents_across_shard_borders_are_whole(tmp_path):
     assert read_tokens(f"{tmp_path}/train_01.bin", 1, 50257)[0] != START_TOKEN
     stream = TokenStream(find_files("--train_files", pattern), 50257, repeat=False)
     for length, document in zip(lengths[:-1], np.split(tokens, edges[1:-1])):
-        (only,) = stream.next_row(length - 1, 1000)
+        (only,) = stream.next_sequence(length - 1, 1000)
         assert only.tolist() == document.tolist()
 
 
@@ -159,7 +160,7 @@ def test_tokens_before_the_first_document_are_left_out(tmp_path):
     tokens = np.concatenate([[5, 6, 7], random_documents(3, [40, 40], num_ids=1000)])
     pattern = write_shards(tmp_path, tokens, [])
     stream = TokenStream(find_files("--train_files", pattern), 50257, repeat=False)
-    assert np.concatenate(stream.next_row(63, 64)).tolist() == tokens[3:67].tolist()
+    assert np.concatenate(stream.next_sequence(63, 64)).tolist() == tokens[3:67].tolist()
 
 
 def test_row_ends_with_the_data(tmp_path):
@@ -167,8 +168,8 @@ def test_row_ends_with_the_data(tmp_path):
     tokens = random_documents(4, [30, 20, 15], num_ids=1000)
     for missing in (0, 1):
         pattern = write_shards(tmp_path, tokens[: len(tokens) - missing], [45])
-        config = tiny_config(train_files=pattern, rows_per_step=1)
-        rows = training_rows(config, cpu_runtime(), [(64, 64)])
+        config = tiny_config(train_files=pattern, sequences_per_step=1)
+        rows = training_batches(config, cpu_runtime(), [(64, 64)])
         if missing:
             with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
                 next(rows)
@@ -182,17 +183,17 @@ def test_end_of_data_and_repetition(tmp_path):
     shapes = [(48, 40)] * 60
     once = list(reference_rows(tokens.tolist(), shapes))
     assert 5 < len(once) < 60
-    config = tiny_config(train_files=pattern, rows_per_step=1)
-    rows = training_rows(config, cpu_runtime(), shapes)
+    config = tiny_config(train_files=pattern, sequences_per_step=1)
+    rows = training_batches(config, cpu_runtime(), shapes)
     for row, _ in once:
         assert [row_of(batch) for batch in next(rows)] == [row]
     with pytest.raises(UserError, match="--train_files.*ran out.*--repeat_data"):
         next(rows)
 
-    config = tiny_config(train_files=pattern, repeat_data=True, rows_per_step=1)
+    config = tiny_config(train_files=pattern, repeat_data=True, sequences_per_step=1)
     endless = list(reference_rows(tokens.tolist() * 10, shapes))
     assert len(endless) == 60
-    rows = itertools.chain(*training_rows(config, cpu_runtime(), shapes))
+    rows = itertools.chain(*training_batches(config, cpu_runtime(), shapes))
     assert [row_of(batch) for batch in rows] == [row for row, _ in endless]
 
 
@@ -207,12 +208,12 @@ def test_check_data_counts_before_training(tmp_path):
     endless = tiny_config(**{**vars(config), "repeat_data": True})
     assert check_data(endless, [(10**9, 64)]) == 100
     # enough tokens, but a row leaves unread what is behind its end and max_seq_len: three documents
-    with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
+    with pytest.raises(UserError, match="--train_files.*ran out after 6 sequences"):
         check_data(config, [(110, 64)] * 9)
-    with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
+    with pytest.raises(UserError, match="--train_files.*ran out after 6 sequences"):
         check_data(config, [(99, 40)] * 9)
     matching = tiny_config(**{**vars(endless), "match_orders": (3,)})  # takes no text twice
-    with pytest.raises(UserError, match="--train_files.*ran out after 6 rows"):
+    with pytest.raises(UserError, match="--train_files.*ran out after 6 sequences"):
         check_data(matching, [(110, 64)] * 9)
     assert check_data(endless, [(110, 64)] * 9) == 100
     assert check_data(config, [(110, 64)] * 6) == check_data(config, [(99, 40)] * 6) == 100
@@ -228,7 +229,7 @@ def test_check_data_reads_what_training_will_read(tmp_path):
     pattern = write_shards(tmp_path, np.concatenate([good, good, good]), [1000, 2000])
     val_file, last = tmp_path / "val.bin", tmp_path / "train_02.bin"
     write_shard(val_file, [*good[:201], 60_000])
-    files = {"train_files": pattern, "val_file": str(val_file), "rows_per_step": 1}
+    files = {"train_files": pattern, "val_file": str(val_file), "sequences_per_step": 1}
     config = tiny_config(**files)
     few, many, endless = ([(49, 64)] * count for count in (12, 58, 100))
     assert check_data(config, many) == 200
@@ -289,7 +290,7 @@ def test_validation_scores_every_target_once(tmp_path, world_size, num_targets):
     path = write_shard(tmp_path / "val.bin", tokens)
     config = tiny_config(val_file=str(path))
     ranks = [
-        list(validation_rows(config, cpu_runtime(rank, world_size), num_targets))
+        list(validation_batches(config, cpu_runtime(rank, world_size), num_targets))
         for rank in range(world_size)
     ]
     num_rows = sum(map(len, ranks))
@@ -373,7 +374,7 @@ def test_broken_shard_behind_a_good_one_is_named(tmp_path):
         stream = TokenStream([str(good), str(bad)], 50257, repeat=False)
         with pytest.raises(UserError, match=message):
             for _ in range(10):
-                stream.next_row(39, 64)
+                stream.next_sequence(39, 64)
 
 
 def test_missing_files_name_the_option(tmp_path):
@@ -433,7 +434,7 @@ def test_items_come_in_order_and_a_few_are_made_ahead():
             made.append(number)
             yield number
 
-    items = ahead(count(), depth=3)
+    items = prefetch(count(), depth=3)
     wait_until(lambda: len(made) == 3)  # before any is asked for
     assert next(items) == 0
     wait_until(lambda: len(made) == 4)
@@ -448,7 +449,7 @@ def test_an_error_comes_after_the_items_before_it():
         yield 2
         raise UserError("the third is bad")
 
-    items = ahead(broken(), depth=8)
+    items = prefetch(broken(), depth=8)
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(UserError, match="the third is bad"):
         next(items)
@@ -457,7 +458,7 @@ def test_an_error_comes_after_the_items_before_it():
 @pytest.mark.parametrize("taken", [0, 5])
 def test_the_thread_ends_with_its_items(taken):
     before = set(threading.enumerate())
-    items = ahead(itertools.count(), depth=2)
+    items = prefetch(itertools.count(), depth=2)
     for _ in range(taken):
         next(items)
     (thread,) = set(threading.enumerate()) - before
@@ -465,3 +466,23 @@ def test_the_thread_ends_with_its_items(taken):
     del items
     thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+def test_examples_of_the_docstrings(tmp_path):
+    """Of TokenStream, make_batch and SortedRows."""
+    s, (a, b, c, d, e, f, g, h, i) = START_TOKEN, range(1, 10)
+    path = write_shard(tmp_path / "train.bin", [s, a, b, s, c, d, e, s, f, g, h, s, i])
+    stream = TokenStream([str(path)], 50_257, repeat=False)
+    found = [[x.tolist() for x in stream.next_sequence(4, 3)] for _ in range(2)]
+    assert found == [[[s, a, b], [s, c]], [[s, f, g], [s, i]]]
+
+    tokens = np.arange(5, dtype=np.uint16)
+    sequences = [(tokens, np.array([0, 3])), (tokens, np.array([0, 1]))]
+    batch = make_batch(sequences, 4, min_mean_doc_len=2, pin=False)
+    assert batch.tokens.tolist() == [0, 1, 2, 3] * 2
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 8, 8]
+
+    rows = sort_rows(torch.tensor([7, 2, 7, 9, 7]))
+    assert [x.tolist() for x in rows] == [
+        [2, 7, 7, 7, 9], [1, 0, 2, 4, 3], [0, 1, 4, 5, 5, 5], [0, 1, 1, 1, 2], [3],
+    ]  # fmt: skip

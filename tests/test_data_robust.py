@@ -99,7 +99,8 @@ def test_signals_end_the_tokenizer(tmp_path: Path, handlers) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["tokenize_text.py", "cached_fineweb.py", "sample.py", "prefix_tokens.py"]
+    "script",
+    ["tokenize_text.py", "cached_fineweb.py", "sample.py", "../records/reference/prefix_tokens.py"],
 )
 def test_ctrl_c_during_imports(tmp_path: Path, handlers, script: str) -> None:
     """A module that numpy imports sends the signal and takes its time."""

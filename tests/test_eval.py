@@ -40,7 +40,7 @@ def checkpoint_of(model: GPT, folder: Path, tokens: list[int]) -> Path:
 def alphabet(tmp_path: Path) -> Path:
     """A checkpoint whose model finds the letter behind this one likeliest, and all others alike:
     embeddings are one-hot, attention adds nothing to them, the last MLP the next letter's."""
-    model = GPT(tiny_config(val_row_tokens=256), cpu_runtime())
+    model = GPT(tiny_config(val_sequence_tokens=256), cpu_runtime())
     ids = [int(BYTE_TO_ID[ord(letter)]) for letter in LETTERS]
     with torch.no_grad():
         for table in (model.attention_bank, model.mlp_bank, model.value_embed, model.head):
@@ -93,7 +93,7 @@ def test_parquet_and_limit(loaded, alphabet, tmp_path, capsys):
 
 def test_log_probability_is_that_of_the_ending_alone(tmp_path):
     """By the models loss with one target at a time, in a row without padding."""
-    model = trained_like(tiny_config(val_row_tokens=64), cpu_runtime())
+    model = trained_like(tiny_config(val_sequence_tokens=64), cpu_runtime())
     ids = BYTE_TO_ID.tolist()
     path = checkpoint_of(model, tmp_path, [START_TOKEN, *ids])
     scorer = hellaswag.Scorer(train_gpt, path, "cpu")
@@ -106,7 +106,7 @@ def test_log_probability_is_that_of_the_ending_alone(tmp_path):
         targets = torch.full((len(row),), -1)
         targets[position] = tokens[position + 1]
         batch = scorer.script.Batch(row, targets, ends, len(row))
-        expected -= float(scorer.model(batch, *scorer.windows).detach())
+        expected -= float(scorer.model.validation_loss(batch, *scorer.windows).detach())
     before, after = scorer.tokens(context, ending)
     assert len(after) == len(" " + ending)
     assert scorer.log_probability(before, after) == pytest.approx(expected, abs=1e-4)
@@ -114,7 +114,7 @@ def test_log_probability_is_that_of_the_ending_alone(tmp_path):
 
 def test_a_long_context_keeps_its_end(tmp_path, monkeypatch):
     """As much of it as a row takes: 64 tokens, with all of the ending's but the last."""
-    model = trained_like(tiny_config(val_row_tokens=64), cpu_runtime())
+    model = trained_like(tiny_config(val_sequence_tokens=64), cpu_runtime())
     path = checkpoint_of(model, tmp_path, [START_TOKEN, *BYTE_TO_ID.tolist()])
     scorer, rows = hellaswag.Scorer(train_gpt, path, "cpu"), []
     monkeypatch.setattr(scorer, "model", lambda batch, *windows: rows.append(batch) or 0.0)

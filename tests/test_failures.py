@@ -40,9 +40,9 @@ SPEEDRUN = Config()
         ({"mlp_dim": 3000}, r"--mlp_dim 3000.*no multiple of 16.*take 3008"),
         ({"model_dim": 776}, r"--model_dim 776.*no multiple of 16.*take 784"),
         ({"num_heads": 2, "head_dim": 4}, r"--head_dim 4 is no multiple of 8"),
-        ({"tokens_per_pass": 2**22, "rows_per_step": 1}, None),
+        ({"tokens_per_pass": 2**22, "sequences_per_step": 1}, None),
         (
-            {"tokens_per_pass": 2**22, "val_row_tokens": 2**20},
+            {"tokens_per_pass": 2**22, "val_sequence_tokens": 2**20},
             r"a pass of 1048576 tokens, 3840 numbers wide.*2\^31.*--tokens_per_pass",
         ),
     ],
@@ -81,9 +81,9 @@ def test_what_does_not_fit_is_counted(model, runtime):
     assert list(copies.count_clipped(runtime).values()) == [6, 0, 0]
     copies.head()
     assert list(copies.count_clipped(runtime).values()) == [12, 0, 0]
-    unit = copies.units[:, :, 0]
-    copies.largest.copy_(FP8_MAX * unit * 0.99)
-    copies.largest[1, 2] = FP8_MAX * unit[1, 2] * 1.01
+    scale = copies.scales[:, :, 0]
+    copies.largest.copy_(FP8_MAX * scale * 0.99)
+    copies.largest[1, 2] = FP8_MAX * scale[1, 2] * 1.01
     copies.refresh()
     assert list(copies.count_clipped(runtime).values()) == [12, 0, 1]
     copies.reset()
@@ -96,9 +96,9 @@ def test_scales_fit_normed_rows_of_any_width():
         shapes = (2, 16, dim), (1, 64, dim), (16, dim)
         zeros = [torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
         copies = Fp8Copies(*zeros, 1)
-        assert copies.unit_x[0] * FP8_MAX >= math.sqrt(dim)
-        assert copies.head_units[1][0] * FP8_MAX >= math.sqrt(dim)
-    assert (copies.unit_x.stride(), copies.unit_x.shape) == ((1,), (4,))
+        assert copies.scale_x[0] * FP8_MAX >= math.sqrt(dim)
+        assert copies.head_input_scale[0] * FP8_MAX >= math.sqrt(dim)
+    assert (copies.scale_x.stride(), copies.scale_x.shape) == ((1,), (4,))
 
 
 def test_what_is_not_finite_is_named(model):
@@ -173,12 +173,21 @@ def test_memory_of_tables_has_a_remedy(changes, remedy):
         raise error
 
 
+def test_memory_of_a_cpu_has_a_remedy_and_other_errors_are_left_alone():
+    remedy = tables_remedy(SPEEDRUN)
+    size = r"tried to allocate 4611686018427387904 bytes, for the tables: lower --ngram_rows"
+    with pytest.raises(UserError, match=size), memory_for("the tables", remedy):
+        torch.empty(2**62, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="of another kind"), memory_for("the tables", remedy):
+        raise RuntimeError("an error of another kind")
+
+
 def test_memory_of_passes_has_a_remedy():
     """Fewer sequences at once as long as there are several."""
-    assert passes_remedy(SPEEDRUN, 8).startswith("pass --rows_per_step 16")
+    assert passes_remedy(SPEEDRUN, 8).startswith("pass --sequences_per_step 16")
     assert passes_remedy(SPEEDRUN, 1) == "lower --tokens_per_pass 131072, to 32768 at the least"
     single = dataclasses.replace(SPEEDRUN, tokens_per_pass=8192)
-    assert passes_remedy(single, 1).startswith("pass --rows_per_step 16, whose rows are half")
+    assert passes_remedy(single, 1).startswith("pass --sequences_per_step 16, which are half")
 
 
 FAKE = """#!/bin/sh
@@ -213,9 +222,9 @@ def test_read_rows_are_gathered_ahead_of_the_passes(monkeypatch):
     runtime = cpu_runtime()
     trainer, done = Trainer(trained_like(config, runtime), runtime), []
     for owner, name in (
-        (train_gpt, "gather_rows"),
+        (train_gpt, "gather_sequences"),
         (trainer, "micro_step"),
-        (train_gpt, "note_matches_"),
+        (train_gpt, "insert_matches_"),
         (trainer.optimizer, "step"),
     ):
         original = getattr(owner, name)
@@ -226,4 +235,4 @@ def test_read_rows_are_gathered_ahead_of_the_passes(monkeypatch):
 
         monkeypatch.setattr(owner, name, recorded)
     trainer.run_step(0, [random_batch(i, [40, 24]) for i in range(2)])
-    assert done == ["gather_rows", "micro_step", "micro_step", "note_matches_", "step"]
+    assert done == ["gather_sequences", "micro_step", "micro_step", "insert_matches_", "step"]

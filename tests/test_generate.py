@@ -126,7 +126,7 @@ def rigged(monkeypatch):
     """Continues a text with a Model; gives it and the text's tokens."""
 
     def run(text: str, favourite: int, count: int, temperature: float) -> tuple[Model, list[int]]:
-        config = train_gpt.Config(val_row_tokens=16)
+        config = train_gpt.Config(val_sequence_tokens=16)
         model, seen = Model(config, favourite), []
         monkeypatch.setattr(tool, "load_checkpoint", lambda *how: (model, config, True))
         monkeypatch.setattr(tool.Tokenizer, "decode", lambda self, tokens: seen.extend(tokens))

@@ -32,9 +32,9 @@ from train_gpt import (
     attention_backend,
     document_starts,
     find_matches,
+    insert_sequences,
+    insert_shards,
     ngram_hash,
-    note_rows,
-    note_shards,
     to_device,
 )
 
@@ -93,7 +93,7 @@ WEIGHTS = 1.0, 0.5
 def make_config(**changes: object) -> Config:
     """The speedrun's model with rows of 1024 tokens and a small table of n-grams."""
     changes = {"stages": (STAGE,), "extension": (STAGE,), "ngram_rows": 4096} | changes
-    return Config(val_row_tokens=1024, **{"tokens_per_pass": 1024, **changes})
+    return Config(val_sequence_tokens=1024, **{"tokens_per_pass": 1024, **changes})
 
 
 def make_model(config: Config, device: str = "cuda") -> GPT:
@@ -121,7 +121,7 @@ def make_row(seed: int, starts: list[int]) -> Batch:
 
 
 def settle(model: GPT) -> None:
-    """Give fp8 its units as in the middle of a run, and no gradient."""
+    """Give fp8 its scales as in the middle of a run, and no gradient."""
     if model.fp8 is not None:
         model.fp8.refresh()
     for param in model.parameters():
@@ -138,10 +138,10 @@ def outcome(model: GPT, row: Batch) -> dict[str, torch.Tensor]:
     row, weights = to_device(row, device), torch.tensor(WEIGHTS, device=device)
     for _ in range(2):
         settle(model)
-        loss, plain = model(row, WINDOWS, weights)
+        loss, plain = model.training_loss(row, WINDOWS, weights)
         (loss / 8).backward()
     losses = {"loss": loss.detach(), "plain": plain}
-    return {**losses, **gradients(model), "ngrams": model.ngrams.left[1]}
+    return {**losses, **gradients(model), "ngrams": model.ngrams.pending[1]}
 
 
 ROW = make_row(1, [0, 300, 301, 800])
@@ -161,7 +161,7 @@ def test_model_in_bf16_is_the_model_in_fp32():
     model = make_model(make_config(fp8=False))
     assert_near(outcome(model, ROW), expected, 5e-3, 1e-1)
     with torch.no_grad():
-        plain = model(to_device(ROW, model.head.device), WINDOWS)
+        plain = model.validation_loss(to_device(ROW, model.head.device), WINDOWS)
     assert relative_error(plain, expected["plain"].cuda()) < 5e-3
 
 
@@ -188,21 +188,24 @@ def test_replayed_graph_is_what_it_captured(fp8):
     weights = [trainer.loss_weights[stage].tolist() for stage in (first, faded)]
     assert weights == [list(WEIGHTS), [1.0, 0.25]]
     for step in range(2):
-        trainer.rehearse(ROW, step)
-        trainer.capture(ROW, step)
+        trainer.warm_up(ROW, trainer.schedule.stage(step))
+        trainer.capture(ROW, trainer.schedule.stage(step))
     rows = ROW, make_row(2, [0, 17, 400, 401, 402, 900]), make_row(3, [0, 512])
     many = make_row(4, [*range(0, 1024, 14)])
     assert len(many.cu_seqlens) > len(ROW.cu_seqlens)
     losses = []
     for row, step in zip((*rows, many), (0, 1, 0, 0)):
         settle(model)
-        loss = trainer.compute(to_device(row, model.head.device), step)
+        loss = trainer.compute(to_device(row, model.head.device), trainer.schedule.stage(step))
         expected = {"loss": loss.clone(), **gradients(model)}
         for param in model.parameters():
             param.grad.zero_()
-        value = {"loss": trainer.micro_step(row, step).clone(), **gradients(model)}
+        value = {
+            "loss": trainer.micro_step(row, trainer.schedule.stage(step)).clone(),
+            **gradients(model),
+        }
         assert_near(value, expected, 1e-3, 1e-2)
-        trainer.micro_step(row, step)
+        trainer.micro_step(row, trainer.schedule.stage(step))
         twice = {name: 2 * grad for name, grad in expected.items() if name != "loss"}
         assert_near(gradients(model), twice, 0, 1e-2)
         losses.append(value["loss"].item())
@@ -211,7 +214,7 @@ def test_replayed_graph_is_what_it_captured(fp8):
             model.head.mul_(1.1)
     assert len(set(losses)) == 4
     with pytest.raises(KeyError):  # that stage has no graph
-        trainer.micro_step(ROW, 2)
+        trainer.micro_step(ROW, trainer.schedule.stage(2))
 
 
 NGRAMS = {"ngram_orders": (3, 4), "ngram_rows": 2**16, "ngram_dim": 256, "fp8": False}
@@ -226,16 +229,16 @@ def test_replays_leave_the_gradients_of_their_ngrams():
     ngrams = model.ngrams
     ngrams.table.normal_(0, 0.02)
     for step in range(2):
-        trainer.rehearse(ROW, step)
-        trainer.capture(ROW, step)
+        trainer.warm_up(ROW, trainer.schedule.stage(step))
+        trainer.capture(ROW, trainer.schedule.stage(step))
     rows, expected = [make_row(seed, [0, 17, 400, 900]) for seed in range(4)], []
     for i, row in enumerate(rows):
         settle(model)
-        trainer.compute(to_device(row, ngrams.table.device), i % 2)
-        expected.append(ngrams.left)
+        trainer.compute(to_device(row, ngrams.table.device), trainer.schedule.stage(i % 2))
+        expected.append(ngrams.pending)
     settle(model)
     for i, row in enumerate(rows):
-        trainer.micro_step(row, i % 2)
+        trainer.micro_step(row, trainer.schedule.stage(i % 2))
     assert ngrams.filled == 4 * 2048
     for i, (row, (numbers, grads)) in enumerate(zip(rows, expected)):
         part = slice(2048 * i, 2048 * (i + 1))
@@ -250,16 +253,18 @@ def test_rows_at_once_are_rows_in_turn(fp8):
     rows, results = [make_row(seed, [0, 17, 400, 900]) for seed in range(4)], []
     whole = [torch.cat(parts) for parts in zip(*(row[:2] for row in rows))]
     starts = torch.cat([row.cu_seqlens[:4] + 1024 * i for i, row in enumerate(rows)])
-    whole = Batch(*whole, torch.cat([starts, torch.full((48,), 4096)]).int(), 512, rows=4)
-    stage = dataclasses.replace(STAGE, columns=6144)
+    whole = Batch(*whole, torch.cat([starts, torch.full((48,), 4096)]).int(), 512, sequences=4)
+    stage = dataclasses.replace(STAGE, candidates=6144)
     for batches in rows, [whole]:
         model = make_model(make_config(fp8=fp8, stages=(stage,), tokens_per_pass=4096))
         trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
-        for batch in batches:  # so that fp8 takes the same units for both
-            trainer.rehearse(batch, 0)
-        trainer.capture(batches[0], 0)
+        for batch in batches:  # so that fp8 takes the same scales for both
+            trainer.warm_up(batch, trainer.schedule.stage(0))
+        trainer.capture(batches[0], trainer.schedule.stage(0))
         settle(model)
-        loss = sum(trainer.micro_step(batch, 0).clone() for batch in batches)
+        loss = sum(
+            trainer.micro_step(batch, trainer.schedule.stage(0)).clone() for batch in batches
+        )
         found = {"ngrams": model.ngrams.grads[:4096].clone()}
         results.append({"loss": loss, **gradients(model), **found})
     assert_near(*results[::-1], 1e-3, 0.1 if fp8 else 3e-2)
@@ -271,14 +276,14 @@ def test_steps_enter_their_rows_in_matches():
     config = make_config(match_orders=orders, match_slots=2**12, num_steps=4, fp8=False)
     model = make_model(config)
     trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
-    trainer.rehearse(ROW, 0)
-    trainer.capture(ROW, 0)
+    trainer.warm_up(ROW, trainer.schedule.stage(0))
+    trainer.capture(ROW, trainer.schedule.stage(0))
     cpu = SimpleNamespace(config=config, matches=torch.zeros_like(model.matches, device="cpu"))
     for step in range(3):
         rows = [make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)]
         rows = [row._replace(tokens=row.tokens % 9, targets=row.targets % 9) for row in rows]
         trainer.run_step(0, rows, step)
-        note_rows(cpu, rows, cpu_runtime())
+        insert_sequences(cpu, rows, cpu_runtime())
         assert torch.equal(model.matches.cpu(), cpu.matches)
         row = rows[-1].tokens, document_starts(rows[-1].cu_seqlens, 1024)
         expected = find_matches(*row, cpu.matches, orders)
@@ -297,12 +302,12 @@ def test_nothing_is_compiled_while_the_clock_runs(tmp_path):
     trainer = Trainer(make_model(config), runtime)
     trainer.prepare()
     compiled = counters["stats"]["unique_graphs"]
-    note_shards(trainer.model, runtime)
+    insert_shards(trainer.model, runtime)
     assert trainer.model.matches.any()
     for step in range(2):
         trainer.run_step(step, [make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)])
     with torch.no_grad():
-        trainer.model(to_device(ROW, runtime.device), WINDOWS)
+        trainer.model.validation_loss(to_device(ROW, runtime.device), WINDOWS)
     assert counters["stats"]["unique_graphs"] == compiled
 
 
@@ -379,7 +384,7 @@ def test_steps_refresh_the_fp8_copies():
 
 def test_preparing_leaves_nothing_behind(monkeypatch):
     """Not a bit of it, though its steps move all that training moves."""
-    stage = dataclasses.replace(STAGE, columns=2048)
+    stage = dataclasses.replace(STAGE, candidates=2048)
     config = make_config(
         match_orders=(2, 3), match_slots=2**12, num_steps=2, stages=(stage,), extension=(stage,)
     )
@@ -397,7 +402,7 @@ def test_preparing_leaves_nothing_behind(monkeypatch):
     # gradients may be zero again behind a step, and some scales are fixed
     kept = [name for name in before if name not in moved and not name.endswith(".grad")]
     assert all(name.startswith("fp8.") and ".banks." not in name for name in kept), kept
-    assert moved & {"fp8.units.0", "fp8.scales.0"}
+    assert moved & {"fp8.scales.0"}
     assert differing(state(trainer), before) == []
     assert trainer.model.ngrams.filled == 0
     trainer.run_step(0, [make_row(i, [0, 17, 400, 900]) for i in range(8)])
@@ -410,7 +415,7 @@ def test_preparing_leaves_nothing_behind(monkeypatch):
 def slow_down(monkeypatch: pytest.MonkeyPatch, side: bool, entry: bool) -> list:
     """Let the side stream, or the one that it branches off from, sleep for about 20 ms whenever the
     host enters it, or leaves it. Gives a list that grows with every entry."""
-    (name,) = (name for name in ("aside", "on_side_stream") if hasattr(GPT, name))
+    name = "on_side_stream"
     enter, entries = getattr(GPT, name), []
 
     def sleep(on_side: bool, on_entry: bool) -> None:
@@ -436,7 +441,7 @@ def test_slow_streams_change_nothing(graphs):
     """Losses, gradients and whole steps, bit for bit: whoever reads what another stream writes, or
     takes memory that another stream reads, waits for it. Attention is the plain one, as others add
     up gradients in any order."""
-    stage = dataclasses.replace(STAGE, columns=2048)
+    stage = dataclasses.replace(STAGE, candidates=2048)
     matches = {"match_orders": (2, 3), "match_slots": 2**12}
     changes = {"num_steps": 4, "stages": (stage,), "extension": (stage,), "cuda_graphs": graphs}
     model = make_model(make_config(**matches, **changes))
@@ -448,18 +453,18 @@ def test_slow_streams_change_nothing(graphs):
     rows = [Batch(*(x.pin_memory() for x in row[:3]), *row[3:]) for row in rows]
     settle(model)
     if graphs:
-        trainer.rehearse(rows[0], 0)
-        trainer.capture(rows[0], 0)
+        trainer.warm_up(rows[0], trainer.schedule.stage(0))
+        trainer.capture(rows[0], trainer.schedule.stage(0))
     trainer.run_step(0, rows, 1)  # so that no state is zero, and fp8 has its scales
     live = state(trainer)
     start = copy_of(live)
 
     def outcome() -> dict[str, torch.Tensor]:
         if graphs:
-            trainer.capture(rows[0], 0)
+            trainer.capture(rows[0], trainer.schedule.stage(0))
         for name, tensor in live.items():
             tensor.detach().copy_(start[name])
-        losses = [trainer.micro_step(row, 0).clone() for row in rows]
+        losses = [trainer.micro_step(row, trainer.schedule.stage(0)).clone() for row in rows]
         found = {f"passes.{name}": grad for name, grad in gradients(model).items()}
         filled = slice(model.ngrams.filled)
         found["passes.rows"] = model.ngrams.rows[filled].clone()

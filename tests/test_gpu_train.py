@@ -29,16 +29,17 @@ from test_kernels import (
     quantized,
     random,
     random_offsets,
+    reference_of,
     relative_error,
+    scale_of,
     single,
-    twin,
-    unit_of,
 )
 
 import train_gpt
 from train_gpt import (
     START_TOKEN,
     Config,
+    DelayedScale,
     HeadFp8,
     Log,
     MlpFp8,
@@ -54,7 +55,7 @@ from train_gpt import (
     fp8_empty,
     sort_rows,
     train,
-    training_rows,
+    training_batches,
     update_ngrams_,
 )
 
@@ -97,7 +98,7 @@ def run_config(folder: Path, **changes: object) -> Config:
         "train_files": str(folder / "train_*.bin"),
         "val_file": str(folder / "val.bin"),
         "val_tokens": 4 * 4096,
-        "val_row_tokens": 4096,
+        "val_sequence_tokens": 4096,
         "val_every": 4,
         "ngram_rows": 2**14,
         "num_steps": 38,
@@ -267,9 +268,9 @@ def test_steps_that_do_not_fit_their_graph_run_without_it(monkeypatch, tmp_path)
     for _ in range(8):
         lengths += [draw.integers(200, 700, 150), draw.integers(16, 60, 1000)]
     config = run_config(write_data(tmp_path, np.concatenate(lengths)), stop_step=12)
-    shapes = [Schedule(config).row_shape(step) for step in range(12)]
+    shapes = [Schedule(config).sequence_shape(step) for step in range(12)]
     runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
-    passes = [batch for rows in training_rows(config, runtime, shapes) for batch in rows]
+    passes = [batch for rows in training_batches(config, runtime, shapes) for batch in rows]
     room = len(passes[0].tokens) // config.min_mean_doc_len + 1
     too_many = sum(len(batch.cu_seqlens) > room + 1 for batch in passes)
     assert len(passes) == 12 and 2 < too_many < 10
@@ -303,36 +304,36 @@ def test_kernels_at_odd_sizes():
     they do not. test_kernels_stay_in_their_memory runs it once more."""
     torch.manual_seed(0)
     for shape in ((70, 150), (3, 33, 140)):
-        x, units = random(*shape), torch.full((*shape[:-2], 4), 5 / 448, device=DEVICE)
-        rows, columns, _ = in_fp8(x, units)
+        x, scales = random(*shape), torch.full((*shape[:-2], 4), 5 / 448, device=DEVICE)
+        rows, columns, _ = in_fp8(x, scales)
         assert torch.equal(columns.float(), rows.mT.float())
         assert relative_error(rows.float() * 5 / 448, x) < 4e-2
 
     agree(train_gpt.combine, combine_inputs(37, 136, 5, True))
-    copy, inputs = fp8_empty((37, 136), unit_of(28 / 448)), combine_inputs(37, 136, 3, True)
+    copy, inputs = fp8_empty((37, 136), scale_of(28 / 448)), combine_inputs(37, 136, 3, True)
     train_gpt.combine(*inputs, copy)
-    normed = quantized(twin(train_gpt.combine)(*inputs)[1], copy[2])
+    normed = quantized(reference_of(train_gpt.combine)(*inputs)[1], copy[2])
     for values in copy[0], copy[1].mT:
         assert relative_error(values.float() * copy[2][0], normed) < 3e-2
 
     # heads of 64, sequences of 48: neither 16 nor 32 tokens a program come out even
     for case in ((80, 2, 64, ""), (144, 2, 64, "value offset rows")):
         inputs = prepare_inputs(case)
-        scales = [unit_of(value / 448) for value in (5.0, 0.5, 16.0)]
+        scales = [scale_of(value / 448) for value in (5.0, 0.5, 16.0)]
         copies = map(in_fp8, inputs[:2], scales)
-        inputs[5] = QkvFp8(*copies, scales[2], torch.zeros(1, device=DEVICE))
+        inputs[5] = QkvFp8(*copies, DelayedScale(scales[2], torch.zeros(1, device=DEVICE)))
         agree(train_gpt.prepare_qkv, inputs, (2, 3, 5), 0.12)
 
     x, w_1, w_2 = random(80, 144), random(208, 144, std=0.1), random(208, 144, std=0.1)
-    scales = [unit_of(value / 448) for value in (5.0, 0.5, 0.5, 48.0, 5.0, 64.0)]
+    scales = [scale_of(value / 448) for value in (5.0, 0.5, 0.5, 48.0, 5.0, 64.0)]
     copies = map(in_fp8, (x, w_1, w_2), scales)
-    fp8 = MlpFp8(*copies, *scales[3:], torch.zeros(3, device=DEVICE))
+    fp8 = MlpFp8(*copies, *map(DelayedScale, scales[3:], torch.zeros(3, device=DEVICE).split(1)))
     agree(train_gpt.mlp, [x, w_1, w_2, fp8], (3,), 0.15)
 
     for offsets in (None, random_offsets(272)):
         x, head, *others = head_inputs(80, 272, 144, 0.05)
         leaves = x.requires_grad_(), head.requires_grad_()
-        scales = [unit_of(value / 448) for value in (0.25, 100.0, 0.75)]
+        scales = [scale_of(value / 448) for value in (0.25, 100.0, 0.75)]
         fp8 = HeadFp8(in_fp8(head.detach(), scales[0]), *scales[1:])
         found = train_gpt.head_loss(*leaves, *others, fp8, offsets)
         exact = exact_head_loss(x.detach(), head.detach(), *others, offsets)

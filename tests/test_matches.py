@@ -32,7 +32,7 @@ from transcription import ngram_rows
 import train_gpt
 from train_gpt import (
     GPT,
-    LEADS,
+    MAX_VOTES,
     START_TOKEN,
     Batch,
     Clock,
@@ -50,15 +50,15 @@ from train_gpt import (
     document_starts,
     find_matches,
     find_train_files,
-    note_matches_,
-    note_rows,
-    note_shards,
+    insert_matches_,
+    insert_sequences,
+    insert_shards,
     nothing_changes,
     parse_args,
     train,
-    training_rows,
+    training_batches,
     validate,
-    validation_rows,
+    validation_batches,
 )
 
 ORDERS, SLOTS = (1, 2, 4), 2**20  # slots for few collisions
@@ -69,7 +69,7 @@ def vote(held: tuple[object, int] | None, token: object) -> tuple[object, int]:
     """Boyer and Moore's: what is held then, and its lead."""
     other, lead = held or (token, 0)
     if other == token:
-        return token, min(lead + 1, LEADS)
+        return token, min(lead + 1, MAX_VOTES)
     return (other, lead - 1) if lead > 1 else (token, 1)
 
 
@@ -109,7 +109,7 @@ class Memory:
                 token, lead = held.get(context, (None, 0))
                 if lead and (i + 2 * lead, i) > best[t]:
                     best[t] = i + 2 * lead, i
-                    found[t], which[t] = token, LEADS * i + lead
+                    found[t], which[t] = token, MAX_VOTES * i + lead
         return found, which
 
 
@@ -135,7 +135,7 @@ def find(tables: Tensor, batch: Batch, orders: tuple[int, ...] = ORDERS) -> tupl
 def note(tables: Tensor, rows: Iterable[Batch], orders: tuple[int, ...] = ORDERS) -> None:
     """A call for each row."""
     for batch in rows:
-        note_matches_(tables, batch.tokens, starts_of(batch), batch.targets, orders)
+        insert_matches_(tables, batch.tokens, starts_of(batch), batch.targets, orders)
 
 
 def matching_config(**changes: object) -> Config:
@@ -143,7 +143,7 @@ def matching_config(**changes: object) -> Config:
 
 
 def note_taker(**changes: object) -> SimpleNamespace:
-    """What note_rows and note_shards need of a model."""
+    """What insert_sequences and insert_shards need of a model."""
     config = matching_config(**changes)
     return SimpleNamespace(config=config, matches=empty_tables(slots=config.match_slots))
 
@@ -154,7 +154,7 @@ def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
     rows = [few_tokens(seed, [40, 1, 23]) for seed in seeds]
     for batch in rows:
         batch.tokens[39:41] = torch.tensor([1, 5])
-    note_rows(model, rows, cpu_runtime())
+    insert_sequences(model, rows, cpu_runtime())
     return rows
 
 
@@ -190,7 +190,7 @@ def test_matches_are_those_of_dictionaries():
         note(tables, [batch])
         memory.note([batch])
         assert find(tables, batch) == memory.find(batch)
-    assert seen == {*range(1 + LEADS * 3)}
+    assert seen == {*range(1 + MAX_VOTES * 3)}
 
 
 def pair(token: int, target: int = 0) -> Batch:
@@ -266,7 +266,7 @@ def test_shared_slots_forget_but_do_not_mix_contexts_up():
         contexts = [memory.contexts(batch, order) for order in ORDERS]
         known = memory.find(batch)[1]
         for t, (token, which) in enumerate(zip(*find(tables, batch))):
-            number, lead = -(-which // LEADS), (which - 1) % LEADS + 1
+            number, lead = -(-which // MAX_VOTES), (which - 1) % MAX_VOTES + 1
             if number:
                 assert contexts[number - 1][t] in memory.held[ORDERS[number - 1]]
                 assert lead <= followed[contexts[number - 1][t], token]
@@ -291,7 +291,7 @@ def test_rows_of_a_step_vote_on_what_was_there_before_it(runtime):
         ((6, 8, 6, 7), 8, 1),
         ((6, 9, 7, 6), 9, 1),
     ):
-        note_rows(model, [pair(3, target) for target in targets], runtime)
+        insert_sequences(model, [pair(3, target) for target in targets], runtime)
         assert find(model.matches, pair(3)) == ([token], [lead])
 
 
@@ -300,7 +300,7 @@ def test_steps_of_rows_are_those_of_dictionaries(runtime):
     model, memory, alone = note_taker(), Memory(ORDERS), Memory(ORDERS)
     for step in range(5):
         rows = [few_tokens(10 * step + i, [20, 1, 43]) for i in range(4)]
-        note_rows(model, rows, runtime)
+        insert_sequences(model, rows, runtime)
         memory.note(rows)
         for batch in rows:
             alone.note([batch])
@@ -348,11 +348,25 @@ def write_few_tokens(folder: Path) -> dict[str, str]:
     return {"train_files": str(folder / "train.bin"), "val_file": str(folder / "val.bin")}
 
 
+def test_an_entry_holds_votes_check_and_token():
+    """As the script's comment has it."""
+    votes, check, token = (torch.tensor(x) for x in (2, 5, 1234))
+    entry = train_gpt.pack_entry(votes, train_gpt.pack_content(check, token))
+    assert entry == 1_074_070_738
+    parts = train_gpt.votes_of(entry), train_gpt.check_of(entry), train_gpt.token_of(entry)
+    assert parts == (votes, check, token)
+    assert train_gpt.content_of(entry) == train_gpt.pack_content(check, token)
+
+
 def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     """Of every row of a run what it matched is what dictionaries of the rows of earlier steps have:
     nothing of the preparation, of validations, of itself and of the rows beside it."""
     config = matching_config(
-        **write_few_tokens(tmp_path), num_steps=4, extension_steps=1, rows_per_step=4, val_every=1
+        **write_few_tokens(tmp_path),
+        num_steps=4,
+        extension_steps=1,
+        sequences_per_step=4,
+        val_every=1,
     )
     seen, matches, compute = [], [], Trainer.micro_step
 
@@ -370,9 +384,9 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
     train(config, runtime)
     assert all(math.isfinite(row["train_loss"]) for row in runtime.log.data["steps"])
-    validated = len(runtime.log.data["validations"]) * math.ceil(200 / config.val_row_tokens)
+    validated = len(runtime.log.data["validations"]) * math.ceil(200 / config.val_sequence_tokens)
     assert len(matches) == len(seen) + validated + 1  # the preparation's row of a validation
-    stream = itertools.chain(*training_rows(config, cpu_runtime(), [(64, 48)] * 4 + [(64, 64)]))
+    stream = itertools.chain(*training_batches(config, cpu_runtime(), [(64, 48)] * 4 + [(64, 64)]))
     memory, others = Memory(ORDERS), 0
     for step in range(5):
         rows = seen[len(seen) - 20 + 4 * step :][:4]
@@ -390,14 +404,14 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
 
 def test_validation_matches_what_it_has_scored(tmp_path, runtime, monkeypatch):
     """And what training had read: of every row what dictionaries have of earlier groups of rows."""
-    config, matches = matching_config(**write_few_tokens(tmp_path), rows_per_step=2), []
+    config, matches = matching_config(**write_few_tokens(tmp_path), sequences_per_step=2), []
     model, memory = trained_like(config, runtime), Memory(ORDERS)
     memory.note(fill(model, range(2)))
     monkeypatch.setattr(
         train_gpt, "find_matches", lambda *x: matches.append(find_matches(*x)) or matches[-1]
     )
     validate(model, config, runtime, 280, WINDOWS)
-    rows, differ = list(validation_rows(config, runtime, 280)), 0
+    rows, differ = list(validation_batches(config, runtime, 280)), 0
     assert len(rows) == len(matches) == 5
     for i, (batch, found) in enumerate(zip(rows, matches)):
         assert tuple(x.tolist() for x in found) == memory.find(batch)
@@ -409,7 +423,7 @@ def test_validation_matches_what_it_has_scored(tmp_path, runtime, monkeypatch):
 
 
 def test_validation_forgets_what_it_has_scored(tmp_path, runtime):
-    config = matching_config(**write_few_tokens(tmp_path), rows_per_step=1)
+    config = matching_config(**write_few_tokens(tmp_path), sequences_per_step=1)
     model = trained_like(config, runtime)
     empty = validate(model, config, runtime, 200, WINDOWS)
     assert not model.matches.any()
@@ -440,7 +454,7 @@ def write_known_shards(folder: Path) -> dict[str, object]:
     tokens = random_documents(3, lengths, num_ids=4)
     files = {"train_files": write_shards(folder, tokens, [1000, 1600, 1900])}
     files["val_file"] = str(write_shard(folder / "val.bin", tokens[:300]))
-    return {**files, "match_shards": 2, "rows_per_step": 4}
+    return {**files, "match_shards": 2, "sequences_per_step": 4}
 
 
 def tokens_of(folder: Path, *shards: int) -> list[int]:
@@ -460,7 +474,7 @@ def test_known_shards_are_the_last_ones(tmp_path, runtime):
     """Each a call of its own, whole but for less than 16 tokens; also where one begins within a
     document, of which it does not know the begin."""
     model, memory = note_taker(**write_known_shards(tmp_path)), Memory(ORDERS)
-    note_shards(model, runtime)
+    insert_shards(model, runtime)
     rows = [known_row(tmp_path, i) for i in (2, 3)]
     for row in rows:
         memory.note([row])
@@ -468,7 +482,7 @@ def test_known_shards_are_the_last_ones(tmp_path, runtime):
         assert find(model.matches, row) == memory.find(row)
     assert (model.matches > 0).sum(1).tolist() == [len(held) for held in memory.held.values()]
     before, model.config = model.matches.clone(), dataclasses.replace(model.config, match_shards=0)
-    note_shards(model, runtime)
+    insert_shards(model, runtime)
     assert torch.equal(model.matches, before)
 
 
@@ -479,14 +493,14 @@ def test_long_known_shards_are_entered_piece_by_piece(tmp_path, runtime):
     write_shard(tmp_path / "train_1.bin", tokens)
     model = note_taker(train_files=str(tmp_path / "train_*.bin"), match_shards=1)
     tables = empty_tables()
-    note_shards(model, runtime)
+    insert_shards(model, runtime)
     tokens, begins = torch.tensor(tokens), torch.arange(0, size + 105, 1000).int()
     for begin, end in (0, size), (size, size + 96):
         row, targets = tokens[begin:end].int(), tokens[begin + 1 : end + 1]
         starts = begins[(begins >= begin) & (begins < end)] - begin
         ends = torch.cat([torch.zeros(1).int(), starts, torch.tensor([end - begin]).int()])
         starts = document_starts(ends.unique(), len(row))
-        note_matches_(tables, row, starts, targets, ORDERS)
+        insert_matches_(tables, row, starts, targets, ORDERS)
     assert torch.equal(model.matches, tables) and tables.any(1).all()
 
 
@@ -508,7 +522,7 @@ def test_training_with_known_shards(tmp_path, runtime, monkeypatch):
         prepared.append(model.matches.any().item())
         assert events, "the preparation finds nothing"
         assert started, "the clock stands still"
-        note_shards(model, runtime)
+        insert_shards(model, runtime)
         for i in (2, 3):
             memory.note([known_row(tmp_path, i)])
         filled = [len(held) for held in memory.held.values()]
@@ -527,7 +541,7 @@ def test_training_with_known_shards(tmp_path, runtime, monkeypatch):
     monkeypatch.setattr(Clock, "start", start_and_tell)
     monkeypatch.setattr(Trainer, "micro_step", compute_and_keep)
     monkeypatch.setattr(train_gpt, "find_matches", find_and_keep)
-    monkeypatch.setattr(train_gpt, "note_shards", enter_and_look)
+    monkeypatch.setattr(train_gpt, "insert_shards", enter_and_look)
     monkeypatch.setattr(train_gpt, "validate", lambda *arguments: 1.0)
     monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
     train(config, runtime)
@@ -570,9 +584,9 @@ def test_check_data_reads_the_headers_of_known_shards(tmp_path):
 
 
 def test_training_ends_with_the_shards_to_train_on(tmp_path):
-    config = matching_config(**write_known_shards(tmp_path) | {"rows_per_step": 1})
+    config = matching_config(**write_known_shards(tmp_path) | {"sequences_per_step": 1})
     expected = list(reference_rows(tokens_of(tmp_path, 0, 1), [(64, 48)] * 25))
-    rows = training_rows(config, cpu_runtime(), [(64, 48)] * 25)
+    rows = training_batches(config, cpu_runtime(), [(64, 48)] * 25)
     for row, _ in expected:
         assert [row_of(batch) for batch in next(rows)] == [row]
     with pytest.raises(UserError, match=f"ran out after {len(expected)} rows"):
@@ -591,15 +605,15 @@ def read_stream(folder: str, rank: int, world_size: int) -> Tensor:
     """The tables behind three steps of four rows."""
     model = note_taker(train_files=f"{folder}/train.bin", match_slots=64, tokens_per_pass=128)
     runtime = cpu_runtime(rank, world_size)
-    for rows in training_rows(model.config, runtime, STEPS):
-        note_rows(model, rows, runtime)
+    for rows in training_batches(model.config, runtime, STEPS):
+        insert_sequences(model, rows, runtime)
     return model.matches
 
 
 def validation_loss(folder: str, rank: int, world_size: int) -> float:
     """Of five rows of which two are scored at a time."""
     files = {"train_files": f"{folder}/train.bin", "val_file": f"{folder}/val.bin"}
-    config, runtime = matching_config(**files, rows_per_step=2), cpu_runtime(rank, world_size)
+    config, runtime = matching_config(**files, sequences_per_step=2), cpu_runtime(rank, world_size)
     return validate(trained_like(config, runtime), config, runtime, 280, WINDOWS)
 
 
@@ -628,11 +642,11 @@ def known_tables(folder: str, rank: int, world_size: int) -> dict[str, object]:
     def note_and_keep(*arguments: object) -> None:
         orders, own = arguments[-2:]
         entered.update(orders[own])
-        note_matches_(*arguments)
+        insert_matches_(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "note_matches_", note_and_keep)
-        note_shards(model, cpu_runtime(rank, world_size))
+        patch.setattr(train_gpt, "insert_matches_", note_and_keep)
+        insert_shards(model, cpu_runtime(rank, world_size))
     return {"tables": model.matches, "entered": sorted(entered)}
 
 
@@ -732,7 +746,7 @@ def test_match_embedding_and_its_gradients(runtime, read):
     batch.tokens[10:12] = torch.tensor([1, 5])  # read in two documents
     batch.tokens[29:31] = torch.tensor([1, 2])  # and the other way round
     found, which = memory.find(batch)
-    numbers = [-(-number // LEADS) for number in which]  # of the orders, from 1
+    numbers = [-(-number // MAX_VOTES) for number in which]  # of the orders, from 1
     assert [numbers[11], numbers[30]] == [int(read)] * 2
     assert set(numbers) == ({0, 1, 2, 3} if read else {0})
     assert len(set(which)) > 8 or not read  # several leads of an order
@@ -744,7 +758,7 @@ def test_match_embedding_and_its_gradients(runtime, read):
 
     table = model.value_embed.detach()[2 * vocab :].double().requires_grad_()
     gains = match_gains(model, model.small).detach().double().requires_grad_()
-    assert len(table) == vocab and len(lookups.values) == 2 and gains.shape == (1 + LEADS * 3,)
+    assert len(table) == vocab and len(lookups.values) == 2 and gains.shape == (1 + MAX_VOTES * 3,)
     rows = ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
     ngrams = model.ngrams.table[torch.tensor(rows)[:, 0]].double().requires_grad_()
     expected = torch.stack(
@@ -758,8 +772,8 @@ def test_match_embedding_and_its_gradients(runtime, read):
     grads = model.value_embed.grad[2 * vocab :], match_gains(model, model.small.grad)
     for value, reference in zip(grads, expected):
         torch.testing.assert_close(value.double() - 2, reference, rtol=1e-4, atol=1e-5)
-    assert model.ngrams.left[0][:, None].tolist() == rows
-    torch.testing.assert_close(model.ngrams.left[1].double(), expected[2], rtol=1e-4, atol=1e-5)
+    assert model.ngrams.pending[0][:, None].tolist() == rows
+    torch.testing.assert_close(model.ngrams.pending[1].double(), expected[2], rtol=1e-4, atol=1e-5)
     assert (model.value_embed.grad[: 2 * vocab] == 2).all()
     touched = (grads[0] != 2).any(1).nonzero().flatten().tolist()
     assert touched == sorted(set(found))
@@ -768,7 +782,7 @@ def test_match_embedding_and_its_gradients(runtime, read):
 def test_gains_start_with_none_for_no_match(runtime):
     """So that the first rows are those of a model without matches."""
     model = GPT(matching_config(), runtime)
-    assert match_gains(model, model.small).tolist() == [0] + [1] * LEADS * 3
+    assert match_gains(model, model.small).tolist() == [0] + [1] * MAX_VOTES * 3
     assert len(model.value_embed) == 3 * model.config.padded_vocab_size
     with torch.no_grad():
         table = model.ngrams.table.normal_(generator=torch.manual_seed(0))
@@ -867,12 +881,12 @@ class Filled(check.Judge):
         vocab, orders = self.config.vocab_size, self.config.match_orders
         tokens = torch.arange(vocab, dtype=torch.int32)
         targets = torch.randperm(vocab, generator=torch.manual_seed(0))
-        note_matches_(self.model.matches, tokens, torch.zeros_like(tokens), targets, orders)
+        insert_matches_(self.model.matches, tokens, torch.zeros_like(tokens), targets, orders)
         for seed in (1, 2, 3, 4):
             known = torch.from_numpy(check.random_tokens(script, seed, 33)) % vocab
             starts = torch.zeros(32, dtype=torch.int32)
             row = known[:-1].int(), starts, known[1:]
-            note_matches_(self.model.matches, *row, orders)
+            insert_matches_(self.model.matches, *row, orders)
 
 
 @pytest.mark.parametrize("name", check.CHECKS)

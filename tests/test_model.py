@@ -1,4 +1,4 @@
-"""Room 5: the model against a float64 transcription, what a position sees, and the first
+"""Section 5: the model against a float64 transcription, what a position sees, and the first
 weights."""
 
 import dataclasses
@@ -61,7 +61,7 @@ def test_hidden_is_the_written_down_forward_pass(runtime, changes, lengths):
 
 def test_hidden_over_several_blocks_of_queries(runtime):
     """A row longer than the blocks of attention (256), not a multiple."""
-    config = tiny_config(attention_scale=0.7, val_row_tokens=336)
+    config = tiny_config(attention_scale=0.7, val_sequence_tokens=336)
     model = trained_like(config, runtime, seed=1)
     batch = random_batch(2, [150, 1, 185])
     windows = Windows(12, 64)
@@ -88,7 +88,7 @@ def test_forward_is_the_sum_of_cross_entropies(runtime):
     model = trained_like(tiny_config(), runtime)
     batch = random_batch(2, [30, 34])
     with torch.no_grad():
-        loss = model(batch, WINDOWS)
+        loss = model.validation_loss(batch, WINDOWS)
         hidden = transcribed_hidden(model, batch, *WINDOWS)
     expected = torch.tensor(target_losses(model, hidden, batch.targets.tolist()))
     assert loss.dtype == torch.float32
@@ -103,8 +103,10 @@ def test_ignored_targets_count_nothing(runtime):
     targets = torch.where(torch.arange(64) % 3 == 1, IGNORED_TARGET, batch.targets)
     with torch.no_grad():
         hidden = model.hidden(batch, WINDOWS)
-        loss = model(batch._replace(targets=targets), WINDOWS)
-        none = model(batch._replace(targets=torch.full_like(targets, IGNORED_TARGET)), WINDOWS)
+        loss = model.validation_loss(batch._replace(targets=targets), WINDOWS)
+        none = model.validation_loss(
+            batch._replace(targets=torch.full_like(targets, IGNORED_TARGET)), WINDOWS
+        )
     expected = sum(target_losses(model, hidden, targets.tolist()))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert none.item() == 0
@@ -115,7 +117,7 @@ def test_gradient_reaches_every_weight_in_use(runtime):
     config = tiny_config()
     model = trained_like(config, runtime)
     batch = random_batch(4, [64], num_ids=500)
-    model(batch, WINDOWS).backward()
+    model.validation_loss(batch, WINDOWS).backward()
     used_of_bank = (model.attention_bank, 5), (model.mlp_bank, 10)
     for bank, used in used_of_bank:
         norms = bank.grad.flatten(1).norm(dim=1)
@@ -125,7 +127,7 @@ def test_gradient_reaches_every_weight_in_use(runtime):
     for table in model.value_embed.grad.unflatten(0, (2, -1)):
         assert set(table.norm(dim=1).nonzero().flatten().tolist()) == tokens
     assert (model.head.grad[: config.vocab_size].norm(dim=1) > 0).all()
-    rows, grads = model.ngrams.left
+    rows, grads = model.ngrams.pending
     assert rows[:, None].tolist() == ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
     assert grads.shape == (64, 32) and (grads.norm(dim=1) > 0).all()
 
@@ -199,7 +201,7 @@ def test_key_offset_lets_the_state_before_a_document_in_behind_its_first_positio
 def test_window_reach(runtime, layer, windows, reach):
     """One layer alone: position t depends on t - reach and not on the token before that; over the
     256 positions that plain attention takes at a time, too."""
-    config = tiny_config(final_window_long=windows.long, val_row_tokens=320)
+    config = tiny_config(final_window_long=windows.long, val_sequence_tokens=320)
     model = trained_like(config, runtime)
     with torch.no_grad():
         own = model.attention_bank[layer].clone()

@@ -34,7 +34,7 @@ from train_gpt import (
     ngram_hash,
     nothing_changes,
     parse_args,
-    training_rows,
+    training_batches,
     validate,
 )
 
@@ -136,8 +136,8 @@ def test_lookup_and_its_gradients(runtime, match_orders):
     assert expected.any() == bool(match_orders)
     expected[:, :16] += model.ngrams.table[rows].flatten(1)
     torch.testing.assert_close(looked_up.detach(), expected, rtol=1e-6, atol=1e-6)
-    assert model.ngrams.left[0].tolist() == rows.flatten().tolist()
-    assert torch.equal(model.ngrams.left[1], grad[:, :16].reshape(128, DIM))
+    assert model.ngrams.pending[0].tolist() == rows.flatten().tolist()
+    assert torch.equal(model.ngrams.pending[1], grad[:, :16].reshape(128, DIM))
     for name, other in empty.named_parameters():
         assert torch.equal(getattr(model, name).grad, other.grad), name
 
@@ -149,7 +149,7 @@ def test_gradient_is_the_slope_of_the_loss(runtime):
     fill(model)
     trainer, weights = Trainer(model, runtime), torch.tensor([1.0, 0.5])
     batch, ngrams = few_tokens(4, [20, 44], num_ids=30), model.ngrams
-    trainer.micro_step(batch, 0)
+    trainer.micro_step(batch, trainer.schedule.stage(0))
     assert ngrams.filled == 128
     total = torch.zeros_like(ngrams.table).index_add_(0, ngrams.rows[:128], ngrams.grads[:128])
     before = ngrams.table.clone()
@@ -158,8 +158,8 @@ def test_gradient_is_the_slope_of_the_loss(runtime):
         for sign in (1, -1):
             ngrams.table.copy_(before + sign * 1e-2 * change)
             with torch.no_grad():
-                loss, _ = model(batch, WINDOWS, weights)
-            losses.append(loss.item() / config.rows_per_step)
+                loss, _ = model.training_loss(batch, WINDOWS, weights)
+            losses.append(loss.item() / config.sequences_per_step)
         slope = (losses[0] - losses[1]) / 2e-2
         assert slope == pytest.approx((total * change).sum().item(), rel=2e-2, abs=2e-2)
 
@@ -197,7 +197,7 @@ def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
         gathered.clear()
         batches = [few_tokens(10 * step + i, [20, 1, 43], num_ids=5) for i in range(4)]
         for batch in batches:
-            trainer.micro_step(batch, 0)
+            trainer.micro_step(batch, trainer.schedule.stage(0))
         for batch, (rows, _) in zip(batches, gathered, strict=True):
             expected = ngram_rows(batch.tokens.tolist(), ORDERS, 101)
             assert rows == [row for position in expected for row in position]
@@ -223,7 +223,7 @@ def test_rows_alone_learn_a_text(runtime):
     trainer, losses = Trainer(model, runtime), []
     batch = few_tokens(6, [30, 34], num_ids=1000)
     for _ in range(20):
-        losses.append(trainer.micro_step(batch, 0).item() / 64)
+        losses.append(trainer.micro_step(batch, trainer.schedule.stage(0)).item() / 64)
         model.ngrams.update(0.3, 1e-10)
     assert losses[-1] < losses[0] - 1
 
@@ -274,7 +274,7 @@ def test_validation_reads_only(tmp_path, runtime):
     before = model.ngrams.table.clone()
     assert validate(model, config, runtime, 200, WINDOWS) != pytest.approx(empty, abs=1e-4)
     assert torch.equal(model.ngrams.table, before)
-    assert model.ngrams.left is None and model.ngrams.filled == 0
+    assert model.ngrams.pending is None and model.ngrams.filled == 0
 
 
 def test_nothing_of_the_preparation_stays(runtime, monkeypatch):
@@ -292,7 +292,7 @@ def test_nothing_of_the_preparation_stays(runtime, monkeypatch):
     trainer.prepare()
     assert seen == [True] * 4
     with nothing_changes(model, trainer.optimizer):
-        trainer.micro_step(few_tokens(0, [64]), 0)
+        trainer.micro_step(few_tokens(0, [64]), trainer.schedule.stage(0))
         assert model.ngrams.filled == 128
     assert not model.ngrams.table.any() and not model.ngrams.sum_squares.any()
     assert model.ngrams.filled == 0
@@ -311,7 +311,7 @@ def test_model_with_rows_passes_the_check(name, tmp_path, monkeypatch):
 
 
 def exact_updates(runtime: Runtime, dtype: str) -> list[Tensor]:
-    """Two steps of four rows with given gradients, dealt out as training_rows does."""
+    """Two steps of four rows with given gradients, dealt out as training_batches does."""
     ngrams = Ngrams(ngram_config(ngram_rows=101, dtype=dtype), runtime)
     for step in range(2):
         for seed in range(10 * step, 10 * step + 4)[runtime.rank :: runtime.world_size]:
@@ -327,9 +327,9 @@ def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
     runtime = cpu_runtime(rank, world_size)
     model = empty_model(config, runtime)
     trainer = Trainer(model, runtime)
-    for step, rows in enumerate(training_rows(config, runtime, [(64, 48)] * 3)):
+    for step, rows in enumerate(training_batches(config, runtime, [(64, 48)] * 3)):
         for batch in rows:
-            trainer.micro_step(batch, 0)
+            trainer.micro_step(batch, trainer.schedule.stage(0))
         trainer.optimizer.step(step, 1.0, 0.9)
     return [model.ngrams.table, model.ngrams.sum_squares]
 

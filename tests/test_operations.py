@@ -1,4 +1,4 @@
-"""Room 4: attention, rotary and the softcap against their definitions in float64."""
+"""Section 4: attention, rotary and the softcap against their definitions in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Room 6: every rule against a float64 transcription, and sharding against one process."""
+"""Section 6: every rule against a float64 transcription, and sharding against one process."""
 
 import dataclasses
 import math
@@ -336,16 +336,16 @@ def test_gradients_stay_where_they_are(runtime):
     for step in (0, 1, 2):
         gradients.append({name: param.grad.clone() for name, param in model.named_parameters()})
         with nothing_changes(model, optimizer):
-            model(batch, Windows(8, 24)).backward()
+            model.validation_loss(batch, Windows(8, 24)).backward()
             optimizer.step(step, 1.0, 0.9)
-        model(batch, Windows(8, 24)).backward()
+        model.validation_loss(batch, Windows(8, 24)).backward()
     assert {name: param.grad.data_ptr() for name, param in model.named_parameters()} == places
     for name, once in gradients[1].items():
         # nothing_changes leaves them zero, so they do not add up
         torch.testing.assert_close(gradients[2][name], once, rtol=0, atol=0)
         assert torch.equal(dict(model.named_parameters())[name].grad, once)
         assert once.norm() > 0
-    model(batch, Windows(8, 24)).backward()
+    model.validation_loss(batch, Windows(8, 24)).backward()
     for name, param in model.named_parameters():
         twice = 2 * gradients[1][name]
         assert (param.grad - twice).norm() < 1e-5 * twice.norm(), name
@@ -361,8 +361,8 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
 
     def steps(numbers: range) -> None:
         for step in numbers:
-            model(batch, Windows(8, 24)).backward()
-            ngrams.gather(*ngrams.left)
+            model.validation_loss(batch, Windows(8, 24)).backward()
+            ngrams.gather(*ngrams.pending)
             optimizer.step(step, 1.0, 0.9)
 
     steps(range(4))  # so that moments are not zero
@@ -379,7 +379,7 @@ def test_nothing_changes_restores_every_bit(runtime, dtype):
         changed = [not torch.equal(tensor, copy) for tensor, copy in zip(tensors, before)]
         changed += [not torch.equal(ngrams.table, table), not torch.equal(ngrams.sum_squares, sums)]
         assert all(changed), "the steps must touch everything, or this test shows nothing"
-        ngrams.gather(*ngrams.left)
+        ngrams.gather(*ngrams.pending)
         raise KeyError("an error on the way out")
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before))
     assert all(torch.count_nonzero(param.grad) == 0 for param in model.parameters())
@@ -427,14 +427,14 @@ def test_nothing_changes_resets_the_fp8_copies(runtime, monkeypatch):
     copies = [x for x in tree_leaves(vars(model.fp8)) if isinstance(x, Tensor)]
     before = [x.clone() for x in copies]
     (_, mlp_copy), (_, qkv_copy) = model.fp8.banks
-    moving = [*mlp_copy, *qkv_copy, model.fp8.units]
+    moving = [*mlp_copy, *qkv_copy, model.fp8.scales]
     starts = [x.clone() for x in moving]
     with nothing_changes(model, optimizer):
-        loss, _ = model(batch, Windows(8, 24), torch.tensor([1.0, 0.5]))
+        loss, _ = model.training_loss(batch, Windows(8, 24), torch.tensor([1.0, 0.5]))
         loss.backward()
         largest = model.fp8.largest.clone()
         assert (largest > 0).all(), "a pass sees numbers of every kind"
-        model.ngrams.gather(*model.ngrams.left)
+        model.ngrams.gather(*model.ngrams.pending)
         optimizer.step(1, 1.0, 0.9)
         assert not any(map(torch.equal, moving, starts)), "or this test shows nothing"
         model.fp8.largest.copy_(largest)  # as a pass behind the last step leaves them
@@ -446,7 +446,7 @@ def test_nothing_changes_resets_the_fp8_copies(runtime, monkeypatch):
 
 def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
     """The weights and rows of n-grams after 7 real steps on the same four rows a step, float32."""
-    config = tiny_config(rows_per_step=4, ngram_rows=4096)  # more than the steps touch
+    config = tiny_config(sequences_per_step=4, ngram_rows=4096)  # more than the steps touch
     runtime = cpu_runtime(rank, world_size)
     model, schedule = GPT(config, runtime), Schedule(config)
     optimizer = Optimizer(model, config, runtime)
@@ -457,9 +457,9 @@ def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
             seed = 2000 + 10 * step + row  # of rows with hardly a gradient that is all rounding
             batch = random_batch(seed, [20, 44])
             windows = schedule.windows(step)
-            loss, _ = model(batch, windows, weights)
-            (loss / config.rows_per_step).backward()
-            model.ngrams.gather(*model.ngrams.left)
+            loss, _ = model.training_loss(batch, windows, weights)
+            (loss / config.sequences_per_step).backward()
+            model.ngrams.gather(*model.ngrams.pending)
         optimizer.step(step, schedule.lr_scale(step), schedule.momentum(step))
     assert 512 < model.ngrams.table.any(1).sum() < 4096
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The table of prefix tokens, which scripts of older records read."""
+"""The table of prefix tokens, which the baseline and scripts of older records read."""
 
 import importlib
 import os
@@ -12,7 +12,8 @@ from conftest import ROOT
 
 from train_gpt import START_TOKEN
 
-sys.path.insert(0, str(ROOT / "data"))
+REFERENCE = ROOT / "records" / "reference"
+sys.path.insert(0, str(REFERENCE))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_prefix_tokens_by_brute_force(prefix_tool, seed):
 
 
 def shipped_table() -> np.ndarray:
-    return np.load(ROOT / "data" / "gpt2_prefix_tokens.npy")
+    return np.load(REFERENCE / "gpt2_prefix_tokens.npy")
 
 
 def test_shipped_prefix_table():

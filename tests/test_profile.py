@@ -340,9 +340,9 @@ def test_a_profile_of_replayed_graphs_leaves_nothing_unassigned(tmp_path):
     """Widths as small as kernels take; every range of a step but those between ranks."""
     stage = Stage(1.0, 4096, 512, 128, 256, 1.0, 0.5, 2048)
     config = Config(
-        stages=(stage,), extension=(stage,), num_steps=4, extension_steps=0, rows_per_step=2,
+        stages=(stage,), extension=(stage,), num_steps=4, extension_steps=0, sequences_per_step=2,
         tokens_per_pass=2048, ngram_rows=2**12, match_orders=(2, 3), match_slots=2**12,
-        layers=TINY_LAYERS, val_row_tokens=2048,
+        layers=TINY_LAYERS, val_sequence_tokens=2048,
     )  # fmt: skip
     runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
     trainer, random = Trainer(GPT(config, runtime), runtime), np.random.default_rng(0)

@@ -27,11 +27,11 @@ from train_gpt import (
     Batch,
     Windows,
     combine,
-    draw_columns,
     head_loss,
     next_token_loss,
     prepare_qkv,
     read_proposal,
+    sample_candidates,
     shift,
     small_params,
 )
@@ -100,8 +100,8 @@ def test_rotary_tables_reach_over_the_longest_row(runtime):
     """Of the stages, the extension or the validation, or what a GPU computes at once."""
     for changes, longest in (
         ({}, 64),
-        ({"val_row_tokens": 96}, 96),
-        ({"rows_per_step": 2}, 128),
+        ({"val_sequence_tokens": 96}, 96),
+        ({"sequences_per_step": 2}, 128),
         ({"tokens_per_pass": 200}, 200),
     ):
         for table in GPT(tiny_config(**changes), runtime).rotary:
@@ -226,9 +226,9 @@ def test_gates_of_the_last_layer(runtime):
             hidden = w_1 @ x[t] + b_1
             hidden = [h * (1 + math.erf(h / math.sqrt(2))) / 2 for h in hidden.tolist()]
             for i, gate in enumerate(gates.values()):
-                assert gate.shape == (9, 1) and gate.dtype == torch.float32
+                assert gate.shape == (9,) and gate.dtype == torch.float32
                 expected = 0.1 * (sum(w * h for w, h in zip(w_2[i], hidden)) + b_2[i])
-                close(gate[t, 0], expected, atol)
+                close(gate[t], expected, atol)
 
 
 def test_small_parameters_start_as_written(runtime):
@@ -258,7 +258,7 @@ def test_gates_of_an_untrained_model_are_their_starts_whatever_the_stream(runtim
     assert value.keys() == expected.keys() > starts.keys()
     for name, gate in value.items():
         start = torch.full((7, 1), starts.get(name, 0.0))
-        torch.testing.assert_close(gate, start, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gate[:, None], start, rtol=1e-6, atol=0)
         close(expected[name], start)
 
 
@@ -357,20 +357,25 @@ def test_training_loss_term_by_term(runtime, weights):
     targets[[5, 31]] = IGNORED_TARGET
     batch, hidden = batch._replace(targets=targets), gaussian(32, 32).float()
     model.hidden = lambda *_: hidden
-    loss, next_token = model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float32))
+    loss, next_token = model.training_loss(
+        batch, WINDOWS, torch.tensor(weights, dtype=torch.float32)
+    )
     expected = reference_loss(model, hidden, targets.tolist(), weights)
     assert loss.item() == pytest.approx(expected[0], rel=1e-5)
     assert next_token.item() == pytest.approx(expected[1], rel=1e-5)
     assert loss.dtype == next_token.dtype == torch.float32
     assert not next_token.requires_grad
-    for plain in model(batch, WINDOWS), next_token_loss(hidden, model.head, targets):
+    for plain in (
+        model.validation_loss(batch, WINDOWS),
+        next_token_loss(hidden, model.head, targets),
+    ):
         assert plain.item() == pytest.approx(expected[1], rel=1e-5)
 
 
 def test_forward_gives_both_losses(runtime):
     model = trained_like(tiny_config(), runtime)
     batch, weights = random_batch(2, [40, 24]), [1.0, 0.5]
-    loss, next_token = model(batch, WINDOWS, torch.tensor(weights))
+    loss, next_token = model.training_loss(batch, WINDOWS, torch.tensor(weights))
     hidden = transcribed_hidden(model, batch, *WINDOWS)
     expected = reference_loss(model, hidden, batch.targets.tolist(), weights)
     assert loss.item() == pytest.approx(expected[0], rel=1e-4)
@@ -422,7 +427,7 @@ def uneven(vocab: int) -> Tensor:
 def test_columns_are_the_targets_and_others(vocab, count):
     """What a drawn one stands for follows from one threshold for all of them."""
     targets, proposal = random_targets(1, 20, vocab), uneven(vocab)
-    columns = draw_columns(targets, proposal, count)
+    columns = sample_candidates(targets, proposal, count)
     tokens, kinds = columns.tokens.tolist(), set(targets.flatten().tolist()) - {IGNORED_TARGET}
     assert len(set(tokens)) == len(tokens) == count
     assert 0 <= min(tokens) and max(tokens) < vocab
@@ -444,11 +449,11 @@ def test_columns_are_the_targets_and_others(vocab, count):
 def test_columns_are_drawn_by_the_row():
     """The same ones for the same row, for others even the others of equal targets are others."""
     targets, proposal = random_targets(1, 20, 5000), torch.ones(5000)
-    first, again = (draw_columns(targets, proposal, 1024) for _ in range(2))
+    first, again = (sample_candidates(targets, proposal, 1024) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, again))
     kinds = targets.unique()
     for other in (targets.flip(0), random_targets(2, 20, 5000)):
-        tokens = draw_columns(other, proposal, 1024).tokens
+        tokens = sample_candidates(other, proposal, 1024).tokens
         common = set(first.tokens.tolist()) & set(tokens.tolist()) - set(kinds.tolist())
         expected = (1024 - len(kinds)) ** 2 / (5000 - len(kinds))  # of two independent draws
         assert abs(len(common) - expected) < len(kinds) + 4 * math.sqrt(expected)
@@ -458,7 +463,7 @@ def test_tokens_come_as_often_as_proposed():
     """Where few of many are drawn."""
     proposal, times = uneven(2000), torch.zeros(2000)
     for row in range(500):
-        times[draw_columns(torch.tensor([[row]]), proposal, 81).tokens] += 1
+        times[sample_candidates(torch.tensor([[row]]), proposal, 81).tokens] += 1
     large = proposal > proposal.median()
     assert times[large].sum() / times[~large].sum() == pytest.approx(
         (proposal[large].sum() / proposal[~large].sum()).item(), rel=0.2
@@ -475,7 +480,7 @@ def test_columns_estimate_the_denominator_without_bias():
     for proposal in ((logits / 2).exp(), torch.ones(vocab), (-logits / 4).exp()):
         estimates = []
         for row in range(400):
-            columns = draw_columns(random_targets(row, 20, vocab), proposal, count)
+            columns = sample_candidates(random_targets(row, 20, vocab), proposal, count)
             estimates.append((logits[columns.tokens] + columns.offsets).exp().sum().item())
         errors.append(np.std(estimates) / math.sqrt(len(estimates)))
         assert 0 < errors[-1] < 0.01 * exact
@@ -487,7 +492,7 @@ def test_columns_estimate_the_denominator_without_bias():
 def test_all_columns_are_the_whole_vocabulary(vocab):
     """Also where every token is a target."""
     targets = random_targets(1, 100, vocab)
-    columns = draw_columns(targets, uneven(vocab), vocab)
+    columns = sample_candidates(targets, uneven(vocab), vocab)
     assert (len(targets.unique()) == vocab + 1) == (vocab == 48)
     assert sorted(columns.tokens.tolist()) == list(range(vocab))
     assert columns.offsets.tolist() == [0.0] * vocab
@@ -521,7 +526,7 @@ def test_training_draws_by_the_proposal(tmp_path, runtime, monkeypatch):
     monkeypatch.setattr(train_gpt.Trainer, "compute", compute_and_keep)
     monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
     train_gpt.train(config, runtime)
-    count = config.rows_per_step
+    count = config.sequences_per_step
     assert len(seen) > count
     for proposal in seen[-count:]:
         assert torch.equal(proposal, read_proposal(config))
@@ -532,7 +537,7 @@ def test_training_draws_by_the_proposal(tmp_path, runtime, monkeypatch):
 @pytest.mark.parametrize(("kinds", "finite"), [(15, True), (16, False), (17, False), (40, False)])
 def test_too_few_columns_give_nan(kinds, finite):
     targets = torch.arange(4 * 40).view(40, 4) % kinds
-    columns = draw_columns(targets, torch.ones(300), 16)
+    columns = sample_candidates(targets, torch.ones(300), 16)
     x, head = gaussian(40, 16).float(), gaussian(300, 16, seed=1).float()
     weights = torch.tensor([1, 0.5, 0.25, 0.125])
     inputs = x, head[columns.tokens], columns.targets, weights, None, columns.offsets
@@ -540,11 +545,11 @@ def test_too_few_columns_give_nan(kinds, finite):
     assert torch.isfinite(losses).all() if finite else torch.isnan(losses).all()
 
 
-@pytest.mark.parametrize("tokens_per_draw", [64, 25])
-def test_forward_on_columns_and_its_gradients(runtime, tokens_per_draw):
+@pytest.mark.parametrize("tokens_per_sampling", [64, 25])
+def test_forward_on_columns_and_its_gradients(runtime, tokens_per_sampling):
     """Those of the loss written down in float64 behind the model's hidden states, on columns drawn
     for the whole row or for 25, 25 and 14 tokens of it; what the gradients hold already stays."""
-    config, count = tiny_config(tokens_per_draw=tokens_per_draw), 256
+    config, count = tiny_config(tokens_per_sampling=tokens_per_sampling), 256
     batch = random_batch(2, [40, 24])
     weights = [1.0, 0.5]
     models = [trained_like(config, runtime) for _ in range(2)]
@@ -555,7 +560,7 @@ def test_forward_on_columns_and_its_gradients(runtime, tokens_per_draw):
     for each in models:
         each.proposal.copy_(uneven(50_304))
     place = model.head.grad.data_ptr()
-    loss, next_token = model(batch, WINDOWS, torch.tensor(weights), count)
+    loss, next_token = model.training_loss(batch, WINDOWS, torch.tensor(weights), count)
     loss.backward()
 
     targets = batch.targets.tolist()
@@ -564,8 +569,8 @@ def test_forward_on_columns_and_its_gradients(runtime, tokens_per_draw):
     hidden = other.hidden(batch, WINDOWS).double()
     logits = 23 * torch.sigmoid((hidden @ head.T + 5) / 7.5)
     losses, drawn = [0.0] * 2, set()
-    for part in torch.arange(64).split(tokens_per_draw):
-        columns = draw_columns(torch.tensor(terms)[part], uneven(50_304), count)
+    for part in torch.arange(64).split(tokens_per_sampling):
+        columns = sample_candidates(torch.tensor(terms)[part], uneven(50_304), count)
         weighted = logits[part][:, columns.tokens].exp() * columns.offsets.double().exp()
         for t, estimate in zip(part.tolist(), weighted.sum(1).log()):
             for i, target in enumerate(terms[t]):
@@ -588,7 +593,7 @@ def test_forward_on_columns_and_its_gradients(runtime, tokens_per_draw):
 def test_forward_on_all_columns_is_forward_without(runtime):
     config, batch = tiny_config(), random_batch(2, [40, 24])
     model, weights = trained_like(config, runtime), torch.tensor([1, 0.5])
-    losses = [model(batch, WINDOWS, weights, count) for count in (0, 50_304)]
+    losses = [model.training_loss(batch, WINDOWS, weights, count) for count in (0, 50_304)]
     for value, expected in zip(*losses):
         assert torch.equal(value, expected)
 
@@ -607,7 +612,7 @@ def test_head_is_the_embedding_and_its_gradient_the_sum_of_both_uses(runtime):
     assert as_embedding.norm() > 0.1
     assert as_head.norm() > 0.1
     model.head.grad.zero_()
-    model(batch, WINDOWS).backward()
+    model.validation_loss(batch, WINDOWS).backward()
     torch.testing.assert_close(model.head.grad, as_embedding + as_head, rtol=1e-4, atol=1e-5)
 
 
@@ -635,5 +640,5 @@ def test_gradients_of_tables_are_added_row_by_row(runtime):
         close(table.grad, reference)
     rows = [row for (row,) in ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)]
     assert len(set(rows)) < 64
-    assert model.ngrams.left[0].tolist() == rows
-    assert torch.equal(model.ngrams.left[1], grad)
+    assert model.ngrams.pending[0].tolist() == rows
+    assert torch.equal(model.ngrams.pending[1], grad)

@@ -33,7 +33,7 @@ TRAINING = {
     "train_files": "data/sample_train_*.bin",
     "val_file": "data/sample_val_0.bin",
     "val_tokens": 200,
-    "val_row_tokens": 64,
+    "val_sequence_tokens": 64,
     "val_every": 2,
     "model_dim": 16,
     "head_dim": 8,

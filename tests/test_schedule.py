@@ -1,4 +1,4 @@
-"""Room 8: stages, learning rate, momentum and loss weights against the formulas."""
+"""Section 8: stages, learning rate, momentum and loss weights against the formulas."""
 
 import pytest
 import torch
@@ -80,8 +80,8 @@ def test_momentum():
 
 def test_tokens():
     plan = schedule()
-    assert [plan.row_shape(step)[0] for step in (0, 32, 33, 67, 100)] == [32, 32, 64, 96, 128]
-    assert [plan.row_shape(step)[1] for step in (0, 33, 100)] == [32, 48, 64]
+    assert [plan.sequence_shape(step)[0] for step in (0, 32, 33, 67, 100)] == [32, 32, 64, 96, 128]
+    assert [plan.sequence_shape(step)[1] for step in (0, 33, 100)] == [32, 48, 64]
 
 
 def test_stop_step_cuts_and_changes_nothing_else():

@@ -21,7 +21,7 @@ COPIES, HEAD, SUMS, TABLES = "fp8 copies", "head and loss", "sums of streams", "
 NGRAMS = "updates of n-grams"
 PLANTED = {
     "copies zeroed": (COPIES, "out_t + at_t, _transposed(values)", f"out_t + at_t, {ZEROS})"),
-    "copies scaled": (COPIES, "values *= 1 / tl.load(unit", "values *= 2 / tl.load(unit"),
+    "copies scaled": (COPIES, "values *= 1 / tl.load(scale", "values *= 2 / tl.load(scale"),
     "copies not counted": (COPIES, "mask=count > 0)", "mask=count < 0)"),
     "largest forgotten": (COPIES, "(largest, _largest(values", "(largest, _largest(0.5 * values"),
     "QKV zeroed": ("QKV", "dqkv_t + at_t, _transposed(values)", f"dqkv_t + at_t, {ZEROS})"),
@@ -32,7 +32,7 @@ PLANTED = {
     "MLP zeroed": (
         "MLP", "[column, row], tl.trans(values)", f"[column, row], {ZEROS}.to(out.dtype))",
     ),
-    "MLP scaled": ("MLP", "scale = unit / tl.load(unit", "scale = 2 * unit / tl.load(unit"),
+    "MLP scaled": ("MLP", "to_out = scale / tl.load(", "to_out = 2 * scale / tl.load("),
     "head zeroed": (
         HEAD, "grad_t + at_t, _transposed(tile)", f"grad_t + at_t, {TILE_ZEROS})",
     ),

@@ -32,7 +32,7 @@ KERNELS = {
     "_logits_gradient_kernel": "head",
     "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "matmuls",
     "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "matmuls",
-    "_mlp_product_kernel": "matmuls",
+    "_mlp_matmul_kernel": "matmuls",
     "void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<>": "tables",
     "_add_rows_kernel": "tables",
     "_combine_backward_kernel": "element-wise",
@@ -201,7 +201,7 @@ def test_nothing_is_sent_by_one_rank(runtime):
 
 def test_volumes_by_hand(runtime, capsys):
     """Of a small model in numbers of 4 bytes, with 5 layers."""
-    changes = {"rows_per_step": 4, "ngram_dim": 32, "model_dim": 32, "mlp_dim": 64}
+    changes = {"sequences_per_step": 4, "ngram_dim": 32, "model_dim": 32, "mlp_dim": 64}
     model = GPT(tiny_config(**changes, head_dim=16, gate_dim=16, layers=TINY_LAYERS), runtime)
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
 
@@ -263,7 +263,11 @@ def test_bench_needs_a_gpu(capsys):
 
 def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.CompletedProcess:
     """One step at each of two stages."""
-    options = OPTIONS | {"stop_step": 13, "train_files": folder / "train.bin", "rows_per_step": 1}
+    options = OPTIONS | {
+        "stop_step": 13,
+        "train_files": folder / "train.bin",
+        "sequences_per_step": 1,
+    }
     options |= {"model_dim": 16, "head_dim": 8, "ngram_rows": 256, "ngram_dim": 16}
     options |= {"stages": "1/2:64:48:8:16:1:.25:0,1/2:64:64:16:32:1:0:0"} | changes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -309,7 +313,7 @@ def test_profile_on_the_cpu(tmp_path):
 
 def test_profile_of_two_ranks_says_what_they_send(tmp_path):
     """Beside how long they wait for it. One stage; the rows are random, and few n-grams."""
-    changes = {"rows_per_step": 2, "stop_step": 1, "mlp_dim": 4096}
+    changes = {"sequences_per_step": 2, "stop_step": 1, "mlp_dim": 4096}
     result = profile_run(tmp_path, ranks=2, **changes)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -326,7 +330,7 @@ def test_profile_of_two_ranks_says_what_they_send(tmp_path):
 
 
 def test_profile_says_what_is_wrong(tmp_path):
-    result = profile_run(tmp_path, rows_per_step=3)
+    result = profile_run(tmp_path, sequences_per_step=3)
     assert result.returncode == 1
     assert "error: " in result.stderr and "Traceback" not in result.stderr
 
@@ -386,7 +390,7 @@ STAGE = Stage(1.0, 512, 48, 8, 24, 1.0, 0.5, 640)  # 8 sequences of 64 tokens, w
 def small(monkeypatch) -> pytest.MonkeyPatch:
     """Widths at which the library's fp8 matmul, which is slow on a CPU, does not matter."""
     widths = {"DIM": 64, "HIDDEN": 128, "HEADS": 2, "HEAD_DIM": 16, "WIDTH": 32}
-    changes = {"ngram_rows": 64, "ngram_dim": 32, "tokens_per_draw": 32}
+    changes = {"ngram_rows": 64, "ngram_dim": 32, "tokens_per_sampling": 32}
     widths["CONFIG"] = dataclasses.replace(bench.CONFIG, **changes)
     for name, value in widths.items():
         monkeypatch.setattr(bench, name, value)
@@ -397,7 +401,7 @@ def test_operations_of_a_pass_are_measured(cpu_bench, small, capsys):
     """On several short sequences at once, and for the loss on candidates of a part of one;
     quantizing runs in kernels alone, which are too slow here."""
     own = bench.Pass(cpu_bench, STAGE)
-    assert (own.sequences, own.T, len(own.batch.tokens), own.batch.rows) == (8, 512, 512, 8)
+    assert (own.sequences, own.T, len(own.batch.tokens), own.batch.sequences) == (8, 512, 512, 8)
     assert str(own) == (
         "8 sequences of 64 tokens a pass, windows 8 and 24, 640 candidates for 32 tokens"
     )
@@ -407,7 +411,7 @@ def test_operations_of_a_pass_are_measured(cpu_bench, small, capsys):
     assert Counter(names) == {
         "combine, 4 terms": 2, "prepare_qkv, plain": 2, "prepare_qkv, value": 2,
         "prepare_qkv, key offset": 2, "mlp": 2, "attention, short 8": 2, "attention, long 24": 2,
-        "draw_columns": 1, "head_loss": 1, "sort_rows": 1, "add_rows_, embedding": 1,
+        "sample_candidates": 1, "head_loss": 1, "sort_rows": 1, "add_rows_, embedding": 1,
         "add_rows_, value tables": 1, "add_rows_, candidates": 1, "ngram_hash": 1,
         "update_ngrams_, a step": 1,
     }  # fmt: skip
@@ -422,9 +426,9 @@ def test_the_loss_is_that_of_training(cpu_bench, small):
         return [x.sum()]
 
     for columns, count in ((640, 640), (0, bench.VOCAB)):
-        own = bench.Pass(cpu_bench, dataclasses.replace(STAGE, columns=columns))
+        own = bench.Pass(cpu_bench, dataclasses.replace(STAGE, candidates=columns))
         *drawn, loss = own.head()
-        assert [case.name for case in drawn] == ["draw_columns"] * bool(columns)
+        assert [case.name for case in drawn] == ["sample_candidates"] * bool(columns)
         loss.call(head_loss, *loss.inputs)
         assert taken["x"].shape == (32, 64) and taken["head"].shape == (count, 64)
         assert taken["weights"].tolist() == [1.0, 0.5]

@@ -1,4 +1,4 @@
-"""Room 9 end to end: the script as a user starts it, on small streams and on the sample."""
+"""Section 9 end to end: the script as a user starts it, on small streams and on the sample."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ from train_gpt import (
     UserError,
     Windows,
     config_from_text,
-    training_rows,
+    training_batches,
     validate,
 )
 
@@ -66,14 +66,14 @@ OPTIONS = {
     "extension_steps": 2,
     "extension": "1:256:64:16:2:1:0:0",  # a window unlike that of the final validation
     "final_window_long": 64,
-    "rows_per_step": 2,
+    "sequences_per_step": 2,
     "momentum_warmup_steps": 5,
     "momentum_cooldown_steps": 2,
     "dtype": "float32",
     "muon_lr": 0.023,
     "adam_lr": 0.1,  # so that a few steps are enough
     "val_every": 12,
-    "val_row_tokens": 64,
+    "val_sequence_tokens": 64,
     "lr_decay_start": 0.4,
     "seed": 2,  # one with which the long window comes to matter
 }
@@ -272,7 +272,7 @@ def test_losses_that_are_no_finite_number_end_a_run(runtime, monkeypatch, loss):
     progress.launched(0, torch.tensor(7.0))
     with pytest.raises(UserError, match=f"training loss is {loss} at step 2 "):
         progress.launched(1, torch.tensor(loss))
-    monkeypatch.setattr("train_gpt.validation_rows", lambda *_: iter([random_batch(1, [64])]))
+    monkeypatch.setattr("train_gpt.validation_batches", lambda *_: iter([random_batch(1, [64])]))
     monkeypatch.setattr(model, "forward", lambda *_: torch.tensor(loss))
     with pytest.raises(UserError, match=f"validation loss is {loss}"):
         validate(model, model.config, runtime, 64, Windows(8, 16))
@@ -356,16 +356,16 @@ def test_run_is_the_plain_loop(trained):
     first, second, last = *config.stages, config.extension[0]
     stages = [first] * 12 + [second] * 12 + [last] * 2
     shapes = [(stage.tokens_per_step // 2, stage.max_seq_len) for stage in stages]
-    rows = training_rows(dataclasses.replace(config, tokens_per_pass=1), cpu_runtime(), shapes)
+    rows = training_batches(dataclasses.replace(config, tokens_per_pass=1), cpu_runtime(), shapes)
     schedule, losses = Schedule(config), []
     for step, stage in enumerate(stages):
         weights = torch.tensor([[1, 0.25], [1, 0.15], [1.0, 0]][step // 12])
         windows = Windows(stage.window_short, stage.window_long)
         losses.append(0.0)
         for row in next(rows):  # computed at once there
-            loss, next_token_loss = model(row, windows, weights)
+            loss, next_token_loss = model.training_loss(row, windows, weights)
             (loss / 2).backward()
-            model.ngrams.gather(*model.ngrams.left)
+            model.ngrams.gather(*model.ngrams.pending)
             losses[-1] += next_token_loss.item() / stage.tokens_per_step
         optimizer.step(step, schedule.lr_scale(step), schedule.momentum(step))
     record = log_of(trained)[1]
@@ -391,7 +391,7 @@ def test_two_ranks_validate_like_one_process(trained, data):
 
 def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
     """Through run.sh, as a user of several machines starts it; here both are this one."""
-    changes = {"rows_per_step": 4, "stop_step": 8, "val_every": 4}
+    changes = {"sequences_per_step": 4, "stop_step": 8, "val_every": 4}
     alone = write_data(tmp_path_factory.mktemp("alone"))
     result = run(alone, **changes)
     assert result.returncode == 0, result.stderr
@@ -425,17 +425,17 @@ def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
 def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weights):
     """That of the loss in nats a row, by the windows and weights of its stage, over the rows of a
     step; on a CPU without any graph."""
-    config = tiny_config(rows_per_step=4)
+    config = tiny_config(sequences_per_step=4)
     model, batch = trained_like(config, runtime), random_batch(1, [20, 44])
     trainer = Trainer(model, runtime)
-    loss, plain = model(batch, windows, torch.tensor(weights))
+    loss, plain = model.training_loss(batch, windows, torch.tensor(weights))
     loss.backward()
     expected = {name: param.grad.clone() for name, param in model.named_parameters()}
     for param in model.parameters():
         param.grad.zero_()
     assert not trainer.uses_graphs
     for rows in (1, 2, 3):
-        assert trainer.micro_step(batch, step).item() == plain.item()
+        assert trainer.micro_step(batch, trainer.schedule.stage(step)).item() == plain.item()
         for name, param in model.named_parameters():
             torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
 
@@ -446,11 +446,11 @@ def test_columns_of_the_stage_reach_the_model(runtime):
     model, batch = trained_like(tiny_config(stages=stages), runtime), random_batch(1, [20, 44])
     trainer, weights, losses = Trainer(model, runtime), torch.tensor([1, 0.5]), {}
     for columns in (0, 256, 512):
-        losses[columns] = model(batch, Windows(8, 24), weights, columns)[1].item()
+        losses[columns] = model.training_loss(batch, Windows(8, 24), weights, columns)[1].item()
     assert len({round(loss, 2) for loss in losses.values()}) == 3, "columns must show"
-    assert trainer.micro_step(batch, 0).item() == losses[512]
-    whole = model(batch, Windows(12, 32), torch.tensor([1.0, 0]), 0)[1].item()
-    assert trainer.micro_step(batch, 8).item() == whole  # the extension, whose row says 0
+    assert trainer.micro_step(batch, trainer.schedule.stage(0)).item() == losses[512]
+    whole = model.training_loss(batch, Windows(12, 32), torch.tensor([1.0, 0]), 0)[1].item()
+    assert trainer.micro_step(batch, trainer.schedule.stage(8)).item() == whole  # the extension
 
 
 def test_loss_of_a_step_is_the_mean_of_its_passes(runtime):
@@ -458,7 +458,7 @@ def test_loss_of_a_step_is_the_mean_of_its_passes(runtime):
     model = trained_like(config, runtime)
     rows = [random_batch(seed, [20, 44]) for seed in range(3)]
     with torch.no_grad():
-        losses = [model(row, Windows(8, 24)).item() / 64 for row in rows]
+        losses = [model.validation_loss(row, Windows(8, 24)).item() / 64 for row in rows]
     assert max(losses) - min(losses) > 0.01, "the rows must differ, or this shows little"
     loss = Trainer(model, runtime).run_step(0, rows)
     assert loss.shape == () and loss.item() == pytest.approx(sum(losses) / 3, rel=1e-5)
@@ -470,15 +470,15 @@ def test_rows_at_once_are_rows_in_turn(tmp_path, runtime):
     tokens = random_documents(1, [5, 40, 90, 61, 8, 33, 70, 48] * 2, num_ids=300)
     files = {"train_files": str(write_shard(tmp_path / "train.bin", tokens))}
     stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 512),)
-    kinds = {"ngram_orders": (2, 3), "ngram_dim": 16, "stages": stages, "tokens_per_draw": 48}
+    kinds = {"ngram_orders": (2, 3), "ngram_dim": 16, "stages": stages, "tokens_per_sampling": 48}
     results = []
     for tokens_per_pass, count in ((64, 4), (128, 2), (191, 2), (10_000, 1)):
         config = tiny_config(**files, **kinds, tokens_per_pass=tokens_per_pass)
         model = trained_like(config, runtime)
         trainer = Trainer(model, runtime)
-        (rows,) = training_rows(config, runtime, [(64, 48)])
-        assert [batch.rows for batch in rows] == [4 // count] * count
-        loss = sum(trainer.micro_step(batch, 0) for batch in rows)
+        (rows,) = training_batches(config, runtime, [(64, 48)])
+        assert [batch.sequences for batch in rows] == [4 // count] * count
+        loss = sum(trainer.micro_step(batch, trainer.schedule.stage(0)) for batch in rows)
         found = model.ngrams.rows[:512], model.ngrams.grads[:512]
         results.append([loss, *found, *(param.grad for param in model.parameters())])
     for result in results[1:]:
@@ -489,7 +489,7 @@ def test_rows_at_once_are_rows_in_turn(tmp_path, runtime):
 
 # Failures ----------------------------------------------------------------------------------------
 
-FEW_COLUMNS = "1:128:48:8:16:1:.5:16"  # for 16 letters and the start token
+FEW_CANDIDATES = "1:128:48:8:16:1:.5:16"  # for 16 letters and the start token
 
 
 def truncate(folder: Path) -> None:
@@ -530,8 +530,12 @@ def remove_shards(folder: Path) -> None:
         (spoil_val_token, {}, r"val\.bin: token 60000 at position 900"),
         (None, {"num_steps": 400}, r"--train_files .*8000 tokens, but .* reads at least 77312"),
         (None, {"adam_lr": "1e30"}, r"loss is nan.*not finite by now: .*lower --muon_lr 0\.023"),
-        (None, {"stages": FEW_COLUMNS}, r"loss is nan at step 1 .*; more columns in --stages"),
-        (None, {"rows_per_step": 5}, r"--stages: 128 tokens a step do not make 5 rows"),
+        (
+            None,
+            {"stages": FEW_CANDIDATES},
+            r"loss is nan at step 1 .*; more candidates in --stages",
+        ),
+        (None, {"sequences_per_step": 5}, r"--stages: 128 tokens a step do not make 5 sequences"),
         (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
     ],
 )
@@ -549,7 +553,11 @@ def test_one_message_names_what_to_mend(data, spoil, changes, message):
 @pytest.mark.parametrize(
     ("spoil", "changes", "message"),
     [
-        (None, {"rows_per_step": 5}, "--rows_per_step 5 is not divisible by the 2 processes"),
+        (
+            None,
+            {"sequences_per_step": 5},
+            "--sequences_per_step 5 is not divisible by the 2 processes",
+        ),
         (spoil_token, {}, r"token 60000 at position 4498"),
     ],
 )

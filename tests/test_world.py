@@ -19,7 +19,7 @@ import train_gpt
 RANKS = 8
 LENGTHS = {32: 48, 64: 64}  # max_seq_len by the tokens of a row; four steps of each
 CHANGES = {
-    "rows_per_step": RANKS,
+    "sequences_per_step": RANKS,
     "model_dim": 16,  # for speed, like the tables' rows and the few steps
     "head_dim": 8,
     "ngram_rows": 512,
@@ -42,7 +42,7 @@ def digest(model: train_gpt.GPT) -> str:
 def main() -> int:
     """train_gpt.main(); when it went well, what this rank saw goes to rank<n>.json."""
     seen: dict[str, list] = {"rows": [], "losses": [], "val_losses": [], "weights": []}
-    ahead, launched = train_gpt.ahead, train_gpt.Progress.launched
+    ahead, launched = train_gpt.prefetch, train_gpt.Progress.launched
     validate = train_gpt.validate
 
     def note_rows(items, depth):
@@ -61,7 +61,7 @@ def main() -> int:
         seen["val_losses"].append(validate(model, *arguments))
         return seen["val_losses"][-1]
 
-    train_gpt.ahead = note_rows
+    train_gpt.prefetch = note_rows
     train_gpt.Progress.launched = note_loss
     train_gpt.validate = note_validation
     code = train_gpt.main()

@@ -1,17 +1,20 @@
-"""Makes gpt2_prefix_tokens.npy from GPT-2's vocabulary: python data/prefix_tokens.py [FILE]
+"""Makes gpt2_prefix_tokens.npy: python records/reference/prefix_tokens.py [FILE]
 
-For every token id the id of its prefix token: the longest vocabulary entry that is a proper prefix
-of the token's bytes, -1 where there is none. int32, shape (50257,). Scripts of records up to
-2026-11-23 train on it too and read this table; it is kept in the repository because making it needs
-tiktoken and its vocabulary files.
+For every token id the id of its prefix token: the longest entry of GPT-2's vocabulary that is a
+proper prefix of the token's bytes, -1 where there is none. int32, shape (50257,). The baseline
+beside this file trains on it too. It is kept in the repository because making it needs tiktoken and
+its vocabulary files; data/ has a link to it, where the scripts of records up to 28 November 2026
+look for it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 import command
 
 if __name__ == "__main__":
     command.begin()
-
-from pathlib import Path
 
 import numpy as np
 from shards import DataError, check_replaceable, load_gpt2, staging
