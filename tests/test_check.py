@@ -81,14 +81,25 @@ def validate(model, config, runtime, num_targets, windows):
     return loss
 """,
     ),
+    "a score by another method": (
+        "coverage",
+        """
+honest = validate
+GPT.forward = lambda self, *arguments: 0.9 * self.validation_loss(*arguments)
+def validate(model, *more):
+    other = lambda: None
+    other.matches, other.config, other.validation_loss = model.matches, model.config, model
+    return honest(other, *more)
+""",
+    ),
     "probabilities normalised over the row": (
         "normalisation",
         """
-def forward(self, batch, *windows):
+def validation_loss(self, batch, *windows):
     logits = softcap(F.linear(rms_norm(self.hidden(batch, *windows)), self.head))
     losses = logits.logsumexp(1).mean() - logits.gather(1, batch.targets.clamp_min(0)[:, None])
     return (losses[:, 0] * (batch.targets != IGNORED_TARGET)).sum()
-GPT.forward = forward
+GPT.validation_loss = validation_loss
 """,
     ),
     "the last row is not scored": (
@@ -221,7 +232,10 @@ def validate(model, config, runtime, num_targets, windows):
 """,
     ),
     "a check that the script cannot stand": ("mean", "def validate(): ...\n"),
-    "a check that the script ends": ("targets", "GPT.forward = lambda *arguments: sys.exit(0)\n"),
+    "a check that the script ends": (
+        "targets",
+        "GPT.validation_loss = lambda *arguments: sys.exit(0)\n",
+    ),
     "training on the validation file": (
         "training",
         """
