@@ -1,4 +1,4 @@
-"""Links in the pages about records: each leads to a file, a folder or a heading that there is."""
+"""Links in the README and the pages about records: each leads to a file, a folder or a heading that there is."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-PAGES = sorted((ROOT / "records").glob("**/*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "records").glob("**/*.md"))]
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]\(([^()\s]*)\)")

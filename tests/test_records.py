@@ -678,6 +678,7 @@ def test_compare_finds_a_significant_difference(call):
         (["record", "a", "--runs", "0"], "a new record needs runs"),
         (["record", "a", "--", "test"], "'test' is none"),
         (["record", "a", "--runs", "-1"], "'-1' is no whole number from 0 to"),
+        (["record", "a", "--runs", "1_0"], "'1_0' is no whole number"),
         (["record", "a", "--runs", "abc"], "'abc' is no whole number"),
         (["reproduce", "a", "--runs", "0"], "'0' is no whole number from 1 to"),
         (["compare", "train_gpt.py", "train_gpt.py", "--runs", "0"], "'0' is no whole number"),
