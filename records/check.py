@@ -165,17 +165,23 @@ class Probe:
         self.rows, self.losses = [], []
 
     def __call__(self, row, *windows) -> Tensor:
+        if hasattr(self.model, "validation_loss"):  # what single losses are taken from
+            raise Failed("validate() does not score by the model's validation_loss")
+        return self.score(self.model, row, *windows)
+
+    def validation_loss(self, row, *windows) -> Tensor:
+        return self.score(self.model.validation_loss, row, *windows)
+
+    def score(self, loss_of_row: Callable[..., Tensor], row, *windows) -> Tensor:
         self.rows.append(row)
         if self.until is not None:  # the target of a position is the next token
             end = max(0, self.until - 1 - ROW * (len(self.rows) - 1))
             targets = row.targets.clone()
             targets[end:] = self.ignored
             row = row._replace(targets=targets)
-        loss = torch.zeros(()) if self.silent else loss_of(self.model)(row, *windows)
+        loss = torch.zeros(()) if self.silent else loss_of_row(row, *windows)
         self.losses.append(float(loss))
         return loss
-
-    validation_loss = __call__
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)

@@ -1,10 +1,12 @@
 """records/check.py on the script itself, on scripts that cheat, and on what cannot be judged. A
 cheat is a copy of the script with a few lines before its last, which wrap one of its functions."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -13,6 +15,8 @@ from test_train import environment
 
 sys.path.insert(0, str(ROOT / "records"))
 import check
+
+import train_gpt
 
 SCRIPT, TOOL = ROOT / "train_gpt.py", ROOT / "records" / "check.py"
 MAIN = '\nif __name__ == "__main__":\n'
@@ -77,14 +81,25 @@ def validate(model, config, runtime, num_targets, windows):
     return loss
 """,
     ),
+    "a score by another method": (
+        "coverage",
+        """
+honest = validate
+GPT.forward = lambda self, *arguments: 0.9 * self.validation_loss(*arguments)
+def validate(model, *more):
+    other = lambda: None
+    other.matches, other.config, other.validation_loss = model.matches, model.config, model
+    return honest(other, *more)
+""",
+    ),
     "probabilities normalised over the row": (
         "normalisation",
         """
-def forward(self, batch, *windows):
+def validation_loss(self, batch, *windows):
     logits = softcap(F.linear(rms_norm(self.hidden(batch, *windows)), self.head))
     losses = logits.logsumexp(1).mean() - logits.gather(1, batch.targets.clamp_min(0)[:, None])
     return (losses[:, 0] * (batch.targets != IGNORED_TARGET)).sum()
-GPT.forward = forward
+GPT.validation_loss = validation_loss
 """,
     ),
     "the last row is not scored": (
@@ -217,7 +232,10 @@ def validate(model, config, runtime, num_targets, windows):
 """,
     ),
     "a check that the script cannot stand": ("mean", "def validate(): ...\n"),
-    "a check that the script ends": ("targets", "GPT.forward = lambda *arguments: sys.exit(0)\n"),
+    "a check that the script ends": (
+        "targets",
+        "GPT.validation_loss = lambda *arguments: sys.exit(0)\n",
+    ),
     "training on the validation file": (
         "training",
         """
@@ -356,3 +374,13 @@ def test_what_is_no_trainer_is_told_from_one(tmp_path, capsys):
     assert error.startswith(f"error: {path}: cannot be judged, it has no PRESETS, Config, ")
     assert check.main([str(tmp_path / "gone.py")]) == 1
     assert "gone.py: no such Python script" in capsys.readouterr().err
+
+
+def test_options_go_by_the_names_that_a_script_has():
+    """Those of older records, in checkpoints, reach today's script, and the other way round."""
+    old = {"rows_per_step": 8, "val_row_tokens": 64, "tokens_per_draw": 32, "model_dim": 16}
+    new = {"sequences_per_step": 8, "val_sequence_tokens": 64, "tokens_per_sampling": 32}
+    new["model_dim"] = 16
+    older = SimpleNamespace(Config=dataclasses.make_dataclass("Config", [*old]))
+    assert check.renamed(train_gpt, old) == check.renamed(train_gpt, new) == new
+    assert check.renamed(older, old) == check.renamed(older, new) == old

@@ -589,7 +589,7 @@ def test_training_ends_with_the_shards_to_train_on(tmp_path):
     rows = training_batches(config, cpu_runtime(), [(64, 48)] * 25)
     for row, _ in expected:
         assert [row_of(batch) for batch in next(rows)] == [row]
-    with pytest.raises(UserError, match=f"ran out after {len(expected)} rows"):
+    with pytest.raises(UserError, match=f"ran out after {len(expected)} sequences"):
         next(rows)
     assert check_data(config, [(64, 48)] * 16) == 200
     with pytest.raises(UserError, match="--train_files .*: 1600 tokens, but the schedule reads at"):

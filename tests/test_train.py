@@ -273,7 +273,7 @@ def test_losses_that_are_no_finite_number_end_a_run(runtime, monkeypatch, loss):
     with pytest.raises(UserError, match=f"training loss is {loss} at step 2 "):
         progress.launched(1, torch.tensor(loss))
     monkeypatch.setattr("train_gpt.validation_batches", lambda *_: iter([random_batch(1, [64])]))
-    monkeypatch.setattr(model, "forward", lambda *_: torch.tensor(loss))
+    monkeypatch.setattr(model, "validation_loss", lambda *_: torch.tensor(loss))
     with pytest.raises(UserError, match=f"validation loss is {loss}"):
         validate(model, model.config, runtime, 64, Windows(8, 16))
 
