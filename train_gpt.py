@@ -1915,6 +1915,7 @@ def find_matches(
 
 
 @recorded("matches")
+@torch.no_grad()
 def insert_matches_(
     tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
     part: slice = slice(None),

@@ -1,4 +1,5 @@
-"""Links in the README and the pages about records: each leads to a file, a folder or a heading that there is."""
+"""Links in the README and the pages about records: each leads to a file, a folder or a heading
+that there is."""
 
 import re
 from pathlib import Path
