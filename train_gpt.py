@@ -1,7 +1,7 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
 Claim:     none on 8 x H100 and FineWeb yet. On 2 x H100 and the proxy corpus: validation loss
-           3.3721 after 580 + 10 steps, 33.5 s, three runs, 2026-11-28,
+           3.3721 after 580 + 10 steps (--preset short), 33.5 s, three runs, 2026-11-28,
            records/2026-11-28_three_runs_two_gpus.
 Launch:    ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
 Lineage:   the task, its data and most techniques are those of modded-nanogpt's speedrun (Jordan et
@@ -249,6 +249,7 @@ class Config:
 # fmt: off
 PRESETS = {
     "speedrun": Config(),
+    "short": Config(num_steps=580, extension_steps=10),  # the schedule of the claim above
     "matching": Config(
         match_orders=(2, 3, 4, 5, 6, 8, 12, 16, 24), match_shards=2,
         ngram_orders=(2, 3, 4), ngram_rows=2**23, ngram_dim=256,
@@ -285,11 +286,17 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
                 "min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim ngram_rows "
                 "ngram_dim")
     not_negative = ("extension_steps stop_step val_every momentum_cooldown_steps ngram_lr "
-                    "match_shards")
+                    "match_shards muon_lr muon_weight_decay adam_lr adam_weight_decay adam_eps "
+                    "lr_end")
     for name in positive.split():
         require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
     for name in not_negative.split():
         require(getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must not be negative")
+    for name in ("muon_beta2", "momentum_start", "momentum_peak"):
+        require(0 <= getattr(c, name) < 1, f"--{name} {getattr(c, name)} must be from 0 to below 1")
+    require(c.num_steps + c.extension_steps <= 10**6,
+            f"--num_steps {c.num_steps} and --extension_steps {c.extension_steps} are more than a "
+            "million steps: lower them")
     require(0 <= c.lr_decay_start < 1,
             f"--lr_decay_start {c.lr_decay_start} must be a share of num_steps below 1")
     require(count % world_size == 0,
@@ -624,7 +631,7 @@ def describe_environment(runtime: Runtime) -> dict:
         gpu = {"cuda": torch.version.cuda, **gpu_facts(runtime.device)}
         gpu["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return {
-        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S %z}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,

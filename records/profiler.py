@@ -17,7 +17,6 @@ import bisect
 import collections
 import dataclasses
 import functools
-import glob
 import gzip
 import itertools
 import json
@@ -435,9 +434,11 @@ def random_batch(
 def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> Iterator:
     """Batches of steps from the training files or, where there are none, random ones."""
     pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
-    if glob.glob(config.train_files):
+    try:
+        train_gpt.find_files("--train_files", config.train_files)
         return train_gpt.training_batches(config, runtime, shapes)
-    runtime.log.line(f"no file matches --train_files {config.train_files}: the text is random")
+    except train_gpt.UserError:
+        runtime.log.line(f"no file matches --train_files {config.train_files}: the text is random")
 
     def step(shape: tuple[int, int]) -> list[Batch]:
         count = config.sequences_per_pass(shape[0], runtime.world_size)
@@ -512,6 +513,7 @@ def main(arguments: list[str] | None = None) -> int:
     args, others = parser.parse_known_args(arguments)
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be positive")
+    train_gpt.open_streams()
     config = train_gpt.parse_args(others)
     config = dataclasses.replace(config, log_dir=args.out or config.log_dir, repeat_data=True)
     store = None
@@ -519,6 +521,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.volumes:
             print(volumes(config))
             return 0
+        train_gpt.end_with_launcher()
         store = train_gpt.connect()
         profile_stages(config, train_gpt.start_runtime(config, store), args.steps)
         if store is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config
 
+import train_gpt
 from train_gpt import (
     GPT,
     METAVARS,
@@ -70,6 +72,20 @@ def test_presets_survive_their_text_and_fit_together(preset):
     assert config_from_text(config_as_text(PRESETS[preset])) == PRESETS[preset]
     assert parse_args(["--preset", preset]) == PRESETS[preset]
     check_config(PRESETS[preset], 1)
+
+
+def test_short_preset_is_the_schedule_of_the_claim():
+    """Of the record that the script's first lines name, in each of its runs."""
+    folder = re.search(r"\(--preset short\).*?(records/[\w-]+)", train_gpt.__doc__, re.DOTALL)[1]
+    runs = sorted((ROOT / folder).glob("*.json"))
+    short = config_as_text(PRESETS["short"])
+    same = "num_steps extension_steps stages extension layers muon_lr adam_lr lr_end ngram_rows"
+    for run in runs:
+        recorded = json.loads(run.read_text(encoding="utf-8"))["config"]
+        assert {name: recorded[name] for name in same.split()} == {
+            name: short[name] for name in same.split()
+        }
+    assert len(runs) == 3
 
 
 def test_default_preset_follows_the_device(monkeypatch):

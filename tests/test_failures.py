@@ -40,6 +40,9 @@ SPEEDRUN = Config()
         ({"mlp_dim": 3000}, r"--mlp_dim 3000.*no multiple of 16.*take 3008"),
         ({"model_dim": 776}, r"--model_dim 776.*no multiple of 16.*take 784"),
         ({"num_heads": 2, "head_dim": 4}, r"--head_dim 4 is no multiple of 8"),
+        ({"muon_lr": -0.1}, r"--muon_lr -0.1 must not be negative"),
+        ({"momentum_peak": 1.5}, r"--momentum_peak 1.5 must be from 0 to below 1"),
+        ({"num_steps": 10**12}, r"--num_steps 1000000000000 .* a million steps"),
         ({"tokens_per_pass": 2**22, "sequences_per_step": 1}, None),
         (
             {"tokens_per_pass": 2**22, "val_sequence_tokens": 2**20},
