@@ -3244,20 +3244,18 @@ def fp8_results(name: str, copy: Fp8, reference: Tensor, limit: float = 0.1) -> 
 
 
 class SelfCheck:
-    """What every kernel of a model's training gives, and should: a method for each."""
+    """Runs every Triton kernel of a model's training, and its attention, beside the reference
+    implementation: a method for each. What torch.compile makes is compiled, not compared."""
 
     def __init__(self, model: "GPT"):
-        self.config, self.backend, self.uses_fp8 = (
-            model.config,
-            model.backend,
-            model.fp8 is not None,
-        )
+        self.config, self.backend = model.config, model.backend
+        self.uses_fp8 = model.fp8 is not None
         self.dtype, self.device = model.head.dtype, model.head.device
         self.tokens, self.dim = CHECK_SEQUENCES * CHECK_LENGTH, self.config.model_dim
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     def methods(self) -> dict[str, Callable[[], list[Result]]]:
-        """By the name of their kernels in messages."""
+        """The checks, by what messages call their kernels."""
         fp8 = "fp8 copies", "QKV", "MLP", "head and loss"
         methods = dict(zip(fp8, (self.fp8_copies, self.qkv, self.mlp, self.head)))
         return {
@@ -3279,7 +3277,7 @@ class SelfCheck:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
     def scale_for(self, largest: float | Tensor) -> Tensor:
-        """Of a matrix with this largest number, or of each in a batch, with HEADROOM."""
+        """The fp8 scale, with HEADROOM, of a matrix with this largest number, or of a batch."""
         largest = torch.as_tensor(largest, dtype=torch.float32, device=self.device)
         return (HEADROOM / FP8_MAX * largest)[..., None].repeat_interleave(4, dim=-1)
 
@@ -3678,9 +3676,11 @@ class Trainer:
             report(f"warmed up validation sequences of {config.val_sequence_tokens:,} tokens")
 
     def compile_side_by_side(self, report: Callable[[str], None]) -> None:
-        """Check the kernels, and compile them, the updates and the validation's loss, in threads
-        and, since ranks share the caches on disk, on each rank in another order."""
-        device, model = self.runtime.device, self.model
+        """Check the kernels, which compiles them, while torch compiles its functions: the updates,
+        validation's loss and the hashing. The checks have a thread each. The functions share one,
+        as torch compiles one at a time; the ranks, which share its cache on disk, begin with
+        different ones."""
+        device, model = self.model.head.device, self.model
         if not has_kernels(device):
             return
         checks = SelfCheck(model).methods() if self.config.self_check else ()
@@ -3689,41 +3689,42 @@ class Trainer:
         def check(name: str) -> None:
             problems.extend(self_check(model, name))
 
+        def update(state: ParamState) -> None:
+            self.optimizer._update(state, torch.zeros_like(state.shard), 1, *self.schedule.rates(0))
+
         def validation_loss() -> None:
             size = self.config.val_sequence_tokens
             x = torch.zeros(size, self.config.model_dim, dtype=model.head.dtype, device=device)
             next_token_loss(x, model.head, torch.zeros(size, dtype=torch.int64, device=device))
 
-        def update(state: ParamState) -> None:
-            self.optimizer._update(state, torch.zeros_like(state.shard), 1, *self.schedule.rates(0))
+        def hashing() -> None:
+            length = self.schedule.sequence_shape(0)[0]
+            tokens = torch.zeros(2 * length, dtype=torch.int32, device=device)
+            ngram_hash(tokens, model.ngrams.orders, model.ngrams.num_rows, 2)
 
-        by_torch = {f"update of {s.group.name}": (update, s) for s in self.optimizer.states}
-        by_torch["validation's loss"] = (validation_loss,)
-        length = self.schedule.sequence_shape(0)[0]
-        tokens = torch.zeros(2 * length, dtype=torch.int32, device=device)
-        hashing = model.ngrams.orders, model.ngrams.num_rows, 2
-        by_torch["hashing"] = (ngram_hash, tokens, *hashing)
-        first = self.runtime.rank % len(by_torch)
-        # torch compiles one function at a time
-        names = [*by_torch][first:] + [*by_torch][:first]
-        lanes = [[(name, by_torch[name]) for name in names]]
-        lanes += [[(f"check of {name}", (check, name))] for name in checks]
+        functions = {
+            f"update of {state.group.name}": functools.partial(update, state)
+            for state in self.optimizer.states
+        } | {"validation's loss": validation_loss, "hashing": hashing}
+        names, first = [*functions], self.runtime.rank % len(functions)
+        threads = [{name: functions[name] for name in names[first:] + names[:first]}]
+        threads += [{f"check of {name}": functools.partial(check, name)} for name in checks]
         seconds: dict[str, float] = {}
 
-        def run(lane: list[tuple[str, tuple]]) -> None:
-            torch.cuda.set_device(model.head.device)  # of this thread, as is the mode
-            for name, (function, *arguments) in lane:
-                begin = time.perf_counter()
-                with torch.set_grad_enabled(function is check):
-                    function(*arguments)
-                seconds[name] = time.perf_counter() - begin
+        def run(jobs: dict[str, Callable[[], None]]) -> None:
+            torch.cuda.set_device(device)  # a thread has its own device, and its own gradient mode
+            with torch.set_grad_enabled(jobs is not threads[0]):
+                for name, job in jobs.items():
+                    begin = time.perf_counter()
+                    job()
+                    seconds[name] = time.perf_counter() - begin
 
-        what = f"compiling {len(by_torch)} functions"
+        what = f"compiling {len(functions)} functions"
         if checks:
             what += f", compiling and checking the kernels of {', '.join(checks)}"
         self.runtime.log.line(f"{what} (the first time up to a minute)")
-        with ThreadPoolExecutor(len(lanes)) as threads:
-            list(threads.map(run, lanes))  # raises what a lane has raised
+        with ThreadPoolExecutor(len(threads)) as pool:
+            list(pool.map(run, threads))  # raises what a job has raised
         took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         self.runtime.log.line(f"side by side: {took}", screen=False)
         if problems:

@@ -113,3 +113,32 @@ def test_a_wrong_kernel_is_named(check, fault):
 def test_a_kernel_that_does_not_run_is_named(check):
     (problem,) = check(SOURCE.replace("(tl.sqrt(total) + eps)", "(tl.root(total) + eps)"), NGRAMS)
     assert problem.startswith(f"{NGRAMS} do not run: ")
+
+
+@pytest.mark.skipif(GPU, reason="test_gpu.py prepares whole trainers")
+@pytest.mark.parametrize("fault", [None, "step doubled"])
+def test_preparing_checks_kernels_while_torch_compiles(monkeypatch, tmp_path, fault):
+    """All of its jobs run, and a kernel that is wrong stops it with one error; by one check, as the
+    interpreter has no threads."""
+    text = SOURCE
+    if fault is not None:
+        text = SOURCE.replace(*PLANTED[fault][1:])
+    module = load(tmp_path / "prepared.py", text, monkeypatch)
+    model, log = make_model(module), module.Log(str(tmp_path), "run")
+    methods = module.SelfCheck.methods
+    only = lambda check: {NGRAMS: methods(check)[NGRAMS]}
+    monkeypatch.setattr(module.SelfCheck, "methods", only)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    trainer = module.Trainer(model, module.Runtime(0, 1, torch.device("cpu"), log))
+    reported: list[str] = []
+    if fault is None:
+        trainer.compile_side_by_side(reported.append)
+        assert reported == ["compiled functions and checked kernels"]
+    else:
+        with pytest.raises(module.UserError, match="updates of n-grams, table: off by .*torch 2"):
+            trainer.compile_side_by_side(reported.append)
+        assert reported == []
+    took = log.path.read_text(encoding="utf-8").splitlines()[-1]
+    groups = [f"update of {group.name} " for group in module.PARAM_GROUPS]
+    for job in (*groups, "validation's loss ", "hashing ", f"check of {NGRAMS} "):
+        assert job in took
