@@ -2150,7 +2150,8 @@ class Stream:
 def add_streams(
     *terms: tuple[Stream | Tensor, Tensor], fp8: Fp8Copies | None, norm: bool = True
 ) -> Stream:
-    """The sum of factor · source of (source, factor) pairs, with its norm."""
+    """The sum of factor · source of (source, factor) pairs, with its norm. A Stream among them is
+    given the tensor that combine hands back, which the next sum reads."""
     tensors = [s.tensor if isinstance(s, Stream) else s for s, _ in terms]
     copy = fp8_empty(tensors[0].shape, fp8.scale_x) if fp8 and norm else None
     total, normed, *again = combine(tensors, [factor for _, factor in terms], norm, copy)
@@ -3712,7 +3713,8 @@ class Trainer:
         seconds: dict[str, float] = {}
 
         def run(jobs: dict[str, Callable[[], None]]) -> None:
-            torch.cuda.set_device(device)  # a thread has its own device, and its own gradient mode
+            # A thread has its own device and gradient mode: checks differentiate, functions do not.
+            torch.cuda.set_device(device)
             with torch.set_grad_enabled(jobs is not threads[0]):
                 for name, job in jobs.items():
                     begin = time.perf_counter()

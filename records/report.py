@@ -1041,7 +1041,7 @@ For every seed ({seeds}), with `train_gpt.py` of this folder:
     return Record(folder)
 
 
-PROXY = """**The data.** {count} of these records use a proxy corpus that nobody outside has: 160
+PROXY = """**The data.** {count} of these records use a proxy corpus that is not public: 160
 to 220 million GPT-2 tokens of English prose, in documents about as long as FineWeb's, with a
 held-out validation shard. Their losses compare with each other, and with no loss on FineWeb or
 elsewhere. Their times compare: `./run.sh reproduce records/FOLDER --fineweb` runs a record on

@@ -1061,7 +1061,7 @@ def test_history_lists_records_by_class(call):
         "proxy data, not FineWeb; one run",
         "4 GPUs, not 8; one run",
     ]
-    assert page.count("proxy corpus that nobody outside has") == 1
+    assert page.count("proxy corpus that is not public") == 1
     assert "**The data.** 1 of these records use" in page
 
 
