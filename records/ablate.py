@@ -29,6 +29,10 @@ from pathlib import Path
 from types import ModuleType
 
 import console
+
+if __name__ == "__main__":
+    console.end_on_signals()
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent

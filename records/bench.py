@@ -22,6 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import console
+
+if __name__ == "__main__":
+    console.end_on_signals()
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -24,6 +24,10 @@ from pathlib import Path
 from types import ModuleType
 
 import console
+
+if __name__ == "__main__":
+    console.end_on_signals()
+
 import numpy as np
 import torch
 from torch import Tensor

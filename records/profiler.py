@@ -32,6 +32,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import console
+
+if __name__ == "__main__":
+    console.end_on_signals()
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -184,7 +184,7 @@ def test_an_output_that_ends_or_lacks_characters_is_no_failure(tmp_path):
     assert result.stderr == b"error: the output cannot be written (No space left on device)\n"
 
 
-@pytest.mark.parametrize("tool", ["generate", "hellaswag"])
+@pytest.mark.parametrize("tool", ["generate", "hellaswag", "check", "ablate", "bench", "profiler"])
 def test_ctrl_c_during_the_imports_is_one_line(tool):
     """It comes while torch is imported."""
     script = f"""
