@@ -3771,7 +3771,6 @@ def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
     return stream.transpose(0, 1).flatten(1)
 
 
-@torch.no_grad()
 def insert_sequences(model: GPT, batches: list[Batch], runtime: Runtime) -> None:
     """Insert what all ranks have read in the tables of the n-gram lookup."""
     read = gather_sequences(batches, runtime)
@@ -3931,8 +3930,8 @@ def train(config: Config, runtime: Runtime) -> None:
                 log.line(f"clipped in fp8 so far: {counts}", screen=any(clipped.values()))
             clock.start()
     progress.bar.close()
-    passes = torch.tensor([trainer.passes_without_graph, trainer.passes], device=runtime.device)
-    without_graph, passes = runtime.all_reduce(passes).tolist()
+    counts = torch.tensor([trainer.passes_without_graph, trainer.passes], device=runtime.device)
+    without_graph, passes = runtime.all_reduce(counts).tolist()
     if without_graph:
         log.line(
             f"{without_graph:,} of {passes:,} passes ran without a CUDA graph, which is slower: "

@@ -36,7 +36,7 @@ NUM_QUESTIONS = 10_042  # in it; another number would be another split
 
 
 class EvalError(Exception):
-    """Something the user can mend, in the questions."""
+    """Something the user can correct, in the questions."""
 
 
 class Question(NamedTuple):

@@ -771,8 +771,8 @@ def draw_end(record: Record, axes) -> None:
     for run in record.runs:
         losses += tuple(loss for second, loss in zip(*smoothed(run)) if second >= begin)
     inset.set_xlim(begin, 1.01 * max(times))
-    room = 0.1 * (max(losses) - min(losses)) + 0.001
-    inset.set_ylim(min(losses) - room, max(losses) + room)
+    margin = 0.1 * (max(losses) - min(losses)) + 0.001
+    inset.set_ylim(min(losses) - margin, max(losses) + margin)
     inset.tick_params(labelsize=8)
     inset.grid(alpha=0.3)
 
@@ -914,8 +914,8 @@ def draw_speed_ups(records: list[Record], axes) -> list:
             labels.append(label_point(axes, (day, speed), text, va="center", **style))
             starts.append(record.first.started)
     if starts:
-        room = max((max(starts) - min(starts)) / 6, timedelta(days=1))
-        axes.set_xlim(min(starts) - room, max(starts) + room)
+        margin = max((max(starts) - min(starts)) / 6, timedelta(days=1))
+        axes.set_xlim(min(starts) - margin, max(starts) + margin)
     locator = dates.AutoDateLocator(minticks=3, maxticks=6)
     locator.intervald[dates.HOURLY] = [24]  # days are fine enough
     axes.xaxis.set_major_locator(locator)
