@@ -347,7 +347,7 @@ def test_a_profile_of_replayed_graphs_leaves_nothing_unassigned(tmp_path):
     runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
     trainer, random = Trainer(GPT(config, runtime), runtime), np.random.default_rng(0)
     batches = [profiler.random_batch(random, 2048, 512, 1, config, False) for _ in range(2)]
-    eager = profiler.eager_trace(trainer, batches[0], 0)
+    eager = profiler.eager_trace(trainer, batches[0], stage)
     trainer.prepare()
     updates = itertools.count()
 
