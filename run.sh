@@ -143,14 +143,14 @@ launch() {  # a script, on the GPUs there are, with the data it needs
 case ${1:-} in
   help | -h) echo "$usage" ;;
   test) set_up; shift; cd "$root"; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile tests "$@" ;;
-  record | reproduce | compare | history) set_up; exec "$python" "$root"/records/report.py "$@" ;;
-  ablate) set_up; shift; exec "$python" "$root"/records/ablate.py "$@" ;;
-  check) set_up; shift; exec "$python" "$root"/records/check.py "$@" ;;
-  eval) set_up; shift; exec "$python" "$root"/records/hellaswag.py "$@" ;;
-  generate) set_up; shift; exec "$python" "$root"/records/generate.py "$@" ;;
-  bench) set_up; shift; exec "$python" "$root"/records/bench.py "$@" ;;
+  record | reproduce | compare | history) set_up; exec "$python" "$root"/tools/report.py "$@" ;;
+  ablate) set_up; shift; exec "$python" "$root"/tools/ablate.py "$@" ;;
+  check) set_up; shift; exec "$python" "$root"/tools/check.py "$@" ;;
+  eval) set_up; shift; exec "$python" "$root"/tools/hellaswag.py "$@" ;;
+  generate) set_up; shift; exec "$python" "$root"/tools/generate.py "$@" ;;
+  bench) set_up; shift; exec "$python" "$root"/tools/bench.py "$@" ;;
   reference) shift; launch records/reference/train_gpt.py "$@" ;;
-  profile) shift; launch records/profiler.py "$@" ;;
+  profile) shift; launch tools/profiler.py "$@" ;;
   "" | --*) launch train_gpt.py "$@" ;;
   *) fail "'$1' is not understood; ./run.sh help lists the commands" ;;
 esac

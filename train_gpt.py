@@ -666,7 +666,7 @@ def has_kernels(device: torch.device) -> bool:
 @contextlib.contextmanager
 def recorded(name: str) -> Iterator[None]:
     """A range of this name in the trace of a profiler; without one it costs a few microseconds. As
-    a decorator it records every call. records/profiler.py knows all names."""
+    a decorator it records every call. tools/profiler.py knows all names."""
     running = torch.autograd.profiler._is_profiler_enabled
     with torch.profiler.record_function(name) if running else contextlib.nullcontext():
         yield

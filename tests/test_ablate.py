@@ -1,4 +1,4 @@
-"""records/ablate.py on a script of a few lines, and once on the real one."""
+"""tools/ablate.py on a script of a few lines, and once on the real one."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from test_train import command, write_data
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import ablate
 
 SCRIPT = """
@@ -276,7 +276,7 @@ replace = [["(rms_norm(lookups.embedded), ", "(rms_norm(lookups.embedded).detach
 
 def test_variants_that_are_kept_are_of_this_script(tmp_path):
     """Each changes the text or an option, and gives a config that can be run."""
-    variants = ablate.read_variants(ROOT / "records" / "variants.toml")
+    variants = ablate.read_variants(ROOT / "tools" / "variants.toml")
     script, options = ROOT / "train_gpt.py", ["--preset", "speedrun"]
     base = ablate.make(script, "base", variants, options, tmp_path)[1]
     for name in [*variants][1:]:

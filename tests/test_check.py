@@ -1,4 +1,4 @@
-"""records/check.py on the script itself, on scripts that cheat, and on what cannot be judged. A
+"""tools/check.py on the script itself, on scripts that cheat, and on what cannot be judged. A
 cheat is a copy of the script with a few lines before its last, which wrap one of its functions."""
 
 import dataclasses
@@ -13,12 +13,12 @@ from conftest import ROOT
 from test_records import is_alive, wait_until
 from test_train import environment
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import check
 
 import train_gpt
 
-SCRIPT, TOOL = ROOT / "train_gpt.py", ROOT / "records" / "check.py"
+SCRIPT, TOOL = ROOT / "train_gpt.py", ROOT / "tools" / "check.py"
 MAIN = '\nif __name__ == "__main__":\n'
 # Name: the check that is to catch it, and the lines.
 CHEATS = {

@@ -1,4 +1,4 @@
-"""records/hellaswag.py on questions made here, with a model that is rigged to say the alphabet."""
+"""tools/hellaswag.py on questions made here, with a model that is rigged to say the alphabet."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from test_train import BYTE_TO_ID, environment
 import train_gpt
 from train_gpt import GPT, START_TOKEN, save_checkpoint
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import hellaswag
 
 LETTERS = "abcdefghijklmnop"
@@ -61,7 +61,7 @@ def questions(tmp_path: Path) -> Path:
 
 def test_right_answers_are_counted(alphabet, questions):
     result = subprocess.run(
-        [sys.executable, "records/hellaswag.py", alphabet, "--data", questions],
+        [sys.executable, "tools/hellaswag.py", alphabet, "--data", questions],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -1,4 +1,4 @@
-"""records/generate.py with the weights of a short run."""
+"""tools/generate.py with the weights of a short run."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from test_train import BYTE_TO_ID, environment, load, run, write_data
 import train_gpt
 from train_gpt import START_TOKEN, Batch, Windows
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import generate as tool
 
 LENGTH, PROMPT = 24, "dins"
@@ -162,7 +162,7 @@ def test_a_documents_end_stops_it(rigged):
 
 SHOW = f"""
 import sys
-sys.path.insert(0, {str(ROOT / "records")!r})
+sys.path.insert(0, {str(ROOT / "tools")!r})
 import console
 sys.exit(console.show(chr(0xe9) + "bb"))
 """
@@ -194,8 +194,8 @@ class Finder:
         if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-sys.path.insert(0, {str(ROOT / "records")!r})
-runpy.run_path({str(ROOT / "records" / tool)!r} + ".py", run_name="__main__")
+sys.path.insert(0, {str(ROOT / "tools")!r})
+runpy.run_path({str(ROOT / "tools" / tool)!r} + ".py", run_name="__main__")
 """
     result = subprocess.run(
         [sys.executable, "-c", script, "model.pt", "text"], capture_output=True, check=False
@@ -205,7 +205,7 @@ runpy.run_path({str(ROOT / "records" / tool)!r} + ".py", run_name="__main__")
 
 SIGNALLED = f"""
 import os, signal, sys, time
-sys.path.insert(0, {str(ROOT / "records")!r})
+sys.path.insert(0, {str(ROOT / "tools")!r})
 import console
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 console.end_on_signals()

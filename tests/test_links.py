@@ -1,5 +1,5 @@
-"""Links in the README and the pages about records: each leads to a file, a folder or a heading
-that there is."""
+"""Links in the README and the pages about records and tools: each leads to a file, a folder or a
+heading that there is."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "records").glob("**/*.md"))]
+PAGES += sorted((ROOT / "tools").glob("**/*.md"))
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]\(([^()\s]*)\)")

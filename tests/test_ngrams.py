@@ -38,7 +38,7 @@ from train_gpt import (
     validate,
 )
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 from generate import continue_text
 
 ORDERS, ROWS, DIM = (3, 4), 1001, 8

@@ -1,4 +1,4 @@
-"""The groups of records/profiler.py: ranges that train_gpt.py records, in traces of a GPU's form
+"""The groups of tools/profiler.py: ranges that train_gpt.py records, in traces of a GPU's form
 and in a profile of real steps on the CPU."""
 
 import ast
@@ -28,7 +28,7 @@ from train_gpt import (
     recorded,
 )
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import profiler
 
 MAIN, AUTOGRAD = 4321, 4322  # threads of the host
@@ -366,6 +366,6 @@ def test_no_module_hides_one_of_the_standard_library():
     """Tools run as scripts have their folder in front of it; `profiling` is new in Python 3.15."""
     taken = {*sys.stdlib_module_names, "profiling"}
     files = (
-        path for place in ("", "data", "records", "tests") for path in (ROOT / place).glob("*.py")
+        path for place in ("", "data", "tools", "tests") for path in (ROOT / place).glob("*.py")
     )
     assert {path.stem for path in files} & taken == set()

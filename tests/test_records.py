@@ -1,4 +1,4 @@
-"""records/report.py in a small copy of the repository: one real run of a few steps that is recorded
+"""tools/report.py in a small copy of the repository: one real run of a few steps that is recorded
 and reproduced, and logs made up where the figures must be known."""
 
 import functools
@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT
 from test_train import environment, write_data
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import console
 import report
 
@@ -98,7 +98,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("recorded") / "repository"
     (folder / "records").mkdir(parents=True)
     (folder / "data").mkdir()
-    for name in ("train_gpt.py", "run.sh", "records/report.py", "records/console.py"):
+    (folder / "tools").mkdir()
+    for name in ("train_gpt.py", "run.sh", "tools/report.py", "tools/console.py"):
         shutil.copy(ROOT / name, folder / name)
     write_data(folder / "data")
     for i in range(2):
@@ -307,7 +308,7 @@ def test_reproduce_runs_the_records_own_script(recorded, tmp_path):
     (folder,) = repository.records.glob("*_real")
     (repository.folder / "train_gpt.py").write_text("raise SystemExit('not this one')")
     launcher = repository.folder / "run.sh"  # does without asking for the number of GPUs
-    launch = "[ $1 = reproduce ] && script=records/report.py || script=train_gpt.py\n"
+    launch = "[ $1 = reproduce ] && script=tools/report.py || script=train_gpt.py\n"
     launcher.write_text(f'#!/bin/bash\n{launch}exec "$PYTHON" $script "$@"\n')
     shutil.rmtree(repository.folder / "logs")
     out = repository.start("reproduce", folder)
@@ -798,10 +799,11 @@ wait
 
 def started(*arguments: str, **how: object) -> subprocess.Popen:
     """The tool in the current folder, in the background."""
+    Path("tools").mkdir(exist_ok=True)
     for name in ("report.py", "console.py"):
-        shutil.copy(ROOT / "records" / name, Path("records") / name)
+        shutil.copy(ROOT / "tools" / name, Path("tools") / name)
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-    command = [sys.executable, "records/report.py", *arguments]
+    command = [sys.executable, "tools/report.py", *arguments]
     return subprocess.Popen(command, text=True, env=environment(), **how)
 
 
@@ -879,7 +881,7 @@ sys.exit(console.run_tool(main))
 
 
 def test_characters_that_the_screen_lacks_and_a_closed_pipe_end_nothing(tmp_path):
-    env = environment() | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "records")}
+    env = environment() | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "tools")}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     tool = subprocess.Popen([sys.executable, "-c", SAYS], cwd=tmp_path, env=env, **pipes)
     assert tool.stdout.readline() == b"1 ? 2\n"

@@ -94,7 +94,7 @@ def test_paths_are_the_callers_from_any_folder_and_through_links(copy):
         assert sample == f"{root}/data/sample.py"
         assert train == f"{root}/train_gpt.py --num_steps 3 {data}"
         calls, _, _ = copy.run("generate", "mine.pt", "a text", cwd=copy.caller, run=run)
-        assert calls[0][::3] == [str(copy.caller), f"{root}/records/generate.py mine.pt a text"]
+        assert calls[0][::3] == [str(copy.caller), f"{root}/tools/generate.py mine.pt a text"]
     calls, _, _ = copy.run(*TRAIN)
     assert calls[-1][-1] == f"{root}/train_gpt.py --num_steps 3", "as in the records' commands"
     calls, _, _ = copy.run("test", "-x", cwd=copy.caller)
@@ -240,7 +240,7 @@ def test_requirements_are_installed_once_and_when_they_change(copy):
 
     def installs() -> list[str]:
         calls, _, _ = copy.run("history", cwd=copy.caller, **with_path(copy))
-        assert calls[-1][-1] == f"{copy.root}/records/report.py history"
+        assert calls[-1][-1] == f"{copy.root}/tools/report.py history"
         return [call[-1] for call in calls[:-1]]
 
     pip = "-m pip install --quiet --disable-pip-version-check -r"

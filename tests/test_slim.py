@@ -1,4 +1,4 @@
-"""records/slim.py: short logs come back to the byte, and those of the ablations all do."""
+"""tools/slim.py: short logs come back to the byte, and those of the ablations all do."""
 
 import random
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import slim
 from slim import SEPARATOR
 
@@ -95,7 +95,7 @@ def test_what_does_not_come_back_is_an_error(tmp_path: Path, script: Path) -> No
 
 def test_the_command(tmp_path: Path, script: Path) -> None:
     def call(*args: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "records" / "slim.py", *args]
+        command = [sys.executable, ROOT / "tools" / "slim.py", *args]
         return subprocess.run([*map(str, command)], check=False, capture_output=True, text=True)
 
     (log := tmp_path / "log.txt").write_text(full := BASE + "more\n" + SEPARATOR + BODY)

@@ -1,4 +1,4 @@
-"""records/profiler.py and records/bench.py: what they make of made-up events and times, what they
+"""tools/profiler.py and tools/bench.py: what they make of made-up events and times, what they
 say to wrong arguments, and the profile of a few steps on the CPU."""
 
 import dataclasses
@@ -21,7 +21,7 @@ from test_train import OPTIONS, environment
 
 from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer, Stage
 
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "tools"))
 import bench
 import profiler
 
@@ -272,7 +272,7 @@ def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.C
     options |= {"stages": "1/2:64:48:8:16:1:.25:0,1/2:64:64:16:32:1:0:0"} | changes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
-    command += [ROOT / "records" / "profiler.py", "--steps", "1", "--out", folder]
+    command += [ROOT / "tools" / "profiler.py", "--steps", "1", "--out", folder]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
     command = list(map(str, command))
     how = {"capture_output": True, "text": True, "timeout": 120}

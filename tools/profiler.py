@@ -4,7 +4,7 @@ At every stage of the schedule the trainer's own step (its model, optimizer, gra
 runs a few times under torch.profiler, on every rank. Rank 0's trace, which Perfetto and Chrome
 show, goes to DIR; a table a stage goes to the screen and to the log in DIR. Further options are
 those of train_gpt.py. Runs under torchrun too; without a GPU it profiles the operators on the CPU.
-`python records/profiler.py --volumes [--option value ...]` runs nothing: it computes what the ranks
+`python tools/profiler.py --volumes [--option value ...]` runs nothing: it computes what the ranks
 send and update in a step.
 
 A kernel counts to the range of train_gpt.py that launched it and, in forward and backward pass, by

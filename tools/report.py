@@ -38,9 +38,8 @@ from pathlib import Path
 
 import console
 
-RECORDS = Path(__file__).resolve().parent
-ROOT = RECORDS.parent
-LOGS = ROOT / "logs"
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS, LOGS = ROOT / "records", ROOT / "logs"
 TARGET = 3.28  # validation loss
 ALPHA = 0.01  # a claim's p is below this
 CLAIM_GPUS, CLAIM_TARGETS = 8, 10_485_760

@@ -1,5 +1,5 @@
-"""What the tools of records share at their edges: options, signals, output that ends no run, and
-programs that end with the tool that started them.
+"""What the tools share at their edges: options, signals, output that ends no run, and programs that
+end with the tool that started them.
 
 A tool that makes or judges runs goes through `run_tool`: a signal unwinds it like Ctrl-C, so that
 it cleans up. One that only reads calls `end_on_signals` before its slow imports and `show` in the

@@ -1,8 +1,8 @@
 """Shortens logs of train_gpt.py: the diff against a script in place of the source at their head.
 
-    python records/slim.py slim LOG ... [--base FILE ...]   rewrite logs, each against the closest
+    python tools/slim.py slim LOG ... [--base FILE ...]   rewrite logs, each against the closest
                                                             of these scripts and short logs
-    python records/slim.py restore LOG                      print the full log, equal to the byte
+    python tools/slim.py restore LOG                      print the full log, equal to the byte
 
 A log begins with the source of its script, up to a line of 100 '='. A short log has there
 
