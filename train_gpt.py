@@ -34,6 +34,7 @@ import threading
 import time
 import traceback
 import typing
+import unicodedata
 import uuid
 import warnings
 from collections import deque
@@ -187,6 +188,7 @@ class Config:
     ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
     ngram_rows: int = 2**22  # table rows of each length; 768 wide 6.02 GiB a GPU
     ngram_dim: int = 768  # width of these rows; each length has its own part of the stream
+    ngram_classes: bool = False  # n-grams that differ in case, accents or blanks share a row
     match_orders: tuple[int, ...] = ()  # n-gram lookup: lengths of context, as 3:4:6; none: off
     match_slots: int = 2**28  # of the lookup table of a length, 4 bytes each, a power of two
     match_shards: int = 0  # of train_files, the last ones: inserted before the first step
@@ -1952,12 +1954,18 @@ def insert_matches_(
 
 
 @functools.partial(compiled, dynamic=True)
-def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1) -> Tensor:
+def ngram_hash(
+    tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1,
+    classes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The row of the n-gram that ends at each token, of whichever documents, in each of as many
     equal parts of the tokens; (T, orders) int32.
 
     Of the num_rows of an order the last one is for positions with fewer than n tokens up to there.
+    classes: (vocab,) int32, the token that each token is replaced by, as token_classes gives them.
     """
+    if classes is not None:
+        tokens = classes[tokens]
     starts = torch.arange(len(tokens), device=tokens.device)
     starts -= starts % (len(tokens) // parts)
     slot, _, fits = context_keys(tokens, starts, orders, 2**44)  # all its bits
@@ -2045,11 +2053,21 @@ class Ngrams(nn.Module):
         zeros = functools.partial(torch.zeros, device=runtime.device)
         table = zeros(len(self.orders) * self.num_rows, dim, dtype=getattr(torch, config.dtype))
         self.register_buffer("table", table)
+        classes = None
+        if config.ngram_classes:  # every token its own, until train() reads them
+            count = config.padded_vocab_size
+            classes = torch.arange(count, dtype=torch.int32, device=runtime.device)
+        self.register_buffer("classes", classes)
         self.sum_squares = zeros(len(table))
         # of one step, in the order of the stream
         self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
         self.filled = 0  # how many of these there are so far
         self.pending = None  # rows and grads of the last backward pass, to be gathered
+
+    @recorded("hashing")
+    def hash(self, tokens: Tensor, sequences: int) -> Tensor:
+        """The table rows of each token's n-grams, (T, orders) int32, in as many sequences."""
+        return ngram_hash(tokens, self.orders, self.num_rows, sequences, self.classes)
 
     @recorded("n-gram gather")
     def gather(self, rows: Tensor, grads: Tensor) -> None:
@@ -2081,9 +2099,7 @@ class NgramRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
-        which = batch.tokens, ngrams.orders, ngrams.num_rows, batch.sequences
-        with recorded("hashing"):
-            ctx.ngrams, ctx.rows = ngrams, ngram_hash(*which)
+        ctx.ngrams, ctx.rows = ngrams, ngrams.hash(batch.tokens, batch.sequences)
         rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
         missing = embedded.size(1) - rows.size(1)
         return F.pad(rows, (0, missing)) if missing else rows  # a padding of 0 would copy them
@@ -2769,6 +2785,7 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
 # ==================================================================================================
 
 GET_DATA = "data/cached_fineweb.py fetches one, data/tokenize_text.py or data/sample.py makes one"
+GPT2_TOKENS = "data/gpt2_tokens.npz"  # GPT-2's vocabulary, made by data/token_table.py
 MORE_DATA = "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
 
 
@@ -2950,6 +2967,60 @@ def read_proposal(config: Config) -> Tensor:
     tokens = read_tokens(path, 2**22, config.vocab_size)
     counts = np.bincount(tokens, minlength=config.padded_vocab_size)
     return torch.from_numpy(counts + 2).float().sqrt()
+
+
+class TokenTable(NamedTuple):
+    """GPT-2's vocabulary: byte pair encoding's merges make a token of two earlier ones each."""
+
+    tokens: list[bytes]  # of every id but START_TOKEN, which has none
+    merges: np.ndarray  # (50000, 2): the two halves of tokens 256, 257, …
+
+
+def read_token_table() -> TokenTable:
+    """From GPT2_TOKENS, which lies in the repository of this script or of the current folder."""
+    folders = (*Path(__file__).resolve().parents, Path())
+    path = next(p for f in folders if (p := f / GPT2_TOKENS).exists() or f == Path())
+    remedy = "get it from the repository, or make it again with data/token_table.py"
+    try:
+        with np.load(path) as arrays:
+            single_bytes, merges = arrays["single_bytes"], arrays["merges"].astype(np.int64)
+    except Exception as error:  # noqa: BLE001 (whatever a torn file makes numpy raise)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}): {remedy}") from None
+    whole = np.array_equal(np.sort(single_bytes), np.arange(256))
+    whole = whole and merges.shape == (START_TOKEN - 256, 2) and merges.min() >= 0
+    whole = whole and (merges.max(1) < np.arange(256, START_TOKEN)).all()  # halves come first
+    require(whole, f"{path}: is not the table of GPT-2's tokens: {remedy}")
+    tokens = [bytes([byte]) for byte in single_bytes]
+    for left, right in merges.tolist():
+        tokens.append(tokens[left] + tokens[right])
+    return TokenTable(tokens, merges)
+
+
+def normalized_text(token: bytes) -> str:
+    """What tokens of a class have in common: their text after NFKC without accents, case and blanks
+    around it, each run of blanks, tabs and line ends as one blank. Tokens of these alone have " ".
+    Empty where nothing is left, or where the token is a part of characters."""
+    try:
+        text = unicodedata.normalize("NFKC", token.decode())
+    except UnicodeDecodeError:
+        return ""
+    parts = unicodedata.normalize("NFD", text)  # letters and their accents
+    text = "".join(part for part in parts if unicodedata.category(part) != "Mn").lower()
+    text = re.sub("[ \t\r\n]+", " ", text)
+    return text.strip(" ") or text
+
+
+def token_classes(config: Config) -> Tensor:
+    """For every token the first one of the same normalized text, itself if it has none;
+    (vocab,) int32. In another vocabulary than GPT-2's every token is a class of its own."""
+    classes = np.arange(config.padded_vocab_size, dtype=np.int32)
+    if config.vocab_size == START_TOKEN + 1:
+        first: dict[str, int] = {}
+        for token, text in enumerate(map(normalized_text, read_token_table().tokens)):
+            if text:
+                classes[token] = first.setdefault(text, token)
+    return torch.from_numpy(classes)
 
 
 def check_pair(config: Config) -> None:
@@ -3701,7 +3772,7 @@ class Trainer:
         def hashing() -> None:
             length = self.schedule.sequence_shape(0)[0]
             tokens = torch.zeros(2 * length, dtype=torch.int32, device=device)
-            ngram_hash(tokens, model.ngrams.orders, model.ngrams.num_rows, 2)
+            model.ngrams.hash(tokens, 2)
 
         functions = {
             f"update of {state.group.name}": functools.partial(update, state)
@@ -3897,6 +3968,10 @@ def train(config: Config, runtime: Runtime) -> None:
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
     count, dim = model.ngrams.table.shape
     log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
+    if config.ngram_classes:
+        model.ngrams.classes.copy_(token_classes(config))
+        found = len(model.ngrams.classes[: config.vocab_size].unique())
+        log.line(f"n-grams of {found:,} classes of the {config.vocab_size:,} tokens")
     trainer.prepare()
     preparation = time.perf_counter() - begin
 
