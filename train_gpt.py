@@ -2252,6 +2252,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
+        """What training starts from:
+
+            attention_bank   uniform with std 0.5/√model_dim
+            mlp_bank         W_1 likewise; W_2 zero, so that at first an MLP adds nothing
+            head             normal with std 0.005; as embedding it is normed when it is read
+            value_embed      normal with std 0.01
+            rows of n-grams  zero
+            small            the column `start` of small_params
+
+        Entries that pad a bank are zero, and stay so.
+        """
         config = self.config
 
         def uniform_(weights: Tensor) -> None:  # std 0.5/sqrt(columns)
