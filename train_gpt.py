@@ -193,6 +193,7 @@ class Config:
     match_slots: int = 2**28  # of the lookup table of a length, 4 bytes each, a power of two
     match_shards: int = 0  # of train_files, the last ones: inserted before the first step
     attention_scale: float = 0.1  # factor on q.k before the softmax
+    pointer: bool = False  # predict also by earlier tokens of the document that a head points at
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
     num_steps: int = 2420  # scheduled steps; the learning rate reaches its end here
@@ -234,7 +235,7 @@ class Config:
 
     @property
     def padded_vocab_size(self) -> int:
-        return round_up(self.vocab_size, 128)
+        return round_up(self.vocab_size + self.pointer, 128)  # the pointer needs an unused entry
 
     @property
     def num_value_tables(self) -> int:
@@ -1482,6 +1483,234 @@ class Mlp(torch.autograd.Function):
         return d_x, d_w_1, fp8_matmul(square.T, grad.T), None
 
 
+# --- Pointer --------------------------------------------------------------------------------------
+#
+# The next token is often one that the document already has. So an attention head points at earlier
+# tokens, and the model predicts a mixture: with α, the share that the softmax of the logits gives
+# to an entry of the vocabulary that no token has, the copy entry,
+#
+#     p(y) = p_rest(y) · (1 - α (1 - a_sink)) + α · a(y)
+#
+# p_rest is the softmax without the copy entry. a(y) is the head's attention to all earlier tokens
+# that are y, and a_sink that to the sink, a learned key that stands for no token. As a(y) and
+# a_sink sum to 1 over all y, so does p(y). Only the target's a(y) is ever computed in training.
+# Sources: Merity et al. 2016, arXiv 1609.07843; modded-nanogpt, pull request 379.
+
+POINTER_DIM = 128  # of queries and keys
+POINTER_REACH = 8192  # how many tokens back it sees; training documents are shorter
+
+
+class PointerShares(NamedTuple):
+    """What parts of a position's attention go to earlier tokens that are its target, and to the
+    sink."""
+
+    target: Tensor  # (T,) fp32
+    sink: Tensor  # (T,) fp32
+
+
+def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Where the document of each token begins and ends, (T,) int32."""
+    position = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+    following = torch.searchsorted(cu_seqlens, position, right=True)
+    return cu_seqlens[following - 1], cu_seqlens[following]
+
+
+def pointer_shares(
+    q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, starts: Tensor,
+    ends: Tensor, reach: int,
+) -> PointerShares:  # fmt: skip
+    """Attention of every position to the sink and to strictly earlier tokens of its document, at
+    most `reach` back; a key at j stands for token j.
+
+    q, k: (T, dim), dim a power of two. sink: (dim,) fp32, its key. tokens: (T,) int32; targets:
+    (T,) int64; starts, ends: (T,) int32, as document_bounds gives them.
+    """
+    if takes_kernel(q):
+        return PointerShares(*Pointer.apply(q, k, sink, tokens, targets, starts, ends, reach))
+    shares = []
+    for begin in range(0, len(q), 256):  # queries at once, so that memory grows with T, not T²
+        queries, keys = slice(begin, begin + 256), slice(max(0, begin - reach), begin + 256)
+        attention = pointer_attention(q, k, sink, starts, reach, queries, keys)
+        is_target = tokens[None, keys] == targets[queries, None]
+        shares.append(((attention[:, 1:] * is_target).sum(1), attention[:, 0]))
+    return PointerShares(*map(torch.cat, zip(*shares)))
+
+
+def pointer_attention(
+    q: Tensor, k: Tensor, sink: Tensor, starts: Tensor, reach: int, queries: slice, keys: slice
+) -> Tensor:
+    """How the attention of these queries is divided among the sink, which comes first, and these
+    keys; (queries, 1 + keys), fp32 or fp64."""
+    position = torch.arange(len(q), device=q.device)
+    query, key, start = position[queries, None], position[None, keys], starts[queries, None]
+    visible = (key < query) & (key >= start) & (query - key <= reach)
+    scores = widen(q[queries] @ k[keys].mT).masked_fill(~visible, -math.inf)
+    of_sink = widen(q[queries]) @ sink
+    return (torch.cat([of_sink[:, None], scores], 1) / math.sqrt(q.size(1))).softmax(1)
+
+
+@triton.jit
+def _load_tile(x, row, stride, num_rows, DIM: tl.constexpr):
+    """Rows of x, (rows, DIM); zeros behind its end."""
+    place = row[:, None] * stride + tl.arange(0, DIM)[None, :]
+    return tl.load(x + place, mask=(row < num_rows)[:, None], other=0.0)
+
+
+@triton.jit
+def _is_visible(query, key, start, reach):
+    """Whether a query sees a key, both by position; start: of the query's document."""
+    return (key < query) & (key >= start) & (query - key <= reach)
+
+
+@triton.jit
+def _score_gradient(scores, visible, is_target, lse, d_target, mean):
+    """Of the softmax: share · (gradient of the share - the mean of these)."""
+    gradient = tl.exp2(scores - lse) * (tl.where(is_target, d_target, 0.0) - mean)
+    return tl.where(visible, gradient, 0.0)
+
+
+# Scores are to base 2, so that exp2 takes them.
+
+
+@triton.jit
+def _pointer_kernel(
+    q, k, sink, tokens, targets, starts, target_share, sink_share, lse, num_tokens, stride_q,
+    stride_k, reach, DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, and the keys from the start of the first one's document on."""
+    SCALE: tl.constexpr = LOG2_E / DIM**0.5
+    begin = tl.program_id(0) * TILE
+    row = begin + tl.arange(0, TILE)
+    real = row < num_tokens
+    q_tile = _load_tile(q, row, stride_q, num_tokens, DIM)
+    start = tl.load(starts + row, mask=real, other=num_tokens)[:, None]
+    target = tl.load(targets + row, mask=real, other=-1)[:, None]
+    sink_key = tl.load(sink + tl.arange(0, DIM))[None, :]
+    of_sink = tl.sum(q_tile.to(tl.float32) * sink_key, 1) * SCALE
+    # sums over the sink and the keys so far, of 2^(score - highest)
+    highest, total = of_sink, tl.full((TILE,), 1.0, tl.float32)
+    on_target = tl.zeros((TILE,), tl.float32)
+    for first in range(tl.maximum(tl.load(starts + begin), begin - reach), begin + TILE, TILE):
+        column = first + tl.arange(0, TILE)
+        k_tile = _load_tile(k, column, stride_k, num_tokens, DIM)
+        token = tl.load(tokens + column, mask=column < num_tokens, other=-2)[None, :]
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE
+        visible = _is_visible(row[:, None], column[None, :], start, reach)
+        scores = tl.where(visible, scores, -float("inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        shrink, shares = tl.exp2(highest - higher), tl.exp2(scores - higher[:, None])
+        on_target = on_target * shrink + tl.sum(tl.where(token == target, shares, 0.0), 1)
+        total = total * shrink + tl.sum(shares, 1)
+        highest = higher
+    tl.store(target_share + row, on_target / total, mask=real)
+    tl.store(sink_share + row, tl.exp2(of_sink - highest) / total, mask=real)
+    tl.store(lse + row, highest + tl.log2(total), mask=real)
+
+
+@triton.jit
+def _pointer_queries_kernel(
+    q, k, sink, tokens, targets, starts, lse, d_target, mean, d_of_sink, d_q, num_tokens, stride_q,
+    stride_k, reach, DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of queries, from the same keys as _pointer_kernel."""
+    SCALE: tl.constexpr = LOG2_E / DIM**0.5
+    begin = tl.program_id(0) * TILE
+    row = begin + tl.arange(0, TILE)
+    real = row < num_tokens
+    q_tile = _load_tile(q, row, stride_q, num_tokens, DIM)
+    start = tl.load(starts + row, mask=real, other=num_tokens)[:, None]
+    target = tl.load(targets + row, mask=real, other=-1)[:, None]
+    own_lse = tl.load(lse + row, mask=real, other=0.0)[:, None]
+    own_d_target = tl.load(d_target + row, mask=real, other=0.0)[:, None]
+    own_mean = tl.load(mean + row, mask=real, other=0.0)[:, None]
+    own_d_of_sink = tl.load(d_of_sink + row, mask=real, other=0.0)[:, None]
+    total = own_d_of_sink * tl.load(sink + tl.arange(0, DIM))[None, :]
+    for first in range(tl.maximum(tl.load(starts + begin), begin - reach), begin + TILE, TILE):
+        column = first + tl.arange(0, TILE)
+        k_tile = _load_tile(k, column, stride_k, num_tokens, DIM)
+        token = tl.load(tokens + column, mask=column < num_tokens, other=-2)[None, :]
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE
+        visible = _is_visible(row[:, None], column[None, :], start, reach)
+        slope = _score_gradient(
+            scores, visible, token == target, own_lse, own_d_target, own_mean
+        ).to(k_tile.dtype)
+        total = tl.dot(slope, k_tile, total, input_precision="ieee")
+    place = row[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(d_q + place, total / DIM**0.5, mask=real[:, None])
+
+
+@triton.jit
+def _pointer_keys_kernel(
+    q, k, tokens, targets, starts, ends, lse, d_target, mean, d_k, num_tokens, stride_q, stride_k,
+    reach, DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of keys, from the queries up to the end of the last one's document."""
+    SCALE: tl.constexpr = LOG2_E / DIM**0.5
+    begin = tl.program_id(0) * TILE
+    column = begin + tl.arange(0, TILE)
+    k_tile = _load_tile(k, column, stride_k, num_tokens, DIM)
+    token = tl.load(tokens + column, mask=column < num_tokens, other=-2)[:, None]
+    total = tl.zeros((TILE, DIM), tl.float32)
+    last = tl.minimum(begin + TILE, num_tokens) - 1
+    for first in range(begin, tl.minimum(tl.load(ends + last), last + reach + 1), TILE):
+        row = first + tl.arange(0, TILE)
+        real = row < num_tokens
+        q_tile = _load_tile(q, row, stride_q, num_tokens, DIM)
+        start = tl.load(starts + row, mask=real, other=num_tokens)[None, :]
+        target = tl.load(targets + row, mask=real, other=-1)[None, :]
+        own_lse = tl.load(lse + row, mask=real, other=0.0)[None, :]
+        own_d_target = tl.load(d_target + row, mask=real, other=0.0)[None, :]
+        own_mean = tl.load(mean + row, mask=real, other=0.0)[None, :]
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * SCALE
+        visible = _is_visible(row[None, :], column[:, None], start, reach)
+        slope = _score_gradient(
+            scores, visible, token == target, own_lse, own_d_target, own_mean
+        ).to(q_tile.dtype)
+        total = tl.dot(slope, q_tile, total, input_precision="ieee")
+    place = column[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(d_k + place, total / DIM**0.5, mask=(column < num_tokens)[:, None])
+
+
+class Pointer(torch.autograd.Function):
+    """pointer_shares by kernels. A tile of queries visits the keys of its documents alone, and a
+    tile of keys likewise; all sums are made in a fixed order."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, starts: Tensor,
+        ends: Tensor, reach: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        num_tokens, dim = q.shape
+        target_share, sink_share, lse = (
+            q.new_empty(num_tokens, dtype=torch.float32) for _ in range(3)
+        )
+        ctx.sizes = num_tokens, row_stride(q), row_stride(k), reach
+        ctx.grid, ctx.kinds = (triton.cdiv(num_tokens, 64),), {"DIM": dim, "TILE": 64}
+        _pointer_kernel[ctx.grid](
+            q, k, sink, tokens, targets, starts, target_share, sink_share, lse, *ctx.sizes,
+            **ctx.kinds,
+        )  # fmt: skip
+        inputs = q, k, sink, tokens, targets, starts, ends
+        ctx.save_for_backward(*inputs, target_share, sink_share, lse)
+        return target_share, sink_share
+
+    @staticmethod
+    def backward(ctx, d_target: Tensor, d_sink: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, sink, tokens, targets, starts, ends, target_share, sink_share, lse = ctx.saved_tensors
+        mean = d_target * target_share + d_sink * sink_share
+        d_of_sink = sink_share * (d_sink - mean)
+        d_q, d_k = (x.new_empty(x.shape) for x in (q, k))
+        own = lse, packed(d_target), mean
+        _pointer_queries_kernel[ctx.grid](
+            q, k, sink, tokens, targets, starts, *own, d_of_sink, d_q, *ctx.sizes, **ctx.kinds
+        )
+        _pointer_keys_kernel[ctx.grid](
+            q, k, tokens, targets, starts, ends, *own, d_k, *ctx.sizes, **ctx.kinds
+        )
+        d_sink_key = (d_of_sink.type_as(q) @ q).type_as(sink) / math.sqrt(q.size(1))
+        return d_q, d_k, d_sink_key, *[None] * 5
+
+
 # --- Head -----------------------------------------------------------------------------------------
 
 
@@ -1495,26 +1724,36 @@ def softcap(logits: Tensor) -> Tensor:
 
 def head_loss(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None = None,
-    offsets: Tensor | None = None,
+    offsets: Tensor | None = None, shares: PointerShares | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums over tokens of cross-entropies of the softcapped logits, 0-d fp32, in nats: of all terms
     by weight, and of the first alone, which has no gradient.
 
     x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
     weights: (terms,) fp32. offsets: (vocab,) fp32, added to the logits in the softmax's denominator
-    alone. With fp8 all of it runs in kernels, and all matmuls in fp8, forward and backward.
+    alone. shares: the pointer's, whose mixture the first term then predicts by; the last column of
+    targets, (T, terms + 1), is then the copy entry. With fp8 all of it runs in kernels, and all
+    matmuls in fp8, forward and backward.
     """
     if fp8 is not None:
-        return HeadLoss.apply(x, head, targets, weights, fp8, offsets)
-    losses = token_losses(x @ head.mT, targets, offsets).sum(0)
+        return HeadLoss.apply(x, head, targets, weights, fp8, offsets, *(shares or (None, None)))
+    losses = token_losses(x @ head.mT, targets, offsets, shares).sum(0)
     return losses @ weights, losses[0].detach()
 
 
-def token_losses(logits: Tensor, targets: Tensor, offsets: Tensor | None) -> Tensor:
-    """Cross-entropies of the softcapped logits, (T, terms) in nats, 0 where there is no target."""
+def token_losses(
+    logits: Tensor, targets: Tensor, offsets: Tensor | None, shares: PointerShares | None = None
+) -> Tensor:
+    """Cross-entropies of the softcapped logits, (T, terms) in nats, 0 where there is no target;
+    shares and the copy entry as head_loss takes them."""
     logits, scored = softcap(logits), targets >= 0
     lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
-    return (lse - logits.gather(1, targets.clamp_min(0))) * scored
+    losses = (lse - logits.gather(1, targets.clamp_min(0))) * scored
+    if shares is None:
+        return losses
+    p, copy = (-losses[:, 0]).exp(), (-losses[:, -1]).exp()  # both with the copy entry in lse
+    mixture = p * (1 + copy * shares.sink / (1 - copy)) + copy * shares.target
+    return torch.cat([(-mixture.log() * scored[:, 0])[:, None], losses[:, 1:-1]], 1)
 
 
 @triton.jit
@@ -1546,26 +1785,86 @@ def _lse_kernel(logits, offsets, lse, vocab, APPROXIMATE: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr):
+def _share_of(logits, lse, row, vocab, column, mask, APPROXIMATE: tl.constexpr):
+    """Of a column of each row in the softmax."""
+    tile = tl.load(logits + row * vocab + column, mask=mask, other=0.0)
+    return tl.exp(_sigmoid_of_logits(tile, APPROXIMATE) * CAP - lse)
+
+
+@triton.jit
+def _mixture_kernel(
+    logits, lse, targets, weights, target_share, sink_share, row_weights, losses, d_target_share,
+    d_sink_share, num_rows, vocab, TERMS: tl.constexpr, APPROXIMATE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The losses with the pointer's mixture in the first term, and their gradients by its shares.
+    The gradient by the logits is that of cross-entropies of all columns of targets, the copy entry
+    among them, with weights that differ from row to row: these it leaves in row_weights."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    real = row < num_rows
+    own_lse = tl.load(lse + row, mask=real, other=0.0)
+    to_target = tl.load(target_share + row, mask=real, other=0.0)
+    to_sink = tl.load(sink_share + row, mask=real, other=0.0)
+    target = tl.load(targets + row * TERMS, mask=real, other=-1)
+    copy = tl.load(targets + row * TERMS + TERMS - 1, mask=real, other=0)
+    scored = target >= 0
+    p = _share_of(logits, own_lse, row, vocab, target, scored, APPROXIMATE)
+    copy = _share_of(logits, own_lse, row, vocab, copy, real, APPROXIMATE)
+    # 1 - copy is at least 5e-6 in a vocabulary of 50,000, as logits go from 0 to CAP
+    odds = copy / (1 - copy)
+    from_logits = p * (1 + odds * to_sink)
+    mixture = from_logits + copy * to_target
+    loss = tl.where(scored, -tl.log(mixture), 0.0)
+    weight = tl.where(scored, tl.load(weights), 0.0)
+    by_mixture = weight / mixture
+    from_copy = copy * to_target + p * odds * to_sink / (1 - copy)
+    tl.store(row_weights + row * TERMS, by_mixture * from_logits, mask=real)
+    tl.store(row_weights + row * TERMS + TERMS - 1, by_mixture * from_copy, mask=real)
+    tl.store(d_target_share + row, -by_mixture * copy, mask=real)
+    tl.store(d_sink_share + row, -by_mixture * p * odds, mask=real)
+    weighted = weight * loss
+    for term in tl.static_range(1, TERMS - 1):
+        target = tl.load(targets + row * TERMS + term, mask=real, other=-1)
+        p = _share_of(logits, own_lse, row, vocab, target, target >= 0, APPROXIMATE)
+        weight = tl.where(target >= 0, tl.load(weights + term), 0.0)
+        tl.store(row_weights + row * TERMS + term, weight, mask=real)
+        weighted -= weight * tl.log(p)
+    tl.store(losses + row, weighted, mask=real)
+    tl.store(losses + num_rows + row, loss, mask=real)
+
+
+@triton.jit
+def _weight_of(weights, row, term, real, TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr):
+    """Of a term: a number for all rows, or one a row."""
+    if ROW_WEIGHTS:
+        return tl.load(weights + row * TERMS + term, mask=real, other=0.0)
+    return tl.load(weights + term)
+
+
+@triton.jit
+def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr):
     """Of the terms that each row has."""
     total = tl.zeros(row.shape, tl.float32)
     for term in tl.static_range(TERMS):
         target = tl.load(targets + row * TERMS + term, mask=real, other=-1)
-        total += tl.where(target >= 0, tl.load(weights + term), 0.0)
+        weight = _weight_of(weights, row, term, real, TERMS, ROW_WEIGHTS)
+        total += tl.where(target >= 0, weight, 0.0)
     return total
 
 
 @triton.jit
 def _logits_gradient_kernel(
     logits, offsets, lse, targets, weights, grad, grad_t, scale, num_rows, vocab,
-    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """All of the gradient but what the targets add to it."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = row < num_rows
     inside = real[:, None] & (column < vocab)[None, :]
-    factor = _sum_weights(targets, weights, row, real, TERMS) * (CAP / CAP_SCALE) / tl.load(scale)
+    factor = _sum_weights(targets, weights, row, real, TERMS, ROW_WEIGHTS)
+    factor = factor * (CAP / CAP_SCALE) / tl.load(scale)
     shift = tl.load(lse + row, mask=real, other=0.0)
     tile = tl.load(logits + row[:, None] * vocab + column[None, :], mask=inside, other=0.0)
     tile = _sigmoid_of_logits(tile, APPROXIMATE)
@@ -1582,42 +1881,47 @@ def _logits_gradient_kernel(
 @triton.jit
 def _targets_kernel(
     logits, offsets, lse, targets, weights, grad, grad_t, scale, num_rows, vocab, losses,
-    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
+    TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The losses, weighted and of the first term, and the gradient in the targets' columns."""
+    """The gradient in the targets' columns and, with weights that are the same for all rows, the
+    losses, weighted and of the first term."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     real = row < num_rows
     shift = tl.load(lse + row, mask=real, other=0.0)
-    all_weights = _sum_weights(targets, weights, row, real, TERMS)
+    all_weights = _sum_weights(targets, weights, row, real, TERMS, ROW_WEIGHTS)
     weighted = tl.zeros((ROWS,), tl.float32)
     for term in tl.static_range(TERMS):
         target = tl.load(targets + row * TERMS + term, mask=real, other=-1).to(tl.int64)
         scored = target >= 0
         tile = tl.load(logits + row * vocab + target, mask=scored, other=0.0)
         tile = _sigmoid_of_logits(tile, APPROXIMATE)
-        loss = tl.where(scored, shift - CAP * tile, 0.0)
-        if term == 0:
-            tl.store(losses + num_rows + row, loss, mask=real)
-        weighted += tl.load(weights + term) * loss
+        if not ROW_WEIGHTS:
+            loss = tl.where(scored, shift - CAP * tile, 0.0)
+            if term == 0:
+                tl.store(losses + num_rows + row, loss, mask=real)
+            weighted += tl.load(weights + term) * loss
         likely = CAP * tile - shift
         if offsets is not None:
             likely += tl.load(offsets + target, mask=scored, other=0.0)
         values = all_weights * tl.exp(likely)
         for other in tl.static_range(TERMS):  # two terms may have the same target
             same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
-            values -= tl.where(same, tl.load(weights + other), 0.0)
+            weight = _weight_of(weights, row, other, real, TERMS, ROW_WEIGHTS)
+            values -= tl.where(same, weight, 0.0)
         values = values * (CAP / CAP_SCALE) / tl.load(scale) * tile * (1 - tile)
         values = values.to(grad.dtype.element_ty)
         tl.store(grad + row * vocab + target, values, mask=scored)
         tl.store(grad_t + target * num_rows + row, values, mask=scored)
-    tl.store(losses + row, weighted, mask=real)
+    if not ROW_WEIGHTS:
+        tl.store(losses + row, weighted, mask=real)
 
 
 def losses_and_slope(
-    logits: Tensor, targets: Tensor, weights: Tensor, scale: Tensor, offsets: Tensor | None
-) -> tuple[Tensor, Fp8]:
+    logits: Tensor, targets: Tensor, weights: Tensor, scale: Tensor, offsets: Tensor | None,
+    shares: PointerShares | None = None,
+) -> tuple[Tensor, Fp8, PointerShares | None]:  # fmt: skip
     """The losses of every row, (2, T) fp32: of all terms by weight, and of the first alone; and the
-    gradient of the former by the logits (T, vocab) in fp8 with this scale."""
+    gradients of the former by the logits (T, vocab), in fp8 with this scale, and by the shares."""
     (num_rows, terms), vocab = targets.shape, logits.size(1)
     slope = fp8_empty(logits.shape, scale, E5M2)
     losses, lse = (
@@ -1627,13 +1931,23 @@ def losses_and_slope(
     _lse_kernel[(num_rows,)](
         logits, offsets, lse, vocab, APPROXIMATE=approximate, BLOCK=2048, num_warps=8
     )
-    inputs = logits, offsets, lse, packed(targets), weights, *slope, num_rows, vocab
+    targets, d_shares = packed(targets), None
     kinds = {"TERMS": terms, "APPROXIMATE": approximate, "ROWS": 128}
     # 128 rows of a transposed fp8 tile are whole lines of memory.
     grid = (triton.cdiv(num_rows, 128), triton.cdiv(vocab, 64))
+    if shares is not None:
+        row_weights = weights.new_empty(num_rows, terms)
+        d_shares = PointerShares(*(share.new_empty(num_rows) for share in shares))
+        outputs = row_weights, losses, *d_shares
+        _mixture_kernel[grid[:1]](
+            logits, lse, targets, weights, *shares, *outputs, num_rows, vocab, **kinds
+        )
+        weights = row_weights
+    kinds["ROW_WEIGHTS"] = shares is not None
+    inputs = logits, offsets, lse, targets, weights, *slope, num_rows, vocab
     _logits_gradient_kernel[grid](*inputs, **kinds, COLUMNS=64, num_warps=4)
     _targets_kernel[grid[:1]](*inputs, losses, **kinds)
-    return losses, slope
+    return losses, slope, d_shares
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1642,11 +1956,14 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8,
-        offsets: Tensor | None,
+        offsets: Tensor | None, *shares: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x8 = quantize(x, fp8_empty(x.shape, fp8.scale_x), clipped=fp8.clipped)
         logits = fp8_matmul(x8, fp8.weight)
-        losses, slope = losses_and_slope(logits, targets, weights, fp8.scale_grad, offsets)
+        shares = None if shares[0] is None else PointerShares(*shares)
+        losses, slope, ctx.d_shares = losses_and_slope(
+            logits, targets, weights, fp8.scale_grad, offsets, shares
+        )
         ctx.factors = slope, x8, fp8.weight
         weighted, first = losses.sum(1).unbind()
         ctx.mark_non_differentiable(first)
@@ -1658,7 +1975,8 @@ class HeadLoss(torch.autograd.Function):
         slope, x, weight = ctx.factors
         slope = slope._replace(scale=slope.scale * grad)  # the loss's own gradient
         d_x, d_head = fp8_matmul(slope, weight.T), fp8_matmul(slope.T, x.T)
-        return d_x, d_head, None, None, None, None
+        d_shares = [share * grad for share in ctx.d_shares] if ctx.d_shares else (None, None)
+        return d_x, d_head, None, None, None, None, *d_shares
 
 
 class Candidates(NamedTuple):
@@ -1710,6 +2028,16 @@ def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     chunks = zip(x.split(4096), targets.split(4096))  # of logits, 0.8 GB
     options = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
     return sum(F.cross_entropy(softcap(part @ head.mT), own, **options) for part, own in chunks)
+
+
+@compiled
+def mixture_loss(x: Tensor, head: Tensor, targets: Tensor, shares: PointerShares) -> Tensor:
+    """The same with the pointer's mixture; targets (T, 2), the second column the copy entry."""
+    chunks = zip(*(tensor.split(4096) for tensor in (x, targets, *shares)))
+    return sum(
+        token_losses(part @ head.mT, own, None, PointerShares(*pair)).sum()
+        for part, own, *pair in chunks
+    )
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -2147,6 +2475,11 @@ def small_params(config: Config) -> dict[str, SmallParam]:
     if config.match_orders:  # of no prediction, and of each order and number of votes
         starts = [0.0] + [1.0] * (MAX_VOTES * len(config.match_orders))
         table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
+    if config.pointer:
+        shape = 2 * POINTER_DIM, config.model_dim  # of queries, then of keys
+        table["pointer"] = SmallParam(shape, None, slow, 1.0, 0.0)
+        table["pointer_sink"] = SmallParam((POINTER_DIM,), 0.0, slow, 1.0, 0.0)
+        table["pointer_gain"] = SmallParam((1,), 1.0, slow, 1.0, 0.0)
     return table
 
 
@@ -2437,6 +2770,20 @@ class GPT(nn.Module):
         y = attention(q, k, v, *lengths, config.attention_scale, self.backend)
         return y.flatten(1) @ w_o
 
+    def pointer_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The pointer's queries and keys from the normed stream (T, dim); (T, POINTER_DIM)."""
+        weights, gain = (self.small_weights[name] for name in ("pointer", "pointer_gain"))
+        q, k = rms_norm((x @ weights.type_as(x).mT).unflatten(1, (2, -1))).unbind(1)
+        return q * gain.type_as(q), k
+
+    @recorded("pointer")
+    def point(self, x: Tensor, batch: Batch) -> PointerShares:
+        """At the targets, from the normed stream (T, dim)."""
+        sink, bounds = self.small_weights["pointer_sink"], document_bounds(batch.cu_seqlens, len(x))
+        reach = min(batch.max_seq_len, POINTER_REACH)
+        inputs = *self.pointer_keys(x), sink, batch.tokens, batch.targets
+        return pointer_shares(*inputs, *bounds, reach)
+
     def training_loss(
         self, batch: Batch, windows: Windows, loss_weights: Tensor, num_candidates: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -2452,23 +2799,50 @@ class GPT(nn.Module):
         with self.on_side_stream(), recorded("candidates"):
             second = F.pad(sequences[:, 1:], (0, 1), value=IGNORED_TARGET)
             targets = torch.stack([sequences, second], dim=2).flatten(0, 1)  # (T, 2)
+            if self.config.pointer:
+                targets = self.with_copy_entry(targets)  # (T, 3)
             sampled = [self.sample(part, num_candidates) for part in targets.split(sizes)]
         x = self.hidden(batch, windows, self.fp8)
         self.wait_for_side_stream()
         losses, place = [], torch.arange(num_candidates + 1, device=x.device)
-        for part, (candidates, fp8) in zip(x.split(sizes), sampled):
+        shares = [None] * len(sizes)
+        if self.config.pointer:
+            parts = (share.split(sizes) for share in self.point(x, batch))
+            shares = [PointerShares(*part) for part in zip(*parts)]
+        for part, (candidates, fp8), own in zip(x.split(sizes), sampled, shares):
             head = self.head  # (vocab, dim)
             if candidates.tokens is not None:
                 rows = SortedRows.of_distinct(candidates.tokens, place)
                 (head,) = TableRows.apply(candidates.tokens, rows, head)  # (candidates, dim)
             inputs = part, head, candidates.targets, loss_weights, fp8, candidates.offsets
-            losses.append(head_loss(*inputs))
+            losses.append(head_loss(*inputs, own))
         weighted, plain = zip(*losses)
         return sum(weighted), sum(plain)
 
     def validation_loss(self, batch: Batch, windows: Windows) -> Tensor:
         """The next-token loss on the whole vocabulary, a sum over tokens in nats, without fp8."""
-        return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
+        x = self.hidden(batch, windows)
+        if self.config.pointer:
+            targets = self.with_copy_entry(batch.targets[:, None])
+            return mixture_loss(x, self.head, targets, self.point(x, batch))
+        return next_token_loss(x, self.head, batch.targets)
+
+    def probabilities(self, batch: Batch, windows: Windows, positions: slice) -> Tensor:
+        """Of all tokens behind these positions, (positions, vocab) fp32, in plain PyTorch."""
+        x = self.hidden(batch, windows)
+        p = softcap(x[positions] @ self.head.mT).softmax(1)
+        if not self.config.pointer:
+            return p
+        (starts, _), entry = document_bounds(batch.cu_seqlens, len(x)), self.config.vocab_size
+        keys = *self.pointer_keys(x), self.small_weights["pointer_sink"], starts
+        attention = pointer_attention(*keys, POINTER_REACH, positions, slice(None))
+        copied = torch.zeros_like(p).index_add(1, batch.tokens, attention[:, 1:])
+        copy, rest = p[:, [entry]], p.index_fill(1, batch.tokens.new_tensor([entry]).long(), 0.0)
+        return rest / (1 - copy) * (1 - copy * (1 - attention[:, :1])) + copy * copied
+
+    def with_copy_entry(self, targets: Tensor) -> Tensor:
+        """Targets (T, terms), and a column of the pointer's copy entry, the first unused id."""
+        return F.pad(targets, (0, 1), value=self.config.vocab_size)
 
     def sample(self, targets: Tensor, count: int) -> tuple[Candidates, HeadFp8 | None]:
         """Candidates for targets (n, terms), `count` or all, and the head's rows for these in
@@ -3344,6 +3718,7 @@ class SelfCheck:
         return {
             **({"attention": self.attention} if self.backend != "plain" else {}),
             **(methods if self.uses_fp8 else {}),
+            **({"pointer": self.pointer} if self.config.pointer else {}),
             "sums of streams": self.sums,
             "rows of tables": self.table_rows,
             "updates of n-grams": self.ngram_updates,
@@ -3510,16 +3885,26 @@ class SelfCheck:
             targets = self.integers(vocab, self.tokens, 2)
             targets[::5, 1], targets[1::5, 1] = IGNORED_TARGET, targets[1::5, 0]
             weights = torch.tensor([1.0, 0.5], device=self.device)
+            shares = doubles = None
+            if self.config.pointer:  # the last entry is the copy entry
+                targets = F.pad(targets.clamp_max(vocab - 2), (0, 1), value=vocab - 1)
+                attention = self.random(3, self.tokens, dtype=torch.float32).softmax(0)
+                shares = PointerShares(*attention[:2])
+                doubles = PointerShares(*(share.double().requires_grad_() for share in shares))
             x8, head8 = self.in_fp8(x), self.in_fp8(head)
             logits = fp8_matmul(x8, head8)
             exact_logits = logits.double().requires_grad_()
-            exact = token_losses(exact_logits, targets, offsets)
+            exact = token_losses(exact_logits, targets, offsets, doubles)
             exact = torch.stack([exact @ weights.double(), exact[:, 0]])
-            (exact_slope,) = torch.autograd.grad(exact[0].sum(), exact_logits)
+            exact_slope, *exact_d_shares = torch.autograd.grad(
+                exact[0].sum(), (exact_logits, *(doubles or ()))
+            )
             scale = self.scale_for(exact_slope.abs().max())
-            losses, slope = losses_and_slope(logits, targets, weights, scale, offsets)
+            losses, slope, d_shares = losses_and_slope(
+                logits, targets, weights, scale, offsets, shares
+            )
             fp8 = HeadFp8(head8, x8.scale, scale)
-            total, _ = head_loss(x, head, targets, weights, fp8, offsets)
+            total, _ = head_loss(x, head, targets, weights, fp8, offsets, shares)
             d_x, d_head = torch.autograd.grad(total, (x, head))
             own = [
                 Result("logits", logits, dequantized(x8) @ dequantized(head8).mT),
@@ -3528,6 +3913,10 @@ class SelfCheck:
                 Result("gradient of x", d_x, dequantized(slope) @ dequantized(head8)),
                 Result("gradient of the head", d_head, dequantized(slope).mT @ dequantized(x8)),
             ]
+            if d_shares is not None:
+                own.append(
+                    Result("gradient of shares", torch.stack(d_shares), torch.stack(exact_d_shares))
+                )
             kind = f"{count:,} candidates" if count else "the whole vocabulary"
             results += [r._replace(name=f"{r.name} on {kind}") for r in own]
         return results
@@ -3552,6 +3941,21 @@ class SelfCheck:
                 found.append(Result("output without gradient", *op(*inputs), found[0].reference))
             results += [r._replace(name=f"{r.name}, window {window}", limit=0.1) for r in found]
         return results
+
+    def pointer(self) -> list[Result]:
+        """In documents of several lengths, to tokens of which many are the target."""
+        ends = [0, 1, self.tokens // 3, self.tokens, self.tokens]
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=self.device)
+        tokens, targets = self.integers(3, 2, self.tokens)
+        batch = tokens.int(), targets, *document_bounds(cu_seqlens, self.tokens)
+
+        def op(q: Tensor, k: Tensor, sink: Tensor) -> PointerShares:
+            return pointer_shares(q, k, sink, *batch, self.tokens // 2)
+
+        q, k = rms_norm(self.random(self.tokens, 2, POINTER_DIM)).unbind(1)
+        sink = self.random(POINTER_DIM, dtype=torch.float32)
+        grads = [self.random(self.tokens, dtype=torch.float32) for _ in range(2)]
+        return self.compare(op, [q.contiguous(), k, sink], grads)
 
     def table_rows(self) -> list[Result]:
         """Added to one table and to all value tables, some to one row very often; and each once."""

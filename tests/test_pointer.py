@@ -1,0 +1,456 @@
+"""The pointer and its mixture against their definitions in float64, by kernels (in Triton's
+interpreter without a GPU) and in plain PyTorch; and what training and validation make of them."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import test_self_check
+import torch
+from conftest import fp32_for_fp8, random_batch, tiny_config, trained_like, write_shard
+from test_kernels import cases, interpreted, relative_error
+from test_train import log_of, run, validation_losses
+from torch import Tensor
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    IGNORED_TARGET,
+    POINTER_DIM,
+    START_TOKEN,
+    Batch,
+    Config,
+    Fp8,
+    Fp8Copies,
+    HeadFp8,
+    PointerShares,
+    Windows,
+    document_bounds,
+    head_loss,
+    pointer_shares,
+    rms_norm,
+    sample_candidates,
+)
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+WINDOWS = Windows(8, 24)
+by_kernels = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def exact_shares(q: Tensor, k: Tensor, sink: Tensor, batch: Batch, reach: int) -> Tensor:
+    """(2, T): of the target and of the sink, document by document."""
+    shares = []
+    for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:]):
+        distance = torch.arange(end - begin, device=q.device)
+        distance = distance[:, None] - distance[None, :]
+        own = slice(begin, end)
+        scores = (q[own] @ k[own].T).masked_fill((distance <= 0) | (distance > reach), -math.inf)
+        scores = torch.cat([scores, (q[own] @ sink)[:, None]], 1) / math.sqrt(q.size(1))
+        attention = scores.softmax(1)
+        hits = batch.tokens[own][None, :] == batch.targets[own][:, None]
+        shares.append(torch.stack([(attention[:, :-1] * hits).sum(1), attention[:, -1]]))
+    return torch.cat(shares, 1)
+
+
+def on_device(batch: Batch) -> Batch:
+    return Batch(*(x.to(DEVICE) for x in batch[:3]), *batch[3:])
+
+
+LENGTHS = {
+    "several": [70, 1, 130, 2, 59],
+    "one": [200],
+    "short": [3] * 30,
+    "of a token": [1] * 67,
+    "whole tiles": [64, 128, 64],
+}
+
+
+@by_kernels
+@pytest.mark.parametrize(
+    ("documents", "ids", "reach", "dim"),
+    cases(
+        [
+            ("several", 3, 1000, 32),
+            ("several", 3, 65, 16),
+            ("one", 5, 40, POINTER_DIM),
+            ("short", 2, 1000, 16),
+            ("of a token", 2, 1000, 16),
+            ("whole tiles", 1, 1000, 16),  # every earlier token is a hit
+            ("whole tiles", 0, 100, 16),  # none is
+        ],
+        [([2048, 1, 900, 1147] * 4, 50, 2048, POINTER_DIM), ([9000, 3000], 50, 8192, POINTER_DIM)],
+    ),
+)
+def test_shares_and_their_gradients(monkeypatch, kernels, documents, ids, reach, dim):
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
+    lengths = LENGTHS[documents] if isinstance(documents, str) else documents
+    batch = on_device(random_batch(1, lengths, num_ids=max(ids, 1)))
+    tokens = batch.tokens % START_TOKEN
+    targets = batch.targets % START_TOKEN if ids else batch.targets + START_TOKEN
+    targets[::7] = IGNORED_TARGET
+    batch = batch._replace(tokens=tokens, targets=targets)
+    count, dtype = len(tokens), torch.bfloat16 if GPU else torch.float32
+    both = 2 * rms_norm(torch.randn(count, 2, dim, device=DEVICE))
+    q, k = (x.requires_grad_() for x in both.to(dtype).unbind(1))  # columns of both, as in a run
+    sink = torch.randn(dim, device=DEVICE).requires_grad_()
+    grads = torch.randn(2, count, device=DEVICE)
+    starts, ends = document_bounds(batch.cu_seqlens, count)
+    shares = torch.stack(pointer_shares(q, k, sink, tokens, targets, starts, ends, reach))
+    found = torch.autograd.grad(shares, (q, k, sink), grads)
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, sink)]
+    exact = exact_shares(*doubles, batch, reach)
+    expected = torch.autograd.grad(exact, doubles, grads.double())
+    assert relative_error(shares, exact) < (1e-2 if GPU else 1e-6)
+    for value, reference in zip(found, expected, strict=True):
+        assert relative_error(value, reference) < (2e-2 if GPU else 1e-5)
+    alone = starts == torch.arange(count, device=DEVICE)
+    assert (shares[:, alone] == torch.tensor([[0.0], [1.0]], device=DEVICE)).all()
+    if ids == 0:
+        assert (shares[0] == 0).all()
+    if ids == 1:
+        scored = targets >= 0
+        torch.testing.assert_close(shares[0, scored], 1 - shares[1, scored])
+
+
+# The mixture -------------------------------------------------------------------------------------
+
+
+def mixture_inputs(tokens: int, vocab: int, dim: int) -> tuple:
+    """x, head, targets of two terms and the copy entry, weights, the pointer's shares."""
+    targets = torch.randint(0, vocab - 1, (tokens, 2))
+    targets[::3, 1] = targets[::5, 0] = targets[4] = IGNORED_TARGET
+    targets[3, 1] = targets[3, 0]
+    targets = torch.cat([targets, torch.full((tokens, 1), vocab - 1)], 1)
+    attention = torch.rand(tokens, 3).softmax(1)
+    attention[1] = torch.tensor([0.0, 1.0, 0.0])
+    head = torch.randn(vocab, dim)
+    head[-1] *= 2  # so that copying is likely in some rows
+    x = rms_norm(torch.randn(tokens, dim))
+    return x, head, targets, torch.tensor([1, 0.5]), PointerShares(*attention[:, :2].T.contiguous())
+
+
+def exact_mixture_loss(x, head, targets, weights, shares, offsets) -> tuple[Tensor, Tensor]:
+    """Both losses of the inputs, which are in float64, written down row by row."""
+    logits, losses = 23 * torch.sigmoid((x @ head.T + 5) / 7.5), [0.0, 0.0]
+    for z, (target, second, copy), to_target, to_sink in zip(logits, targets.tolist(), *shares):
+        estimate = z if offsets is None else z + offsets
+        p = (z - estimate.logsumexp(0)).exp()
+        if target >= 0:
+            rest = p[target] / (1 - p[copy])
+            mixture = rest * (1 - p[copy] * (1 - to_sink)) + p[copy] * to_target
+            losses[0] = losses[0] - mixture.log()
+        if second >= 0:
+            losses[1] = losses[1] - p[second].log()
+    return weights[0] * losses[0] + weights[1] * losses[1], losses[0]
+
+
+def scale_of(value: float) -> Tensor:
+    return torch.full((4,), value)
+
+
+@interpreted
+@by_kernels
+@pytest.mark.parametrize(("tokens", "vocab", "dim"), [(140, 300, 32), (9, 70, 8)])
+@pytest.mark.parametrize("with_offsets", [False, True], ids=["plain", "offsets"])
+def test_mixture_loss_and_its_gradients(monkeypatch, kernels, tokens, vocab, dim, with_offsets):
+    """By kernels with fp32 in place of fp8."""
+    fp32_for_fp8(monkeypatch)
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
+    x, head, targets, weights, shares = mixture_inputs(tokens, vocab, dim)
+    offsets = torch.randn(vocab) if with_offsets else None
+    leaves = [tensor.requires_grad_() for tensor in (x, head, *shares)]
+    weight = head.detach() / 0.5
+    fp8 = HeadFp8(Fp8(weight, weight.T.contiguous(), scale_of(0.5)), scale_of(2), scale_of(0.25))
+    own = fp8 if kernels else None
+    losses = head_loss(x, head, targets, weights, own, offsets, shares)
+    found = torch.autograd.grad(3 * losses[0], leaves)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    exact = exact_mixture_loss(
+        *doubles[:2], targets, weights.double(), doubles[2:],
+        None if offsets is None else offsets.double(),
+    )  # fmt: skip
+    expected = torch.autograd.grad(exact[0], doubles)
+    assert losses[0].item() == pytest.approx(exact[0].item(), rel=1e-6)
+    assert losses[1].item() == pytest.approx(exact[1].item(), rel=1e-6)
+    for value, reference in zip(found, expected, strict=True):
+        assert relative_error(value / 3, reference) < 2e-5
+
+
+@interpreted
+@by_kernels
+def test_a_pointer_to_the_sink_alone_leaves_the_other_entries(monkeypatch, kernels):
+    """The loss and its gradients are those of the vocabulary without the copy entry."""
+    fp32_for_fp8(monkeypatch)
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
+    x, head, targets, weights, _ = mixture_inputs(30, 80, 16)
+    targets[:, 1] = IGNORED_TARGET  # the second term has the copy entry among the others
+    shares = PointerShares(torch.zeros(30), torch.ones(30))
+    results = []
+    for with_pointer in (True, False):
+        head_ = head.clone() if with_pointer else head[:-1].clone()
+        leaves = [tensor.requires_grad_() for tensor in (x.clone(), head_)]
+        weight = leaves[1].detach()
+        fp8 = HeadFp8(Fp8(weight, weight.T.contiguous(), scale_of(1)), scale_of(1), scale_of(1))
+        rest = (shares,) if with_pointer else ()
+        columns = targets if with_pointer else targets[:, :2]
+        inputs = *leaves, columns, weights, fp8 if kernels else None, None, *rest
+        losses = torch.stack(head_loss(*inputs))
+        grads = torch.autograd.grad(losses[0], leaves)
+        results.append((losses, grads[0], grads[1][:79]))
+        if with_pointer:
+            assert grads[1][79].abs().max() < 1e-5
+    for value, expected in zip(*results, strict=True):
+        assert relative_error(value, expected) < 1e-5
+
+
+def test_the_mixture_of_all_tokens_sums_to_one(runtime):
+    """By the loss of each of them, and as GPT.probabilities has them."""
+    config = tiny_config(vocab_size=127, pointer=True)
+    model, batch = trained_like(config, runtime), random_batch(1, [9, 14], num_ids=20)
+    batch = batch._replace(tokens=batch.tokens % 127, targets=batch.targets % 127)
+    for position in (0, 5, 9, 22):
+        own = slice(position, position + 1)
+        p = model.probabilities(batch, WINDOWS, own)[0].detach()
+        assert p.sum().item() == pytest.approx(1, abs=1e-5) and p[127] == 0
+        for token in range(127):
+            targets = torch.full_like(batch.targets, IGNORED_TARGET)
+            targets[position] = token
+            loss = model.validation_loss(batch._replace(targets=targets), WINDOWS)
+            assert -loss.item() == pytest.approx(p[token].log().item(), abs=1e-4)
+    plain = trained_like(tiny_config(vocab_size=127), runtime)
+    p = plain.probabilities(batch, WINDOWS, slice(None)).detach()
+    losses = -p.gather(1, batch.targets[:, None]).log()
+    expected = plain.validation_loss(batch, WINDOWS).item()
+    assert losses.sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_vocabulary_without_an_unused_entry_gets_one():
+    assert tiny_config(vocab_size=128).padded_vocab_size == 128
+    assert tiny_config(vocab_size=128, pointer=True).padded_vocab_size == 256
+    assert Config(pointer=True).padded_vocab_size == Config().padded_vocab_size == 50_304
+
+
+# What a position sees ----------------------------------------------------------------------------
+
+
+@by_kernels
+def test_a_position_sees_earlier_tokens_of_its_document_alone(runtime, monkeypatch, kernels):
+    """Another token with its stream changes the shares of later positions of its document; what
+    follows is 66 tokens, more than a tile."""
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
+    model = trained_like(tiny_config(pointer=True), runtime)
+    batch = random_batch(1, [20, 70, 12], num_ids=2)
+    x = rms_norm(torch.randn(102, 32))
+    before = torch.stack(model.point(x, batch)).detach()
+    for position, last in ((3, 20), (23, 90), (89, 90), (90, 102)):
+        tokens, other = batch.tokens.clone(), x.clone()
+        tokens[position], other[position] = 7, torch.randn(32)
+        after = torch.stack(model.point(other, batch._replace(tokens=tokens))).detach()
+        changed = (before != after).any(0).nonzero().flatten().tolist()
+        at_start = position in (0, 20, 90)  # whose query has no key
+        expected = [*range(position + at_start, last)]
+        assert changed == expected
+
+
+def test_later_tokens_change_no_earlier_loss(runtime):
+    model = trained_like(tiny_config(pointer=True), runtime)
+    batch = random_batch(1, [40, 24], num_ids=3)
+
+    def losses(batch: Batch) -> list[float]:
+        values = []
+        for position in range(0, 30, 3):
+            targets = torch.full_like(batch.targets, IGNORED_TARGET)
+            targets[position] = 1
+            batch = batch._replace(targets=targets)
+            values.append(model.validation_loss(batch, WINDOWS).item())
+        return values
+
+    before = losses(batch)
+    for position in (4, 16, 25):
+        tokens = batch.tokens.clone()
+        tokens[position:] = (tokens[position:] + 1) % 3
+        after = losses(batch._replace(tokens=tokens))
+        same = [a == b for a, b in zip(before, after)]
+        assert same == [t < position for t in range(0, 30, 3)]
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def with_kernels(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 in place of fp8."""
+    fp32_for_fp8(monkeypatch)
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
+    banks = model.mlp_bank, model.attention_bank, model.head
+    model.fp8 = Fp8Copies(*banks, len(model.config.layers))
+
+
+@interpreted
+@by_kernels
+@pytest.mark.parametrize(("count", "tokens_per_sampling"), [(0, 64), (96, 64), (96, 25)])
+def test_training_loss_and_all_gradients(runtime, monkeypatch, kernels, count, tokens_per_sampling):
+    """Those of the loss written down in float64 behind the model's hidden states, with a sample of
+    candidates for 64 tokens or for 25, 25 and 14 of them."""
+    vocab = 300
+    changes = {"vocab_size": vocab - 1, "tokens_per_sampling": tokens_per_sampling}
+    config = tiny_config(pointer=True, **changes)
+    batch = random_batch(2, [40, 24], num_ids=9)
+    batch = batch._replace(tokens=batch.tokens % 299, targets=batch.targets % 299)
+    weights = torch.tensor([1.0, 0.5])
+    model, other = (trained_like(config, runtime) for _ in range(2))
+    size = config.padded_vocab_size
+    for each in (model, other):
+        each.proposal.copy_(torch.linspace(0.2, 2, size))
+
+    hidden = other.hidden(batch, WINDOWS)
+    x = hidden.double()
+    small = {
+        name: weight.detach().double().requires_grad_()
+        for name, weight in other.small_weights.items()
+        if name.startswith("pointer")
+    }
+    head = other.head.detach().double().requires_grad_()
+    q, k = (x @ part.T for part in small["pointer"].split(POINTER_DIM))
+    q, k = (
+        y / (y.square().mean(1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+        for y in (q, k)
+    )
+    shares = exact_shares(small["pointer_gain"] * q, k, small["pointer_sink"], batch, 64)
+    second = torch.tensor([*batch.targets[1:].tolist(), IGNORED_TARGET])
+    targets = torch.stack([batch.targets, second, torch.full_like(second, 299)], 1)
+    losses = [0.0, 0.0]
+    for part in torch.arange(64).split(tokens_per_sampling):
+        rows, places, offsets = head, targets[part], None
+        if count:
+            candidates = sample_candidates(targets[part], other.proposal, count)
+            assert candidates.offsets[candidates.targets[:, 2]].eq(0).all()
+            rows, places = head[candidates.tokens], candidates.targets
+            offsets = candidates.offsets.double()
+        own = exact_mixture_loss(x[part], rows, places, weights.double(), shares[:, part], offsets)
+        losses = [a + b for a, b in zip(losses, own)]
+    losses[0].backward()
+    other.head.grad += head.grad
+    small_grads = dict(zip(other.small_layout, other.cut_small(other.small.grad)))
+    for name, weight in small.items():
+        small_grads[name] += weight.grad
+
+    if kernels:
+        with_kernels(model, monkeypatch)
+    loss, plain = model.training_loss(batch, WINDOWS, weights, count)
+    loss.backward()
+    assert loss.item() == pytest.approx(losses[0].item(), rel=1e-5)
+    assert plain.item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for (name, param), reference in zip(model.named_parameters(), other.parameters()):
+        assert relative_error(param.grad, reference.grad) < 1e-3, name
+    found = dict(zip(model.small_layout, model.cut_small(model.small.grad)))
+    for name in small:
+        assert relative_error(found[name], small_grads[name]) < 1e-3, name
+        assert small_grads[name].norm() > 1e-6
+
+
+def test_all_candidates_are_the_whole_vocabulary(runtime):
+    config, batch = tiny_config(pointer=True), random_batch(2, [40, 24], num_ids=9)
+    model, weights = trained_like(config, runtime), torch.tensor([1, 0.5])
+    losses = [model.training_loss(batch, WINDOWS, weights, count) for count in (0, 50_304)]
+    for value, expected in zip(*losses):
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    plain = model.validation_loss(batch, WINDOWS)
+    assert plain.item() == pytest.approx(losses[0][1].item(), rel=1e-5)
+
+
+def test_without_the_pointer_nothing_of_it_is_there(runtime):
+    """The other weights start alike."""
+    plain, model = (GPT(tiny_config(pointer=pointer), runtime) for pointer in (False, True))
+    assert {*model.small_layout} - {*plain.small_layout} == {
+        "pointer", "pointer_sink", "pointer_gain",
+    }  # fmt: skip
+    for (name, param), other in zip(plain.named_parameters(), model.parameters()):
+        assert torch.equal(param, other[: len(param)]), name
+    assert (model.unpack_small()["pointer_sink"] == 0).all()
+    assert model.unpack_small()["pointer_gain"].tolist() == [1.0]
+    bound = math.sqrt(3) * 0.5 / math.sqrt(32)
+    assert 0.9 * bound < model.unpack_small()["pointer"].abs().max() <= bound
+
+
+def repeating(seed: int, num_tokens: int) -> np.ndarray:
+    """Documents of 48 tokens, all of which are one of four that the document has."""
+    random, documents = np.random.default_rng(seed), []
+    for _ in range(num_tokens // 49 + 1):
+        documents.append([START_TOKEN, *random.choice(random.integers(0, 5000, 4), 48)])
+    return np.concatenate(documents)[:num_tokens]
+
+
+REPEATS = {
+    "vocab_size": START_TOKEN + 1,
+    "num_steps": 40,
+    "stages": "1:512:49:48:48:1:0:512",
+    "extension_steps": 2,
+    "extension": "1:512:49:48:48:1:0:0",
+    "final_window_long": 48,
+    "val_every": 0,
+    "adam_lr": 0.035,
+}
+
+
+def trained(folder, processes: int = 1, **changes: object) -> float:
+    """The last validation loss."""
+    folder.mkdir()
+    write_shard(folder / "train_0.bin", repeating(1, 60_000))
+    write_shard(folder / "train_1.bin", repeating(2, 1000))
+    write_shard(folder / "val.bin", repeating(3, 1001))
+    result = run(folder, processes, **REPEATS | changes)
+    assert result.returncode == 0, result.stderr
+    return validation_losses(folder)[-1]
+
+
+def test_a_pointer_lowers_the_loss_of_documents_that_repeat_themselves(tmp_path):
+    losses = {
+        pointer: trained(tmp_path / pointer, pointer=pointer) for pointer in ("false", "true")
+    }
+    assert losses["true"] < losses["false"] - 1, losses
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    few = {"num_steps": 6, "stages": "1:512:49:48:48:1:.3:320", "pointer": "true"}
+    losses = [trained(tmp_path / str(count), count, **few) for count in (1, 2)]
+    records = [log_of(tmp_path / str(count))[1] for count in (1, 2)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert records[0]["environment"]["world_size"] == 1
+    assert records[1]["environment"]["world_size"] == 2
+
+
+# Self-check --------------------------------------------------------------------------------------
+
+
+PLANTED = {
+    "later keys": ("pointer", "return (key < query) &", "return (key <= query) &"),
+    "the sink left out": ("pointer", "(TILE,), 1.0, tl.float32)", "(TILE,), 0.0, tl.float32)"),
+    "the gradient's mean": ("pointer", "d_target, 0.0) - mean)", "d_target, 0.0) - 0 * mean)"),
+    "a query left out": ("pointer", "in range(begin, tl.min", "in range(begin + 8, tl.min"),
+    "the copy entry": ("head and loss", "copy * to_target + p * odds", "0 * to_target + p * odds"),
+    "the gradient of shares": ("head and loss", "-by_mixture * copy", "by_mixture * copy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [None, *PLANTED])
+def test_self_check_names_a_wrong_kernel(tmp_path, monkeypatch, fault):
+    small = partial(test_self_check.small_config, pointer=True)
+    monkeypatch.setattr(test_self_check, "small_config", small)
+    names, text = ["pointer", "head and loss"], test_self_check.SOURCE
+    if fault is not None:
+        name, line, planted = PLANTED[fault]
+        names = [name]
+        assert line in text
+        text = text.replace(line, planted)
+    module = test_self_check.load(tmp_path / "planted.py", text, monkeypatch)
+    model = test_self_check.make_model(module)
+    problems = [problem for name in names for problem in module.self_check(model, name)]
+    assert bool(problems) == (fault is not None), problems
+    assert all(problem.startswith(names[0]) for problem in problems)
