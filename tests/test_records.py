@@ -1051,7 +1051,8 @@ def test_history_lists_records_by_class(call):
     assert first["record"] == "[By ¦ hand](2026-01-01_first)"
     assert (first["#"], first["date"], first["steps"]) == ("1", "2026-01-01", "8")
     assert (first["time (s)"], first["loss"]) == ("90.00 ± 0.00", "3.2780 ± 0.0001")
-    assert first["logs"].startswith("[1](2026-01-01_first/2026-01-01_000001.txt) [2](")
+    assert (first["runs"], high["runs"]) == ("3", "2")
+    assert ".txt" not in page  # a record's own page links to its logs
     claims = [row["claim"] for row in (first, second, high)]
     assert claims == ["p = 0.00042", "p = 0.00042", "no: p not below 0.01"]
     assert found[list(found)[2]][0]["steps"] == "8 of 1002"
@@ -1195,6 +1196,11 @@ def test_pictures_show_ratios_and_the_newest_session(call, monkeypatch):
     hollow = [line for line in own.get_lines() if line.get_markerfacecolor() == "white"]
     assert [line.get_ydata()[0] for line in hollow] == [3.0, 3.0]  # of a loss above the baseline's
     (race,) = figures[1].axes
+    in_history = {line.get_label(): line.get_color() for line in own.get_lines()}
+    in_race = {line.get_label().split(":")[0]: line.get_color() for line in race.get_lines()}
+    for memory, label in (("none", "project"), ("n-gram lookup", "project, n-gram lookup")):
+        kind = f"8 × H100 80GB HBM3, proxy corpus, whole schedule, non-parametric memory: {memory}"
+        assert in_race[f"this {label}"] == in_history[kind]
     texts = [text.get_text() for text in race.get_legend().get_texts()]
     assert texts == [
         "baseline (record-89 recipe): loss 3.381 in 90.0 s",
@@ -1208,6 +1214,12 @@ def test_pictures_show_ratios_and_the_newest_session(call, monkeypatch):
         "45.0 s\n2.00×",
         "30.0 s\n3.00×",
     ]
+
+
+def test_series_of_one_class_of_memory_have_several_colors():
+    colors = report.series_colors(["none", "n-gram lookup", "none", "none", "document"])
+    assert len({*colors, report.BASELINE_COLOR}) == 6
+    assert colors[:2] == report.series_colors(["none", "n-gram lookup"])
 
 
 def test_labels_hide_neither_one_another_nor_points():

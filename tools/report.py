@@ -785,7 +785,20 @@ def newest_session(records: list[Record]) -> list[Record]:
     return []
 
 
-COLORS = "0.35", "#1f6fb4", "#e07b1a", "#3a923a", "#c03d3e", "#8a5fb0"  # the baseline's first
+# The palette of both pictures of all records.
+BASELINE_COLOR = "0.35"
+MEMORY_COLORS = {"none": "#1f6fb4", "n-gram lookup": "#e07b1a", "document": "#3a923a"}
+MORE_COLORS = "#8a5fb0", "#c03d3e", "#7d6a4f"  # for a second series of a class of memory, and so on
+
+
+def series_colors(memories: Iterable[str]) -> list[str]:
+    """A color for each series: that of its class of memory, if no series before it has it."""
+    colors: list[str] = []
+    more = itertools.cycle(MORE_COLORS)
+    for memory in memories:
+        color = MEMORY_COLORS[memory]
+        colors.append(next(more) if color in colors else color)
+    return colors
 
 
 def draw_race(records: list[Record], path: Path) -> None:
@@ -793,7 +806,8 @@ def draw_race(records: list[Record], path: Path) -> None:
     session = newest_session(records)
     figure, axes = new_figure(8, 4.5)
     losses, baseline = [], session[0]
-    for record, color in zip(session, itertools.cycle(COLORS)):
+    colors = [BASELINE_COLOR, *series_colors(record.memory for record in session[1:])]
+    for record, color in zip(session, colors, strict=True):
         name = "baseline (record-89 recipe)" if record is baseline else "this project"
         name += f", {record.memory}" if record.memory != "none" else ""
         label = f"{name}: loss {record.loss:.3f} in {record.time:.1f} s"
@@ -812,7 +826,7 @@ def draw_race(records: list[Record], path: Path) -> None:
         place = {"xytext": (0, -9), "va": "top", "color": color, "fontsize": 12}
         text, lowest = f"{record.time:.1f} s{faster}", min(run.loss for run in record.runs)
         label_point(axes, (record.time, lowest), text, fontweight="bold", **place)
-    axes.axhline(baseline.loss, color=COLORS[0], linestyle=":", linewidth=1.2, zorder=1)
+    axes.axhline(baseline.loss, color=BASELINE_COLOR, linestyle=":", linewidth=1.2, zorder=1)
     fit_losses(axes, losses, 0.8)
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom - 0.1 * (top - bottom), top)  # for what stands below the dots
@@ -894,19 +908,22 @@ def draw_speed_ups(records: list[Record], axes) -> list:
     """Those of our records that have a baseline, a series a class; returns the labels."""
     from matplotlib import dates
 
-    labels, starts = [], []
-    for i, (kind, members) in enumerate(classes(records).items()):
+    labels, starts, series = [], [], {}
+    for kind, members in classes(records).items():
         points = [(n, record, baseline_of(record, records)) for n, record in members]
         points = [(n, record, base) for n, record, base in points if base]
-        if not points:
-            continue
+        if points:
+            series[kind] = points
+    memories = [points[0][1].memory for points in series.values()]
+    colors = series_colors(memories)
+    for (kind, points), memory, color in zip(series.items(), memories, colors, strict=True):
         days = [dates.date2num(record.first.started) for _, record, _ in points]
         speeds = [base.time / record.time for _, record, base in points]
-        marker = MARKERS.get(points[0][1].memory, "s")
-        axes.plot(days, speeds, f":{marker}", color=f"C{i}", label=kind)
+        marker = MARKERS.get(memory, "s")
+        axes.plot(days, speeds, f":{marker}", color=color, label=kind)
         for (number, record, base), day, speed in zip(points, days, speeds):
             if record.loss > base.loss:
-                axes.plot(day, speed, marker, color=f"C{i}", markerfacecolor="white")
+                axes.plot(day, speed, marker, color=color, markerfacecolor="white")
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0}
             style = {"arrowprops": line, "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.5}}
             text = f"#{number}: {speed:.2f}×"
@@ -1058,8 +1075,6 @@ def history_page(records: list[Record]) -> str:
         rows = []
         for number, record in members:
             run, name = record.first, record.folder.name
-            names = ["log"] if len(record.runs) == 1 else map(str, itertools.count(1))
-            links = [f"[{text}]({name}/{r.run_id}.txt)" for text, r in zip(names, record.runs)]
             reasons = [reason for reason in record.shortfalls if reason not in common]
             p = p_at_most([run.loss for run in record.runs])
             claim = ": ".join(["no", *filter(None, ["; ".join(reasons)])])
@@ -1079,11 +1094,11 @@ def history_page(records: list[Record]) -> str:
                     spread((run.loss for run in record.runs), 4),
                     above,
                     run.steps_text,
-                    " ".join(links),
+                    str(len(record.runs)),
                     claim,
                 ]
             )
-        header = ["#", "date", "record", "speed-up", "time (s)", "loss", "Δ loss", "steps", "logs"]
+        header = ["#", "date", "record", "speed-up", "time (s)", "loss", "Δ loss", "steps", "runs"]
         header += ["claim"]
         used = [any(row[i] not in ("", "no") for row in rows) for i in range(len(header))]
         table = [list(itertools.compress(row, used)) for row in [header, *rows]]
@@ -1092,18 +1107,19 @@ def history_page(records: list[Record]) -> str:
     count = sum(record.first.data_name == "proxy" for record in records)
     proxy = PROXY.format(count="All" if count == len(records) else count) if count else ""
     race = "![loss against seconds of the newest session](loss_against_seconds.png)\n\n"
-    race += "Lines are training losses, which a sampled softmax estimates from a part of the\n"
-    race += "vocabulary; dots are validation losses, of all of it.\n\n"
+    race += "Lines are training losses, estimated on sampled candidates of the vocabulary; dots are\n"
+    race += "validation losses, on the whole vocabulary.\n\n"
     return f"""# Records
 
-Written by `./run.sh history` from the records' logs, a section a class: machine, data, length of
-the schedule and non-parametric memory. Runs on a CPU and toy schedules are left out. All are on the
-main track, the least training time to a validation loss of {TARGET}.
+Written by `./run.sh history` from the records' logs, with a section for each class: machine, data,
+length of the schedule and non-parametric memory. A record's own page has its logs. Runs on a CPU
+and toy schedules are left out. All are on the main track, the least training time to a validation
+loss of {TARGET}.
 
 {proxy}**Speed-up** is the baseline's time over the record's, of one session on one machine with
 interleaved runs; Δ loss is the record's loss less the baseline's. The baseline is the recipe of
-record 89 of modded-nanogpt with this project's kernels, on a short schedule of its own. What a
-short schedule shows need not hold on a whole one. **A claim** is a mean loss of at most {TARGET}
+record 89 of modded-nanogpt with this project's kernels, on a short schedule of its own. A
+result on a short schedule need not hold on a whole one. **A claim** is a mean loss of at most {TARGET}
 (p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more.
 
 ![speed-up over the baseline by date](history.png)
