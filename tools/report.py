@@ -4,7 +4,8 @@
                                                       where it exists, add N runs (0: only rewrite)
     ./run.sh record NAME --logs FILE ...              the same with logs that there are already
     ./run.sh reproduce FOLDER [--runs N] [--fineweb]  run a record's script, beside its figures
-    ./run.sh compare A B [--runs N] [-- OPTION ...]   run two scripts or records, interleaved
+    ./run.sh compare A B [--runs N] [--fineweb] [-- OPTION ...]
+                                                      run two scripts or records, interleaved
     ./run.sh compare A B --logs [--page FILE]         compare the logs that there are of them
     ./run.sh history                                  write records/README.md and its pictures
 
@@ -608,7 +609,40 @@ def take_data(options: list[str]) -> tuple[list[str], list[str]]:
     return [path for path in vars(known).values() if path is not None], rest
 
 
-def check_data(options: list[str], remedy: str) -> None:
+def moves_to_fineweb(run: Run) -> bool:
+    """Whether --fineweb changes what the run trains on: not FineWeb, nor the built-in sample."""
+    return run.data_name not in ("fineweb", "sample")
+
+
+def put_on_fineweb(command: str, records: Iterable[Record]) -> list[list[str]]:
+    """The options of each record's runs, for the command with --fineweb: without the record's
+    files, so that FineWeb is fetched. Raise OptionError where that changes nothing."""
+    records = list(records)
+    moved = [record for record in records if moves_to_fineweb(record.first)]
+    if not moved:
+        found = "scripts that are no records have no data of their own"
+        if records:
+            names = joined(record.first.data_name for record in records)
+            found = f"the record's own data is {names}, which is there"
+        raise OptionError(f"{command}: --fineweb: {found}: leave it out")
+    compares = "times compare with the record's, losses do not"
+    print(f"on FineWeb in place of the record's data: {compares}")
+    if any(int(record.first.config.get("match_shards", 0)) for record in moved):
+        print("its shards hold more tokens, so reading some ahead takes longer than recorded")
+    options = [options_of(record.first, record.script) for record in records]
+    return [take_data(own)[1] if record in moved else own for record, own in zip(records, options)]
+
+
+def check_data(own: list[str], options: list[str], offer: bool) -> None:
+    """Raise ReportError where this machine lacks shards that a record's own options or those behind
+    -- name; for a record's, offer FineWeb."""
+    others = f"give others behind --, as {DATA_OPTIONS[0]} and {DATA_OPTIONS[1]}"
+    check_shards(options, others)
+    fineweb = "add --fineweb to run on FineWeb in its place (times then compare with the record's, "
+    check_shards(own + options, f"{fineweb}losses do not)" if offer else others)
+
+
+def check_shards(options: list[str], remedy: str) -> None:
     """Raise ReportError where the options name shards that this machine lacks."""
     for pattern in take_data(options)[0]:
         if not glob.glob(pattern, root_dir=ROOT):
@@ -1107,8 +1141,8 @@ def history_page(records: list[Record]) -> str:
     count = sum(record.first.data_name == "proxy" for record in records)
     proxy = PROXY.format(count="All" if count == len(records) else count) if count else ""
     race = "![loss against seconds of the newest session](loss_against_seconds.png)\n\n"
-    race += "Lines are training losses, estimated on sampled candidates of the vocabulary; dots are\n"
-    race += "validation losses, on the whole vocabulary.\n\n"
+    race += "Lines are training losses, estimated on sampled candidates of the vocabulary; dots\n"
+    race += "are validation losses, on the whole vocabulary.\n\n"
     return f"""# Records
 
 Written by `./run.sh history` from the records' logs, with a section for each class: machine, data,
@@ -1119,8 +1153,8 @@ loss of {TARGET}.
 {proxy}**Speed-up** is the baseline's time over the record's, of one session on one machine with
 interleaved runs; Δ loss is the record's loss less the baseline's. The baseline is the recipe of
 record 89 of modded-nanogpt with this project's kernels, on a short schedule of its own. A
-result on a short schedule need not hold on a whole one. **A claim** is a mean loss of at most {TARGET}
-(p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more.
+result on a short schedule need not hold on a whole one. **A claim** is a mean loss of at most
+{TARGET} (p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more.
 
 ![speed-up over the baseline by date](history.png)
 
@@ -1244,17 +1278,11 @@ def reproduce_command(args: argparse.Namespace, options: list[str]) -> None:
     options, seed = take_seed(options, None)
     seeds = [run.seed for run in record.runs] if seed is None else [seed]
     seeds = itertools.chain(seeds, itertools.count(max(seeds) + 1))
-    own = options_of(record.first, record.script)
     if args.fineweb:
-        if record.first.data_name in ("fineweb", "sample"):
-            found = f"the record's own data is {record.first.data_name}, which is there"
-            raise OptionError(f"reproduce: --fineweb: {found}: leave it out")
-        own = take_data(own)[1]
-        print("on FineWeb in place of the record's data: times compare, losses do not")
-        if int(record.first.config.get("match_shards", 0)):
-            print("its shards hold more tokens, so reading some ahead takes longer than recorded")
-    remedy = "add --fineweb to run on FineWeb in its place (times then compare, losses do not)"
-    check_data(own + options, remedy)
+        (own,) = put_on_fineweb("reproduce", [record])
+    else:
+        own = options_of(record.first, record.script)
+    check_data(own, options, offer=moves_to_fineweb(record.first))
     with clean_copy(record.script) as copy:
         jobs = {"": (copy, own + options)}
         (here,) = run_in_turn(jobs, itertools.islice(seeds, args.runs))
@@ -1284,8 +1312,9 @@ def logs_of(path: Path) -> list[Run]:
 
 
 def compare_command(args: argparse.Namespace, options: list[str]) -> None:
-    if args.logs and (options or args.runs is not None):
-        raise OptionError("compare: --logs takes runs that there are: leave out --runs and options")
+    if args.logs and (options or args.runs is not None or args.fineweb):
+        found = "--logs takes runs that there are: leave out --runs, --fineweb and options"
+        raise OptionError(f"compare: {found}")
     if args.page:
         check_replaceable(args.page)
         try_folder(args.page.parent, 0)
@@ -1300,12 +1329,16 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         records = {i: Record(path) for i, path in enumerate(paths) if path.is_dir()}
         model = next(iter(records.values())).first if records else None
         options, seed = take_seed(options, model.seed if model else default_seed(scripts[0]))
-        known = {i: options_of(r.first, r.script) for i, r in records.items()}
-        own = [known.get(i, known.get(1 - i, [])) + options for i in range(2)]
-        for each in own:
-            check_data(each, f"give others behind --, as {DATA_OPTIONS[0]} and {DATA_OPTIONS[1]}")
+        if args.fineweb:
+            known = dict(zip(records, put_on_fineweb("compare", records.values()), strict=True))
+        else:
+            known = {i: options_of(r.first, r.script) for i, r in records.items()}
+        own = [known.get(i, known.get(1 - i, [])) for i in range(2)]
+        for i, each in enumerate(own):
+            record = records.get(i, records.get(1 - i))  # whose options these are
+            check_data(each, options, offer=record is not None and moves_to_fineweb(record.first))
         with clean_copy(scripts[0]) as first, clean_copy(scripts[1]) as second:
-            jobs = {"A": (first, own[0]), "B": (second, own[1])}
+            jobs = {"A": (first, own[0] + options), "B": (second, own[1] + options)}
             results = run_in_turn(jobs, range(seed, seed + (args.runs or 1)))
     heads = f"A ({len(results[0])})", f"B ({len(results[1])})"
     table, notes = beside(heads, *results)
@@ -1399,7 +1432,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     record.add_argument("--memory", choices=MEMORY, help=memory)
     reproduce = command("reproduce", reproduce_command, "run a record's script again")
     reproduce.add_argument("folder", type=Path, metavar="FOLDER", help="of the record")
-    compare = command("compare", compare_command, "run two scripts or records in turn")
+    compare = command("compare", compare_command, "run two scripts or records, interleaved")
     for name in ("a", "b"):
         compare.add_argument(name, type=Path, metavar=name.upper(), help="a script or a record")
     number = console.number(int, 1, MOST_RUNS)
@@ -1408,8 +1441,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     compare.add_argument("--logs", action="store_true", help="compare logs that there are")
     page = "write it as Markdown too, what is long folded away"
     compare.add_argument("--page", type=Path, metavar="FILE", help=page)
-    fineweb = "train on FineWeb, where the record's data is not at hand"
-    reproduce.add_argument("--fineweb", action="store_true", help=fineweb)
+    fineweb = "train on FineWeb in place of a record's data, where that is not on this machine"
+    for parser_with_it in (reproduce, compare):
+        parser_with_it.add_argument("--fineweb", action="store_true", help=fineweb)
     command("history", history_command, "write records/README.md and records/history.png")
     return parser.parse_args(arguments)
 
