@@ -547,14 +547,14 @@ def proxy_record(call, monkeypatch) -> Path:
 
 
 def test_a_record_of_the_proxy_corpus_offers_fineweb_in_its_place(call, proxy_record):
-    before = (
+    message = (
         "\nerror: data/proxy/proxy_train_*.bin: this machine has no such shards, and the proxy "
+        "corpus cannot be downloaded: add --fineweb to run on FineWeb in its place (times then "
+        "compare with the record's, losses do not)\n"
     )
-    before += "corpus cannot be downloaded: "
-    offer = "add --fineweb to run on FineWeb in its place (times then compare, losses do not)\n"
-    assert call("reproduce", proxy_record, code=1) == before + offer
+    assert call("reproduce", proxy_record, code=1) == message
     for paths in ((proxy_record, "train_gpt.py"), ("train_gpt.py", proxy_record)):
-        assert call("compare", *paths, code=1).startswith(f"{before}give others behind --, as --tr")
+        assert call("compare", *paths, code=1) == message
     assert not Path("called").exists()
     made_up_run(Path("made/a"), 1, 3.2)  # on FineWeb
     out = call("reproduce", proxy_record, "--fineweb")
@@ -578,14 +578,60 @@ def test_a_record_of_the_proxy_corpus_offers_fineweb_in_its_place(call, proxy_re
     )
 
 
+def test_compare_on_fineweb_in_place_of_the_proxy_corpus(call, proxy_record):
+    """Of a record and a script, in both orders, and of two records of which one is on FineWeb."""
+    for side in "ab":
+        made_up_run(Path("made") / side, 1, 3.2)
+    fineweb = made_up_record(Path("records/2026-01-02_b"), [3.3], 2)
+    for paths in (
+        (proxy_record, "train_gpt.py"),
+        ("train_gpt.py", proxy_record),
+        (proxy_record, proxy_record),
+    ):
+        shutil.rmtree("logs", ignore_errors=True)
+        out = call("compare", *paths, "--fineweb", "--", "--num_steps", "6")
+        # run.sh fetches it for whoever names no data
+        called = Path("called").read_text().splitlines()
+        assert called == ["--preset small --num_steps 6 --seed 1 --log_dir logs"] * 2
+        Path("called").unlink()
+        assert "times compare with the record's, losses do not" in out
+        assert "reading some ahead takes longer than recorded" in out
+        assert re.search(r"^data +FineWeb +FineWeb$", out, re.MULTILINE)
+        assert re.search(r"^validation loss +3\.2000 +3\.2000 +1\.0000$", out, re.MULTILINE)
+    shard = Path("data/fineweb10B/fineweb_train_000001.bin")
+    shard.parent.mkdir(parents=True)
+    for path in (shard, shard.with_name("fineweb_val_000000.bin")):
+        path.write_text("")
+    shutil.rmtree("logs")
+    call("compare", proxy_record, fineweb, "--fineweb")
+    first, second = Path("called").read_text().splitlines()
+    assert "train_files" not in first and "--train_files=data/fineweb10B/" in second
+
+
+def test_compare_refuses_fineweb_where_it_changes_nothing(call):
+    a = made_up_record(Path("records/2026-01-01_a"), [3.3])
+    b = made_up_record(Path("records/2026-01-02_b"), [3.3], 2, source=CHANGED)
+    out = call("compare", a, b, "--fineweb", code=2)
+    assert out == (
+        "\nerror: compare: --fineweb: the record's own data is fineweb, which is there: "
+        "leave it out\n"
+    )
+    out = call("compare", "train_gpt.py", "train_gpt.py", "--fineweb", code=2)
+    assert "--fineweb: scripts that are no records have no data of their own: leave it out" in out
+    assert "leave out --runs, --fineweb and" in call("compare", a, b, "--logs", "--fineweb", code=2)
+    assert not Path("logs").exists()
+
+
 def test_data_given_behind_the_dashes_takes_the_place_of_the_records(call, proxy_record):
     Path("mine_1.bin").write_text("")
     made_up_run(Path("made/a"), 1)
     files = ["--train_files", "mine_*.bin", "--val_file", "mine_1.bin"]
     call("reproduce", proxy_record, "--", *files)
     assert Path("called").read_text().split()[-8:-4] == files
-    gone = call("reproduce", proxy_record, "--", "--train_files", "gone.bin", code=1)
-    assert gone.startswith("\nerror: gone.bin: this machine has no such shards: add --fineweb")
+    others = "give others behind --, as --train_files and --val_file\n"
+    for command in (("reproduce", proxy_record), ("compare", proxy_record, "train_gpt.py")):
+        gone = call(*command, "--", "--train_files", "gone.bin", code=1)
+        assert gone == f"\nerror: gone.bin: this machine has no such shards: {others}"
 
 
 def test_compare_writes_a_page_with_long_dumps_folded(call):
@@ -684,8 +730,8 @@ def test_compare_finds_a_significant_difference(call):
         (["reproduce", "a", "--runs", "0"], "'0' is no whole number from 1 to"),
         (["compare", "train_gpt.py", "train_gpt.py", "--runs", "0"], "'0' is no whole number"),
         (["compare", "train_gpt.py", "train_gpt.py", "--runs", "9" * 5000], "is no whole number"),
-        (["compare", "a", "b", "--logs", "--", "--num_steps", "6"], "leave out --runs and options"),
-        (["compare", "a", "b", "--logs", "--runs", "1"], "leave out --runs and options"),
+        (["compare", "a", "b", "--logs", "--", "--num_steps", "6"], "leave out --runs, --fineweb"),
+        (["compare", "a", "b", "--logs", "--runs", "1"], "leave out --runs, --fineweb and options"),
         (["record", "a", "--logs", "x.txt", "--runs", "1"], "leave out --runs and options"),
         (["record", "a", "--", "--seed", "9" * 20], "--seed: '9+' is no whole number from 0 to"),
         (["record", "a", "--", "--seed", "-1"], "--seed: '-1' is no whole number"),
@@ -1051,7 +1097,8 @@ def test_history_lists_records_by_class(call):
     assert first["record"] == "[By ¦ hand](2026-01-01_first)"
     assert (first["#"], first["date"], first["steps"]) == ("1", "2026-01-01", "8")
     assert (first["time (s)"], first["loss"]) == ("90.00 ± 0.00", "3.2780 ± 0.0001")
-    assert first["logs"].startswith("[1](2026-01-01_first/2026-01-01_000001.txt) [2](")
+    assert (first["runs"], high["runs"]) == ("3", "2")
+    assert ".txt" not in page  # a record's own page links to its logs
     claims = [row["claim"] for row in (first, second, high)]
     assert claims == ["p = 0.00042", "p = 0.00042", "no: p not below 0.01"]
     assert found[list(found)[2]][0]["steps"] == "8 of 1002"
@@ -1195,6 +1242,11 @@ def test_pictures_show_ratios_and_the_newest_session(call, monkeypatch):
     hollow = [line for line in own.get_lines() if line.get_markerfacecolor() == "white"]
     assert [line.get_ydata()[0] for line in hollow] == [3.0, 3.0]  # of a loss above the baseline's
     (race,) = figures[1].axes
+    in_history = {line.get_label(): line.get_color() for line in own.get_lines()}
+    in_race = {line.get_label().split(":")[0]: line.get_color() for line in race.get_lines()}
+    for memory, label in (("none", "project"), ("n-gram lookup", "project, n-gram lookup")):
+        kind = f"8 × H100 80GB HBM3, proxy corpus, whole schedule, non-parametric memory: {memory}"
+        assert in_race[f"this {label}"] == in_history[kind]
     texts = [text.get_text() for text in race.get_legend().get_texts()]
     assert texts == [
         "baseline (record-89 recipe): loss 3.381 in 90.0 s",
@@ -1208,6 +1260,12 @@ def test_pictures_show_ratios_and_the_newest_session(call, monkeypatch):
         "45.0 s\n2.00×",
         "30.0 s\n3.00×",
     ]
+
+
+def test_series_of_one_class_of_memory_have_several_colors():
+    colors = report.series_colors(["none", "n-gram lookup", "none", "none", "document"])
+    assert len({*colors, report.BASELINE_COLOR}) == 6
+    assert colors[:2] == report.series_colors(["none", "n-gram lookup"])
 
 
 def test_labels_hide_neither_one_another_nor_points():

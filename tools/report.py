@@ -4,7 +4,8 @@
                                                       where it exists, add N runs (0: only rewrite)
     ./run.sh record NAME --logs FILE ...              the same with logs that there are already
     ./run.sh reproduce FOLDER [--runs N] [--fineweb]  run a record's script, beside its figures
-    ./run.sh compare A B [--runs N] [-- OPTION ...]   run two scripts or records, interleaved
+    ./run.sh compare A B [--runs N] [--fineweb] [-- OPTION ...]
+                                                      run two scripts or records, interleaved
     ./run.sh compare A B --logs [--page FILE]         compare the logs that there are of them
     ./run.sh history                                  write records/README.md and its pictures
 
@@ -608,7 +609,40 @@ def take_data(options: list[str]) -> tuple[list[str], list[str]]:
     return [path for path in vars(known).values() if path is not None], rest
 
 
-def check_data(options: list[str], remedy: str) -> None:
+def moves_to_fineweb(run: Run) -> bool:
+    """Whether --fineweb changes what the run trains on: not FineWeb, nor the built-in sample."""
+    return run.data_name not in ("fineweb", "sample")
+
+
+def put_on_fineweb(command: str, records: Iterable[Record]) -> list[list[str]]:
+    """The options of each record's runs, for the command with --fineweb: without the record's
+    files, so that FineWeb is fetched. Raise OptionError where that changes nothing."""
+    records = list(records)
+    moved = [record for record in records if moves_to_fineweb(record.first)]
+    if not moved:
+        found = "scripts that are no records have no data of their own"
+        if records:
+            names = joined(record.first.data_name for record in records)
+            found = f"the record's own data is {names}, which is there"
+        raise OptionError(f"{command}: --fineweb: {found}: leave it out")
+    compares = "times compare with the record's, losses do not"
+    print(f"on FineWeb in place of the record's data: {compares}")
+    if any(int(record.first.config.get("match_shards", 0)) for record in moved):
+        print("its shards hold more tokens, so reading some ahead takes longer than recorded")
+    options = [options_of(record.first, record.script) for record in records]
+    return [take_data(own)[1] if record in moved else own for record, own in zip(records, options)]
+
+
+def check_data(own: list[str], options: list[str], offer: bool) -> None:
+    """Raise ReportError where this machine lacks shards that a record's own options or those behind
+    -- name; for a record's, offer FineWeb."""
+    others = f"give others behind --, as {DATA_OPTIONS[0]} and {DATA_OPTIONS[1]}"
+    check_shards(options, others)
+    fineweb = "add --fineweb to run on FineWeb in its place (times then compare with the record's, "
+    check_shards(own + options, f"{fineweb}losses do not)" if offer else others)
+
+
+def check_shards(options: list[str], remedy: str) -> None:
     """Raise ReportError where the options name shards that this machine lacks."""
     for pattern in take_data(options)[0]:
         if not glob.glob(pattern, root_dir=ROOT):
@@ -785,7 +819,20 @@ def newest_session(records: list[Record]) -> list[Record]:
     return []
 
 
-COLORS = "0.35", "#1f6fb4", "#e07b1a", "#3a923a", "#c03d3e", "#8a5fb0"  # the baseline's first
+# The palette of both pictures of all records.
+BASELINE_COLOR = "0.35"
+MEMORY_COLORS = {"none": "#1f6fb4", "n-gram lookup": "#e07b1a", "document": "#3a923a"}
+MORE_COLORS = "#8a5fb0", "#c03d3e", "#7d6a4f"  # for a second series of a class of memory, and so on
+
+
+def series_colors(memories: Iterable[str]) -> list[str]:
+    """A color for each series: that of its class of memory, if no series before it has it."""
+    colors: list[str] = []
+    more = itertools.cycle(MORE_COLORS)
+    for memory in memories:
+        color = MEMORY_COLORS[memory]
+        colors.append(next(more) if color in colors else color)
+    return colors
 
 
 def draw_race(records: list[Record], path: Path) -> None:
@@ -793,7 +840,8 @@ def draw_race(records: list[Record], path: Path) -> None:
     session = newest_session(records)
     figure, axes = new_figure(8, 4.5)
     losses, baseline = [], session[0]
-    for record, color in zip(session, itertools.cycle(COLORS)):
+    colors = [BASELINE_COLOR, *series_colors(record.memory for record in session[1:])]
+    for record, color in zip(session, colors, strict=True):
         name = "baseline (record-89 recipe)" if record is baseline else "this project"
         name += f", {record.memory}" if record.memory != "none" else ""
         label = f"{name}: loss {record.loss:.3f} in {record.time:.1f} s"
@@ -812,7 +860,7 @@ def draw_race(records: list[Record], path: Path) -> None:
         place = {"xytext": (0, -9), "va": "top", "color": color, "fontsize": 12}
         text, lowest = f"{record.time:.1f} s{faster}", min(run.loss for run in record.runs)
         label_point(axes, (record.time, lowest), text, fontweight="bold", **place)
-    axes.axhline(baseline.loss, color=COLORS[0], linestyle=":", linewidth=1.2, zorder=1)
+    axes.axhline(baseline.loss, color=BASELINE_COLOR, linestyle=":", linewidth=1.2, zorder=1)
     fit_losses(axes, losses, 0.8)
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom - 0.1 * (top - bottom), top)  # for what stands below the dots
@@ -894,19 +942,22 @@ def draw_speed_ups(records: list[Record], axes) -> list:
     """Those of our records that have a baseline, a series a class; returns the labels."""
     from matplotlib import dates
 
-    labels, starts = [], []
-    for i, (kind, members) in enumerate(classes(records).items()):
+    labels, starts, series = [], [], {}
+    for kind, members in classes(records).items():
         points = [(n, record, baseline_of(record, records)) for n, record in members]
         points = [(n, record, base) for n, record, base in points if base]
-        if not points:
-            continue
+        if points:
+            series[kind] = points
+    memories = [points[0][1].memory for points in series.values()]
+    colors = series_colors(memories)
+    for (kind, points), memory, color in zip(series.items(), memories, colors, strict=True):
         days = [dates.date2num(record.first.started) for _, record, _ in points]
         speeds = [base.time / record.time for _, record, base in points]
-        marker = MARKERS.get(points[0][1].memory, "s")
-        axes.plot(days, speeds, f":{marker}", color=f"C{i}", label=kind)
+        marker = MARKERS.get(memory, "s")
+        axes.plot(days, speeds, f":{marker}", color=color, label=kind)
         for (number, record, base), day, speed in zip(points, days, speeds):
             if record.loss > base.loss:
-                axes.plot(day, speed, marker, color=f"C{i}", markerfacecolor="white")
+                axes.plot(day, speed, marker, color=color, markerfacecolor="white")
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0}
             style = {"arrowprops": line, "bbox": {"facecolor": "white", "linewidth": 0, "pad": 0.5}}
             text = f"#{number}: {speed:.2f}×"
@@ -1058,8 +1109,6 @@ def history_page(records: list[Record]) -> str:
         rows = []
         for number, record in members:
             run, name = record.first, record.folder.name
-            names = ["log"] if len(record.runs) == 1 else map(str, itertools.count(1))
-            links = [f"[{text}]({name}/{r.run_id}.txt)" for text, r in zip(names, record.runs)]
             reasons = [reason for reason in record.shortfalls if reason not in common]
             p = p_at_most([run.loss for run in record.runs])
             claim = ": ".join(["no", *filter(None, ["; ".join(reasons)])])
@@ -1079,11 +1128,11 @@ def history_page(records: list[Record]) -> str:
                     spread((run.loss for run in record.runs), 4),
                     above,
                     run.steps_text,
-                    " ".join(links),
+                    str(len(record.runs)),
                     claim,
                 ]
             )
-        header = ["#", "date", "record", "speed-up", "time (s)", "loss", "Δ loss", "steps", "logs"]
+        header = ["#", "date", "record", "speed-up", "time (s)", "loss", "Δ loss", "steps", "runs"]
         header += ["claim"]
         used = [any(row[i] not in ("", "no") for row in rows) for i in range(len(header))]
         table = [list(itertools.compress(row, used)) for row in [header, *rows]]
@@ -1092,19 +1141,20 @@ def history_page(records: list[Record]) -> str:
     count = sum(record.first.data_name == "proxy" for record in records)
     proxy = PROXY.format(count="All" if count == len(records) else count) if count else ""
     race = "![loss against seconds of the newest session](loss_against_seconds.png)\n\n"
-    race += "Lines are training losses, which a sampled softmax estimates from a part of the\n"
-    race += "vocabulary; dots are validation losses, of all of it.\n\n"
+    race += "Lines are training losses, estimated on sampled candidates of the vocabulary; dots\n"
+    race += "are validation losses, on the whole vocabulary.\n\n"
     return f"""# Records
 
-Written by `./run.sh history` from the records' logs, a section a class: machine, data, length of
-the schedule and non-parametric memory. Runs on a CPU and toy schedules are left out. All are on the
-main track, the least training time to a validation loss of {TARGET}.
+Written by `./run.sh history` from the records' logs, with a section for each class: machine, data,
+length of the schedule and non-parametric memory. A record's own page has its logs. Runs on a CPU
+and toy schedules are left out. All are on the main track, the least training time to a validation
+loss of {TARGET}.
 
 {proxy}**Speed-up** is the baseline's time over the record's, of one session on one machine with
 interleaved runs; Δ loss is the record's loss less the baseline's. The baseline is the recipe of
-record 89 of modded-nanogpt with this project's kernels, on a short schedule of its own. What a
-short schedule shows need not hold on a whole one. **A claim** is a mean loss of at most {TARGET}
-(p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more.
+record 89 of modded-nanogpt with this project's kernels, on a short schedule of its own. A
+result on a short schedule need not hold on a whole one. **A claim** is a mean loss of at most
+{TARGET} (p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more.
 
 ![speed-up over the baseline by date](history.png)
 
@@ -1228,17 +1278,11 @@ def reproduce_command(args: argparse.Namespace, options: list[str]) -> None:
     options, seed = take_seed(options, None)
     seeds = [run.seed for run in record.runs] if seed is None else [seed]
     seeds = itertools.chain(seeds, itertools.count(max(seeds) + 1))
-    own = options_of(record.first, record.script)
     if args.fineweb:
-        if record.first.data_name in ("fineweb", "sample"):
-            found = f"the record's own data is {record.first.data_name}, which is there"
-            raise OptionError(f"reproduce: --fineweb: {found}: leave it out")
-        own = take_data(own)[1]
-        print("on FineWeb in place of the record's data: times compare, losses do not")
-        if int(record.first.config.get("match_shards", 0)):
-            print("its shards hold more tokens, so reading some ahead takes longer than recorded")
-    remedy = "add --fineweb to run on FineWeb in its place (times then compare, losses do not)"
-    check_data(own + options, remedy)
+        (own,) = put_on_fineweb("reproduce", [record])
+    else:
+        own = options_of(record.first, record.script)
+    check_data(own, options, offer=moves_to_fineweb(record.first))
     with clean_copy(record.script) as copy:
         jobs = {"": (copy, own + options)}
         (here,) = run_in_turn(jobs, itertools.islice(seeds, args.runs))
@@ -1268,8 +1312,9 @@ def logs_of(path: Path) -> list[Run]:
 
 
 def compare_command(args: argparse.Namespace, options: list[str]) -> None:
-    if args.logs and (options or args.runs is not None):
-        raise OptionError("compare: --logs takes runs that there are: leave out --runs and options")
+    if args.logs and (options or args.runs is not None or args.fineweb):
+        found = "--logs takes runs that there are: leave out --runs, --fineweb and options"
+        raise OptionError(f"compare: {found}")
     if args.page:
         check_replaceable(args.page)
         try_folder(args.page.parent, 0)
@@ -1284,12 +1329,16 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         records = {i: Record(path) for i, path in enumerate(paths) if path.is_dir()}
         model = next(iter(records.values())).first if records else None
         options, seed = take_seed(options, model.seed if model else default_seed(scripts[0]))
-        known = {i: options_of(r.first, r.script) for i, r in records.items()}
-        own = [known.get(i, known.get(1 - i, [])) + options for i in range(2)]
-        for each in own:
-            check_data(each, f"give others behind --, as {DATA_OPTIONS[0]} and {DATA_OPTIONS[1]}")
+        if args.fineweb:
+            known = dict(zip(records, put_on_fineweb("compare", records.values()), strict=True))
+        else:
+            known = {i: options_of(r.first, r.script) for i, r in records.items()}
+        own = [known.get(i, known.get(1 - i, [])) for i in range(2)]
+        for i, each in enumerate(own):
+            record = records.get(i, records.get(1 - i))  # whose options these are
+            check_data(each, options, offer=record is not None and moves_to_fineweb(record.first))
         with clean_copy(scripts[0]) as first, clean_copy(scripts[1]) as second:
-            jobs = {"A": (first, own[0]), "B": (second, own[1])}
+            jobs = {"A": (first, own[0] + options), "B": (second, own[1] + options)}
             results = run_in_turn(jobs, range(seed, seed + (args.runs or 1)))
     heads = f"A ({len(results[0])})", f"B ({len(results[1])})"
     table, notes = beside(heads, *results)
@@ -1383,7 +1432,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     record.add_argument("--memory", choices=MEMORY, help=memory)
     reproduce = command("reproduce", reproduce_command, "run a record's script again")
     reproduce.add_argument("folder", type=Path, metavar="FOLDER", help="of the record")
-    compare = command("compare", compare_command, "run two scripts or records in turn")
+    compare = command("compare", compare_command, "run two scripts or records, interleaved")
     for name in ("a", "b"):
         compare.add_argument(name, type=Path, metavar=name.upper(), help="a script or a record")
     number = console.number(int, 1, MOST_RUNS)
@@ -1392,8 +1441,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     compare.add_argument("--logs", action="store_true", help="compare logs that there are")
     page = "write it as Markdown too, what is long folded away"
     compare.add_argument("--page", type=Path, metavar="FILE", help=page)
-    fineweb = "train on FineWeb, where the record's data is not at hand"
-    reproduce.add_argument("--fineweb", action="store_true", help=fineweb)
+    fineweb = "train on FineWeb in place of a record's data, where that is not on this machine"
+    for parser_with_it in (reproduce, compare):
+        parser_with_it.add_argument("--fineweb", action="store_true", help=fineweb)
     command("history", history_command, "write records/README.md and records/history.png")
     return parser.parse_args(arguments)
 
