@@ -1607,7 +1607,7 @@ def _pointer_kernel(
         column = first + tl.arange(0, TILE)
         k_tile = _load_tile(k, column, stride_k, num_tokens, DIM)
         token = tl.load(tokens + column, mask=column < num_tokens, other=-2)[None, :]
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * SCALE
         visible = _is_visible(row[:, None], column[None, :], start, reach)
         scores = tl.where(visible, scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -1642,12 +1642,12 @@ def _pointer_queries_kernel(
         column = first + tl.arange(0, TILE)
         k_tile = _load_tile(k, column, stride_k, num_tokens, DIM)
         token = tl.load(tokens + column, mask=column < num_tokens, other=-2)[None, :]
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * SCALE
         visible = _is_visible(row[:, None], column[None, :], start, reach)
         slope = _score_gradient(
             scores, visible, token == target, own_lse, own_d_target, own_mean
         ).to(k_tile.dtype)
-        total = tl.dot(slope, k_tile, total, input_precision="ieee")
+        total = tl.dot(slope, k_tile, total, input_precision="tf32x3")
     place = row[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(d_q + place, total / DIM**0.5, mask=real[:, None])
 
@@ -1674,12 +1674,12 @@ def _pointer_keys_kernel(
         own_lse = tl.load(lse + row, mask=real, other=0.0)[None, :]
         own_d_target = tl.load(d_target + row, mask=real, other=0.0)[None, :]
         own_mean = tl.load(mean + row, mask=real, other=0.0)[None, :]
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * SCALE
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3") * SCALE
         visible = _is_visible(row[None, :], column[:, None], start, reach)
         slope = _score_gradient(
             scores, visible, token == target, own_lse, own_d_target, own_mean
         ).to(q_tile.dtype)
-        total = tl.dot(slope, q_tile, total, input_precision="ieee")
+        total = tl.dot(slope, q_tile, total, input_precision="tf32x3")
     place = column[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(d_k + place, total / DIM**0.5, mask=(column < num_tokens)[:, None])
 
@@ -1819,7 +1819,7 @@ def _mixture_kernel(
     to_target = tl.load(target_share + row, mask=real, other=0.0)
     to_sink = tl.load(sink_share + row, mask=real, other=0.0)
     target = tl.load(targets + row * TERMS, mask=real, other=-1)
-    copy = tl.load(targets + row * TERMS + TERMS - 1, mask=real, other=0)
+    copy = tl.load(targets + row * TERMS + (TERMS - 1), mask=real, other=0)
     scored = target >= 0
     p = _share_of(logits, own_lse, row, vocab, target, scored, APPROXIMATE)
     copy = _share_of(logits, own_lse, row, vocab, copy, real, APPROXIMATE)
@@ -1832,7 +1832,7 @@ def _mixture_kernel(
     by_mixture = weight / mixture
     from_copy = copy * to_target + p * odds * to_sink / (1 - copy)
     tl.store(row_weights + row * TERMS, by_mixture * from_logits, mask=real)
-    tl.store(row_weights + row * TERMS + TERMS - 1, by_mixture * from_copy, mask=real)
+    tl.store(row_weights + row * TERMS + (TERMS - 1), by_mixture * from_copy, mask=real)
     tl.store(d_target_share + row, -by_mixture * copy, mask=real)
     tl.store(d_sink_share + row, -by_mixture * p * odds, mask=real)
     weighted = weight * loss
@@ -1851,7 +1851,8 @@ def _weight_of(weights, row, term, real, TERMS: tl.constexpr, ROW_WEIGHTS: tl.co
     """Of a term: a number for all rows, or one a row."""
     if ROW_WEIGHTS:
         return tl.load(weights + row * TERMS + term, mask=real, other=0.0)
-    return tl.load(weights + term)
+    else:
+        return tl.load(weights + term)
 
 
 @triton.jit
@@ -2789,7 +2790,6 @@ class GPT(nn.Module):
         q, k = rms_norm((x @ weights.type_as(x).mT).unflatten(1, (2, -1))).unbind(1)
         return q * gain.type_as(q), k
 
-    @recorded("pointer")
     def point(self, x: Tensor, batch: Batch) -> PointerShares:
         """At the targets, from the normed stream (T, dim)."""
         sink, bounds = self.small_weights["pointer_sink"], document_bounds(batch.cu_seqlens, len(x))
@@ -4250,7 +4250,12 @@ class Trainer:
         def validation_loss() -> None:
             size = self.config.val_sequence_tokens
             x = torch.zeros(size, self.config.model_dim, dtype=model.head.dtype, device=device)
-            next_token_loss(x, model.head, torch.zeros(size, dtype=torch.int64, device=device))
+            targets = torch.zeros(size, dtype=torch.int64, device=device)
+            if self.config.pointer:
+                targets, shares = model.with_copy_entry(targets[:, None]), x.new_zeros(2, size)
+                mixture_loss(x, model.head, targets, PointerShares(*shares.float()))
+            else:
+                next_token_loss(x, model.head, targets)
 
         def hashing() -> None:
             length = self.schedule.sequence_shape(0)[0]
