@@ -34,6 +34,7 @@ import threading
 import time
 import traceback
 import typing
+import unicodedata
 import uuid
 import warnings
 from collections import deque
@@ -66,6 +67,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 START_TOKEN = 50256  # GPT-2's <|endoftext|>; it begins every document
 IGNORED_TARGET = -1  # a target that is not scored: padding behind the last validation token
+MAX_CHOICES = 9  # sets of weights that choose_weights scores
 
 
 class UserError(Exception):
@@ -187,6 +189,7 @@ class Config:
     ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
     ngram_rows: int = 2**22  # table rows of each length; 768 wide 6.02 GiB a GPU
     ngram_dim: int = 768  # width of these rows; each length has its own part of the stream
+    ngram_classes: bool = False  # n-grams that differ in case, accents or blanks share a row
     match_orders: tuple[int, ...] = ()  # n-gram lookup: lengths of context, as 3:4:6; none: off
     match_slots: int = 2**28  # of the lookup table of a length, 4 bytes each, a power of two
     match_shards: int = 0  # of train_files, the last ones: inserted before the first step
@@ -201,7 +204,7 @@ class Config:
     sequences_per_step: int = 8  # packed sequences of a step, shared out over the GPUs
     tokens_per_pass: int = 131_072  # micro-batch of a GPU, but at least one sequence
     tokens_per_sampling: int = 8192  # of a sequence, whose loss shares sampled candidates
-    stop_step: int = 0  # end after this many steps of the schedule; 0 runs it whole
+    stop_step: int = 0  # end after so many steps, with the weights as they are; 0 runs them all
     # Optimizer
     muon_lr: float = 0.023  # NorMuon, all attention and MLP matrices
     muon_weight_decay: float = 0.6  # times lr²; cautious
@@ -216,6 +219,8 @@ class Config:
     ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a value row is 2.9
     lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
     lr_end: float = 0.25  # learning rate multiplier at num_steps
+    average_shares: tuple[float, ...] = ()  # weight averages: time constants, shares of num_steps
+    average_blends: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # how far to move toward an average
     # Run
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
@@ -317,6 +322,16 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
             require(stage.candidates in range(0, vocab + 1, 16),
                     f"{option}: {stage.candidates} candidates: take 0, for all, or 16, 32, … to "
                     f"{vocab}")
+    for name in ("average_shares", "average_blends"):
+        numbers = getattr(c, name)
+        require(numbers == tuple(sorted({*numbers})) and all(0 < x <= 1 for x in numbers),
+                f"--{name} {format_value(numbers)}: give numbers above 0 and up to 1 in ascending "
+                "order")
+    require(c.average_blends or not c.average_shares,
+            "--average_blends none goes with --average_shares none: give some, as 0.5:1")
+    require(len((*c.average_shares, *c.average_blends)) <= MAX_CHOICES,
+            f"--average_shares and --average_blends: more than {MAX_CHOICES} numbers, each of "
+            "which is scored on the clock: give fewer")
     require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
     require(c.head_dim % 8 == 0, f"--head_dim {c.head_dim} is no multiple of 8")
     require(c.num_heads % 2 == 0,  # Muon takes query and key heads in pairs
@@ -1952,12 +1967,18 @@ def insert_matches_(
 
 
 @functools.partial(compiled, dynamic=True)
-def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1) -> Tensor:
+def ngram_hash(
+    tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1,
+    classes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The row of the n-gram that ends at each token, of whichever documents, in each of as many
     equal parts of the tokens; (T, orders) int32.
 
     Of the num_rows of an order the last one is for positions with fewer than n tokens up to there.
+    classes: (vocab,) int32, the token that each token is replaced by, as token_classes gives them.
     """
+    if classes is not None:
+        tokens = classes[tokens]
     starts = torch.arange(len(tokens), device=tokens.device)
     starts -= starts % (len(tokens) // parts)
     slot, _, fits = context_keys(tokens, starts, orders, 2**44)  # all its bits
@@ -2045,11 +2066,21 @@ class Ngrams(nn.Module):
         zeros = functools.partial(torch.zeros, device=runtime.device)
         table = zeros(len(self.orders) * self.num_rows, dim, dtype=getattr(torch, config.dtype))
         self.register_buffer("table", table)
+        classes = None
+        if config.ngram_classes:  # every token its own, until train() reads them
+            count = config.padded_vocab_size
+            classes = torch.arange(count, dtype=torch.int32, device=runtime.device)
+        self.register_buffer("classes", classes)
         self.sum_squares = zeros(len(table))
         # of one step, in the order of the stream
         self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
         self.filled = 0  # how many of these there are so far
         self.pending = None  # rows and grads of the last backward pass, to be gathered
+
+    @recorded("hashing")
+    def hash(self, tokens: Tensor, sequences: int) -> Tensor:
+        """The table rows of each token's n-grams, (T, orders) int32, in as many sequences."""
+        return ngram_hash(tokens, self.orders, self.num_rows, sequences, self.classes)
 
     @recorded("n-gram gather")
     def gather(self, rows: Tensor, grads: Tensor) -> None:
@@ -2081,9 +2112,7 @@ class NgramRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
-        which = batch.tokens, ngrams.orders, ngrams.num_rows, batch.sequences
-        with recorded("hashing"):
-            ctx.ngrams, ctx.rows = ngrams, ngram_hash(*which)
+        ctx.ngrams, ctx.rows = ngrams, ngrams.hash(batch.tokens, batch.sequences)
         rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
         missing = embedded.size(1) - rows.size(1)
         return F.pad(rows, (0, missing)) if missing else rows  # a padding of 0 would copy them
@@ -2236,6 +2265,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
+        """What training starts from:
+
+            attention_bank   uniform with std 0.5/√model_dim
+            mlp_bank         W_1 likewise; W_2 zero, so that at first an MLP adds nothing
+            head             normal with std 0.005; as embedding it is normed when it is read
+            value_embed      normal with std 0.01
+            rows of n-grams  zero
+            small            the column `start` of small_params
+
+        Entries that pad a bank are zero, and stay so.
+        """
         config = self.config
 
         def uniform_(weights: Tensor) -> None:  # std 0.5/sqrt(columns)
@@ -2601,7 +2641,13 @@ def adam_update_(
 
 
 class ParamState:
-    """What one rank keeps for one parameter: its rows, in fp32 too, and the moments."""
+    """What one rank keeps for one parameter: its rows, in fp32 too, the moments, and averages.
+
+    A sharded parameter has an exponential average of its weights for each time constant of
+    --average_shares, which begins as a copy of them three time constants before the end. It takes 4
+    bytes a weight, of which a rank has its share: in the speedrun 0.8 GiB in all, and as much again
+    during the warm-up.
+    """
 
     def __init__(self, group: ParamGroup, param: nn.Parameter, config: Config, runtime: Runtime):
         self.group, self.param = group, param
@@ -2613,9 +2659,15 @@ class ParamState:
             "evenly: start a number of processes that divides them",
         )
         first = (runtime.rank if group.sharded else 0) * rows
-        self.shard = param.detach()[first : first + rows]
+        self.rows = slice(first, first + rows)
+        self.shard = param.detach()[self.rows]
         self.weights = self.shard.float()  # itself if it is fp32
         self.copy = None if self.weights is self.shard else self.shard
+        constants = [x * config.num_steps for x in config.average_shares if group.sharded]  # steps
+        end = config.num_steps + config.extension_steps
+        self.averages = [self.weights.clone() for _ in constants]
+        self.average_begins = [max(0.0, end - max(group.every, 3 * steps)) for steps in constants]
+        self.average_rates = [-math.expm1(-group.every / steps) for steps in constants]
         self.mean = torch.zeros_like(self.weights)
         self.mean_squares: list[Tensor] = []
         self.blocks: tuple[MuonBlock, ...] = ()
@@ -2647,7 +2699,14 @@ class ParamState:
 
     def tensors(self) -> list[Tensor]:
         weights = [] if self.copy is None else [self.weights]  # else they are the parameter's
-        return [*weights, self.mean, *self.mean_squares]
+        return [*weights, self.mean, *self.mean_squares, *self.averages]
+
+    def average(self, step: int) -> None:
+        """Bring the averages on, behind the update of this step."""
+        for average, begin, rate in zip(self.averages, self.average_begins, self.average_rates):
+            if step >= begin:
+                is_first = step - self.group.every < begin
+                average.copy_(self.weights) if is_first else average.lerp_(self.weights, rate)
 
 
 class Optimizer:
@@ -2691,6 +2750,7 @@ class Optimizer:
                 )
         for state in due:  # while these travel
             state.param.grad.zero_()
+            state.average(step)
         for work in gathers:
             work.wait()
         if self.model.fp8 is not None:
@@ -2743,6 +2803,39 @@ class Optimizer:
                 mu=mu, beta2=config.muon_beta2, lr=lr, decay=decay,
             )  # fmt: skip
 
+    @torch.no_grad()
+    def keep_last_weights(self) -> None:
+        """Once behind the last update, for write_blend: in place of the first moments, which no
+        update needs any more."""
+        for state in self.states:
+            state.mean.copy_(state.weights)
+
+    @torch.no_grad()
+    def write_blend(self, number: int, blend: float) -> None:
+        """Make the weights W + blend · (average - W), where W is the last weights and `number` that
+        of a time constant.
+
+        Each matrix, an entry of a bank or a whole table, is scaled to the Frobenius norm that it
+        has in W, as averaging makes it smaller. A blend of 0 gives W, bit for bit.
+        """
+        for state in self.states:
+            if not state.averages:
+                continue
+            torch.lerp(state.mean, state.averages[number], blend, out=state.weights)
+            height = 1 if state.param.dim() == 3 else self.config.padded_vocab_size  # of a matrix
+            squares = state.mean.new_zeros(2, len(state.param))  # of every row, in W and now
+            for part, weights in zip(squares[:, state.rows], (state.mean, state.weights)):
+                part.copy_(torch.linalg.vector_norm(weights.flatten(1), dim=1).square())
+            last, now = self.runtime.all_reduce(squares.unflatten(1, (-1, height)).sum(2))
+            scale = (last / now.clamp_min(1e-30)).sqrt().repeat_interleave(height)[state.rows]
+            state.weights.mul_(scale.view(-1, *[1] * (state.param.dim() - 1)))
+            if state.copy is not None:
+                state.copy.copy_(state.weights)
+            if state.num_shards > 1:
+                dist.all_gather_into_tensor(state.param.detach(), state.shard)
+        if self.model.fp8 is not None:
+            self.model.fp8.refresh()
+
 
 @contextlib.contextmanager
 def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
@@ -2769,6 +2862,7 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
 # ==================================================================================================
 
 GET_DATA = "data/cached_fineweb.py fetches one, data/tokenize_text.py or data/sample.py makes one"
+GPT2_TOKENS = "data/gpt2_tokens.npz"  # GPT-2's vocabulary, made by data/token_table.py
 MORE_DATA = "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
 
 
@@ -2950,6 +3044,60 @@ def read_proposal(config: Config) -> Tensor:
     tokens = read_tokens(path, 2**22, config.vocab_size)
     counts = np.bincount(tokens, minlength=config.padded_vocab_size)
     return torch.from_numpy(counts + 2).float().sqrt()
+
+
+class TokenTable(NamedTuple):
+    """GPT-2's vocabulary: byte pair encoding's merges make a token of two earlier ones each."""
+
+    tokens: list[bytes]  # of every id but START_TOKEN, which has none
+    merges: np.ndarray  # (50000, 2): the two halves of tokens 256, 257, …
+
+
+def read_token_table() -> TokenTable:
+    """From GPT2_TOKENS, which lies in the repository of this script or of the current folder."""
+    folders = (*Path(__file__).resolve().parents, Path())
+    path = next(p for f in folders if (p := f / GPT2_TOKENS).exists() or f == Path())
+    remedy = "get it from the repository, or make it again with data/token_table.py"
+    try:
+        with np.load(path) as arrays:
+            single_bytes, merges = arrays["single_bytes"], arrays["merges"].astype(np.int64)
+    except Exception as error:  # noqa: BLE001 (whatever a torn file makes numpy raise)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}): {remedy}") from None
+    whole = np.array_equal(np.sort(single_bytes), np.arange(256))
+    whole = whole and merges.shape == (START_TOKEN - 256, 2) and merges.min() >= 0
+    whole = whole and (merges.max(1) < np.arange(256, START_TOKEN)).all()  # halves come first
+    require(whole, f"{path}: is not the table of GPT-2's tokens: {remedy}")
+    tokens = [bytes([byte]) for byte in single_bytes]
+    for left, right in merges.tolist():
+        tokens.append(tokens[left] + tokens[right])
+    return TokenTable(tokens, merges)
+
+
+def normalized_text(token: bytes) -> str:
+    """What tokens of a class have in common: their text after NFKC without accents, case and blanks
+    around it, each run of blanks, tabs and line ends as one blank. Tokens of these alone have " ".
+    Empty where nothing is left, or where the token is a part of characters."""
+    try:
+        text = unicodedata.normalize("NFKC", token.decode())
+    except UnicodeDecodeError:
+        return ""
+    parts = unicodedata.normalize("NFD", text)  # letters and their accents
+    text = "".join(part for part in parts if unicodedata.category(part) != "Mn").lower()
+    text = re.sub("[ \t\r\n]+", " ", text)
+    return text.strip(" ") or text
+
+
+def token_classes(config: Config) -> Tensor:
+    """For every token the first one of the same normalized text, itself if it has none;
+    (vocab,) int32. In another vocabulary than GPT-2's every token is a class of its own."""
+    classes = np.arange(config.padded_vocab_size, dtype=np.int32)
+    if config.vocab_size == START_TOKEN + 1:
+        first: dict[str, int] = {}
+        for token, text in enumerate(map(normalized_text, read_token_table().tokens)):
+            if text:
+                classes[token] = first.setdefault(text, token)
+    return torch.from_numpy(classes)
 
 
 def check_pair(config: Config) -> None:
@@ -3674,6 +3822,8 @@ class Trainer:
                 self.model.validation_loss(
                     to_device(batch, self.runtime.device), visited[-1].windows
                 )
+            if config.average_shares:
+                choose_weights(self, [batch], visited[-1].windows, Log(None))
             report(f"warmed up validation sequences of {config.val_sequence_tokens:,} tokens")
 
     def compile_side_by_side(self, report: Callable[[str], None]) -> None:
@@ -3701,7 +3851,7 @@ class Trainer:
         def hashing() -> None:
             length = self.schedule.sequence_shape(0)[0]
             tokens = torch.zeros(2 * length, dtype=torch.int32, device=device)
-            ngram_hash(tokens, model.ngrams.orders, model.ngrams.num_rows, 2)
+            model.ngrams.hash(tokens, 2)
 
         functions = {
             f"update of {state.group.name}": functools.partial(update, state)
@@ -3825,6 +3975,61 @@ def validate(
     return loss
 
 
+def split_sequences(batch: Batch) -> list[Batch]:
+    """Its sequences, a batch each."""
+    length = len(batch.tokens) // batch.sequences
+    starts = [(batch.cu_seqlens - i * length).clamp(0, length) for i in range(batch.sequences)]
+    parts = zip(batch.tokens.split(length), batch.targets.split(length), starts, strict=True)
+    return [Batch(*part, batch.max_seq_len) for part in parts]
+
+
+@torch.no_grad()
+def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log: Log) -> None:
+    """Replace the weights by a blend of them and one of their averages where that has a lower
+    next-token loss on these batches of all ranks: text behind all that was trained on, which only
+    --repeat_data can have read before. Validation text has no part in it. Every rank chooses the
+    same, as the losses are summed over ranks.
+
+    Every time constant is scored at the middle one of --average_blends, and the best one at the
+    others too. In the speedrun a score takes 8 sequences of 32,768 tokens, a fortieth of a
+    validation, so MAX_CHOICES of them take less than a quarter of one.
+    """
+    model, optimizer, runtime = trainer.model, trainer.optimizer, trainer.runtime
+    shares, blends = trainer.config.average_shares, trainer.config.average_blends
+    batches = [part for b in batches for part in split_sequences(to_device(b, runtime.device))]
+    num_tokens = runtime.world_size * sum(len(batch.tokens) for batch in batches)
+    losses: dict[tuple[int, float], float] = {}  # by number of the time constant, and blend
+
+    def score(number: int, blend: float) -> float:
+        if (number, blend) not in losses:
+            optimizer.write_blend(number, blend)
+            total = sum(model.validation_loss(batch, windows).double() for batch in batches)
+            losses[number, blend] = runtime.all_reduce(total).item() / num_tokens
+        return losses[number, blend]
+
+    optimizer.keep_last_weights()
+    score(0, 0.0)  # the last weights
+    middle = blends[(len(blends) - 1) // 2]
+    best = min(range(len(shares)), key=lambda number: score(number, middle))
+    for blend in blends:
+        score(best, blend)
+    chosen = min(losses, key=losses.get)  # of equal losses the first
+    optimizer.write_blend(*chosen)
+
+    rows = [
+        {"share": shares[number], "blend": blend, "loss": loss, "chosen": (number, blend) == chosen}
+        for (number, blend), loss in losses.items()
+    ]
+    log.data["averages"] = {"tokens": num_tokens, "blends": rows}
+
+    def describe(share: float, blend: float, loss: float, chosen: bool) -> str:
+        name = f"{blend:g} of the {share:g} average" if blend else "last weights"
+        return f"{name} {loss:.4f}" + " (chosen)" * chosen
+
+    table = ", ".join(describe(**row) for row in rows)
+    log.line(f"loss on {num_tokens:,} tokens of unread training text: {table}")
+
+
 @contextlib.contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
     """An error of memory says what needed it and what helps."""
@@ -3870,9 +4075,12 @@ def passes_remedy(config: Config, world_size: int) -> str:
 def train(config: Config, runtime: Runtime) -> None:
     log, schedule = runtime.log, Schedule(config)
     shapes = [schedule.sequence_shape(step) for step in range(schedule.end_step)]
+    unread = []  # sequences like those of validation, behind the last step unless that is left out
+    if config.average_shares and schedule.end_step == schedule.total_steps:
+        unread = [(config.val_sequence_tokens, config.val_sequence_tokens)]
     all_shapes = [shape for shape in shapes for _ in range(config.sequences_per_step)]
     check_pair(config)
-    num_targets = check_data(config, all_shapes)
+    num_targets = check_data(config, all_shapes + unread * config.sequences_per_step)
     check_outputs(config, log, len(shapes))
     environment = describe_environment(runtime)
     tables = {"environment": environment, "config": config_as_text(config)}
@@ -3897,10 +4105,14 @@ def train(config: Config, runtime: Runtime) -> None:
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
     count, dim = model.ngrams.table.shape
     log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
+    if config.ngram_classes:
+        model.ngrams.classes.copy_(token_classes(config))
+        found = len(model.ngrams.classes[: config.vocab_size].unique())
+        log.line(f"n-grams of {found:,} classes of the {config.vocab_size:,} tokens")
     trainer.prepare()
     preparation = time.perf_counter() - begin
 
-    batches = prefetch(training_batches(config, runtime, shapes), depth=2)
+    batches = prefetch(training_batches(config, runtime, shapes + unread), depth=2)
     clock = Clock(runtime)
     progress = Progress(model, runtime, clock, schedule.end_step)
     clock.start()
@@ -3911,6 +4123,8 @@ def train(config: Config, runtime: Runtime) -> None:
         progress.launched(step, loss)
 
         done = step + 1
+        if done == schedule.total_steps and unread:  # on the clock
+            choose_weights(trainer, next(batches), schedule.windows(step), log)
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
             clock.stop()
             progress.report()
@@ -4052,8 +4266,9 @@ def parse_value(kind: object, text: str) -> object:
                     count = f"row {':'.join(row)!r} has {len(row)} fields"
                     raise ValueError(f"{count}, not {':'.join(hints)}")
             return tuple(rows_of(*map(parse_value, hints.values(), row)) for row in rows)
-    if kind == tuple[int, ...]:
-        return tuple(parse_value(int, part) for part in text.split(":") if part != "none")
+    if kind in (tuple[int, ...], tuple[float, ...]):
+        of = typing.get_args(kind)[0]
+        return tuple(parse_value(of, part) for part in text.split(":") if part != "none")
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{text!r} is neither true nor false")
@@ -4070,7 +4285,7 @@ def parse_value(kind: object, text: str) -> object:
 
 def format_value(value: object) -> str:
     """The inverse of parse_value."""
-    if isinstance(value, tuple) and all(isinstance(number, int) for number in value):
+    if isinstance(value, tuple) and all(isinstance(number, int | float) for number in value):
         return ":".join(map(str, value)) or "none"
     if isinstance(value, tuple):
         return ", ".join(":".join(map(format_value, dataclasses.astuple(row))) for row in value)
@@ -4088,7 +4303,8 @@ def config_from_text(fields: dict[str, str]) -> Config:
 
 
 # What --help shows for the values of an option, by their type.
-METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple[int, ...]: "N:N:N"}
+METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+METAVARS |= {tuple[int, ...]: "N:N:N", tuple[float, ...]: "X:X:X"}
 
 
 def option_groups() -> dict[str, dict[str, str]]:

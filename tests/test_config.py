@@ -49,6 +49,8 @@ def other_value(name: str) -> object:
         return (Stage(1 / 3, 64, *range(3, 9)), Stage(2 / 3, 8, 1, 2, 3, 1e-3, 0.1, 0))
     if kind == tuple[int, ...]:
         return (2, 3, 7)
+    if kind == tuple[float, ...]:
+        return (0.1 + 0.2, 0.5)
     return {int: 12_345, float: 0.1 + 0.2, str: "some where/*, a:b = 50%.bin"}[kind]
 
 
