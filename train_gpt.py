@@ -1849,9 +1849,11 @@ def _mixture_kernel(
 @triton.jit
 def _weight_of(weights, row, term, real, TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr):
     """Of a term: a number for all rows, or one a row."""
-    if ROW_WEIGHTS:
-        return tl.load(weights + row * TERMS + term, mask=real, other=0.0)
-    return tl.load(weights + term)
+    if ROW_WEIGHTS:  # one return alone: the compiler does not skip the code behind another
+        weight = tl.load(weights + row * TERMS + term, mask=real, other=0.0)
+    else:
+        weight = tl.load(weights + term)
+    return weight
 
 
 @triton.jit
