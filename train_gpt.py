@@ -1849,10 +1849,11 @@ def _mixture_kernel(
 @triton.jit
 def _weight_of(weights, row, term, real, TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr):
     """Of a term: a number for all rows, or one a row."""
-    if ROW_WEIGHTS:
-        return tl.load(weights + row * TERMS + term, mask=real, other=0.0)
+    if ROW_WEIGHTS:  # one return alone: the compiler does not skip the code behind another
+        weight = tl.load(weights + row * TERMS + term, mask=real, other=0.0)
     else:
-        return tl.load(weights + term)
+        weight = tl.load(weights + term)
+    return weight
 
 
 @triton.jit
@@ -2534,7 +2535,8 @@ class GPT(nn.Module):
     to the stream of an earlier one, softcapped logits, and early on a loss on the token after the
     next one. Ours are seven layers and four heads in place of eleven and six, one tied table for
     head and embedding throughout, row-wise Adagrad for a large table of n-grams, a loss on sampled
-    candidates, QKV, MLP and head in fp8 forward and backward, and the optional n-gram lookup.
+    candidates, QKV, MLP and head in fp8 forward and backward, and two options: the n-gram lookup
+    and the pointer.
 
     Weights of one kind are stacked in a bank, so that the optimizer can share a whole kind out over
     the ranks at once; banks are padded with zeros to a multiple of the ranks.

@@ -1,4 +1,5 @@
-"""What the tests share: a small config, shards and rows of random documents, one CPU process."""
+"""What the tests share: a small config, shards and sequences of random documents, one CPU
+process."""
 
 import os
 import signal
@@ -57,7 +58,8 @@ def runtime() -> Runtime:
 
 
 def tiny_config(**changes: object) -> Config:
-    """The tiny layer plan with four heads of 8 and rows of 64 tokens; every loss term is in use."""
+    """The tiny layer plan with four heads of 8 and sequences of 64 tokens; every loss term is in
+    use."""
     fields = {
         "val_tokens": 200,
         "min_mean_doc_len": 4,
@@ -124,7 +126,7 @@ def write_shard(path: Path, tokens: np.ndarray | list[int]) -> Path:
 
 
 def random_documents(seed: int, lengths: list[int], num_ids: int = START_TOKEN) -> np.ndarray:
-    """Documents of these lengths behind one another: the start token, then random ids below
+    """Documents of these lengths one after another: the start token, then random ids below
     num_ids."""
     tokens = np.random.default_rng(seed).integers(0, num_ids, sum(lengths))
     tokens[np.cumsum([0, *lengths[:-1]])] = START_TOKEN
@@ -134,7 +136,8 @@ def random_documents(seed: int, lengths: list[int], num_ids: int = START_TOKEN) 
 def random_batch(
     seed: int, lengths: list[int], padding: int = 2, num_ids: int = START_TOKEN
 ) -> Batch:
-    """A row of documents of these lengths; its cu_seqlens ends in `padding` more entries of T."""
+    """A sequence of documents of these lengths; its cu_seqlens ends in `padding` more entries of
+    T."""
     num_tokens = sum(lengths)
     tokens = torch.from_numpy(random_documents(seed, [*lengths, 1], num_ids))
     cu_seqlens = np.cumsum([0, *lengths, *([0] * padding)])

@@ -111,8 +111,8 @@ def call(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_variants_are_trained_in_turn(call):
-    """Base, an option, a text, both, and one that fails, behind which the next one runs."""
+def test_variants_are_trained_one_after_the_other(call):
+    """Base, an option, a text, both, and one that fails, after which the next one runs."""
     printed = call("variants.toml", "base", "slow", "low", "wild", "slow+low", code=1)
     end = "| 10.0/20.0 ms | prep 2 s, 1.0 GiB"
     assert printed.splitlines() == [
@@ -128,7 +128,7 @@ def test_variants_are_trained_in_turn(call):
     assert Path("logs/ablate/low.py").read_text() == SCRIPT.replace("4.0", "3.0")
 
 
-def test_options_behind_the_dashes_are_of_every_run(call):
+def test_options_after_the_dashes_go_to_every_run(call):
     printed = call("variants.toml", "base", "low", "base", "--", "--lr", "2").splitlines()
     scores = ["4:2.5000@1.50s", "4:1.5000@1.50s", "4:2.5000@1.50s"]
     assert [line.split()[1] for line in printed[:3]] == scores
@@ -212,7 +212,7 @@ def test_a_variant_that_ends_the_process_ends_itself_alone(call):
 
 
 @pytest.mark.parametrize("place", ["logs", "logs/ablate", "logs/ablate/base.py"])
-def test_outputs_are_tried_before_anything_is_trained(call, place):
+def test_outputs_are_checked_before_training(call, place):
     """Each of them is something else already."""
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     Path(place).mkdir() if place.endswith("py") else Path(place).touch()
@@ -220,7 +220,9 @@ def test_outputs_are_tried_before_anything_is_trained(call, place):
     assert re.fullmatch(r"error: logs/ablate/base\.py: cannot be written: [^\n]*\n", error), error
 
 
-def test_the_table_is_tried_too_and_what_it_cannot_take_is_on_the_screen(call, capsys, monkeypatch):
+def test_a_table_that_cannot_be_written_is_an_error_or_goes_to_the_screen(
+    call, capsys, monkeypatch
+):
     table = Path("logs/ablate/variants.txt")
     table.mkdir(parents=True)
     assert f"error: {table}: cannot be written" in call("variants.toml", "stop", code=1)
@@ -251,7 +253,7 @@ def test_what_cannot_be_read_is_named(call, tmp_path):
     assert call("variants.toml", "base", code=1).startswith("error: script.py: cannot be read: ")
 
 
-def test_a_byte_order_mark_and_brackets_in_names_do_no_harm(call):
+def test_byte_order_mark_and_brackets_in_names_are_accepted(call):
     Path("[v1]").mkdir()
     Path("[v1]/more [2].toml").write_text("\ufeff" + VARIANTS, encoding="utf-8")
     assert call("[v1]/more [2].toml", "low").startswith("low 4:2.2500@1.50s")
@@ -274,7 +276,7 @@ replace = [["(rms_norm(lookups.embedded), ", "(rms_norm(lookups.embedded).detach
     assert len({line.split()[1].split("@")[0] for line in lines}) == 3
 
 
-def test_variants_that_are_kept_are_of_this_script(tmp_path):
+def test_kept_variants_fit_this_script(tmp_path):
     """Each changes the text or an option, and gives a config that can be run."""
     variants = ablate.read_variants(ROOT / "tools" / "variants.toml")
     script, options = ROOT / "train_gpt.py", ["--preset", "speedrun"]

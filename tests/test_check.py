@@ -307,7 +307,7 @@ def test_the_script_passes_every_check():
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bool, str]]:
-    """What the check of each cheat has to say."""
+    """What the check reports for each cheat."""
     source = SCRIPT.read_text(encoding="utf-8")
     assert source.count(MAIN) == 1
     paths = {}
@@ -336,8 +336,9 @@ sys.exit(console.run_tool(lambda paths: check.judge(Path(paths[0]), ["training"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_nothing_is_left_of_a_check_that_is_ended(tmp_path):
-    """By a signal that it sees and by one that it does not. The script would train for minutes."""
+def test_an_interrupted_check_leaves_nothing_behind(tmp_path):
+    """By a signal that it can handle and by one that it cannot. The script would train for
+    minutes."""
     path = tmp_path / "script.py"
     waits = "\ndef train(*arguments):\n    time.sleep(300)\n"
     path.write_text(SCRIPT.read_text(encoding="utf-8").replace(MAIN, waits + MAIN))
@@ -363,7 +364,7 @@ def test_nothing_is_left_of_a_check_that_is_ended(tmp_path):
     assert len(list(temporary.glob("speedrun_*"))) == 1  # of the one that was killed
 
 
-def test_what_is_no_trainer_is_told_from_one(tmp_path, capsys):
+def test_other_scripts_are_refused_with_a_reason(tmp_path, capsys):
     path = tmp_path / "script.py"
     path.write_text("raise SystemExit(3)")
     assert check.main([str(path)]) == 1
@@ -376,7 +377,7 @@ def test_what_is_no_trainer_is_told_from_one(tmp_path, capsys):
     assert "gone.py: no such Python script" in capsys.readouterr().err
 
 
-def test_options_go_by_the_names_that_a_script_has():
+def test_options_are_translated_to_the_names_of_a_script():
     """Those of older records, in checkpoints, reach today's script, and the other way round."""
     old = {"rows_per_step": 8, "val_row_tokens": 64, "tokens_per_draw": 32, "model_dim": 16}
     new = {"sequences_per_step": 8, "val_sequence_tokens": 64, "tokens_per_sampling": 32}

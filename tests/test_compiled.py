@@ -12,8 +12,8 @@ COMPILED = "run = compile_once() if first.is_cuda and not inlined else function"
 OPTIONS = "torch.compile(function, **options)"
 
 
-def test_nothing_is_compiled_while_the_clock_runs(monkeypatch, tmp_path):
-    """Shards that lookups hold from the start, steps and validation find what prepare() made."""
+def test_nothing_is_compiled_on_the_clock(monkeypatch, tmp_path):
+    """Shards inserted for lookups at the start, steps and validation find what prepare() made."""
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     assert COMPILED in source and OPTIONS in source
     source = source.replace("first.is_cuda and not inlined", "not inlined")

@@ -162,7 +162,7 @@ def test_help_shows_every_fields_comment(capsys):
     parse_args([f"--{name}={row}" for name, row in zip(("stages", "layers"), rows, strict=True)])
 
 
-def test_a_field_without_a_comment_is_an_option_all_the_same(monkeypatch, capsys):
+def test_a_field_without_a_comment_is_an_option_too(monkeypatch, capsys):
     source = inspect.getsource(Config)
     bare = re.sub(r"(    seed: int = 1337)  # .*", r"\1", source)
     assert bare != source
@@ -327,12 +327,12 @@ def test_check_config_names_the_option(changes, message):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_check_config_names_the_option_of_other_nonsense(changes, option):
+def test_check_config_names_the_option_of_other_bad_values(changes, option):
     with pytest.raises(UserError, match=option):
         check_config(tiny_config(**changes), 1)
 
 
-def test_world_size_must_divide_the_rows():
+def test_world_size_must_divide_the_sequences():
     config = tiny_config(sequences_per_step=4)
     for world_size in (1, 2, 4):
         check_config(config, world_size)
@@ -344,7 +344,7 @@ def test_world_size_must_divide_the_rows():
 
 
 def test_world_size_must_divide_the_tables():
-    """50304 rows, or two tables of as many, go round 1, 2, 3, 4 and 8 processes, not 5 or 7."""
+    """50304 rows, or two tables of as many, divide by 1, 2, 3, 4 and 8 processes, not by 5 or 7."""
     for world_size in (2, 3, 4, 8):
         runtime = cpu_runtime(world_size - 1, world_size)
         Optimizer(GPT(tiny_config(), runtime), tiny_config(), runtime)

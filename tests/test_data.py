@@ -35,7 +35,7 @@ Row = tuple[list[int], list[int]]  # its T + 1 tokens, and where documents start
 
 
 def reference_rows(tokens: list[int], shapes: list[tuple[int, int]]) -> Iterator[Row]:
-    """Every row of the stream: documents cut at max_seq_len, the last one by the row's end."""
+    """Every sequence of the stream: documents cut at max_seq_len, the last one at its end."""
     documents: list[list[int]] = []
     for token in tokens:
         if token == START_TOKEN:
@@ -55,7 +55,8 @@ def reference_rows(tokens: list[int], shapes: list[tuple[int, int]]) -> Iterator
 
 
 def row_of(batch: Batch) -> list[int]:
-    """The row's T + 1 tokens, after checking that inputs and targets are the same, one apart."""
+    """The sequence's T + 1 tokens, after checking that inputs and targets are the same, one
+    apart."""
     tokens, targets = batch.tokens.tolist(), batch.targets.tolist()
     assert tokens[1:] == targets[:-1]
     return [*tokens, targets[-1]]
@@ -94,7 +95,7 @@ SHAPES = [(64, 48)] * 8 + [(128, 48)] * 8 + [(96, 1000)] * 8
 
 
 def split(batch: Batch) -> list[Batch]:
-    """Its rows, without the padding of cu_seqlens."""
+    """Its sequences, without the padding of cu_seqlens."""
     length = len(batch.tokens) // batch.sequences
     parts = zip(batch.tokens.split(length), batch.targets.split(length))
     starts, rows = np.array(starts_of(batch)), []
@@ -107,7 +108,9 @@ def split(batch: Batch) -> list[Batch]:
 @pytest.mark.parametrize("tokens_per_pass", [1, 128, 1000])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("borders", [[], [700, 5400, 5450, 9600]])
-def test_rows_of_all_ranks_walk_the_documents_once(tmp_path, world_size, borders, tokens_per_pass):
+def test_sequences_of_all_ranks_cover_the_documents_once(
+    tmp_path, world_size, borders, tokens_per_pass
+):
     tokens = random_documents(1, skewed_lengths(1, 20_000), num_ids=1000)
     pattern = write_shards(tmp_path, tokens, borders)
     config = tiny_config(train_files=pattern, min_mean_doc_len=2, tokens_per_pass=tokens_per_pass)
@@ -163,7 +166,7 @@ def test_tokens_before_the_first_document_are_left_out(tmp_path):
     assert np.concatenate(stream.next_sequence(63, 64)).tolist() == tokens[3:67].tolist()
 
 
-def test_row_ends_with_the_data(tmp_path):
+def test_last_sequence_ends_with_the_data(tmp_path):
     """The last token of the data is the last target; one token less is too little."""
     tokens = random_documents(4, [30, 20, 15], num_ids=1000)
     for missing in (0, 1):
@@ -264,7 +267,7 @@ def test_own_data_goes_with_own_data(runtime):
         check_pair(preset)
 
 
-def test_room_for_documents():
+def test_cu_seqlens_grow_beyond_the_expected_documents():
     """T // min_mean_doc_len + 1 documents leave cu_seqlens as long as it is, one more does not."""
     tokens = np.arange(65, dtype=np.uint16)
     for count in (1, 9, 10):
@@ -363,8 +366,8 @@ def test_tokens_outside_the_vocabulary(tmp_path):
         read_tokens(str(path), 4, 50257)
 
 
-def test_broken_shard_behind_a_good_one_is_named(tmp_path):
-    """Shards load in a thread; what it raises arrives where the rows are taken."""
+def test_broken_shard_after_a_good_one_is_named(tmp_path):
+    """Shards load in a thread; what it raises is raised again where the sequences are read."""
     good = write_shard(tmp_path / "train_0.bin", random_documents(8, [40] * 5, 1000))
     for tokens, message in (
         ([5] * 100, r"train_1\.bin: no document begins in it.*50256.*tokenize_text"),
@@ -389,7 +392,7 @@ def test_files_come_in_the_order_of_their_names(tmp_path):
     assert [Path(path).stem for path in files] == ["a", "b", "c"]
 
 
-def test_what_exists_is_no_pattern(tmp_path):
+def test_existing_names_are_not_patterns(tmp_path):
     """Neither a file nor the folders in front of a pattern; a pattern may be of folders too."""
     for name in ("run [v1]/a_0.bin", "run [v1]/a_1.bin", "run [v1]/a_[01].bin", "run v/a_0.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -426,7 +429,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_items_come_in_order_and_a_few_are_made_ahead():
+def test_items_come_in_order_and_a_few_are_prefetched():
     made = []
 
     def count() -> Iterator[int]:

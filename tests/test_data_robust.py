@@ -1,4 +1,5 @@
-"""Nothing lost, nothing silent, nothing left behind: what meets the data tools from outside."""
+"""Nothing lost, nothing silent, nothing left behind: what can happen to the data tools from
+outside."""
 
 import codecs
 import json
@@ -199,7 +200,7 @@ def test_closed_and_narrow_screens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "fifo"])
-def test_nothing_replaces_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
+def test_only_regular_files_are_replaced(tmp_path: Path, kind: str) -> None:
     path, behind = tmp_path / "a.bin", tmp_path / "behind"
     behind.write_text("keep")
     make = {"folder": Path.mkdir, "link": lambda p: p.symlink_to(behind), "fifo": os.mkfifo}[kind]
@@ -297,7 +298,7 @@ def test_sample_reads_what_a_library_holds(tmp_path: Path, monkeypatch) -> None:
     assert sample.modules() == ["A.\n\nB.\n\nC.", "D.", "?."]
 
 
-def test_outputs_are_tried_before_work(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_outputs_are_checked_before_work(tmp_path: Path, monkeypatch, capsys) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     monkeypatch.setattr(tokenize_text, "encode_in_order", None)
     for out in (source, source / "below"):
@@ -334,7 +335,7 @@ def test_folder_names_are_no_patterns(tmp_path: Path, capsys) -> None:
     assert len(list(out.iterdir())) == 3
 
 
-def test_shards_made_meanwhile_stay(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_shards_made_in_the_meantime_are_kept(tmp_path: Path, monkeypatch, capsys) -> None:
     source, out = write_jsonl(tmp_path / "a.jsonl", ["one", "two"]), tmp_path / "out"
     other = out / "out_train_000001.bin"
 
@@ -478,7 +479,7 @@ def test_vocabulary_that_does_not_load(monkeypatch, load, message: str) -> None:
 # ---- Members of a folder ----
 
 
-def test_folder_with_what_folders_hold(tmp_path: Path, capsys) -> None:
+def test_folder_with_links_and_hidden_files(tmp_path: Path, capsys) -> None:
     """Hidden files left out, links followed, nothing twice, empty files counted."""
     folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     for name in (".git", ".ipynb_checkpoints", "sub/.cache"):

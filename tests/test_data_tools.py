@@ -337,7 +337,7 @@ def test_fetch_resumes(hub: Hub, tmp_path: Path, kind: str) -> None:
     assert int(re.fullmatch(r"bytes=(\d+)-", second)[1]) >= 10 * MB
 
 
-def test_fetch_starts_over_from_a_spoilt_part(hub: Hub, tmp_path: Path) -> None:
+def test_fetch_starts_over_from_a_broken_part(hub: Hub, tmp_path: Path) -> None:
     out, (name, data) = tmp_path / "out", next(iter(hub.files.items()))
     part = out / ".parts" / f"{name}.{hashlib.sha256(data).hexdigest()}"
     part.parent.mkdir(parents=True)
@@ -417,7 +417,7 @@ def test_fetch_meets_a_login_page(hub: Hub, tmp_path: Path, kind: str, length: i
     assert folder_files(out) == {name: data}
 
 
-def test_fetch_is_cheap_and_offline_where_all_is_there(hub: Hub, tmp_path: Path) -> None:
+def test_fetch_needs_no_network_for_existing_files(hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     names = sorted(hub.files)
@@ -675,7 +675,7 @@ def test_tokenize_bad_arguments(tmp_path: Path, capsys, option: list[str]) -> No
     assert "expected" in capsys.readouterr().err
 
 
-def test_reading_stays_close_to_writing() -> None:
+def test_few_documents_are_read_ahead_of_writing() -> None:
     num_read = 0
 
     def documents() -> Iterator[tokenize_text.Document]:

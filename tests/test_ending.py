@@ -108,7 +108,7 @@ def files_of(folder: Path) -> list[str]:
 # Outputs -----------------------------------------------------------------------------------------
 
 
-def test_outputs_are_tried(tmp_path):
+def test_outputs_are_checked(tmp_path):
     """Kind of file, folder, room; what is there stays as it is, and nothing else comes."""
     (old := tmp_path / "old.pt").write_text("kept")
     (tmp_path / "link.pt").symlink_to(old)
@@ -151,7 +151,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["folder", "/dev/full"])
-def test_bad_checkpoint_is_told_before_anything_is_computed(data, name):
+def test_bad_checkpoint_is_reported_before_training(data, name):
     (data / "folder").mkdir()
 
     def prepare() -> None:
@@ -163,7 +163,7 @@ def test_bad_checkpoint_is_told_before_anything_is_computed(data, name):
     assert log_of(data)[0] == error + "\n"
 
 
-def test_room_for_the_weights_is_looked_for_before_training(data):
+def test_disk_space_for_weights_is_checked_before_training(data):
     """As soon as there is a model: of this one the n-grams alone take more than any disk has."""
 
     def prepare() -> None:
@@ -246,7 +246,7 @@ def test_json_is_whole_or_not_there(tmp_path, capfd):
 # Screens -----------------------------------------------------------------------------------------
 
 
-def test_nobody_reads_the_screen_and_it_lacks_characters(data):
+def test_a_closed_stdout_and_an_ascii_stderr(data):
     """A closed pipe as stdout, a terminal without the bar's characters as stderr, a picture that
     cannot be drawn: all is in the log, the weights are saved, the exit code is 0."""
 
@@ -289,7 +289,7 @@ def test_nobody_reads_the_screen_and_it_lacks_characters(data):
     assert torch.load(data / "w.pt", weights_only=True)["weights"]
 
 
-def test_a_stream_that_is_gone_takes_what_is_shown(capfd):
+def test_writing_to_a_closed_stream_is_no_error(capfd):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
@@ -299,7 +299,7 @@ def test_a_stream_that_is_gone_takes_what_is_shown(capfd):
     assert capfd.readouterr() == ("this is read\n", "")
 
 
-def test_streams_that_are_closed_or_poor_are_made_good(monkeypatch, tmp_path):
+def test_missing_streams_and_narrow_encodings_lose_no_run(monkeypatch, tmp_path):
     (poor := tmp_path / "poor").touch()
     with poor.open("w", encoding="latin-1") as stream:
         monkeypatch.setattr(sys, "stdout", None)

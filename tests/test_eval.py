@@ -1,4 +1,4 @@
-"""tools/hellaswag.py on questions made here, with a model that is rigged to say the alphabet."""
+"""tools/hellaswag.py on questions made here, with a model made to continue the alphabet."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_parquet_and_limit(loaded, alphabet, tmp_path, capsys):
 
 
 def test_log_probability_is_that_of_the_ending_alone(tmp_path):
-    """By the models loss with one target at a time, in a row without padding."""
+    """By the models loss with one target at a time, in a sequence without padding."""
     model = trained_like(tiny_config(val_sequence_tokens=64), cpu_runtime())
     ids = BYTE_TO_ID.tolist()
     path = checkpoint_of(model, tmp_path, [START_TOKEN, *ids])
@@ -113,7 +113,7 @@ def test_log_probability_is_that_of_the_ending_alone(tmp_path):
 
 
 def test_a_long_context_keeps_its_end(tmp_path, monkeypatch):
-    """As much of it as a row takes: 64 tokens, with all of the ending's but the last."""
+    """As much of it as a sequence takes: 64 tokens, with all of the ending's but the last."""
     model = trained_like(tiny_config(val_sequence_tokens=64), cpu_runtime())
     path = checkpoint_of(model, tmp_path, [START_TOKEN, *BYTE_TO_ID.tolist()])
     scorer, rows = hellaswag.Scorer(train_gpt, path, "cpu"), []

@@ -1,4 +1,4 @@
-"""What a run says when its numbers or its memory fail, and what it writes down of its machine."""
+"""What a run reports when its numbers or its memory fail, and what it logs of its machine."""
 
 import dataclasses
 import math
@@ -75,7 +75,7 @@ def model(runtime, monkeypatch):
     return model
 
 
-def test_what_does_not_fit_is_counted(model, runtime):
+def test_values_beyond_fp8_are_counted(model, runtime):
     """Of the head's numbers each time it is copied, and scales of the step before."""
     copies, limit = model.fp8, torch.finfo(torch.float16).max * 1.6 / FP8_MAX
     with torch.no_grad():
@@ -124,7 +124,7 @@ def progress_of(model, log: Log) -> Progress:
     return Progress(model, runtime, clock, 100)
 
 
-def test_the_first_step_that_is_not_finite_is_told(model, tmp_path):
+def test_the_first_step_that_is_not_finite_is_reported(model, tmp_path):
     """A scale, three steps before the loss."""
     progress = progress_of(model, Log(str(tmp_path), "run"))
     for step in range(5):
@@ -142,7 +142,7 @@ def test_the_first_step_that_is_not_finite_is_told(model, tmp_path):
     assert [word.split()[0] for word in tries] == ["--fp8", "lower", "the"]
 
 
-def test_weights_that_are_not_finite_are_told(runtime):
+def test_weights_that_are_not_finite_are_reported(runtime):
     model = trained_like(tiny_config(self_check=False), runtime)
     assert "nothing else was seen" in str(not_finite_error(model, "the loss is nan"))
     with torch.no_grad():
@@ -219,8 +219,8 @@ def test_the_log_says_what_it_ran_on(runtime, monkeypatch, tmp_path):
     assert train_gpt.package_version("no-such-package") is None
 
 
-def test_read_rows_are_gathered_ahead_of_the_passes(monkeypatch):
-    """So that no gradient waits behind them; they are entered when the passes have ended."""
+def test_ngram_rows_are_gathered_before_the_passes(monkeypatch):
+    """So that no gradient waits for them; they are inserted when the passes have ended."""
     config = tiny_config(match_orders=(2,), match_slots=2**10, vocab_size=50_257)
     runtime = cpu_runtime()
     trainer, done = Trainer(trained_like(config, runtime), runtime), []

@@ -72,7 +72,7 @@ def test_a_text_is_continued(weights):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_what_is_no_checkpoint_is_told(weights, tmp_path):
+def test_a_bad_checkpoint_is_reported(weights, tmp_path):
     for path, message in (
         (tmp_path / "none.pt", "none.pt: cannot be read (No such file or directory)"),
         (weights.parent / "val.bin", "val.bin: not a checkpoint of "),
@@ -150,7 +150,7 @@ def test_low_temperatures_take_the_likeliest(rigged, temperature):
 
 
 def test_a_long_text_keeps_its_end(rigged):
-    """The model is given as many of the last tokens as a row has, new ones too."""
+    """The model is given as many of the last tokens as a sequence has, new ones too."""
     model, tokens = rigged("abcdefghijklmnopqrstuvwxyz", 7, 3, 0)
     assert tokens[-3:] == [7, 7, 7] and len(tokens) == 29
     assert model.given == [tokens[-19:-3], tokens[-18:-2], tokens[-17:-1]]

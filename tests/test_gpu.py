@@ -1,6 +1,6 @@
 """What only a GPU can show: the attention backends agree, fp8 is near bf16, graphs replay what they
-captured, streams wait for one another, warm-up leaves nothing behind, n-grams keep nothing waiting,
-matches are a CPU's, and nothing is compiled too late."""
+captured, streams wait for one another, warm-up leaves nothing behind, nothing waits for n-grams,
+lookups are those of a CPU, and nothing is compiled too late."""
 
 import contextlib
 import dataclasses
@@ -91,7 +91,7 @@ WEIGHTS = 1.0, 0.5
 
 
 def make_config(**changes: object) -> Config:
-    """The speedrun's model with rows of 1024 tokens and a small table of n-grams."""
+    """The speedrun's model with sequences of 1024 tokens and a small table of n-grams."""
     changes = {"stages": (STAGE,), "extension": (STAGE,), "ngram_rows": 4096} | changes
     return Config(val_sequence_tokens=1024, **{"tokens_per_pass": 1024, **changes})
 
@@ -133,7 +133,7 @@ def gradients(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def outcome(model: GPT, row: Batch) -> dict[str, torch.Tensor]:
-    """Losses and gradients of a row, also of its n-grams, the second time it is seen."""
+    """Losses and gradients of a sequence, also of its n-grams, the second time it is read."""
     device = model.head.device
     row, weights = to_device(row, device), torch.tensor(WEIGHTS, device=device)
     for _ in range(2):
@@ -221,8 +221,8 @@ NGRAMS = {"ngram_orders": (3, 4), "ngram_rows": 2**16, "ngram_dim": 256, "fp8": 
 
 
 def test_replays_leave_the_gradients_of_their_ngrams():
-    """Graphs of two kinds, whose memory is shared, replayed in turn on other rows than those they
-    were captured on: a step has what eager passes leave, row behind row."""
+    """Graphs of two kinds, whose memory is shared, replayed alternately on other sequences than
+    those they were captured on: a step has what eager passes leave, one sequence after another."""
     stages = [dataclasses.replace(STAGE, share=0.5, window_short=short) for short in (128, 64)]
     model = make_model(make_config(**NGRAMS, num_steps=2, stages=tuple(stages)))
     trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
@@ -248,8 +248,8 @@ def test_replays_leave_the_gradients_of_their_ngrams():
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_rows_at_once_are_rows_in_turn(fp8):
-    """By graphs and kernels: four rows in one pass, or each in its own."""
+def test_a_micro_batch_equals_its_sequences_one_by_one(fp8):
+    """By graphs and kernels: four sequences in one pass, or each in its own."""
     rows, results = [make_row(seed, [0, 17, 400, 900]) for seed in range(4)], []
     whole = [torch.cat(parts) for parts in zip(*(row[:2] for row in rows))]
     starts = torch.cat([row.cu_seqlens[:4] + 1024 * i for i, row in enumerate(rows)])
@@ -270,8 +270,9 @@ def test_rows_at_once_are_rows_in_turn(fp8):
     assert_near(*results[::-1], 1e-3, 0.1 if fp8 else 3e-2)
 
 
-def test_steps_enter_their_rows_in_matches():
-    """Beside the optimizer and with graphs: to the bit what a CPU enters, and finds then."""
+def test_steps_insert_their_sequences_into_the_lookup():
+    """During the optimizer's work and with graphs: to the bit what a CPU inserts, and then
+    finds."""
     orders = (2, 3, 5)
     config = make_config(match_orders=orders, match_slots=2**12, num_steps=4, fp8=False)
     model = make_model(config)
@@ -292,8 +293,8 @@ def test_steps_enter_their_rows_in_matches():
     assert (cpu.matches >> 29).amax() > 1, "no context came twice"
 
 
-def test_nothing_is_compiled_while_the_clock_runs(tmp_path):
-    """Shards that matches hold from the start, steps and scored rows find what prepare() made."""
+def test_nothing_is_compiled_on_the_clock(tmp_path):
+    """Shards inserted at the start, steps and scored sequences find what prepare() made."""
     for i, length in enumerate((40_000, 300_000)):
         write_shard(tmp_path / f"train_{i}.bin", random_documents(i, [length - 1]))
     files = {"train_files": str(tmp_path / "train_*.bin"), "match_shards": 1}

@@ -120,7 +120,7 @@ class Losses(NamedTuple):
 
 
 def losses_of(data: dict) -> Losses:
-    """What a log's .json holds."""
+    """What a log's .json contains."""
     steps = [row["train_loss"] for row in data["steps"]]
     return Losses(np.array(steps), np.array([row["val_loss"] for row in data["validations"]]))
 
@@ -191,7 +191,7 @@ def test_graphs_train_as_passes_without_them(losses):
 
 
 def test_fp8_trains_as_bf16(losses):
-    """Two to three percent of error in every product are noise, which steps average; first scales
+    """Two to three percent of error in every matmul are noise, which steps average; first scales
     are guesses, so a few steps may go by before it learns as fast."""
     found, expected = losses(), losses(fp8=False)
     assert abs(found.train[0] - expected.train[0]) < 1e-2
@@ -202,7 +202,7 @@ def test_fp8_trains_as_bf16(losses):
 
 def test_two_gpus_train_as_one(folder, losses, tmp_path):
     """By torchrun and NCCL. Validation scores the same text; what differs are roundings of bf16, of
-    gradients that are summed in two parts and of Muon's products in other batches. A step's
+    gradients that are summed in two parts and of Muon's matmuls in other batches. A step's
     training loss is that of the first GPU's sequences, half of them: if a token's spreads by 2
     nats, the mean of 16,384 spreads by 0.016."""
     if torch.cuda.device_count() < 2:
@@ -262,7 +262,7 @@ def test_training_without_flash_attn(folder, losses):
 
 
 def test_steps_that_do_not_fit_their_graph_run_without_it(monkeypatch, tmp_path):
-    """Every now and then sequences hold more documents than their graph has room for: those passes
+    """Now and then sequences have more documents than their graph was captured for: those passes
     run eagerly, the others as graphs, and all as if there were no graphs."""
     draw, lengths = np.random.default_rng(0), []
     for _ in range(8):
@@ -300,7 +300,7 @@ def test_steps_that_do_not_fit_their_graph_run_without_it(monkeypatch, tmp_path)
 
 
 def test_kernels_at_odd_sizes():
-    """Sizes that fill no tile: multiples of 16 where fp8 products ask for these, of nothing where
+    """Sizes that fill no tile: multiples of 16 where fp8 matmuls require these, of nothing where
     they do not. test_kernels_stay_in_their_memory runs it once more."""
     torch.manual_seed(0)
     for shape in ((70, 150), (3, 33, 140)):

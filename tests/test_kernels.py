@@ -63,7 +63,7 @@ def reference_of(function: Callable) -> Callable:
 
 @pytest.fixture(autouse=True)
 def kernels_and_poison(monkeypatch):
-    """Kernels run on any device, and memory that they shall fill holds NaN, in fp8 too."""
+    """Kernels run on any device, and memory that they are to fill is NaN, in fp8 too."""
     torch.manual_seed(0)
     monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
 
@@ -133,8 +133,8 @@ def agree(
 
 
 def combine_inputs(tokens: int, dim: int, terms: int, norm: bool) -> list:
-    """Every other source is a slice. Coefficients are in turn a number, one a token, which is a
-    column of several, and one a token in the same place of memory."""
+    """Every other source is a slice. Coefficients are one after the other a number, one a token,
+    which is a column of several, and one a token in the same place of memory."""
     sources = [random(tokens, 2, dim)[:, 0] if i % 2 else random(tokens, dim) for i in range(terms)]
     gates = [single(tokens, 3)[:, 1:2] for _ in range(terms)]
     scalars = [2 + single(1) for _ in range(terms)]
@@ -188,7 +188,7 @@ def test_norm_of_a_sum_in_fp8(monkeypatch, tokens, dim, terms):
 @pytest.mark.parametrize(("tokens", "dim"), cases([(5, 48)], [(16384, 768)]))
 def test_gradients_add_up_along_a_chain_of_sums(tokens, dim):
     """Of two sources that several sums read, one a slice, one is not in every sum; the last sum of
-    each hands it on to nobody."""
+    each passes it on to none."""
 
     def function(combine: Callable, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         stream, _, x, y = combine([x, y], [a, b], True)
@@ -208,7 +208,8 @@ def test_gradients_add_up_along_a_chain_of_sums(tokens, dim):
 
 
 def prepare_inputs(case: tuple) -> list:
-    """With rotary tables longer than the rows, and a slice as value. One row, or `rows`: three."""
+    """With rotary tables longer than the sequences, and a slice as value. One sequence, or `rows`:
+    three."""
     tokens, heads, head_dim, present = case
     dim = heads * head_dim
     value = random(tokens, 3, dim)[:, 1] if "value" in present else None
@@ -245,7 +246,7 @@ def test_prepare_qkv(monkeypatch, case):
 @interpreted
 @pytest.mark.parametrize(("tokens", "hidden", "dim"), [(128, 128, 64), (140, 200, 96), (4, 40, 32)])
 def test_mlp(monkeypatch, tokens, hidden, dim):
-    """As above; and the largest numbers are noted."""
+    """As above; and the largest numbers are recorded."""
     fp32_for_fp8(monkeypatch)
     x, w_1, w_2 = random(tokens, dim), random(hidden, dim, std=0.1), random(hidden, dim, std=0.1)
     scales, largest = [scale_of(2.0**n) for n in (-1, 1, -2, -3, 2, 3)], torch.zeros(3)
@@ -260,7 +261,7 @@ def test_mlp(monkeypatch, tokens, hidden, dim):
 
 
 def head_inputs(tokens: int, vocab: int, dim: int, std: float) -> list:
-    """Of three terms; some targets come twice in a row or not at all."""
+    """Of three terms; some targets occur twice in a sequence or not at all."""
     targets = torch.randint(0, vocab, (tokens, 3), device=DEVICE)
     targets[::3, 2] = targets[::5, 1] = targets[5] = IGNORED_TARGET
     targets[3, 1] = targets[3, 0]
@@ -320,9 +321,9 @@ def test_head_loss(monkeypatch, tokens, vocab, dim, std, with_offsets):
 
 
 @interpreted
-def test_model_of_kernels_is_the_model_of_twins(runtime, monkeypatch):
-    """Losses and gradients of one row, and the tables' rows added by kernel; with fp32 in place of
-    fp8."""
+def test_model_with_kernels_equals_the_reference(runtime, monkeypatch):
+    """Losses and gradients of one sequence, and the tables' rows added by kernel; with fp32 in
+    place of fp8."""
     config, batch, results = tiny_config(vocab_size=300), random_batch(1, [7, 1, 12]), {}
     batch = batch._replace(tokens=batch.tokens % 300, targets=batch.targets % 300)
     for kind in ("kernels", "references"):
@@ -387,7 +388,7 @@ def test_quantize(monkeypatch, shape, dtype):
 
 
 @interpreted
-def test_units_follow_the_largest_numbers(monkeypatch):
+def test_scales_follow_the_largest_values(monkeypatch):
     """Of weights now, of squares and gradients in the step before; guesses before the first one."""
     monkeypatch.setattr(train_gpt, "quantize", lambda *call: calls.append(call))
     bank, attention, head, calls = random(8, 16, 8), random(8, 32, 8), random(32, 8), []
@@ -425,7 +426,7 @@ def test_units_follow_the_largest_numbers(monkeypatch):
 
 
 def exact_qkv_gradient(inputs: list, grads: list[Tensor], qkv: Tensor) -> Tensor:
-    """Of the product, given as it is, in float64."""
+    """Of the matmul's result, given as it is, in float64."""
     doubles = [qkv, torch.eye(qkv.size(1), device=DEVICE), *inputs[2:5], None, *inputs[6:]]
     doubles, grads = tree_map_only(Tensor, Tensor.double, (doubles, grads))
     return outcome(reference_of(train_gpt.prepare_qkv), doubles, grads, (1, 2, 3))[1][0]
@@ -434,8 +435,8 @@ def exact_qkv_gradient(inputs: list, grads: list[Tensor], qkv: Tensor) -> Tensor
 @gpu
 @pytest.mark.parametrize("case", REAL_PREPARE[:3])
 def test_prepare_qkv_in_fp8(monkeypatch, case):
-    """Every product against that of its exact factors and that of its fp8 factors; the gradient of
-    the product of QKV both ways round."""
+    """Every matmul against that of its exact factors and that of its fp8 factors; the gradient of
+    QKV's result both ways round."""
     inputs = prepare_inputs(case)
     inputs[0], inputs[1] = rms_norm(inputs[0]), random(2304, 768, std=0.02)
     x, w = inputs[:2]
@@ -466,7 +467,7 @@ def test_prepare_qkv_in_fp8(monkeypatch, case):
 @gpu
 @pytest.mark.parametrize("tokens", [16384, 49152, 16336])
 def test_mlp_in_fp8(tokens):
-    """Every product against that of its exact factors and that of its fp8 factors."""
+    """Every matmul against that of its exact factors and that of its fp8 factors."""
     x, grad = rms_norm(random(tokens, 768)), random(tokens, 768, std=1e-3)
     w_1, w_2 = random(4224, 768, std=0.02), random(4224, 768, std=0.02)
     scales = [scale_of(28 / 448)] + [scale_of(w.abs().max().item() / 448) for w in (w_1, w_2)]
@@ -587,7 +588,7 @@ def test_runs_of_every_length_are_added_once(monkeypatch, lengths):
 
 
 def test_rows_of_a_table_have_the_gradients_of_their_definition():
-    """Added to what the table's gradient holds."""
+    """Added to what the table's gradient contains."""
     table, index = single(20, 16), torch.tensor([3, 7, 3, 19], device=DEVICE)
     table.requires_grad_()
     table.grad = torch.full_like(table, 2.0)
@@ -670,9 +671,9 @@ def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
     ("lengths", "slots", "orders"),
     [((16384,) * 4, 2**20, (3, 4, 5, 6, 8, 12, 16, 24)), ((16347, 49152), 16, (1,))],
 )
-def test_matches_on_the_gpu(lengths, slots, orders):
-    """Tables and what is found in them, as on the CPU, where nothing is compiled, to the bit. Rows
-    are entered again, so that leads grow and fall."""
+def test_lookup_on_the_gpu(lengths, slots, orders):
+    """Tables and what is found in them, as on the CPU, where nothing is compiled, to the bit.
+    Sequences are inserted again, so that votes rise and fall."""
     rows, tables = [match_row(tokens, seed) for seed, tokens in enumerate(lengths)], {}
     entered = [*rows, *rows[1:], *rows[1:], rows[0]]
     for device in "cpu", "cuda":

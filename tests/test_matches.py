@@ -1,4 +1,5 @@
-"""What was read before, as the model finds it: against dictionaries, and what a row may see."""
+"""N-gram lookup in what was read before: against dictionaries, and what a sequence may depend
+on."""
 
 import copy
 import dataclasses
@@ -66,7 +67,7 @@ WINDOWS = Windows(8, 24)
 
 
 def vote(held: tuple[object, int] | None, token: object) -> tuple[object, int]:
-    """Boyer and Moore's: what is held then, and its lead."""
+    """Boyer and Moore's: the candidate and its votes after this one."""
     other, lead = held or (token, 0)
     if other == token:
         return token, min(lead + 1, MAX_VOTES)
@@ -74,7 +75,7 @@ def vote(held: tuple[object, int] | None, token: object) -> tuple[object, int]:
 
 
 class Memory:
-    """What follows each context by the votes, and its lead, as dictionaries, an order each."""
+    """What follows each context by the votes, and how many, as dictionaries, one for each order."""
 
     def __init__(self, orders: tuple[int, ...]):
         self.held: dict[int, dict[tuple, tuple[int, int]]] = {order: {} for order in orders}
@@ -89,8 +90,9 @@ class Memory:
         return contexts
 
     def note(self, rows: Iterable[Batch]) -> None:
-        """Rows of one call: each position votes on what was held before it, and of the votes of one
-        context the one with the largest lead counts, of these the one for the largest token."""
+        """Sequences of one call: each position votes on the entry before the call, and of the
+        entries of one context the one with the most votes counts, of these the one for the largest
+        token."""
         for order, held in self.held.items():
             votes: dict[tuple | None, list[tuple[int, int]]] = {}
             for batch in rows:
@@ -100,8 +102,8 @@ class Memory:
             held |= {context: max(each, key=lambda x: x[::-1]) for context, each in votes.items()}
 
     def find(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """Of the contexts that are held the one whose place among the orders and twice its lead are
-        most together, of equals the longest."""
+        """Of the contexts in the table the one with the largest sum of its place among the orders
+        and twice its votes, of equals the longest."""
         found, which = batch.tokens.tolist(), [0] * len(batch.tokens)
         best = [(0, 0)] * len(found)
         for i, (order, held) in enumerate(self.held.items()):
@@ -114,7 +116,7 @@ class Memory:
 
 
 def few_tokens(seed: int, lengths: list[int]) -> Batch:
-    """A row over four ids and the start token, so that contexts come again."""
+    """A sequence over four ids and the start token, so that contexts occur again."""
     return random_batch(seed, lengths, num_ids=4)
 
 
@@ -133,7 +135,7 @@ def find(tables: Tensor, batch: Batch, orders: tuple[int, ...] = ORDERS) -> tupl
 
 
 def note(tables: Tensor, rows: Iterable[Batch], orders: tuple[int, ...] = ORDERS) -> None:
-    """A call for each row."""
+    """A call for each sequence."""
     for batch in rows:
         insert_matches_(tables, batch.tokens, starts_of(batch), batch.targets, orders)
 
@@ -149,8 +151,8 @@ def note_taker(**changes: object) -> SimpleNamespace:
 
 
 def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
-    """Let a model have read a step of a row for every seed; the second document has but one token,
-    a 5."""
+    """Let a model have read a step of one sequence for every seed; the second document has but one
+    token, a 5."""
     rows = [few_tokens(seed, [40, 1, 23]) for seed in seeds]
     for batch in rows:
         batch.tokens[39:41] = torch.tensor([1, 5])
@@ -168,15 +170,16 @@ STREAM = [[64], [1, 20, 2, 41], [1] * 10, [3, 1, 130], [7]]
     [(1, (0,)), (63, (0, 5, 6)), (65, (0, 64)), (200, (0, 128, 131)), (333, (0, 1, 17, 192, 200))],
 )
 def test_document_starts(num_tokens, starts):
-    """Also where the list is padded with the end of the row."""
+    """Also where the list is padded with the end of the sequence."""
     cu_seqlens = torch.tensor([*starts, num_tokens, num_tokens], dtype=torch.int32)
     expected = [max(start for start in starts if start <= t) for t in range(num_tokens)]
     assert document_starts(cu_seqlens, num_tokens).tolist() == expected
 
 
-def test_matches_are_those_of_dictionaries():
-    """The context of largest order and lead together, with every lead, and none that crosses the
-    start of a document; also for a row that begins within a document, as in validation."""
+def test_lookup_agrees_with_dictionaries():
+    """The context of largest order and votes together, with every number of votes, and none that
+    crosses the start of a document; also for a sequence that begins within a document, as in
+    validation."""
     tables, memory, seen = empty_tables(), Memory(ORDERS), set()
     assert find(tables, few_tokens(0, [9])) == (few_tokens(0, [9]).tokens.tolist(), [0] * 9)
     rows = [few_tokens(seed, lengths) for seed, lengths in enumerate(STREAM) for _ in range(8)]
@@ -194,13 +197,13 @@ def test_matches_are_those_of_dictionaries():
 
 
 def pair(token: int, target: int = 0) -> Batch:
-    """A row of one token."""
+    """A sequence of one token."""
     ends = torch.tensor([0, 1], dtype=torch.int32)
     return Batch(torch.tensor([token]).int(), torch.tensor([target]), ends, 1)
 
 
-def test_same_token_again_raises_the_lead_and_another_lowers_it():
-    """Up to 3; behind a lead of 1 the other takes its place."""
+def test_the_same_token_adds_a_vote_and_another_removes_one():
+    """Up to 3; after a single vote the other takes its place."""
     tables = empty_tables((1,))
     expected = [(9, 1), (9, 2), (9, 3), (9, 3), (9, 2), (9, 1), (6, 1), (6, 2), (6, 1), (5, 1)]
     for target in [9] * 4 + [6] * 4 + [5] * 2:
@@ -210,7 +213,7 @@ def test_same_token_again_raises_the_lead_and_another_lowers_it():
     assert not expected
 
 
-def test_lead_defends_a_slot_against_other_contexts():
+def test_votes_protect_a_slot_from_other_contexts():
     """In a slot for all of them."""
     tables, held = empty_tables((1,), slots=1), [(3, 1), (3, 2), (3, 3), (3, 2), (3, 1)]
     held += [(4, 1), (4, 2), (4, 1), (3, 1)]
@@ -224,7 +227,7 @@ def test_lead_defends_a_slot_against_other_contexts():
 
 
 def test_entries_of_slots_that_contexts_share():
-    """To the bit: all of a call see what was there before it, and of what writes to one slot the
+    """To the bit: all of a call read what was there before it, and of what writes to one slot the
     largest entry counts. What is no context yet empties slot 0."""
     tables, leads, emptied = empty_tables(slots=16), set(), 0
     expected = [[0] * 16 for _ in ORDERS]
@@ -250,9 +253,9 @@ def test_entries_of_slots_that_contexts_share():
     assert leads >= {1, 2, 3} and emptied > 0
 
 
-def test_shared_slots_forget_but_do_not_mix_contexts_up():
-    """What is found has followed this very context, in as many rows as its lead at least. Of other
-    rows than these one context in 8192 has the check bits of what it finds."""
+def test_shared_slots_lose_contexts_but_do_not_confuse_them():
+    """What is found has followed this very context, in at least as many sequences as its votes. Of
+    contexts in other sequences one in 8192 has the check bits of what it finds."""
     tables, memory, followed = empty_tables(slots=16), Memory(ORDERS), Counter()
     rows, leads, forgotten = [], set(), 0
     for i in range(80):
@@ -278,8 +281,8 @@ def test_shared_slots_forget_but_do_not_mix_contexts_up():
     assert ((tables > 0).sum(1) > 10).all()
 
 
-def test_rows_of_a_step_vote_on_what_was_there_before_it(runtime):
-    """Not on one another: a step moves a lead by one, and up if any of its rows says so."""
+def test_sequences_of_a_step_vote_on_earlier_entries(runtime):
+    """Not on one another: a step changes the votes by one, and up if any of its sequences does."""
     model = note_taker()
     for targets, token, lead in (
         ((9, 9, 9, 9), 9, 1),
@@ -295,8 +298,8 @@ def test_rows_of_a_step_vote_on_what_was_there_before_it(runtime):
         assert find(model.matches, pair(3)) == ([token], [lead])
 
 
-def test_steps_of_rows_are_those_of_dictionaries(runtime):
-    """And not those of the same rows one after the other."""
+def test_insertion_by_steps_agrees_with_dictionaries(runtime):
+    """And not with those of the same sequences one after the other."""
     model, memory, alone = note_taker(), Memory(ORDERS), Memory(ORDERS)
     for step in range(5):
         rows = [few_tokens(10 * step + i, [20, 1, 43]) for i in range(4)]
@@ -314,7 +317,8 @@ def test_steps_of_rows_are_those_of_dictionaries(runtime):
 
 
 def test_later_tokens_change_no_earlier_prediction(runtime):
-    """With tables of earlier rows, in which most contexts match; targets change none at all."""
+    """With tables of earlier sequences, in which most contexts are found; targets change none at
+    all."""
     config = matching_config()
     model = trained_like(config, runtime)
     fill(model, range(5))
@@ -358,7 +362,7 @@ def test_an_entry_holds_votes_check_and_token():
     assert train_gpt.content_of(entry) == train_gpt.pack_content(check, token)
 
 
-def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
+def test_training_looks_up_earlier_steps_only(tmp_path, runtime, monkeypatch):
     """Of every row of a run what it matched is what dictionaries of the rows of earlier steps have:
     nothing of the preparation, of validations, of itself and of the rows beside it."""
     config = matching_config(
@@ -402,8 +406,8 @@ def test_training_matches_earlier_steps_only(tmp_path, runtime, monkeypatch):
     assert others == 5  # had rows seen those beside them, it would show
 
 
-def test_validation_matches_what_it_has_scored(tmp_path, runtime, monkeypatch):
-    """And what training had read: of every row what dictionaries have of earlier groups of rows."""
+def test_validation_looks_up_what_it_has_scored(tmp_path, runtime, monkeypatch):
+    """And what training had read: of every sequence what dictionaries have of earlier groups."""
     config, matches = matching_config(**write_few_tokens(tmp_path), sequences_per_step=2), []
     model, memory = trained_like(config, runtime), Memory(ORDERS)
     memory.note(fill(model, range(2)))
@@ -422,7 +426,7 @@ def test_validation_matches_what_it_has_scored(tmp_path, runtime, monkeypatch):
     assert differ == 2
 
 
-def test_validation_forgets_what_it_has_scored(tmp_path, runtime):
+def test_validation_leaves_the_tables_as_they_were(tmp_path, runtime):
     config = matching_config(**write_few_tokens(tmp_path), sequences_per_step=1)
     model = trained_like(config, runtime)
     empty = validate(model, config, runtime, 200, WINDOWS)
@@ -433,7 +437,7 @@ def test_validation_forgets_what_it_has_scored(tmp_path, runtime):
     assert torch.equal(model.matches, before)
 
 
-def test_nothing_that_was_read_in_between_stays(runtime):
+def test_nothing_changes_restores_the_tables(runtime):
     config = matching_config()
     model = GPT(config, runtime)
     assert not model.matches.any()
@@ -448,7 +452,7 @@ def test_nothing_that_was_read_in_between_stays(runtime):
 
 
 def write_known_shards(folder: Path) -> dict[str, object]:
-    """Two shards to train on and two to know, all of them cut within documents, and the options
+    """Two shards to train on and two to insert, all of them cut within documents, and the options
     that name them; a step reads 256 tokens."""
     lengths = np.random.default_rng(0).integers(2, 30, 170).tolist()
     tokens = random_documents(3, lengths, num_ids=4)
@@ -462,7 +466,8 @@ def tokens_of(folder: Path, *shards: int) -> list[int]:
 
 
 def known_row(folder: Path, i: int) -> Batch:
-    """A shard as a row, but for its last few tokens, so that its length is a multiple of 16."""
+    """A shard as one sequence, without its last few tokens, so that its length is a multiple of
+    16."""
     tokens = torch.tensor(tokens_of(folder, i))
     tokens = tokens[: (len(tokens) - 1) // 16 * 16 + 1]
     starts = (tokens[:-1] == START_TOKEN).nonzero().flatten().tolist()
@@ -470,7 +475,7 @@ def known_row(folder: Path, i: int) -> Batch:
     return Batch(tokens[:-1].int(), tokens[1:], ends, len(tokens))
 
 
-def test_known_shards_are_the_last_ones(tmp_path, runtime):
+def test_inserted_shards_are_the_last_ones(tmp_path, runtime):
     """Each a call of its own, whole but for less than 16 tokens; also where one begins within a
     document, of which it does not know the begin."""
     model, memory = note_taker(**write_known_shards(tmp_path)), Memory(ORDERS)
@@ -486,7 +491,7 @@ def test_known_shards_are_the_last_ones(tmp_path, runtime):
     assert torch.equal(model.matches, before)
 
 
-def test_long_known_shards_are_entered_piece_by_piece(tmp_path, runtime):
+def test_long_shards_are_inserted_in_pieces(tmp_path, runtime):
     size = 2**18
     tokens = random_documents(0, [1000] * 300, num_ids=4)[: size + 105]
     write_shard(tmp_path / "train_0.bin", tokens)
@@ -504,9 +509,9 @@ def test_long_known_shards_are_entered_piece_by_piece(tmp_path, runtime):
     assert torch.equal(model.matches, tables) and tables.any(1).all()
 
 
-def test_training_with_known_shards(tmp_path, runtime, monkeypatch):
+def test_training_with_inserted_shards(tmp_path, runtime, monkeypatch):
     """The preparation leaves the tables empty; when the clock runs, before the first step, they get
-    the known shards and nothing else, which this step finds; steps read the other shards."""
+    the inserted shards and nothing else, which this step finds; steps read the other shards."""
     config = matching_config(
         **write_known_shards(tmp_path), num_steps=3, extension_steps=1, val_every=0
     )
@@ -575,7 +580,7 @@ def test_match_shards_leave_some_to_train_on(tmp_path, count):
         assert len(known_files) == known
 
 
-def test_check_data_reads_the_headers_of_known_shards(tmp_path):
+def test_check_data_reads_the_headers_of_inserted_shards(tmp_path):
     """Before anything is prepared, not when the clock runs."""
     config, path = matching_config(**write_known_shards(tmp_path)), tmp_path / "train_03.bin"
     path.write_bytes(path.read_bytes()[:-2])
@@ -602,7 +607,7 @@ STEPS = [(64, 48), (64, 48), (96, 64)]  # tokens and longest documents of the ro
 
 
 def read_stream(folder: str, rank: int, world_size: int) -> Tensor:
-    """The tables behind three steps of four rows."""
+    """The tables after three steps of four sequences."""
     model = note_taker(train_files=f"{folder}/train.bin", match_slots=64, tokens_per_pass=128)
     runtime = cpu_runtime(rank, world_size)
     for rows in training_batches(model.config, runtime, STEPS):
@@ -611,14 +616,14 @@ def read_stream(folder: str, rank: int, world_size: int) -> Tensor:
 
 
 def validation_loss(folder: str, rank: int, world_size: int) -> float:
-    """Of five rows of which two are scored at a time."""
+    """Of five sequences of which two are scored at a time."""
     files = {"train_files": f"{folder}/train.bin", "val_file": f"{folder}/val.bin"}
     config, runtime = matching_config(**files, sequences_per_step=2), cpu_runtime(rank, world_size)
     return validate(trained_like(config, runtime), config, runtime, 280, WINDOWS)
 
 
 def trained_tables(folder: str, rank: int, world_size: int) -> Tensor:
-    """The tables at the end of a run that knows shards."""
+    """The tables at the end of a run that inserts shards first."""
     files = {"train_files": f"{folder}/known/train_*.bin", "val_file": f"{folder}/val.bin"}
     steps = {"num_steps": 2, "extension_steps": 1, "val_every": 0, "match_slots": 1024}
     config, tables = matching_config(**files, **steps, match_shards=2), []
@@ -635,7 +640,7 @@ def trained_tables(folder: str, rank: int, world_size: int) -> Tensor:
 
 
 def known_tables(folder: str, rank: int, world_size: int) -> dict[str, object]:
-    """The tables of two known shards, and the orders that were entered here."""
+    """The tables of two inserted shards, and the orders that were inserted here."""
     files, entered = {"train_files": f"{folder}/known/train_*.bin"}, set()
     model = note_taker(**files, match_shards=2, match_slots=64)
 
@@ -684,13 +689,13 @@ def rank_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone_and_ranks(rank_data: Path) -> list[dict]:
-    """What one process sees, and each of two ranks."""
+    """The results of one process, and of each of two ranks."""
     return [seen_by(str(rank_data), 0, 1), *seen_by_ranks(rank_data, 2, *FUNCTIONS)]
 
 
 def test_ranks_have_the_tables_of_one_process(alone_and_ranks):
-    """Of the rows in the order of the stream, in slots that many contexts share. And the same loss
-    in validation, where the last group has a row on one rank alone."""
+    """Of the sequences in the order of the stream, in slots that many contexts share. And the same
+    loss in validation, where the last group has a sequence on one rank alone."""
     alone, *ranks = alone_and_ranks
     assert alone["read_stream"].count_nonzero() > 60
     for seen in ranks:
@@ -698,7 +703,7 @@ def test_ranks_have_the_tables_of_one_process(alone_and_ranks):
         assert seen["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-6)
 
 
-def test_ranks_know_the_shards_of_one_process(alone_and_ranks):
+def test_ranks_insert_the_shards_of_one_process(alone_and_ranks):
     """And have read the same steps since."""
     alone, *ranks = alone_and_ranks
     assert alone["trained_tables"].count_nonzero() > 60
@@ -707,7 +712,8 @@ def test_ranks_know_the_shards_of_one_process(alone_and_ranks):
 
 
 def check_known(alone: dict, ranks: list[dict]) -> None:
-    """To the bit, in slots that many contexts share; a rank has entered its own tables alone."""
+    """To the bit, in slots that many contexts share; a rank has inserted into its own tables
+    alone."""
     assert alone["tables"].any(1).all() and alone["tables"][-1].count_nonzero() > 60
     assert alone["entered"] == list(ORDERS)
     for rank, seen in enumerate(ranks):
@@ -715,13 +721,13 @@ def check_known(alone: dict, ranks: list[dict]) -> None:
         assert seen["entered"] == list(ORDERS[rank :: len(ranks)]), rank
 
 
-def test_two_ranks_share_out_the_tables_of_known_shards(alone_and_ranks):
+def test_two_ranks_divide_the_tables_of_inserted_shards(alone_and_ranks):
     alone, *ranks = (seen["known_tables"] for seen in alone_and_ranks)
     check_known(alone, ranks)
 
 
-def test_more_ranks_than_tables_share_them_out(alone_and_ranks, rank_data):
-    """One of four has none to enter, and reads no shard."""
+def test_more_ranks_than_tables_divide_them(alone_and_ranks, rank_data):
+    """One of four has none to insert into, and reads no shard."""
     ranks = [seen["known_tables"] for seen in seen_by_ranks(rank_data, 4, known_tables)]
     check_known(alone_and_ranks[0]["known_tables"], ranks)
 
@@ -734,8 +740,8 @@ def match_gains(model: GPT, vector: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["matches", "none"])
-def test_match_embedding_and_its_gradients(runtime, read):
-    """The row of the last table of values for what is found, by the gain of its order and lead;
+def test_lookup_embedding_and_its_gradients(runtime, read):
+    """The row of the last table of values for what is found, by the gain of its order and votes;
     where nothing is, of the token itself, by the first gain."""
     config = matching_config()
     model = trained_like(config, runtime)
@@ -779,8 +785,8 @@ def test_match_embedding_and_its_gradients(runtime, read):
     assert touched == sorted(set(found))
 
 
-def test_gains_start_with_none_for_no_match(runtime):
-    """So that the first rows are those of a model without matches."""
+def test_gain_without_a_match_starts_at_zero(runtime):
+    """So that the model begins as one without lookups."""
     model = GPT(matching_config(), runtime)
     assert match_gains(model, model.small).tolist() == [0] + [1] * MAX_VOTES * 3
     assert len(model.value_embed) == 3 * model.config.padded_vocab_size
@@ -813,7 +819,7 @@ def test_gains_start_with_none_for_no_match(runtime):
         ({"match_shards": 2, "match_orders": ()}, "--match_shards 2 .* --match_orders: give some"),
     ],
 )
-def test_check_config_names_what_cannot_match(changes, message):
+def test_check_config_names_bad_lookup_options(changes, message):
     for orders in ((), (1,), (1, 31), (3, 4, 5)):
         shards = 5 if orders else 0
         check_config(matching_config(match_orders=orders, match_slots=1, match_shards=shards), 1)
@@ -838,8 +844,8 @@ def test_orders_that_cannot_be_read_are_named(text, capsys):
     assert "argument --match_orders:" in capsys.readouterr().err
 
 
-def test_check_data_refuses_matches_of_what_is_repeated(tmp_path):
-    """Which would foretell it."""
+def test_check_data_refuses_lookups_in_repeated_data(tmp_path):
+    """Which would predict it."""
     write_shard(tmp_path / "train.bin", [START_TOKEN] * 1000)
     write_shard(tmp_path / "val.bin", [START_TOKEN] * 50)
     files = {"train_files": str(tmp_path / "train.bin"), "val_file": str(tmp_path / "val.bin")}
@@ -853,7 +859,7 @@ def test_check_data_refuses_matches_of_what_is_repeated(tmp_path):
 # A whole run -------------------------------------------------------------------------------------
 
 
-def test_run_with_matches(tmp_path):
+def test_run_with_lookups(tmp_path):
     options = {"match_orders": "2:3", "match_slots": 4096, "stop_step": 13}
     result = run(write_data(tmp_path), **options, checkpoint=tmp_path / "model.pt")
     assert result.returncode == 0, result.stderr
@@ -890,7 +896,7 @@ class Filled(check.Judge):
 
 
 @pytest.mark.parametrize("name", check.CHECKS)
-def test_model_with_matches_passes_the_check(name, tmp_path, monkeypatch):
+def test_model_with_lookups_passes_the_check(name, tmp_path, monkeypatch):
     sizes = check.SIZES | {"match_orders": (1, 2, 3), "match_slots": 2**20}
     monkeypatch.setattr(check, "SIZES", sizes)
     monkeypatch.setattr(check, "Judge", Filled)

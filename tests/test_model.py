@@ -60,7 +60,7 @@ def test_hidden_is_the_written_down_forward_pass(runtime, changes, lengths):
 
 
 def test_hidden_over_several_blocks_of_queries(runtime):
-    """A row longer than the blocks of attention (256), not a multiple."""
+    """A sequence longer than the blocks of attention (256), not a multiple."""
     config = tiny_config(attention_scale=0.7, val_sequence_tokens=336)
     model = trained_like(config, runtime, seed=1)
     batch = random_batch(2, [150, 1, 185])
@@ -152,7 +152,7 @@ def without_key_offset(model: GPT) -> GPT:
 
 
 @pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
-def test_nothing_is_seen_before_it_comes(runtime, changes):
+def test_hidden_states_do_not_depend_on_later_tokens(runtime, changes):
     """Every technique on: a token changes its own hidden state and none before."""
     model = trained_like(tiny_config(**changes), runtime)
     batch = random_batch(5, LENGTHS)
@@ -175,7 +175,7 @@ def test_documents_see_the_last_token_before_them_and_nothing_else(runtime):
             assert changed(model, batch, position, Windows(8, 24)) == expected, position
 
 
-def test_key_offset_lets_the_state_before_a_document_in_behind_its_first_position(runtime):
+def test_key_offset_reads_the_state_before_a_document_after_its_first_position(runtime):
     """A document's first key has the unturned half of the previous position's, which knows all of
     its own document. The first query sees only that key, so its output stays; later ones change.
     A document of one token passes nothing on."""
@@ -217,7 +217,7 @@ def test_window_reach(runtime, layer, windows, reach):
 # Weights -----------------------------------------------------------------------------------------
 
 
-def test_untrained_network_does_what_its_starts_say(runtime, monkeypatch):
+def test_untrained_network_follows_its_initial_values(runtime, monkeypatch):
     """Residual factors 1.1 a layer, n-grams and MLPs nothing."""
     config = tiny_config()
     model = GPT(config, runtime)

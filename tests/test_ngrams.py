@@ -51,7 +51,7 @@ def ngram_config(**changes: object) -> Config:
 
 
 def few_tokens(seed: int, lengths: list[int], num_ids: int = 4) -> Batch:
-    """A row over few ids and the start token, so that n-grams come again."""
+    """A sequence over few ids and the start token, so that n-grams occur again."""
     return random_batch(seed, lengths, num_ids=num_ids)
 
 
@@ -121,8 +121,8 @@ def test_rows_are_spread_evenly():
 
 @pytest.mark.parametrize("match_orders", [(), (2,)], ids=["alone", "with matches"])
 def test_lookup_and_its_gradients(runtime, match_orders):
-    """The rows of order i are columns of the stream, beside each other and before the match;
-    gradients of the rows and of everything beside them are those of the definition."""
+    """The rows of order i are columns of the stream, next to each other and before the lookup's;
+    gradients of the rows and of everything next to them are those of the definition."""
     config = ngram_config(match_orders=match_orders, match_slots=64)
     model, empty = empty_model(config, runtime), empty_model(config, runtime)
     fill(model)
@@ -181,7 +181,7 @@ class Reference:
 
 
 def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
-    """Three steps of four rows of tokens, whose n-grams come again within and between them."""
+    """Three steps of four sequences, whose n-grams occur again within and between them."""
     config = ngram_config(ngram_rows=101)
     model = empty_model(config, runtime)
     trainer = Trainer(model, runtime)
@@ -277,8 +277,8 @@ def test_validation_reads_only(tmp_path, runtime):
     assert model.ngrams.pending is None and model.ngrams.filled == 0
 
 
-def test_nothing_of_the_preparation_stays(runtime, monkeypatch):
-    """Which updates rows, two times for each of two kinds of rows; a run begins with none."""
+def test_preparation_leaves_no_rows(runtime, monkeypatch):
+    """Which updates rows, two times for each of two kinds of sequences; a run begins with none."""
     config = ngram_config()
     model = GPT(config, runtime)
     trainer = Trainer(model, runtime)
@@ -311,7 +311,7 @@ def test_model_with_rows_passes_the_check(name, tmp_path, monkeypatch):
 
 
 def exact_updates(runtime: Runtime, dtype: str) -> list[Tensor]:
-    """Two steps of four rows with given gradients, dealt out as training_batches does."""
+    """Two steps of four sequences with given gradients, distributed as by training_batches."""
     ngrams = Ngrams(ngram_config(ngram_rows=101, dtype=dtype), runtime)
     for step in range(2):
         for seed in range(10 * step, 10 * step + 4)[runtime.rank :: runtime.world_size]:
@@ -322,7 +322,7 @@ def exact_updates(runtime: Runtime, dtype: str) -> list[Tensor]:
 
 
 def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
-    """Three steps of the model on four rows of the stream each."""
+    """Three steps of the model on four sequences of the stream each."""
     config = ngram_config(ngram_rows=101, train_files=f"{folder}/train_*.bin")
     runtime = cpu_runtime(rank, world_size)
     model = empty_model(config, runtime)
@@ -345,8 +345,8 @@ def worker(rank: int, world_size: int, folder: Path) -> None:
 
 
 def test_ranks_have_the_same_tables(tmp_path):
-    """To the bit; with given gradients also those of one process, because rows come in the order
-    of the stream. Two ranks take two micro-steps a step, four take one."""
+    """To the bit; with given gradients also those of one process, because sequences come in the
+    order of the stream. Two ranks take two micro-steps a step, four take one."""
     write_data(tmp_path)
     given = [exact_updates(cpu_runtime(), dtype) for dtype in ("float32", "bfloat16")]
     alone = whole_steps(0, 1, tmp_path)

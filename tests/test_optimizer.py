@@ -445,7 +445,7 @@ def test_nothing_changes_resets_the_fp8_copies(runtime, monkeypatch):
 
 
 def train_on_four_rows(rank: int, world_size: int) -> dict[str, Tensor]:
-    """The weights and rows of n-grams after 7 real steps on the same four rows a step, float32."""
+    """The weights and rows of n-grams after 7 real steps on the same four sequences, float32."""
     config = tiny_config(sequences_per_step=4, ngram_rows=4096)  # more than the steps touch
     runtime = cpu_runtime(rank, world_size)
     model, schedule = GPT(config, runtime), Schedule(config)

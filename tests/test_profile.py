@@ -194,7 +194,7 @@ def replay_of(tmp_path: Path, kernels: list[tuple]) -> profiler.Trace:
     return host.trace(tmp_path)
 
 
-def test_what_the_passes_do_not_share_is_said(tmp_path, eager, monkeypatch):
+def test_differences_between_the_passes_are_reported(tmp_path, eager, monkeypatch):
     """A kernel that only the graph has, and one fewer of a shape that has come in two ranges."""
     kernels = [kernel for kernel in PASS if kernel[:4] != ("backward", AUTOGRAD, 7, FILL)]
     kernels.append(("backward", AUTOGRAD, 7, "memset_kernel", 1))
@@ -302,7 +302,7 @@ def test_ranges_are_recorded_for_a_profiler_alone():
 
 
 def test_a_profile_of_real_steps_names_what_they_do(tmp_path):
-    """Two passes of two sequences a step, with candidates and matches, on the CPU. The step that
+    """Two passes of two sequences a step, with candidates and lookups, on the CPU. The step that
     counts is the second, an odd one, with every update."""
     stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 300),)
     changes = {"stages": stages, "match_orders": (2, 3), "match_slots": 2**10}

@@ -96,7 +96,7 @@ def test_sum_of_streams():
 # Queries, keys, values ---------------------------------------------------------------------------
 
 
-def test_rotary_tables_reach_over_the_longest_row(runtime):
+def test_rotary_tables_cover_the_longest_sequence(runtime):
     """Of the stages, the extension or the validation, or what a GPU computes at once."""
     for changes, longest in (
         ({}, 64),
@@ -127,9 +127,9 @@ def prepared(model: GPT, n: Tensor, layer: int, **changes: object) -> tuple[Tens
     return prepare_qkv(*{**arguments, **changes}.values())
 
 
-def test_key_offset_moves_the_unturned_half_of_keys_only(runtime):
-    """One position back, the first key of a row keeps its own; queries, values, turned halves
-    stay. Two rows of ten tokens."""
+def test_key_offset_moves_the_unrotated_half_of_keys_only(runtime):
+    """One position back, the first key of a sequence keeps its own; queries, values, rotated halves
+    stay. Two sequences of ten tokens."""
     model, n = trained_like(tiny_config(), runtime), rms(gaussian(20, 32)).float()
     q, k, v = prepared(model, n, 1, key_offset=0)
     offset_q, offset_k, offset_v = prepared(model, n, 1, key_offset=10)
@@ -185,7 +185,7 @@ def test_what_is_added_to_the_values(runtime, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 5e-3)])
 def test_layer_projects_its_heads(runtime, monkeypatch, dtype, error):
-    """Beside one another, by its own O; and their gradient."""
+    """Next to each other, by its own O; and their gradient."""
     model, batch = trained_like(tiny_config(dtype=dtype), runtime), random_batch(1, [40, 24])
     n, grad = (gaussian(64, 32, seed=seed).to(model.head.dtype) for seed in range(2))
     for layer in range(5):
@@ -231,7 +231,7 @@ def test_gates_of_the_last_layer(runtime):
                 close(gate[t], expected, atol)
 
 
-def test_small_parameters_start_as_written(runtime):
+def test_small_parameters_have_their_initial_values(runtime):
     """Every slice of the one vector, in its shape."""
     config = tiny_config(**SHRUNK_SPEEDRUN)
     small = small_slices(GPT(config, runtime))
@@ -250,7 +250,7 @@ def test_small_parameters_start_as_written(runtime):
     assert decayed == {"gate_w_1", "gate_w_2"}
 
 
-def test_gates_of_an_untrained_model_are_their_starts_whatever_the_stream(runtime):
+def test_gates_of_an_untrained_model_do_not_depend_on_the_stream(runtime):
     model, x, root = GPT(tiny_config(), runtime), gaussian(7, 32), math.sqrt(1.1)
     starts = {"value": 2.0, "x_last": 1.0, "project": 0.5, "ngrams": 0.05, "mlp_project": 1.0}
     starts |= {"residual": root, "mlp_residual": root}
@@ -267,7 +267,7 @@ def test_gates_of_an_untrained_model_are_their_starts_whatever_the_stream(runtim
 
 def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     """Each from the ones before it: n-grams, residual scalings, the gates of the last layer, and
-    what is added behind it."""
+    what is added after it."""
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [40, 24])
     calls = streams_of(model, batch, monkeypatch)
     out = {name: stream.double() for name, (_, (stream, *_)) in calls.items()}
@@ -349,7 +349,7 @@ def reference_loss(
 
 @pytest.mark.parametrize("weights", [[1, 0.5], [1, 0], [0.3, 2], [0, 1]])
 def test_training_loss_term_by_term(runtime, weights):
-    """The row's last target has no second next token."""
+    """The last target of a sequence has no second next token."""
     config = tiny_config()
     model = trained_like(config, runtime)
     batch = random_batch(2, [20, 12])
@@ -411,7 +411,7 @@ def test_gradient_of_the_loss_is_that_of_its_definition():
 
 
 def random_targets(seed: int, tokens: int, vocab: int) -> Tensor:
-    """Of four terms; some come twice or not at all."""
+    """Of four terms; some occur twice or not at all."""
     targets = torch.randint(0, vocab, (tokens, 4), generator=torch.manual_seed(seed))
     targets[::3, 2] = targets[1::4, 3] = IGNORED_TARGET
     targets[2, 1] = targets[3, 0] = targets[2, 0]
@@ -424,7 +424,7 @@ def uneven(vocab: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(300, 112), (50_304, 12_288), (50_304, 96)])
-def test_columns_are_the_targets_and_others(vocab, count):
+def test_candidates_are_the_targets_and_sampled_tokens(vocab, count):
     """What a drawn one stands for follows from one threshold for all of them."""
     targets, proposal = random_targets(1, 20, vocab), uneven(vocab)
     columns = sample_candidates(targets, proposal, count)
@@ -446,8 +446,8 @@ def test_columns_are_the_targets_and_others(vocab, count):
     assert torch.equal(columns.tokens[columns.targets[~ignored]], targets[~ignored])
 
 
-def test_columns_are_drawn_by_the_row():
-    """The same ones for the same row, for others even the others of equal targets are others."""
+def test_candidates_depend_on_the_targets_alone():
+    """The same for the same targets; for other targets the sampled tokens differ too."""
     targets, proposal = random_targets(1, 20, 5000), torch.ones(5000)
     first, again = (sample_candidates(targets, proposal, 1024) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, again))
@@ -459,7 +459,7 @@ def test_columns_are_drawn_by_the_row():
         assert abs(len(common) - expected) < len(kinds) + 4 * math.sqrt(expected)
 
 
-def test_tokens_come_as_often_as_proposed():
+def test_tokens_are_sampled_as_often_as_proposed():
     """Where few of many are drawn."""
     proposal, times = uneven(2000), torch.zeros(2000)
     for row in range(500):
@@ -470,8 +470,8 @@ def test_tokens_come_as_often_as_proposed():
     )
 
 
-def test_columns_estimate_the_denominator_without_bias():
-    """Each row has its own targets, and draws its own columns. Logits go up with the ids, so that
+def test_candidates_estimate_the_denominator_without_bias():
+    """Each sequence has its own targets, and its own candidates. Logits go up with the ids, so that
     draws that are not accounted for would show. A proposal like the terms is better than an even
     one, and an opposite one is worse, but as right."""
     vocab, count, errors = 400, 208, []
@@ -489,7 +489,7 @@ def test_columns_estimate_the_denominator_without_bias():
 
 
 @pytest.mark.parametrize("vocab", [48, 320])
-def test_all_columns_are_the_whole_vocabulary(vocab):
+def test_all_candidates_are_the_whole_vocabulary(vocab):
     """Also where every token is a target."""
     targets = random_targets(1, 100, vocab)
     columns = sample_candidates(targets, uneven(vocab), vocab)
@@ -511,7 +511,7 @@ def test_proposal_is_the_root_of_what_training_reads_first(tmp_path):
     )
 
 
-def test_training_draws_by_the_proposal(tmp_path, runtime, monkeypatch):
+def test_training_samples_by_the_proposal(tmp_path, runtime, monkeypatch):
     """From the first step on, which the preparation does not."""
     for name in ("train", "val"):
         write_shard(tmp_path / f"{name}.bin", [START_TOKEN, 5, 5, 6] * 100)
@@ -535,7 +535,7 @@ def test_training_draws_by_the_proposal(tmp_path, runtime, monkeypatch):
 
 
 @pytest.mark.parametrize(("kinds", "finite"), [(15, True), (16, False), (17, False), (40, False)])
-def test_too_few_columns_give_nan(kinds, finite):
+def test_too_few_candidates_give_nan(kinds, finite):
     targets = torch.arange(4 * 40).view(40, 4) % kinds
     columns = sample_candidates(targets, torch.ones(300), 16)
     x, head = gaussian(40, 16).float(), gaussian(300, 16, seed=1).float()
@@ -546,9 +546,10 @@ def test_too_few_columns_give_nan(kinds, finite):
 
 
 @pytest.mark.parametrize("tokens_per_sampling", [64, 25])
-def test_forward_on_columns_and_its_gradients(runtime, tokens_per_sampling):
-    """Those of the loss written down in float64 behind the model's hidden states, on columns drawn
-    for the whole row or for 25, 25 and 14 tokens of it; what the gradients hold already stays."""
+def test_forward_on_candidates_and_its_gradients(runtime, tokens_per_sampling):
+    """Those of the loss written down in float64 after the model's hidden states, on candidates
+    sampled for the whole sequence or for 25, 25 and 14 tokens of it; what the gradients contain
+    already stays."""
     config, count = tiny_config(tokens_per_sampling=tokens_per_sampling), 256
     batch = random_batch(2, [40, 24])
     weights = [1.0, 0.5]
@@ -590,7 +591,7 @@ def test_forward_on_columns_and_its_gradients(runtime, tokens_per_sampling):
     assert set(touched) == drawn | set(batch.tokens.tolist())
 
 
-def test_forward_on_all_columns_is_forward_without(runtime):
+def test_forward_on_all_candidates_is_forward_without(runtime):
     config, batch = tiny_config(), random_batch(2, [40, 24])
     model, weights = trained_like(config, runtime), torch.tensor([1, 0.5])
     losses = [model.training_loss(batch, WINDOWS, weights, count) for count in (0, 50_304)]
@@ -620,7 +621,7 @@ def test_head_is_the_embedding_and_its_gradient_the_sum_of_both_uses(runtime):
 
 
 def test_gradients_of_tables_are_added_row_by_row(runtime):
-    """To what they hold already, those of a row that is read more than once included. Rows of
+    """To what they contain already, those of a row that is read more than once included. Rows of
     n-grams leave theirs one by one."""
     config = tiny_config()
     model = trained_like(config, runtime)

@@ -441,7 +441,7 @@ def test_doctored_log_is_refused(call, suffix, old, new, message):
 
 @pytest.mark.parametrize(("step", "late"), [(4, 1.0), (8, 79.0)])
 def test_steps_that_do_not_add_up_to_the_time_are_refused(call, step, late):
-    """Also where both files agree. The clock stops a little behind the step."""
+    """Also where both files agree. The clock stops a little after the step."""
     path = made_up_run(Path("new"), 3)
     text, data = path.with_suffix(".txt").read_text(), json.loads(path.read_text())
     (row,) = (row for row in data["validations"] if row["step"] == step)
@@ -482,7 +482,7 @@ def test_logs_of_different_options_are_refused(call):
         (["history"], "has no record"),
     ],
 )
-def test_one_message_names_what_to_mend(call, arguments, message):
+def test_one_message_names_what_to_fix(call, arguments, message):
     error = call(*arguments, code=1)
     assert re.fullmatch(rf"\nerror: .*{message}[^\n]*\n", error), error
 
@@ -502,7 +502,7 @@ def write_launcher(text: str) -> None:
     Path("run.sh").chmod(0o755)
 
 
-def test_compare_runs_in_turn_with_the_options_and_seeds(call):
+def test_compare_interleaves_runs_with_the_options_and_seeds(call):
     losses = [3.279, 3.2771, 3.2785], [3.2751, 3.2766, 3.2693]
     for side, source, values in zip("ab", (SCRIPT, CHANGED), losses, strict=True):
         for seed, loss in enumerate(values, 7):
@@ -622,7 +622,7 @@ def test_compare_refuses_fineweb_where_it_changes_nothing(call):
     assert not Path("logs").exists()
 
 
-def test_data_given_behind_the_dashes_takes_the_place_of_the_records(call, proxy_record):
+def test_data_given_after_the_dashes_replaces_the_records(call, proxy_record):
     Path("mine_1.bin").write_text("")
     made_up_run(Path("made/a"), 1)
     files = ["--train_files", "mine_*.bin", "--val_file", "mine_1.bin"]
@@ -634,7 +634,7 @@ def test_data_given_behind_the_dashes_takes_the_place_of_the_records(call, proxy
         assert gone == f"\nerror: gone.bin: this machine has no such shards: {others}"
 
 
-def test_compare_writes_a_page_with_long_dumps_folded(call):
+def test_compare_writes_a_page_with_long_parts_folded(call):
     a = made_up_record(Path("records/2026-01-01_a"), [3.3, 3.4], stages="0:8:1, " * 19 + "1:9:1")
     b = made_up_record(Path("records/2026-01-05_b"), [3.2, 3.3], 5, source=CHANGED)
     out = call("compare", a, b, "--logs", "--page", "compare.md")
@@ -751,7 +751,7 @@ def test_wrong_command_line(call, capsys, arguments, message):
     assert not list(Path("records").iterdir()) and not Path("logs").exists()
 
 
-def test_outputs_are_tried_before_anything_runs(call, monkeypatch):
+def test_outputs_are_checked_before_anything_runs(call, monkeypatch):
     write_launcher('#!/bin/sh\ntouch "ROOT/ran"\n')
     Path("logs").write_text("")
     message = r"\nerror: logs: cannot be written to \(.*\): make it a folder that can\n"
@@ -771,7 +771,7 @@ def test_outputs_are_tried_before_anything_runs(call, monkeypatch):
     assert not Path("ran").exists()
 
 
-def test_what_failed_leaves_what_was_there(call):
+def test_a_failed_write_leaves_the_old_file(call):
     path = Path("records/page.md")
     report.write_text(path, "old")
 
@@ -936,7 +936,7 @@ def test_characters_that_the_screen_lacks_and_a_closed_pipe_end_nothing(tmp_path
     assert tool.wait(30) == 7 and (tmp_path / "done").read_text(encoding="utf-8") == "±"
 
 
-def test_a_record_is_written_with_nobody_looking(call):
+def test_a_record_is_written_without_a_terminal(call):
     read, write = os.pipe()
     os.close(read)
     command = "record", "a", "--logs", *map(str, Path("new").glob("*.txt"))
@@ -998,7 +998,7 @@ def test_options_of_all_runs_of_a_record_are_the_same(call):
 
 
 @pytest.mark.parametrize("missing", ["2026-01-02_000002.json", "2026-01-02_000002.txt", "both"])
-def test_a_run_that_has_lost_a_file_is_missed(call, missing):
+def test_a_run_that_has_lost_a_file_is_an_error(call, missing):
     """With neither of them the README that was written tells."""
     folder = made_up_record(Path("records/2026-01-01_a"), CLAIM)
     call("record", "a", "--runs", 0)
@@ -1012,7 +1012,7 @@ def test_a_run_that_has_lost_a_file_is_missed(call, missing):
         assert re.search(r"error: records/2026-01-01_a/2026-01-02_000002\.(json|txt): no s", error)
 
 
-def test_a_record_without_its_script_is_missed(call, capsys):
+def test_a_record_without_its_script_is_an_error(call, capsys):
     folder = made_up_record(Path("records/2026-01-01_a"), CLAIM)
     made_up_record(Path("records/2026-01-05_b"), CLAIM, 5)
     (folder / "train_gpt.py").unlink()
@@ -1114,7 +1114,7 @@ def test_history_lists_records_by_class(call):
     assert "**The data.** 1 of these records use" in page
 
 
-def test_history_without_the_proxy_corpus_does_not_speak_of_it(call):
+def test_history_without_the_proxy_corpus_does_not_mention_it(call):
     made_up_record(Path("records/2026-01-01_a"), CLAIM)
     call("history")
     assert "proxy" not in Path("records/README.md").read_text(encoding="utf-8")
@@ -1192,7 +1192,7 @@ def points(axes) -> dict[tuple[float, ...], str]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
-def test_a_records_picture_tells_all_seeds_apart_against_seconds(call, monkeypatch, count):
+def test_a_records_picture_distinguishes_all_seeds(call, monkeypatch, count):
     figures = keep_figures(monkeypatch)
     losses = [3.3 + i / 1000 for i in range(count)]
     record = report.Record(made_up_record(Path("records/2026-01-01_a"), losses))
@@ -1268,7 +1268,7 @@ def test_series_of_one_class_of_memory_have_several_colors():
     assert colors[:2] == report.series_colors(["none", "n-gram lookup"])
 
 
-def test_labels_hide_neither_one_another_nor_points():
+def test_labels_hide_neither_each_other_nor_points():
     from matplotlib.text import Text
 
     figure, axes = report.new_figure(5, 4)
@@ -1284,7 +1284,7 @@ def test_labels_hide_neither_one_another_nor_points():
 
 
 def test_history_of_the_repository(call):
-    """The records that are there; beside them lies the baseline script, which is none."""
+    """The records that are there; the folder of the baseline script is none."""
     folders = [path.parent for path in (ROOT / "records").glob("*/train_gpt.py")]
     for folder in folders:
         shutil.copytree(folder, Path("records") / folder.name)

@@ -188,8 +188,9 @@ def test_gradient_of_logits_in_both_layouts(reference) -> None:
 
 @interpreted
 @pytest.mark.parametrize("backward", [False, True])
-def test_mlp_product_in_both_layouts(reference, backward) -> None:
-    """relu(a bᵀ)² and its gradient, of whole numbers, which every sum of products gives alike."""
+def test_mlp_matmul_in_both_layouts(reference, backward) -> None:
+    """relu(a bᵀ)² and its gradient, of whole numbers, which every order of summation gives
+    alike."""
     torch.manual_seed(0)
     a, b = (torch.randint(-2, 3, (size, 128)).to(reference.E4M3) for size in (64, 80))
     product, units = a.float() @ b.float().mT, [torch.full((4,), u) for u in (1.0, 1.0, 4.0, 8.0)]
@@ -278,7 +279,7 @@ def test_table_of_prefix_tokens_beside_the_script(reference, tmp_path, monkeypat
 
 
 def test_table_where_copies_of_scripts_look_for_it(reference, tmp_path, monkeypatch) -> None:
-    """record, reproduce and compare run a copy of a script beside a link to data/."""
+    """record, reproduce and compare run a copy of a script next to a link to data/."""
     shutil.copy(SCRIPT, tmp_path / "train_gpt.py")
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
@@ -347,7 +348,7 @@ def section(title: str) -> str:
     return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)[1]
 
 
-def test_readme_names_what_holds_each_technique(reference) -> None:
+def test_readme_names_the_code_of_each_technique(reference) -> None:
     rows = re.findall(r"^\| (.+) \| (.+) \|$", section("Techniques"), re.MULTILINE)[2:]
     assert len(rows) >= 20
     for technique, where in rows:

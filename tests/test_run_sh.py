@@ -1,5 +1,5 @@
-"""run.sh: what it starts, where, with which data and how many threads, by an interpreter that notes
-how it is called; and how processes end, by the real one."""
+"""run.sh: what it starts, where, with which data and how many threads, by an interpreter
+that records how it is called; and how processes end, by the real one."""
 
 import logging
 import os
@@ -81,7 +81,7 @@ TRAIN = ("--num_steps", "3")
 
 
 def test_paths_are_the_callers_from_any_folder_and_through_links(copy):
-    """Scripts and data are those beside run.sh."""
+    """Scripts and data are those next to run.sh."""
     root = copy.root = copy.root.rename(copy.root.with_name("root [v1]"))
     (copy.caller / "link").symlink_to(root / "run.sh")
     (copy.caller / "link to link").symlink_to("link")
@@ -177,7 +177,7 @@ def test_the_processes_share_the_cores(copy, gpus, settings, nproc, threads):
     assert calls[0][2] == "active"
 
 
-def test_nodes_are_told_who_they_are(copy):
+def test_nodes_get_their_rank(copy):
     nodes = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "host"}
     where = "--nnodes 3 --node-rank 2 --master-addr host --master-port {} --nproc-per-node 1 {} "
     for port, more in ((29500, {}), (1234, {"MASTER_PORT": "1234"})):
@@ -233,7 +233,7 @@ def test_an_old_python_is_named_before_pip_is_called(copy):
 
 
 def test_requirements_are_installed_once_and_when_they_change(copy):
-    """In .venv, which holds the interpreter from then on; from another folder too."""
+    """In .venv, which has the interpreter from then on; from another folder too."""
     venv, requirements = copy.root / ".venv", copy.root / "requirements.txt"
     made = f"mkdir -p '{venv}/bin' && cp '{copy.python}' '{venv}/bin/python'"
     (copy.notes / "does").write_text(f"[[ $* != *'-m venv'* ]] || {{ {made}; }}\n")
@@ -327,7 +327,7 @@ def ranks(tmp_path) -> Copy:
 
 
 def test_sigterm_ends_all_ranks_within_seconds(ranks):
-    """One that does not hear it, too. Before that a SIGHUP that is ignored, as by nohup, is."""
+    """One that ignores it, too. Before that a SIGHUP that is ignored, as by nohup, is."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = ranks.start("--train_files", "x")
     signal.signal(signal.SIGHUP, before)

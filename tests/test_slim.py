@@ -1,4 +1,4 @@
-"""tools/slim.py: short logs come back to the byte, and those of the ablations all do."""
+"""tools/slim.py: short logs are restored to the byte, those of the ablations too."""
 
 import random
 import subprocess
@@ -49,7 +49,7 @@ def edited(source: str, edits: int, seed: int) -> str:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_log_comes_back_to_the_byte(tmp_path: Path, script: Path, seed: int) -> None:
+def test_a_log_is_restored_to_the_byte(tmp_path: Path, script: Path, seed: int) -> None:
     source, log = edited(BASE, seed % 8, seed), tmp_path / "log.txt"
     short = shorten(log, source, [script])
     assert slim.restore(short, tmp_path) == source + SEPARATOR + BODY
@@ -77,7 +77,7 @@ def test_a_head_that_is_no_script_stays(tmp_path: Path, script: Path) -> None:
     assert slim.restore(short, tmp_path).startswith("The script") and not slim.is_base(log)
 
 
-def test_what_does_not_come_back_is_an_error(tmp_path: Path, script: Path) -> None:
+def test_a_log_that_cannot_be_restored_is_an_error(tmp_path: Path, script: Path) -> None:
     log = tmp_path / "log.txt"
     with pytest.raises(slim.SlimError, match="would not come back to the byte"):
         shorten(log, BASE, [script], f"{slim.COLUMNS}1 2 3 4\n")  # what stands for steps

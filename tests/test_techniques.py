@@ -88,6 +88,6 @@ def test_links_lead_to_files() -> None:
     assert not [link for link, path in paths.items() if not existing(path).is_file()]
 
 
-def test_every_technique_stands_once() -> None:
+def test_every_technique_is_listed_once() -> None:
     names = [row["technique"] for row in table_rows()]
     assert len(names) == len({*names})

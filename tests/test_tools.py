@@ -61,7 +61,7 @@ def test_a_union_counts_what_overlaps_once():
 
 
 def made_up_step(launched: float, start: float) -> list[profiler.Event]:
-    """4 ms of a product, 1 of nothing, a copy; nccl from within the product until after the copy's
+    """4 ms of a matmul, 1 of nothing, a copy; nccl from within the matmul until after the copy's
     beginning: 1.5 ms of it alone."""
     times = {"nvjet_sm90": (0, 4), "nccl": (3.5, 7), "_combine_kernel": (5.5, 8)}
     return [profiler.Event(name, start + a, start + b, launched) for name, (a, b) in times.items()]
@@ -123,7 +123,7 @@ def test_a_trace_gives_kernels_with_their_launches_or_outermost_operators(tmp_pa
 
 
 @pytest.mark.parametrize("max_seq_len", [48, 896, 4096])
-def test_random_rows_are_whole_documents(max_seq_len):
+def test_random_sequences_are_whole_documents(max_seq_len):
     random, config = np.random.default_rng(0), tiny_config()
     batch = profiler.random_batch(random, 4096, max_seq_len, 1, config, False)
     lengths = batch.cu_seqlens.diff()
@@ -185,7 +185,7 @@ def test_what_a_step_sends_is_computed(world_size, monkeypatch):
 
 
 def test_what_ngrams_send_is_computed(monkeypatch):
-    """As much as handing round a step's rows and gradients does."""
+    """As much as gathering a step's rows and gradients does."""
     ring = CountingRing(4, monkeypatch)
     config, runtime = tiny_config(ngram_orders=(2, 3), ngram_rows=9, ngram_dim=8), cpu_runtime(1, 4)
     model = GPT(config, runtime)
@@ -280,7 +280,7 @@ def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.C
 
 
 def test_profile_on_the_cpu(tmp_path):
-    """Real rows; a table and a trace for each stage, and the tables in the log too."""
+    """Real sequences; a table and a trace for each stage, and the tables in the log too."""
     tokens = np.random.default_rng(0).integers(0, 1000, 3000)
     tokens[::30] = START_TOKEN
     write_shard(tmp_path / "train.bin", tokens)
@@ -311,8 +311,8 @@ def test_profile_on_the_cpu(tmp_path):
     assert tables[0].splitlines()[-1] in log.read_text()
 
 
-def test_profile_of_two_ranks_says_what_they_send(tmp_path):
-    """Beside how long they wait for it. One stage; the rows are random, and few n-grams."""
+def test_profile_of_two_ranks_reports_what_they_send(tmp_path):
+    """Next to how long they wait for it. One stage; the sequences are random, and few n-grams."""
     changes = {"sequences_per_step": 2, "stop_step": 1, "mlp_dim": 4096}
     result = profile_run(tmp_path, ranks=2, **changes)
     assert result.returncode == 0, result.stderr
@@ -497,7 +497,7 @@ def test_operations_of_the_optimizer_and_of_validation_are_measured(
     assert len(lines) == 2 + 2 + 1
 
 
-def test_bench_goes_on_behind_what_fails(cpu_bench, capsys):
+def test_bench_continues_after_a_failure(cpu_bench, capsys):
     def broken():
         raise ValueError("no input")
         yield

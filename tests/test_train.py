@@ -304,7 +304,8 @@ def load(checkpoint: Path) -> tuple[Config, GPT]:
 
 
 def validation_loss(folder: Path, window_short: int, window_long: int) -> float:
-    """That of the saved weights, from the shard in float64: rows of 64 tokens, documents apart."""
+    """That of the saved weights, from the shard in float64: sequences of 64 tokens, documents
+    apart."""
     _, model = load(folder / "weights.pt")
     tokens, total = read_shard(folder / "val.bin").astype(np.int64), 0.0
     for begin in range(0, 1000, 64):
@@ -333,7 +334,8 @@ def test_final_validation_loss_is_that_of_the_saved_weights(trained):
 )
 def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data, steps, windows, others):
     """Its validation has the windows of its last step, not that of the final validation, here one
-    that no training step has, nor those of the next stage, which begins behind step 12."""
+    that no training step has, nor those of the next stage, which begins
+    after step 12."""
     result = run(data, stop_step=steps, final_window_long=2, checkpoint=data / "weights.pt")
     assert result.returncode == 0, result.stderr
     (_, whole), (_, record) = log_of(trained), log_of(data)
@@ -349,7 +351,7 @@ def test_stopped_run_is_the_beginning_of_the_whole_one(trained, data, steps, win
 
 def test_run_is_the_plain_loop(trained):
     """Losses and weights are those of the loop without warm-up, prefetching and logging: every step
-    has its own rows, windows, loss weights, learning rate and momentum."""
+    has its own sequences, windows, loss weights, learning rate and momentum."""
     config, saved = load(trained / "weights.pt")
     model = GPT(config, cpu_runtime())
     optimizer = Optimizer(model, config, cpu_runtime())
@@ -423,8 +425,8 @@ def test_two_nodes_of_two_ranks_train_like_one_process(data, tmp_path_factory):
     [(0, Windows(8, 24), [1, 0.5]), (8, Windows(12, 32), [1, 0.0])],
 )
 def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weights):
-    """That of the loss in nats a row, by the windows and weights of its stage, over the rows of a
-    step; on a CPU without any graph."""
+    """That of the loss in nats per sequence, by the windows and weights of its stage, over the
+    sequences of a step; on a CPU without any graph."""
     config = tiny_config(sequences_per_step=4)
     model, batch = trained_like(config, runtime), random_batch(1, [20, 44])
     trainer = Trainer(model, runtime)
@@ -440,8 +442,8 @@ def test_micro_step_adds_its_share_of_the_gradient(runtime, step, windows, weigh
             torch.testing.assert_close(param.grad, rows / 4 * expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_columns_of_the_stage_reach_the_model(runtime):
-    """As many as its row says; with 0 the loss is that of the whole vocabulary."""
+def test_candidates_of_the_stage_reach_the_model(runtime):
+    """As many as the stage has; with 0 the loss is that of the whole vocabulary."""
     stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 512),)
     model, batch = trained_like(tiny_config(stages=stages), runtime), random_batch(1, [20, 44])
     trainer, weights, losses = Trainer(model, runtime), torch.tensor([1, 0.5]), {}
@@ -464,9 +466,10 @@ def test_loss_of_a_step_is_the_mean_of_its_passes(runtime):
     assert loss.shape == () and loss.item() == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-def test_rows_at_once_are_rows_in_turn(tmp_path, runtime):
-    """A pass of several rows, with columns drawn for each and keys that come from the token before,
-    has the loss, the gradients and the n-grams of passes of one row: a row knows of no other."""
+def test_a_micro_batch_equals_its_sequences_one_by_one(tmp_path, runtime):
+    """A pass of several sequences, with candidates sampled for each and keys that come from the
+    token before, has the loss, the gradients and the n-grams of passes of one sequence: none
+    depends on another."""
     tokens = random_documents(1, [5, 40, 90, 61, 8, 33, 70, 48] * 2, num_ids=300)
     files = {"train_files": str(write_shard(tmp_path / "train.bin", tokens))}
     stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 512),)
@@ -539,7 +542,7 @@ def remove_shards(folder: Path) -> None:
         (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
     ],
 )
-def test_one_message_names_what_to_mend(data, spoil, changes, message):
+def test_one_message_names_what_to_fix(data, spoil, changes, message):
     if spoil is not None:
         spoil(data)
     result = run(data, **changes)

@@ -1,5 +1,5 @@
 """Eight processes over gloo train what one process trains: torchrun starts this file on them, which
-runs train_gpt.py's own main() and notes what each rank reads, computes and ends with."""
+runs train_gpt.py's own main() and records what each rank reads, computes and ends with."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def digest(model: train_gpt.GPT) -> str:
 
 
 def main() -> int:
-    """train_gpt.main(); when it went well, what this rank saw goes to rank<n>.json."""
+    """train_gpt.main(); when it went well, the records of this rank go to rank<n>.json."""
     seen: dict[str, list] = {"rows": [], "losses": [], "val_losses": [], "weights": []}
     ahead, launched = train_gpt.prefetch, train_gpt.Progress.launched
     validate = train_gpt.validate
@@ -81,7 +81,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of eight, with its log and a note of every rank."""
+    """The folder of a run of eight, with its log and the records of every rank."""
     folder = write_data(tmp_path_factory.mktemp("together"))
     result = run(folder, RANKS, timeout=240, script=Path(__file__), **CHANGES)
     assert result.returncode == 0, result.stderr
@@ -91,7 +91,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(together: Path) -> list[dict]:
-    """What each saw. A rank that did not end has left nothing."""
+    """The records of each. A rank that did not end has left none."""
     return [json.loads((together / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -117,7 +117,7 @@ def test_eight_ranks_validate_like_one_process(alone, together, ranks):
         assert rank["val_losses"] == validation_losses(together)
 
 
-def test_eight_ranks_hold_the_same_weights(ranks):
+def test_eight_ranks_have_the_same_weights(ranks):
     """To the bit, though each updates an eighth of them, and all n-grams."""
     for before, last in (rank["weights"] for rank in ranks):
         assert [before, last] == ranks[0]["weights"]
@@ -125,7 +125,7 @@ def test_eight_ranks_hold_the_same_weights(ranks):
 
 
 def test_eight_ranks_read_the_stream_once(together, ranks):
-    """Step by step, one rank's row behind the other's; two shards."""
+    """Step by step, one rank's sequence after the other's; two shards."""
     shards = [read_shard(path) for path in sorted(together.glob("train_*.bin"))]
     shapes = [shape for shape in LENGTHS.items() for _ in range(4 * RANKS)]
     expected = [row for row, _ in reference_rows(np.concatenate(shards).tolist(), shapes)]

@@ -19,7 +19,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def small_slices(model: GPT) -> dict[str, Tensor]:
-    """The slices of GPT.small, cut behind one another in float64."""
+    """The slices of GPT.small, cut one after another in float64."""
     slices, begin = {}, 0
     for name, row in model.small_layout.items():
         count = math.prod(row.shape)
@@ -70,7 +70,7 @@ def signed(number: int) -> int:
 
 
 def ngram_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> list[list[int]]:
-    """Of every position, one an order: in Python's integers, every n-gram by itself."""
+    """Of every position, one for each order: in Python's integers, every n-gram by itself."""
     rows = []
     for t in range(len(tokens)):
         rows.append([])
