@@ -22,6 +22,7 @@ import inspect
 import itertools
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -222,6 +223,7 @@ class Config:
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
     val_sequence_tokens: int = 32_768  # tokens of one validation sequence
+    canonical_mask: bool = False  # validation leaves out what GPT-2's tokenizer never makes
     fp8: bool = True  # QKV, MLP and head by kernels in fp8 where the GPU has it
     cuda_graphs: bool = True  # replay forward and backward pass as one CUDA graph
     self_check: bool = True  # compare every kernel with its reference before training, on a GPU
@@ -340,6 +342,9 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
             f"--ngram_rows {c.ngram_rows}: {count} of them, {lengths}, must be below 2^31")
     require(c.vocab_size > START_TOKEN,
             f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
+    require(not c.canonical_mask or c.vocab_size == START_TOKEN + 1,
+            f"--canonical_mask true is for the {START_TOKEN + 1} tokens of GPT-2, not for "
+            f"--vocab_size {c.vocab_size}: pass --canonical_mask false")
     require(c.dtype in ("bfloat16", "float32"),
             f"--dtype {c.dtype!r} is not one of bfloat16, float32")
     require(c.val_sequence_tokens % 16 == 0, "--val_sequence_tokens must be a multiple of 16")
@@ -1705,11 +1710,25 @@ def sample_candidates(targets: Tensor, proposal: Tensor, count: int) -> Candidat
 
 
 @compiled
-def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The sum over tokens of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
-    chunks = zip(x.split(4096), targets.split(4096))  # of logits, 0.8 GB
-    options = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
-    return sum(F.cross_entropy(softcap(part @ head.mT), own, **options) for part, own in chunks)
+def next_token_loss(
+    x: Tensor, head: Tensor, targets: Tensor, tokens: Tensor | None = None,
+    impossible: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The sum over tokens of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64.
+
+    impossible: (vocab, vocab / 8) uint8, as impossible_pairs gives it. The softmax is then over
+    what can follow the tokens, (T,) int32; a target that cannot makes the sum infinite.
+    """
+    column, total = torch.arange(len(head), device=x.device), 0.0
+    for begin in range(0, len(x), 4096):  # of logits, 0.8 GB
+        chunk = slice(begin, begin + 4096)
+        logits = softcap(x[chunk] @ head.mT)
+        if impossible is not None:
+            bits = impossible[tokens[chunk]][:, column // 8] >> (column % 8).to(torch.uint8)
+            logits = logits.masked_fill((bits & 1).bool(), -math.inf)
+        options = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
+        total += F.cross_entropy(logits, targets[chunk], **options)
+    return total
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -2249,6 +2268,10 @@ class GPT(nn.Module):
             self.fp8 = Fp8Copies(*banks, len(config.layers))
         self.register_buffer("one", torch.ones(1, device=device), persistent=False)
         self.register_buffer("proposal", torch.ones(vocab, device=device), persistent=False)
+        impossible = None
+        if config.canonical_mask:  # filled while training goes on
+            impossible = torch.zeros(vocab, vocab // 8, dtype=torch.uint8, device=device)
+        self.register_buffer("impossible", impossible, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -2456,8 +2479,10 @@ class GPT(nn.Module):
         return sum(weighted), sum(plain)
 
     def validation_loss(self, batch: Batch, windows: Windows) -> Tensor:
-        """The next-token loss on the whole vocabulary, a sum over tokens in nats, without fp8."""
-        return next_token_loss(self.hidden(batch, windows), self.head, batch.targets)
+        """The next-token loss on the whole vocabulary, or with canonical_mask on what can follow
+        each token, a sum over tokens in nats, without fp8."""
+        x = self.hidden(batch, windows)
+        return next_token_loss(x, self.head, batch.targets, batch.tokens, self.impossible)
 
     def sample(self, targets: Tensor, count: int) -> tuple[Candidates, HeadFp8 | None]:
         """Candidates for targets (n, terms), `count` or all, and the head's rows for these in
@@ -2969,60 +2994,6 @@ def read_proposal(config: Config) -> Tensor:
     return torch.from_numpy(counts + 2).float().sqrt()
 
 
-class TokenTable(NamedTuple):
-    """GPT-2's vocabulary: byte pair encoding's merges make a token of two earlier ones each."""
-
-    tokens: list[bytes]  # of every id but START_TOKEN, which has none
-    merges: np.ndarray  # (50000, 2): the two halves of tokens 256, 257, …
-
-
-def read_token_table() -> TokenTable:
-    """From GPT2_TOKENS, which lies in the repository of this script or of the current folder."""
-    folders = (*Path(__file__).resolve().parents, Path())
-    path = next(p for f in folders if (p := f / GPT2_TOKENS).exists() or f == Path())
-    remedy = "get it from the repository, or make it again with data/token_table.py"
-    try:
-        with np.load(path) as arrays:
-            single_bytes, merges = arrays["single_bytes"], arrays["merges"].astype(np.int64)
-    except Exception as error:  # noqa: BLE001 (whatever a torn file makes numpy raise)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}): {remedy}") from None
-    whole = np.array_equal(np.sort(single_bytes), np.arange(256))
-    whole = whole and merges.shape == (START_TOKEN - 256, 2) and merges.min() >= 0
-    whole = whole and (merges.max(1) < np.arange(256, START_TOKEN)).all()  # halves come first
-    require(whole, f"{path}: is not the table of GPT-2's tokens: {remedy}")
-    tokens = [bytes([byte]) for byte in single_bytes]
-    for left, right in merges.tolist():
-        tokens.append(tokens[left] + tokens[right])
-    return TokenTable(tokens, merges)
-
-
-def normalized_text(token: bytes) -> str:
-    """What tokens of a class have in common: their text after NFKC without accents, case and blanks
-    around it, each run of blanks, tabs and line ends as one blank. Tokens of these alone have " ".
-    Empty where nothing is left, or where the token is a part of characters."""
-    try:
-        text = unicodedata.normalize("NFKC", token.decode())
-    except UnicodeDecodeError:
-        return ""
-    parts = unicodedata.normalize("NFD", text)  # letters and their accents
-    text = "".join(part for part in parts if unicodedata.category(part) != "Mn").lower()
-    text = re.sub("[ \t\r\n]+", " ", text)
-    return text.strip(" ") or text
-
-
-def token_classes(config: Config) -> Tensor:
-    """For every token the first one of the same normalized text, itself if it has none;
-    (vocab,) int32. In another vocabulary than GPT-2's every token is a class of its own."""
-    classes = np.arange(config.padded_vocab_size, dtype=np.int32)
-    if config.vocab_size == START_TOKEN + 1:
-        first: dict[str, int] = {}
-        for token, text in enumerate(map(normalized_text, read_token_table().tokens)):
-            if text:
-                classes[token] = first.setdefault(text, token)
-    return torch.from_numpy(classes)
-
-
 def check_pair(config: Config) -> None:
     """Refuse to train on the user's data and validate on a preset's, or the reverse."""
     for preset in PRESETS.values():
@@ -3086,6 +3057,188 @@ def validation_batches(config: Config, runtime: Runtime, num_targets: int) -> It
 def to_device(batch: Batch, device: torch.device) -> Batch:
     tensors = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
     return Batch(*tensors, *batch[3:])
+
+
+# --- GPT-2's tokens -------------------------------------------------------------------------------
+
+
+class TokenTable(NamedTuple):
+    """GPT-2's vocabulary: byte pair encoding's merges make a token of two earlier ones each."""
+
+    tokens: list[bytes]  # of every id but START_TOKEN, which has none
+    merges: np.ndarray  # (50000, 2): the two halves of tokens 256, 257, …
+
+
+def read_token_table() -> TokenTable:
+    """From GPT2_TOKENS, which lies in the repository of this script or of the current folder."""
+    folders = (*Path(__file__).resolve().parents, Path())
+    path = next(p for f in folders if (p := f / GPT2_TOKENS).exists() or f == Path())
+    remedy = "get it from the repository, or make it again with data/token_table.py"
+    try:
+        with np.load(path) as arrays:
+            single_bytes, merges = arrays["single_bytes"], arrays["merges"].astype(np.int64)
+    except Exception as error:  # noqa: BLE001 (whatever a torn file makes numpy raise)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}): {remedy}") from None
+    whole = np.array_equal(np.sort(single_bytes), np.arange(256))
+    whole = whole and merges.shape == (START_TOKEN - 256, 2) and merges.min() >= 0
+    whole = whole and (merges.max(1) < np.arange(256, START_TOKEN)).all()  # halves come first
+    require(whole, f"{path}: is not the table of GPT-2's tokens: {remedy}")
+    tokens = [bytes([byte]) for byte in single_bytes]
+    for left, right in merges.tolist():
+        tokens.append(tokens[left] + tokens[right])
+    return TokenTable(tokens, merges)
+
+
+def normalized_text(token: bytes) -> str:
+    """What tokens of a class have in common: their text after NFKC without accents, case and blanks
+    around it, each run of blanks, tabs and line ends as one blank. Tokens of these alone have " ".
+    Empty where nothing is left, or where the token is a part of characters."""
+    try:
+        text = unicodedata.normalize("NFKC", token.decode())
+    except UnicodeDecodeError:
+        return ""
+    parts = unicodedata.normalize("NFD", text)  # letters and their accents
+    text = "".join(part for part in parts if unicodedata.category(part) != "Mn").lower()
+    text = re.sub("[ \t\r\n]+", " ", text)
+    return text.strip(" ") or text
+
+
+def token_classes(config: Config) -> Tensor:
+    """For every token the first one of the same normalized text, itself if it has none;
+    (vocab,) int32. In another vocabulary than GPT-2's every token is a class of its own."""
+    classes = np.arange(config.padded_vocab_size, dtype=np.int32)
+    if config.vocab_size == START_TOKEN + 1:
+        first: dict[str, int] = {}
+        for token, text in enumerate(map(normalized_text, read_token_table().tokens)):
+            if text:
+                classes[token] = first.setdefault(text, token)
+    return torch.from_numpy(classes)
+
+
+# Which token may follow which. GPT-2's tokenizer cuts a text into pre-tokens by this pattern,
+#
+#     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+#
+# and makes tokens of each one by byte pair encoding: it starts from single bytes and merges two
+# neighbours, those whose merge has the lowest id first, of equal ones the leftmost. So "th" and "e"
+# are never behind one another: they would have been merged. SEAMS says what the seam of two tokens
+# can be, by the kinds of the last character of the one (rows) and of the first of the other:
+#
+#     +  inside of a pre-token in every text: the merges decide
+#     -  in no text
+#     ?  perhaps the border of two pre-tokens: the other may follow
+#
+# The first column and row are UTF-8's. A contraction is one after a letter, a digit or a line end;
+# after a blank or other punctuation its ' belongs to that. A blank before anything else but white
+# space is in one pre-token with it. Where a run of white space is cut depends on what ends it.
+CONTRACTIONS = {b"'s", b"'t", b"'re", b"'ve", b"'m", b"'ll", b"'d"}  # a token each
+# fmt: off
+FIRST_KINDS = ("inside", "letter", "number", "other", "contraction", "blank", "else")
+SEAMS = {
+    "open":    ("+",     "-",      "-",      "-",     "-",           "-",     "-"),  # half of one
+    "unknown": ("+",     "?",      "?",      "?",     "?",           "?",     "?"),  # its end
+    "letter":  ("-",     "+",      "?",      "?",     "?",           "?",     "?"),
+    "number":  ("-",     "?",      "+",      "?",     "?",           "?",     "?"),
+    "other":   ("-",     "?",      "?",      "+",     "-",           "?",     "?"),
+    "blank":   ("-",     "+",      "+",      "+",     "-",           "?",     "?"),
+    "else":    ("-",     "?",      "?",      "?",     "?",           "?",     "?"),
+}
+# fmt: on
+
+
+@functools.cache
+def character_kind(character: str) -> str:
+    if character == " ":
+        return "blank"
+    if not character or character.isspace():
+        return "else"
+    return {"L": "letter", "N": "number"}.get(unicodedata.category(character)[0], "other")
+
+
+def token_edges(token: bytes) -> tuple[str, str]:
+    """The kinds of its first and its last character: a column and a row of SEAMS."""
+    if token in CONTRACTIONS:
+        return "contraction", "else"
+    whole, last = token.lstrip(bytes(range(0x80, 0xC0))), None  # without the end of a character
+    try:
+        text = whole.decode()
+    except UnicodeDecodeError as error:
+        text = whole[: error.start].decode()
+        last = "open" if error.reason == "unexpected end of data" else "unknown"
+    first = "inside" if len(whole) < len(token) else character_kind(text[:1])
+    return first, last or (character_kind(text[-1]) if text else "unknown")
+
+
+def pieces_at_edge(halves: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The pieces that lie at one edge of each token while merges make it. halves: (tokens,), the
+    half of a token at that edge, -1 for a single byte. Returns (n,) each: the token, the piece, and
+    the merge that takes the piece up, len(halves) where it is the token itself."""
+    token = piece = np.arange(len(halves))
+    until, found = np.full(len(halves), len(halves)), []
+    while len(token):
+        found.append((token, piece, until))
+        merged = halves[piece] >= 0
+        token, piece, until = token[merged], halves[piece[merged]], piece[merged]
+    return tuple(map(np.concatenate, zip(*found)))
+
+
+def expand(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All numbers of the ranges from begin to end, and which range each one is of: for 3 and 7 to 5
+    and 8 they are 3 4 7, of 0 0 1."""
+    lengths = end - begin
+    which = np.repeat(np.arange(len(begin)), lengths)
+    return np.arange(len(which)) + np.repeat(end - np.cumsum(lengths), lengths), which
+
+
+def impossible_pairs(table: TokenTable, vocab: int) -> np.ndarray:
+    """The pairs of tokens that GPT-2's tokenizer never puts behind one another, in any text:
+    (vocab, vocab / 8) uint8, bit t % 8 of byte t // 8 in row s for t behind s.
+
+    Inside of a pre-token s t are what merges leave only if none joins a piece x at the right edge
+    of s with a piece y at the left edge of t. Merge m, of x and y, does if both lie there when it
+    is its turn: m < p, the merge that takes x up in s, and m <= q, the one that takes y up in t
+    (of equal merges the one further left comes first). What stands around s and t changes nothing,
+    as it merges with neither.
+    """
+    count, (left, right) = len(table.tokens), table.merges.T
+    merge, bytes_have_none = np.arange(256, count), np.full(256, -1)
+
+    # The merges of x below p are neighbours where all are sorted by left half, then by themselves.
+    by_left, by_right = np.argsort(left, kind="stable"), np.argsort(right, kind="stable")
+    token, piece, until = pieces_at_edge(np.concatenate([bytes_have_none, right]))
+    keys = (left * count + merge)[by_left]
+    begin, end = (np.searchsorted(keys, piece * count + bound) for bound in (0, until))
+    # So are the tokens behind them: for one merge after the other, those that have its y in time.
+    follower, piece, until = pieces_at_edge(np.concatenate([bytes_have_none, left]))
+    keys = (right * count + merge)[by_right]
+    which, of = expand(*(np.searchsorted(keys, piece * count + bound) for bound in (0, until + 1)))
+    place = np.argsort(by_left)[by_right[which]]
+    followers = follower[of][np.argsort(place, kind="stable")]
+    starts = np.cumsum(np.bincount(place + 1, minlength=count))
+    runs: list[list[slice]] = [[] for _ in range(count)]  # of followers, for every token
+    for s, *run in zip(*(x[begin < end].tolist() for x in (token, starts[begin], starts[end]))):
+        runs[s].append(slice(*run))
+
+    def packed_bits(x: np.ndarray) -> np.ndarray:
+        return np.packbits(x, axis=1, bitorder="little")
+
+    kinds = [*SEAMS]
+    first, last = zip(*map(token_edges, table.tokens))
+    first, last = map(FIRST_KINDS.index, first), np.array([*map(kinds.index, last)])
+    seams = np.full((len(kinds), vocab), "?")  # of every kind and token
+    seams[:, :count] = np.array([*SEAMS.values()])[:, [*first]]
+    decided, never = packed_bits(seams == "+"), packed_bits(seams == "-")
+    impossible = np.zeros((vocab, vocab // 8), np.uint8)
+    for i in range(0, count, 256):  # tokens at once
+        tokens = slice(i, min(i + 256, count))
+        merged = np.zeros((tokens.stop - i, vocab), np.bool_)
+        for row, of_row in zip(merged, runs[tokens]):
+            for run in of_row:
+                row[followers[run]] = True
+        kind = last[tokens]
+        impossible[tokens] = packed_bits(merged) & decided[kind] | never[kind]
+    return impossible
 
 
 # ==================================================================================================
@@ -3767,7 +3920,8 @@ class Trainer:
         def validation_loss() -> None:
             size = self.config.val_sequence_tokens
             x = torch.zeros(size, self.config.model_dim, dtype=model.head.dtype, device=device)
-            next_token_loss(x, model.head, torch.zeros(size, dtype=torch.int64, device=device))
+            tokens = torch.zeros(size, dtype=torch.int32, device=device)
+            next_token_loss(x, model.head, tokens.long(), tokens, model.impossible)
 
         def hashing() -> None:
             length = self.schedule.sequence_shape(0)[0]
@@ -3874,6 +4028,7 @@ def validate(
     model: GPT, config: Config, runtime: Runtime, num_targets: int, windows: Windows
 ) -> float:
     """Mean cross-entropy in nats over the first `num_targets` targets of the validation file.
+    Raises UserError if it is not finite.
 
     With n-gram lookup, sequences that have been scored are inserted, like those of a training step,
     and at the end its tables are as they were.
@@ -3891,9 +4046,84 @@ def validate(
     if kept is not None:
         model.matches.copy_(kept)
     loss = runtime.all_reduce(total).item() / num_targets
+    if model.impossible is not None and loss == math.inf:
+        check_canonical(model.impossible, config, num_targets)
     if not math.isfinite(loss):
         raise not_finite_error(model, f"the validation loss is {loss}, training losses were finite")
     return loss
+
+
+def check_canonical(impossible: Tensor, config: Config, num_targets: int) -> None:
+    """Raise UserError if the validation file has a pair of tokens that cannot be."""
+    path = find_files("--val_file", config.val_file)[0]
+    tokens = read_tokens(path, num_targets + 1, config.vocab_size).astype(np.int64)
+    first, second = torch.from_numpy(tokens).to(impossible.device).unfold(0, 2, 1).unbind(1)
+    found = (impossible[first, second // 8] >> (second % 8).byte() & 1).nonzero()
+    if len(found):
+        i = found[0].item()
+        raise UserError(
+            f"{path}: token {first[i]} and behind it {second[i]}, at position {i}, are no tokens "
+            "that GPT-2's tokenizer makes of any text: tokenize it by data/tokenize_text.py, or "
+            "pass --canonical_mask false"
+        )
+
+
+class PairFinder:
+    """Finds the impossible pairs of tokens in a process of its own with the lowest priority: a
+    thread would hold up the launches of training, which need the interpreter as well."""
+
+    def __init__(self, table: TokenTable, vocab: int):
+        memory = mmap.mmap(-1, vocab * vocab // 8)  # of both processes
+        self.pairs = np.frombuffer(memory, np.uint8).reshape(vocab, vocab // 8)
+        (told, tell), (answer, say) = os.pipe(), os.pipe()
+        # newer versions of Python warn of forks: a thread may hold a lock that the child wants
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        self.process = os.fork()
+        if self.process == 0:
+            try:
+                os.close(tell)  # so that read ends when the main process does
+                self._find(table, told, say)
+            finally:
+                os._exit(1)
+        os.close(told)
+        os.close(say)
+        # they close with this object, and then the process ends if it was not told to start
+        self.tell, self.answer = open(tell, "wb", 0), open(answer, "rb", 0)  # noqa: SIM115
+
+    def _find(self, table: TokenTable, told: int, say: int) -> None:
+        """In the other process. It has one thread and takes no lock of torch's."""
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.nice(19)
+        if os.read(told, 1):
+            begin = time.perf_counter()
+            self.pairs[:] = impossible_pairs(table, len(self.pairs))
+            os.write(say, f"{time.perf_counter() - begin}".encode())
+
+    def start(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # fill() says that the process is gone
+            self.tell.write(b"1")
+
+    def fill(self, impossible: Tensor) -> float:
+        """Wait for the pairs and copy them there, beside what the device has to do; gives the
+        seconds that finding them took."""
+        seconds = self.answer.read()
+        os.waitpid(self.process, 0)
+        require(
+            len(seconds) > 0,
+            "the process that finds the impossible pairs of tokens was ended: free some memory, or "
+            "pass --canonical_mask false",
+        )
+        pairs = torch.from_numpy(self.pairs)
+        if impossible.is_cuda:
+            stream = torch.cuda.Stream(impossible.device)
+            with torch.cuda.stream(stream):
+                impossible.copy_(pairs)
+            stream.synchronize()
+        else:
+            impossible.copy_(pairs)
+        return float(seconds)
 
 
 @contextlib.contextmanager
@@ -3944,6 +4174,9 @@ def train(config: Config, runtime: Runtime) -> None:
     all_shapes = [shape for shape in shapes for _ in range(config.sequences_per_step)]
     check_pair(config)
     num_targets = check_data(config, all_shapes)
+    finder = None
+    if config.canonical_mask:
+        finder = PairFinder(read_token_table(), config.padded_vocab_size)
     check_outputs(config, log, len(shapes))
     environment = describe_environment(runtime)
     tables = {"environment": environment, "config": config_as_text(config)}
@@ -3979,6 +4212,8 @@ def train(config: Config, runtime: Runtime) -> None:
     clock = Clock(runtime)
     progress = Progress(model, runtime, clock, schedule.end_step)
     clock.start()
+    if finder is not None:
+        finder.start()
     model.proposal.copy_(read_proposal(config))
     insert_shards(model, runtime)
     for step in range(schedule.end_step):
@@ -3987,6 +4222,9 @@ def train(config: Config, runtime: Runtime) -> None:
 
         done = step + 1
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
+            if finder is not None:
+                seconds, finder = finder.fill(model.impossible), None
+                log.line(f"found the impossible pairs of tokens in {seconds:.1f} s of training")
             clock.stop()
             progress.report()
             windows = schedule.windows(step)
