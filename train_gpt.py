@@ -22,6 +22,7 @@ import inspect
 import itertools
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -226,6 +227,7 @@ class Config:
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
     val_sequence_tokens: int = 32_768  # tokens of one validation sequence
+    canonical_mask: bool = False  # validation leaves out what GPT-2's tokenizer never makes
     fp8: bool = True  # QKV, MLP and head by kernels in fp8 where the GPU has it
     cuda_graphs: bool = True  # replay forward and backward pass as one CUDA graph
     self_check: bool = True  # compare every kernel with its reference before training, on a GPU
@@ -354,6 +356,9 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
             f"--ngram_rows {c.ngram_rows}: {count} of them, {lengths}, must be below 2^31")
     require(c.vocab_size > START_TOKEN,
             f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
+    require(not c.canonical_mask or c.vocab_size == START_TOKEN + 1,
+            f"--canonical_mask true is for the {START_TOKEN + 1} tokens of GPT-2, not for "
+            f"--vocab_size {c.vocab_size}: pass --canonical_mask false")
     require(c.dtype in ("bfloat16", "float32"),
             f"--dtype {c.dtype!r} is not one of bfloat16, float32")
     require(c.val_sequence_tokens % 16 == 0, "--val_sequence_tokens must be a multiple of 16")
@@ -1507,6 +1512,8 @@ class Mlp(torch.autograd.Function):
 # p_rest is the softmax without the copy entry. a(y) is the head's attention to all earlier tokens
 # that are y, and a_sink that to the sink, a learned key that stands for no token. As a(y) and
 # a_sink sum to 1 over all y, so does p(y). Only the target's a(y) is ever computed in training.
+# With canonical_mask, validation leaves the tokens that cannot follow out of the softmax and out of
+# the keys that a query sees: then p(y) sums to 1 over those that can.
 # Sources: Merity et al. 2016, arXiv 1609.07843; modded-nanogpt, pull request 379.
 
 POINTER_DIM = 128  # of queries and keys
@@ -1530,33 +1537,39 @@ def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor
 
 def pointer_shares(
     q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, starts: Tensor,
-    ends: Tensor, reach: int,
+    ends: Tensor, reach: int, impossible: Tensor | None = None,
 ) -> PointerShares:  # fmt: skip
     """Attention of every position to the sink and to strictly earlier tokens of its document, at
     most `reach` back; a key at j stands for token j.
 
     q, k: (T, dim), dim a power of two. sink: (dim,) fp32, its key. tokens: (T,) int32; targets:
-    (T,) int64; starts, ends: (T,) int32, as document_bounds gives them.
+    (T,) int64; starts, ends: (T,) int32, as document_bounds gives them. impossible: as
+    cannot_follow takes it; keys whose token cannot follow the query's are then not seen either.
+    With it the kernel has no gradient.
     """
     if takes_kernel(q):
-        return PointerShares(*Pointer.apply(q, k, sink, tokens, targets, starts, ends, reach))
+        inputs = q, k, sink, tokens, targets, starts, ends, reach, impossible
+        return PointerShares(*Pointer.apply(*inputs))
     shares = []
     for begin in range(0, len(q), 256):  # queries at once, so that memory grows with T, not T²
         queries, keys = slice(begin, begin + 256), slice(max(0, begin - reach), begin + 256)
-        attention = pointer_attention(q, k, sink, starts, reach, queries, keys)
+        attention = pointer_attention(q, k, sink, tokens, starts, reach, queries, keys, impossible)
         is_target = tokens[None, keys] == targets[queries, None]
         shares.append(((attention[:, 1:] * is_target).sum(1), attention[:, 0]))
     return PointerShares(*map(torch.cat, zip(*shares)))
 
 
 def pointer_attention(
-    q: Tensor, k: Tensor, sink: Tensor, starts: Tensor, reach: int, queries: slice, keys: slice
-) -> Tensor:
+    q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, starts: Tensor, reach: int,
+    queries: slice, keys: slice, impossible: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """How the attention of these queries is divided among the sink, which comes first, and these
     keys; (queries, 1 + keys), fp32 or fp64."""
     position = torch.arange(len(q), device=q.device)
     query, key, start = position[queries, None], position[None, keys], starts[queries, None]
     visible = (key < query) & (key >= start) & (query - key <= reach)
+    if impossible is not None:
+        visible &= ~cannot_follow(impossible, tokens[queries, None], tokens[None, keys])
     scores = widen(q[queries] @ k[keys].mT).masked_fill(~visible, -math.inf)
     of_sink = widen(q[queries]) @ sink
     return (torch.cat([of_sink[:, None], scores], 1) / math.sqrt(q.size(1))).softmax(1)
@@ -1587,10 +1600,11 @@ def _score_gradient(scores, visible, is_target, lse, d_target, mean):
 
 @triton.jit
 def _pointer_kernel(
-    q, k, sink, tokens, targets, starts, target_share, sink_share, lse, num_tokens, stride_q,
-    stride_k, reach, DIM: tl.constexpr, TILE: tl.constexpr,
+    q, k, sink, tokens, targets, starts, impossible, target_share, sink_share, lse, num_tokens,
+    stride_q, stride_k, reach, row_bytes, DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries, and the keys from the start of the first one's document on."""
+    """A tile of queries, and the keys from the start of the first one's document on. row_bytes: of
+    impossible, which may be None."""
     SCALE: tl.constexpr = LOG2_E / DIM**0.5
     begin = tl.program_id(0) * TILE
     row = begin + tl.arange(0, TILE)
@@ -1600,6 +1614,7 @@ def _pointer_kernel(
     target = tl.load(targets + row, mask=real, other=-1)[:, None]
     sink_key = tl.load(sink + tl.arange(0, DIM))[None, :]
     of_sink = tl.sum(q_tile.to(tl.float32) * sink_key, 1) * SCALE
+    own_token = tl.load(tokens + row, mask=real, other=0).to(tl.int64)[:, None]
     # sums over the sink and the keys so far, of 2^(score - highest)
     highest, total = of_sink, tl.full((TILE,), 1.0, tl.float32)
     on_target = tl.zeros((TILE,), tl.float32)
@@ -1609,6 +1624,10 @@ def _pointer_kernel(
         token = tl.load(tokens + column, mask=column < num_tokens, other=-2)[None, :]
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * SCALE
         visible = _is_visible(row[:, None], column[None, :], start, reach)
+        if impossible is not None:
+            place, visible = own_token * row_bytes + token // 8, visible & real[:, None]
+            bits = tl.load(impossible + place, mask=visible, other=0) >> token % 8
+            visible &= (bits & 1) == 0
         scores = tl.where(visible, scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         shrink, shares = tl.exp2(highest - higher), tl.exp2(scores - higher[:, None])
@@ -1691,7 +1710,7 @@ class Pointer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, starts: Tensor,
-        ends: Tensor, reach: int,
+        ends: Tensor, reach: int, impossible: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         num_tokens, dim = q.shape
         target_share, sink_share, lse = (
@@ -1699,10 +1718,13 @@ class Pointer(torch.autograd.Function):
         )
         ctx.sizes = num_tokens, row_stride(q), row_stride(k), reach
         ctx.grid, ctx.kinds = (triton.cdiv(num_tokens, 64),), {"DIM": dim, "TILE": 64}
+        row_bytes = 0 if impossible is None else row_stride(impossible)
         _pointer_kernel[ctx.grid](
-            q, k, sink, tokens, targets, starts, target_share, sink_share, lse, *ctx.sizes,
-            **ctx.kinds,
+            q, k, sink, tokens, targets, starts, impossible, target_share, sink_share, lse,
+            *ctx.sizes, row_bytes, **ctx.kinds,
         )  # fmt: skip
+        if impossible is not None:  # the other kernels would see the keys that this one leaves out
+            ctx.mark_non_differentiable(target_share, sink_share)
         inputs = q, k, sink, tokens, targets, starts, ends
         ctx.save_for_backward(*inputs, target_share, sink_share, lse)
         return target_share, sink_share
@@ -1721,7 +1743,7 @@ class Pointer(torch.autograd.Function):
             q, k, tokens, targets, starts, ends, *own, d_k, *ctx.sizes, **ctx.kinds
         )
         d_sink_key = (d_of_sink.type_as(q) @ q).type_as(sink) / math.sqrt(q.size(1))
-        return d_q, d_k, d_sink_key, *[None] * 5
+        return d_q, d_k, d_sink_key, *[None] * 6
 
 
 # --- Head -----------------------------------------------------------------------------------------
@@ -1754,14 +1776,24 @@ def head_loss(
     return losses @ weights, losses[0].detach()
 
 
+def cannot_follow(impossible: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Whether tokens `second` are impossible behind tokens `first`; bool of the shape that the two
+    broadcast to. impossible: (vocab, vocab / 8) uint8, as impossible_pairs gives it."""
+    return (impossible[first, second // 8] >> (second % 8).to(torch.uint8) & 1).bool()
+
+
 def token_losses(
-    logits: Tensor, targets: Tensor, offsets: Tensor | None, shares: PointerShares | None = None
-) -> Tensor:
+    logits: Tensor, targets: Tensor, offsets: Tensor | None, shares: PointerShares | None = None,
+    left_out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Cross-entropies of the softcapped logits, (T, terms) in nats, 0 where there is no target;
-    shares and the copy entry as head_loss takes them."""
+    shares and the copy entry as head_loss takes them. left_out: (T, vocab) bool, entries whose
+    probability is 0; as a target they have an infinite loss."""
     logits, scored = softcap(logits), targets >= 0
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, -math.inf)
     lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
-    losses = (lse - logits.gather(1, targets.clamp_min(0))) * scored
+    losses = (lse - logits.gather(1, targets.clamp_min(0))).masked_fill(~scored, 0.0)
     if shares is None:
         return losses
     p, copy = (-losses[:, 0]).exp(), (-losses[:, -1]).exp()  # both with the copy entry in lse
@@ -2038,21 +2070,26 @@ def sample_candidates(targets: Tensor, proposal: Tensor, count: int) -> Candidat
 
 
 @compiled
-def next_token_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The sum over tokens of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64."""
-    chunks = zip(x.split(4096), targets.split(4096))  # of logits, 0.8 GB
-    options = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
-    return sum(F.cross_entropy(softcap(part @ head.mT), own, **options) for part, own in chunks)
+def next_token_loss(
+    x: Tensor, head: Tensor, targets: Tensor, tokens: Tensor | None = None,
+    impossible: Tensor | None = None, shares: PointerShares | None = None,
+) -> Tensor:  # fmt: skip
+    """The sum over tokens of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64.
 
-
-@compiled
-def mixture_loss(x: Tensor, head: Tensor, targets: Tensor, shares: PointerShares) -> Tensor:
-    """The same with the pointer's mixture; targets (T, 2), the second column the copy entry."""
-    chunks = zip(*(tensor.split(4096) for tensor in (x, targets, *shares)))
-    return sum(
-        token_losses(part @ head.mT, own, None, PointerShares(*pair)).sum()
-        for part, own, *pair in chunks
-    )
+    impossible: as cannot_follow takes it. The softmax is then over what can follow the tokens, (T,)
+    int32; a target that cannot makes the sum infinite. shares: the pointer's, of what can follow as
+    well; the loss is then the mixture's, and targets (T, 2), the second column the copy entry.
+    """
+    targets, left_out, total = targets.view(len(x), -1), None, 0.0
+    column = torch.arange(len(head), device=x.device)
+    for begin in range(0, len(x), 4096):  # of logits, 0.8 GB
+        chunk = slice(begin, begin + 4096)
+        own = None if shares is None else PointerShares(*(share[chunk] for share in shares))
+        if impossible is not None:
+            left_out = cannot_follow(impossible, tokens[chunk, None], column)
+        losses = token_losses(x[chunk] @ head.mT, targets[chunk], None, own, left_out)
+        total += losses[:, 0].sum()
+    return total
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -2598,6 +2635,10 @@ class GPT(nn.Module):
             self.fp8 = Fp8Copies(*banks, len(config.layers))
         self.register_buffer("one", torch.ones(1, device=device), persistent=False)
         self.register_buffer("proposal", torch.ones(vocab, device=device), persistent=False)
+        impossible = None
+        if config.canonical_mask:  # filled while training goes on
+            impossible = torch.zeros(vocab, vocab // 8, dtype=torch.uint8, device=device)
+        self.register_buffer("impossible", impossible, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -2792,12 +2833,13 @@ class GPT(nn.Module):
         q, k = rms_norm((x @ weights.type_as(x).mT).unflatten(1, (2, -1))).unbind(1)
         return q * gain.type_as(q), k
 
-    def point(self, x: Tensor, batch: Batch) -> PointerShares:
+    @recorded("pointer")
+    def point(self, x: Tensor, batch: Batch, impossible: Tensor | None = None) -> PointerShares:
         """At the targets, from the normed stream (T, dim)."""
         sink, bounds = self.small_weights["pointer_sink"], document_bounds(batch.cu_seqlens, len(x))
         reach = min(batch.max_seq_len, POINTER_REACH)
         inputs = *self.pointer_keys(x), sink, batch.tokens, batch.targets
-        return pointer_shares(*inputs, *bounds, reach)
+        return pointer_shares(*inputs, *bounds, reach, impossible)
 
     def training_loss(
         self, batch: Batch, windows: Windows, loss_weights: Tensor, num_candidates: int = 0
@@ -2835,24 +2877,33 @@ class GPT(nn.Module):
         return sum(weighted), sum(plain)
 
     def validation_loss(self, batch: Batch, windows: Windows) -> Tensor:
-        """The next-token loss on the whole vocabulary, a sum over tokens in nats, without fp8."""
-        x = self.hidden(batch, windows)
+        """The next-token loss on the whole vocabulary, or with canonical_mask on what can follow
+        each token, a sum over tokens in nats, without fp8."""
+        x, targets, shares = self.hidden(batch, windows), batch.targets, None
         if self.config.pointer:
-            targets = self.with_copy_entry(batch.targets[:, None])
-            return mixture_loss(x, self.head, targets, self.point(x, batch))
-        return next_token_loss(x, self.head, batch.targets)
+            targets = self.with_copy_entry(targets[:, None])
+            shares = self.point(x, batch, self.impossible)
+        return next_token_loss(x, self.head, targets, batch.tokens, self.impossible, shares)
 
     def probabilities(self, batch: Batch, windows: Windows, positions: slice) -> Tensor:
-        """Of all tokens behind these positions, (positions, vocab) fp32, in plain PyTorch."""
-        x = self.hidden(batch, windows)
-        p = softcap(x[positions] @ self.head.mT).softmax(1)
+        """Of all tokens behind these positions, (positions, vocab) fp32, in plain PyTorch, as
+        validation_loss scores them."""
+        x, tokens = self.hidden(batch, windows), batch.tokens
+        logits = softcap(x[positions] @ self.head.mT)
+        if self.impossible is not None:
+            column = torch.arange(logits.size(1), device=x.device)
+            left_out = cannot_follow(self.impossible, tokens[positions, None], column)
+            logits = logits.masked_fill(left_out, -math.inf)
+        p = logits.softmax(1)
         if not self.config.pointer:
             return p
-        (starts, _), entry = document_bounds(batch.cu_seqlens, len(x)), self.config.vocab_size
-        keys = *self.pointer_keys(x), self.small_weights["pointer_sink"], starts
-        attention = pointer_attention(*keys, POINTER_REACH, positions, slice(None))
-        copied = torch.zeros_like(p).index_add(1, batch.tokens, attention[:, 1:])
-        copy, rest = p[:, [entry]], p.index_fill(1, batch.tokens.new_tensor([entry]).long(), 0.0)
+        starts, _ = document_bounds(batch.cu_seqlens, len(x))
+        keys = *self.pointer_keys(x), self.small_weights["pointer_sink"], tokens, starts
+        own = POINTER_REACH, positions, slice(None), self.impossible
+        attention = pointer_attention(*keys, *own)
+        copied = torch.zeros_like(p).index_add(1, tokens, attention[:, 1:])
+        entry = tokens.new_tensor([self.config.vocab_size]).long()
+        copy, rest = p[:, entry], p.index_fill(1, entry, 0.0)
         return rest / (1 - copy) * (1 - copy * (1 - attention[:, :1])) + copy * copied
 
     def with_copy_entry(self, targets: Tensor) -> Tensor:
@@ -3422,60 +3473,6 @@ def read_proposal(config: Config) -> Tensor:
     return torch.from_numpy(counts + 2).float().sqrt()
 
 
-class TokenTable(NamedTuple):
-    """GPT-2's vocabulary: byte pair encoding's merges make a token of two earlier ones each."""
-
-    tokens: list[bytes]  # of every id but START_TOKEN, which has none
-    merges: np.ndarray  # (50000, 2): the two halves of tokens 256, 257, …
-
-
-def read_token_table() -> TokenTable:
-    """From GPT2_TOKENS, which lies in the repository of this script or of the current folder."""
-    folders = (*Path(__file__).resolve().parents, Path())
-    path = next(p for f in folders if (p := f / GPT2_TOKENS).exists() or f == Path())
-    remedy = "get it from the repository, or make it again with data/token_table.py"
-    try:
-        with np.load(path) as arrays:
-            single_bytes, merges = arrays["single_bytes"], arrays["merges"].astype(np.int64)
-    except Exception as error:  # noqa: BLE001 (whatever a torn file makes numpy raise)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}): {remedy}") from None
-    whole = np.array_equal(np.sort(single_bytes), np.arange(256))
-    whole = whole and merges.shape == (START_TOKEN - 256, 2) and merges.min() >= 0
-    whole = whole and (merges.max(1) < np.arange(256, START_TOKEN)).all()  # halves come first
-    require(whole, f"{path}: is not the table of GPT-2's tokens: {remedy}")
-    tokens = [bytes([byte]) for byte in single_bytes]
-    for left, right in merges.tolist():
-        tokens.append(tokens[left] + tokens[right])
-    return TokenTable(tokens, merges)
-
-
-def normalized_text(token: bytes) -> str:
-    """What tokens of a class have in common: their text after NFKC without accents, case and blanks
-    around it, each run of blanks, tabs and line ends as one blank. Tokens of these alone have " ".
-    Empty where nothing is left, or where the token is a part of characters."""
-    try:
-        text = unicodedata.normalize("NFKC", token.decode())
-    except UnicodeDecodeError:
-        return ""
-    parts = unicodedata.normalize("NFD", text)  # letters and their accents
-    text = "".join(part for part in parts if unicodedata.category(part) != "Mn").lower()
-    text = re.sub("[ \t\r\n]+", " ", text)
-    return text.strip(" ") or text
-
-
-def token_classes(config: Config) -> Tensor:
-    """For every token the first one of the same normalized text, itself if it has none;
-    (vocab,) int32. In another vocabulary than GPT-2's every token is a class of its own."""
-    classes = np.arange(config.padded_vocab_size, dtype=np.int32)
-    if config.vocab_size == START_TOKEN + 1:
-        first: dict[str, int] = {}
-        for token, text in enumerate(map(normalized_text, read_token_table().tokens)):
-            if text:
-                classes[token] = first.setdefault(text, token)
-    return torch.from_numpy(classes)
-
-
 def check_pair(config: Config) -> None:
     """Refuse to train on the user's data and validate on a preset's, or the reverse."""
     for preset in PRESETS.values():
@@ -3539,6 +3536,188 @@ def validation_batches(config: Config, runtime: Runtime, num_targets: int) -> It
 def to_device(batch: Batch, device: torch.device) -> Batch:
     tensors = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
     return Batch(*tensors, *batch[3:])
+
+
+# --- GPT-2's tokens -------------------------------------------------------------------------------
+
+
+class TokenTable(NamedTuple):
+    """GPT-2's vocabulary: byte pair encoding's merges make a token of two earlier ones each."""
+
+    tokens: list[bytes]  # of every id but START_TOKEN, which has none
+    merges: np.ndarray  # (50000, 2): the two halves of tokens 256, 257, …
+
+
+def read_token_table() -> TokenTable:
+    """From GPT2_TOKENS, which lies in the repository of this script or of the current folder."""
+    folders = (*Path(__file__).resolve().parents, Path())
+    path = next(p for f in folders if (p := f / GPT2_TOKENS).exists() or f == Path())
+    remedy = "get it from the repository, or make it again with data/token_table.py"
+    try:
+        with np.load(path) as arrays:
+            single_bytes, merges = arrays["single_bytes"], arrays["merges"].astype(np.int64)
+    except Exception as error:  # noqa: BLE001 (whatever a torn file makes numpy raise)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}): {remedy}") from None
+    whole = np.array_equal(np.sort(single_bytes), np.arange(256))
+    whole = whole and merges.shape == (START_TOKEN - 256, 2) and merges.min() >= 0
+    whole = whole and (merges.max(1) < np.arange(256, START_TOKEN)).all()  # halves come first
+    require(whole, f"{path}: is not the table of GPT-2's tokens: {remedy}")
+    tokens = [bytes([byte]) for byte in single_bytes]
+    for left, right in merges.tolist():
+        tokens.append(tokens[left] + tokens[right])
+    return TokenTable(tokens, merges)
+
+
+def normalized_text(token: bytes) -> str:
+    """What tokens of a class have in common: their text after NFKC without accents, case and blanks
+    around it, each run of blanks, tabs and line ends as one blank. Tokens of these alone have " ".
+    Empty where nothing is left, or where the token is a part of characters."""
+    try:
+        text = unicodedata.normalize("NFKC", token.decode())
+    except UnicodeDecodeError:
+        return ""
+    parts = unicodedata.normalize("NFD", text)  # letters and their accents
+    text = "".join(part for part in parts if unicodedata.category(part) != "Mn").lower()
+    text = re.sub("[ \t\r\n]+", " ", text)
+    return text.strip(" ") or text
+
+
+def token_classes(config: Config) -> Tensor:
+    """For every token the first one of the same normalized text, itself if it has none;
+    (vocab,) int32. In another vocabulary than GPT-2's every token is a class of its own."""
+    classes = np.arange(config.padded_vocab_size, dtype=np.int32)
+    if config.vocab_size == START_TOKEN + 1:
+        first: dict[str, int] = {}
+        for token, text in enumerate(map(normalized_text, read_token_table().tokens)):
+            if text:
+                classes[token] = first.setdefault(text, token)
+    return torch.from_numpy(classes)
+
+
+# Which token may follow which. GPT-2's tokenizer cuts a text into pre-tokens by this pattern,
+#
+#     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+#
+# and makes tokens of each one by byte pair encoding: it starts from single bytes and merges two
+# neighbours, those whose merge has the lowest id first, of equal ones the leftmost. So "th" and "e"
+# are never behind one another: they would have been merged. SEAMS says what the seam of two tokens
+# can be, by the kinds of the last character of the one (rows) and of the first of the other:
+#
+#     +  inside of a pre-token in every text: the merges decide
+#     -  in no text
+#     ?  perhaps the border of two pre-tokens: the other may follow
+#
+# The first column and row are UTF-8's. A contraction is one after a letter, a digit or a line end;
+# after a blank or other punctuation its ' belongs to that. A blank before anything else but white
+# space is in one pre-token with it. Where a run of white space is cut depends on what ends it.
+CONTRACTIONS = {b"'s", b"'t", b"'re", b"'ve", b"'m", b"'ll", b"'d"}  # a token each
+# fmt: off
+FIRST_KINDS = ("inside", "letter", "number", "other", "contraction", "blank", "else")
+SEAMS = {
+    "open":    ("+",     "-",      "-",      "-",     "-",           "-",     "-"),  # half of one
+    "unknown": ("+",     "?",      "?",      "?",     "?",           "?",     "?"),  # its end
+    "letter":  ("-",     "+",      "?",      "?",     "?",           "?",     "?"),
+    "number":  ("-",     "?",      "+",      "?",     "?",           "?",     "?"),
+    "other":   ("-",     "?",      "?",      "+",     "-",           "?",     "?"),
+    "blank":   ("-",     "+",      "+",      "+",     "-",           "?",     "?"),
+    "else":    ("-",     "?",      "?",      "?",     "?",           "?",     "?"),
+}
+# fmt: on
+
+
+@functools.cache
+def character_kind(character: str) -> str:
+    if character == " ":
+        return "blank"
+    if not character or character.isspace():
+        return "else"
+    return {"L": "letter", "N": "number"}.get(unicodedata.category(character)[0], "other")
+
+
+def token_edges(token: bytes) -> tuple[str, str]:
+    """The kinds of its first and its last character: a column and a row of SEAMS."""
+    if token in CONTRACTIONS:
+        return "contraction", "else"
+    whole, last = token.lstrip(bytes(range(0x80, 0xC0))), None  # without the end of a character
+    try:
+        text = whole.decode()
+    except UnicodeDecodeError as error:
+        text = whole[: error.start].decode()
+        last = "open" if error.reason == "unexpected end of data" else "unknown"
+    first = "inside" if len(whole) < len(token) else character_kind(text[:1])
+    return first, last or (character_kind(text[-1]) if text else "unknown")
+
+
+def pieces_at_edge(halves: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The pieces that lie at one edge of each token while merges make it. halves: (tokens,), the
+    half of a token at that edge, -1 for a single byte. Returns (n,) each: the token, the piece, and
+    the merge that takes the piece up, len(halves) where it is the token itself."""
+    token = piece = np.arange(len(halves))
+    until, found = np.full(len(halves), len(halves)), []
+    while len(token):
+        found.append((token, piece, until))
+        merged = halves[piece] >= 0
+        token, piece, until = token[merged], halves[piece[merged]], piece[merged]
+    return tuple(map(np.concatenate, zip(*found)))
+
+
+def expand(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All numbers of the ranges from begin to end, and which range each one is of: for 3 and 7 to 5
+    and 8 they are 3 4 7, of 0 0 1."""
+    lengths = end - begin
+    which = np.repeat(np.arange(len(begin)), lengths)
+    return np.arange(len(which)) + np.repeat(end - np.cumsum(lengths), lengths), which
+
+
+def impossible_pairs(table: TokenTable, vocab: int) -> np.ndarray:
+    """The pairs of tokens that GPT-2's tokenizer never puts behind one another, in any text:
+    (vocab, vocab / 8) uint8, bit t % 8 of byte t // 8 in row s for t behind s.
+
+    Inside of a pre-token s t are what merges leave only if none joins a piece x at the right edge
+    of s with a piece y at the left edge of t. Merge m, of x and y, does if both lie there when it
+    is its turn: m < p, the merge that takes x up in s, and m <= q, the one that takes y up in t
+    (of equal merges the one further left comes first). What stands around s and t changes nothing,
+    as it merges with neither.
+    """
+    count, (left, right) = len(table.tokens), table.merges.T
+    merge, bytes_have_none = np.arange(256, count), np.full(256, -1)
+
+    # The merges of x below p are neighbours where all are sorted by left half, then by themselves.
+    by_left, by_right = np.argsort(left, kind="stable"), np.argsort(right, kind="stable")
+    token, piece, until = pieces_at_edge(np.concatenate([bytes_have_none, right]))
+    keys = (left * count + merge)[by_left]
+    begin, end = (np.searchsorted(keys, piece * count + bound) for bound in (0, until))
+    # So are the tokens behind them: for one merge after the other, those that have its y in time.
+    follower, piece, until = pieces_at_edge(np.concatenate([bytes_have_none, left]))
+    keys = (right * count + merge)[by_right]
+    which, of = expand(*(np.searchsorted(keys, piece * count + bound) for bound in (0, until + 1)))
+    place = np.argsort(by_left)[by_right[which]]
+    followers = follower[of][np.argsort(place, kind="stable")]
+    starts = np.cumsum(np.bincount(place + 1, minlength=count))
+    runs: list[list[slice]] = [[] for _ in range(count)]  # of followers, for every token
+    for s, *run in zip(*(x[begin < end].tolist() for x in (token, starts[begin], starts[end]))):
+        runs[s].append(slice(*run))
+
+    def packed_bits(x: np.ndarray) -> np.ndarray:
+        return np.packbits(x, axis=1, bitorder="little")
+
+    kinds = [*SEAMS]
+    first, last = zip(*map(token_edges, table.tokens))
+    first, last = map(FIRST_KINDS.index, first), np.array([*map(kinds.index, last)])
+    seams = np.full((len(kinds), vocab), "?")  # of every kind and token
+    seams[:, :count] = np.array([*SEAMS.values()])[:, [*first]]
+    decided, never = packed_bits(seams == "+"), packed_bits(seams == "-")
+    impossible = np.zeros((vocab, vocab // 8), np.uint8)
+    for i in range(0, count, 256):  # tokens at once
+        tokens = slice(i, min(i + 256, count))
+        merged = np.zeros((tokens.stop - i, vocab), np.bool_)
+        for row, of_row in zip(merged, runs[tokens]):
+            for run in of_row:
+                row[followers[run]] = True
+        kind = last[tokens]
+        impossible[tokens] = packed_bits(merged) & decided[kind] | never[kind]
+    return impossible
 
 
 # ==================================================================================================
@@ -4017,13 +4196,18 @@ class SelfCheck:
         tokens, targets = self.integers(3, 2, self.tokens)
         batch = tokens.int(), targets, *document_bounds(cu_seqlens, self.tokens)
 
-        def op(q: Tensor, k: Tensor, sink: Tensor) -> PointerShares:
-            return pointer_shares(q, k, sink, *batch, self.tokens // 2)
+        def op(q: Tensor, k: Tensor, sink: Tensor, mask: Tensor | None = None) -> PointerShares:
+            return pointer_shares(q, k, sink, *batch, self.tokens // 2, mask)
 
         q, k = rms_norm(self.random(self.tokens, 2, POINTER_DIM)).unbind(1)
-        sink = self.random(POINTER_DIM, dtype=torch.float32)
+        inputs = [q.contiguous(), k, self.random(POINTER_DIM, dtype=torch.float32)]
         grads = [self.random(self.tokens, dtype=torch.float32) for _ in range(2)]
-        return self.compare(op, [q.contiguous(), k, sink], grads)
+        results = self.compare(op, inputs, grads)
+        if self.config.canonical_mask:  # in validation; here no 1 behind 0, no 2 behind 1, …
+            mask = torch.tensor([[0b010], [0b100], [0b001]], dtype=torch.uint8, device=self.device)
+            shares = [op(*map(kind, inputs), mask) for kind in (Tensor.clone, Tensor.double)]
+            results.append(Result("shares of what can follow", *map(torch.stack, shares)))
+        return results
 
     def table_rows(self) -> list[Result]:
         """Added to one table and to all value tables, some to one row very often; and each once."""
@@ -4252,12 +4436,12 @@ class Trainer:
         def validation_loss() -> None:
             size = self.config.val_sequence_tokens
             x = torch.zeros(size, self.config.model_dim, dtype=model.head.dtype, device=device)
-            targets = torch.zeros(size, dtype=torch.int64, device=device)
+            tokens = torch.zeros(size, dtype=torch.int32, device=device)
+            targets, shares = tokens.long(), None
             if self.config.pointer:
-                targets, shares = model.with_copy_entry(targets[:, None]), x.new_zeros(2, size)
-                mixture_loss(x, model.head, targets, PointerShares(*shares.float()))
-            else:
-                next_token_loss(x, model.head, targets)
+                targets = model.with_copy_entry(targets[:, None])
+                shares = PointerShares(*x.new_zeros(2, size, dtype=torch.float32))
+            next_token_loss(x, model.head, targets, tokens, model.impossible, shares)
 
         def hashing() -> None:
             length = self.schedule.sequence_shape(0)[0]
@@ -4364,6 +4548,7 @@ def validate(
     model: GPT, config: Config, runtime: Runtime, num_targets: int, windows: Windows
 ) -> float:
     """Mean cross-entropy in nats over the first `num_targets` targets of the validation file.
+    Raises UserError if it is not finite.
 
     With n-gram lookup, sequences that have been scored are inserted, like those of a training step,
     and at the end its tables are as they were.
@@ -4381,6 +4566,8 @@ def validate(
     if kept is not None:
         model.matches.copy_(kept)
     loss = runtime.all_reduce(total).item() / num_targets
+    if model.impossible is not None and loss == math.inf:
+        check_canonical(model.impossible, config, num_targets)
     if not math.isfinite(loss):
         raise not_finite_error(model, f"the validation loss is {loss}, training losses were finite")
     return loss
@@ -4441,6 +4628,79 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     log.line(f"loss on {num_tokens:,} tokens of unread training text: {table}")
 
 
+def check_canonical(impossible: Tensor, config: Config, num_targets: int) -> None:
+    """Raise UserError if the validation file has a pair of tokens that cannot be."""
+    path = find_files("--val_file", config.val_file)[0]
+    tokens = read_tokens(path, num_targets + 1, config.vocab_size).astype(np.int64)
+    first, second = torch.from_numpy(tokens).to(impossible.device).unfold(0, 2, 1).unbind(1)
+    found = cannot_follow(impossible, first, second).nonzero()
+    if len(found):
+        i = found[0].item()
+        raise UserError(
+            f"{path}: token {first[i]} and behind it {second[i]}, at position {i}, are no tokens "
+            "that GPT-2's tokenizer makes of any text: tokenize it by data/tokenize_text.py, or "
+            "pass --canonical_mask false"
+        )
+
+
+class PairFinder:
+    """Finds the impossible pairs of tokens in a process of its own with the lowest priority: a
+    thread would hold up the launches of training, which need the interpreter as well."""
+
+    def __init__(self, table: TokenTable, vocab: int):
+        memory = mmap.mmap(-1, vocab * vocab // 8)  # of both processes
+        self.pairs = np.frombuffer(memory, np.uint8).reshape(vocab, vocab // 8)
+        (told, tell), (answer, say) = os.pipe(), os.pipe()
+        # newer versions of Python warn of forks: a thread may hold a lock that the child wants
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        self.process = os.fork()
+        if self.process == 0:
+            try:
+                os.close(tell)  # so that read ends when the main process does
+                self._find(table, told, say)
+            finally:
+                os._exit(1)
+        os.close(told)
+        os.close(say)
+        # they close with this object, and then the process ends if it was not told to start
+        self.tell, self.answer = open(tell, "wb", 0), open(answer, "rb", 0)  # noqa: SIM115
+
+    def _find(self, table: TokenTable, told: int, say: int) -> None:
+        """In the other process. It has one thread and takes no lock of torch's."""
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.nice(19)
+        if os.read(told, 1):
+            begin = time.perf_counter()
+            self.pairs[:] = impossible_pairs(table, len(self.pairs))
+            os.write(say, f"{time.perf_counter() - begin}".encode())
+
+    def start(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # fill() says that the process is gone
+            self.tell.write(b"1")
+
+    def fill(self, impossible: Tensor) -> float:
+        """Wait for the pairs and copy them there, beside what the device has to do; gives the
+        seconds that finding them took."""
+        seconds = self.answer.read()
+        os.waitpid(self.process, 0)
+        require(
+            len(seconds) > 0,
+            "the process that finds the impossible pairs of tokens was ended: free some memory, or "
+            "pass --canonical_mask false",
+        )
+        pairs = torch.from_numpy(self.pairs)
+        if impossible.is_cuda:
+            stream = torch.cuda.Stream(impossible.device)
+            with torch.cuda.stream(stream):
+                impossible.copy_(pairs)
+            stream.synchronize()
+        else:
+            impossible.copy_(pairs)
+        return float(seconds)
+
+
 @contextlib.contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
     """An error of memory says what needed it and what helps."""
@@ -4492,6 +4752,9 @@ def train(config: Config, runtime: Runtime) -> None:
     all_shapes = [shape for shape in shapes for _ in range(config.sequences_per_step)]
     check_pair(config)
     num_targets = check_data(config, all_shapes + unread * config.sequences_per_step)
+    finder = None
+    if config.canonical_mask:
+        finder = PairFinder(read_token_table(), config.padded_vocab_size)
     check_outputs(config, log, len(shapes))
     environment = describe_environment(runtime)
     tables = {"environment": environment, "config": config_as_text(config)}
@@ -4527,6 +4790,8 @@ def train(config: Config, runtime: Runtime) -> None:
     clock = Clock(runtime)
     progress = Progress(model, runtime, clock, schedule.end_step)
     clock.start()
+    if finder is not None:
+        finder.start()
     model.proposal.copy_(read_proposal(config))
     insert_shards(model, runtime)
     for step in range(schedule.end_step):
@@ -4534,9 +4799,12 @@ def train(config: Config, runtime: Runtime) -> None:
         progress.launched(step, loss)
 
         done = step + 1
-        if done == schedule.total_steps and unread:  # on the clock
-            choose_weights(trainer, next(batches), schedule.windows(step), log)
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
+            if finder is not None:
+                seconds, finder = finder.fill(model.impossible), None
+                log.line(f"found the impossible pairs of tokens in {seconds:.1f} s of training")
+            if done == schedule.total_steps and unread:  # on the clock
+                choose_weights(trainer, next(batches), schedule.windows(step), log)
             clock.stop()
             progress.report()
             windows = schedule.windows(step)

@@ -44,14 +44,21 @@ def same_numbers() -> None:
     torch.manual_seed(0)
 
 
-def exact_shares(q: Tensor, k: Tensor, sink: Tensor, batch: Batch, reach: int) -> Tensor:
-    """(2, T): of the target and of the sink, document by document."""
+def exact_shares(
+    q: Tensor, k: Tensor, sink: Tensor, batch: Batch, reach: int, mask: Tensor | None = None
+) -> Tensor:
+    """(2, T): of the target and of the sink, document by document. mask: (vocab, vocab) bool, what
+    cannot follow each token."""
     shares = []
     for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:]):
         distance = torch.arange(end - begin, device=q.device)
         distance = distance[:, None] - distance[None, :]
         own = slice(begin, end)
-        scores = (q[own] @ k[own].T).masked_fill((distance <= 0) | (distance > reach), -math.inf)
+        unseen = (distance <= 0) | (distance > reach)
+        if mask is not None:
+            of_document = batch.tokens[own].long()
+            unseen |= mask[of_document][:, of_document]
+        scores = (q[own] @ k[own].T).masked_fill(unseen, -math.inf)
         scores = torch.cat([scores, (q[own] @ sink)[:, None]], 1) / math.sqrt(q.size(1))
         attention = scores.softmax(1)
         hits = batch.tokens[own][None, :] == batch.targets[own][:, None]
@@ -117,6 +124,46 @@ def test_shares_and_their_gradients(monkeypatch, kernels, documents, ids, reach,
     if ids == 1:
         scored = targets >= 0
         torch.testing.assert_close(shares[0, scored], 1 - shares[1, scored])
+
+
+def random_mask(vocab: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What cannot follow each token, (vocab, vocab) bool, and the same in bits. The last token, the
+    copy entry, always can."""
+    mask = np.random.default_rng(seed).random((vocab, vocab)) < 0.4
+    mask[:, -1] = False
+    bits = np.packbits(mask, axis=1, bitorder="little")
+    return torch.from_numpy(mask).to(DEVICE), torch.from_numpy(bits).to(DEVICE)
+
+
+@by_kernels
+@pytest.mark.parametrize(
+    ("documents", "ids", "reach", "dim"),
+    cases(
+        [("several", 30, 65, 16), ("short", 2, 1000, 16), ("whole tiles", 1, 1000, 16)],
+        [([2048, 1, 900, 1147] * 4, 50, 2048, POINTER_DIM)],
+    ),
+)
+def test_shares_of_what_can_follow(monkeypatch, kernels, documents, ids, reach, dim):
+    """Keys whose token cannot follow are not seen; with one token that cannot follow itself the
+    sink is all that is."""
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
+    lengths = LENGTHS[documents] if isinstance(documents, str) else documents
+    batch = on_device(random_batch(1, lengths, num_ids=ids))
+    batch = batch._replace(tokens=batch.tokens % START_TOKEN, targets=batch.targets % START_TOKEN)
+    mask, bits = random_mask(64, 0)
+    mask[0, 0], bits[0, 0] = True, bits[0, 0] | 1
+    count, dtype = len(batch.tokens), torch.bfloat16 if GPU else torch.float32
+    q, k = (2 * rms_norm(torch.randn(count, 2, dim, device=DEVICE))).to(dtype).unbind(1)
+    sink = torch.randn(dim, device=DEVICE)
+    inputs = q, k, sink, batch.tokens, batch.targets, *document_bounds(batch.cu_seqlens, count)
+    found = torch.stack(pointer_shares(*inputs, reach, bits))
+    exact = exact_shares(q.double(), k.double(), sink.double(), batch, reach, mask)
+    assert relative_error(found, exact) < (1e-2 if GPU else 1e-6)
+    without = torch.stack(pointer_shares(*inputs, reach))
+    impossible = mask[batch.tokens.long(), batch.targets]
+    assert (found[0, impossible] == 0).all()
+    assert ids > 1 or (found[1] == 1).all()
+    assert (found[1] >= without[1] - 1e-6).all() and (found[1] > without[1] + 0.01).any()
 
 
 # The mixture -------------------------------------------------------------------------------------
@@ -210,20 +257,34 @@ def test_a_pointer_to_the_sink_alone_leaves_the_other_entries(monkeypatch, kerne
         assert relative_error(value, expected) < 1e-5
 
 
-def test_the_mixture_of_all_tokens_sums_to_one(runtime):
-    """By the loss of each of them, and as GPT.probabilities has them."""
-    config = tiny_config(vocab_size=127, pointer=True)
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "canonical mask"])
+def test_the_mixture_of_all_tokens_sums_to_one(runtime, masked):
+    """By the loss of each of them, and as GPT.probabilities has them. With the mask they are those
+    that can follow."""
+    config = tiny_config(vocab_size=127, pointer=True, canonical_mask=masked)
     model, batch = trained_like(config, runtime), random_batch(1, [9, 14], num_ids=20)
     batch = batch._replace(tokens=batch.tokens % 127, targets=batch.targets % 127)
+    zero = torch.zeros(128, 128, dtype=torch.bool)
+    zero[:, 127] = True
+    if masked:
+        mask, bits = random_mask(128, 1)
+        zero |= mask.cpu()
+        model.impossible.copy_(bits)
     for position in (0, 5, 9, 22):
         own = slice(position, position + 1)
         p = model.probabilities(batch, WINDOWS, own)[0].detach()
-        assert p.sum().item() == pytest.approx(1, abs=1e-5) and p[127] == 0
+        assert p.sum().item() == pytest.approx(1, abs=1e-5)
+        assert torch.equal(p == 0, zero[batch.tokens[position]])
         for token in range(127):
             targets = torch.full_like(batch.targets, IGNORED_TARGET)
             targets[position] = token
             loss = model.validation_loss(batch._replace(targets=targets), WINDOWS)
             assert -loss.item() == pytest.approx(p[token].log().item(), abs=1e-4)
+
+
+def test_probabilities_without_the_pointer(runtime):
+    batch = random_batch(1, [9, 14], num_ids=20)
+    batch = batch._replace(tokens=batch.tokens % 127, targets=batch.targets % 127)
     plain = trained_like(tiny_config(vocab_size=127), runtime)
     p = plain.probabilities(batch, WINDOWS, slice(None)).detach()
     losses = -p.gather(1, batch.targets[:, None]).log()
@@ -435,6 +496,7 @@ PLANTED = {
     "the sink left out": ("pointer", "(TILE,), 1.0, tl.float32)", "(TILE,), 0.0, tl.float32)"),
     "the gradient's mean": ("pointer", "d_target, 0.0) - mean)", "d_target, 0.0) - 0 * mean)"),
     "a query left out": ("pointer", "in range(begin, tl.min", "in range(begin + 8, tl.min"),
+    "impossible keys": ("pointer", "visible &= (bits & 1) == 0", "visible &= (bits & 2) == 0"),
     "the copy entry": ("head and loss", "copy * to_target + p * odds", "0 * to_target + p * odds"),
     "the gradient of shares": ("head and loss", "-by_mixture * copy", "by_mixture * copy"),
 }  # fmt: skip
@@ -442,7 +504,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("fault", [None, *PLANTED])
 def test_self_check_names_a_wrong_kernel(tmp_path, monkeypatch, fault):
-    small = partial(test_self_check.small_config, pointer=True)
+    small = partial(test_self_check.small_config, pointer=True, canonical_mask=True)
     monkeypatch.setattr(test_self_check, "small_config", small)
     names, text = ["pointer", "head and loss"], test_self_check.SOURCE
     if fault is not None:

@@ -1,33 +1,50 @@
 """GPT-2's tokens: the table in data/, and what training makes of it: classes of tokens for hashed
-n-grams."""
+n-grams, and the pairs of tokens that validation leaves out."""
 
+import hashlib
 import importlib
+import itertools
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 import torch
 from conftest import ROOT, cpu_runtime, random_batch, tiny_config, trained_like, write_shard
 from test_check import check
 from test_train import command, environment, log_of, read_shard, run, write_data
+from torch import Tensor
 
 import train_gpt
 from train_gpt import (
+    FIRST_KINDS,
+    SEAMS,
     START_TOKEN,
+    PairFinder,
     TokenTable,
     Trainer,
     UserError,
     Windows,
+    check_config,
+    expand,
+    impossible_pairs,
+    next_token_loss,
     ngram_hash,
     normalized_text,
+    pieces_at_edge,
     read_token_table,
     token_classes,
+    token_edges,
     validate,
 )
 
@@ -51,8 +68,8 @@ def table_tool() -> ModuleType:
     return importlib.import_module("token_table")
 
 
-def gpt2() -> tiktoken.Encoding:
-    """GPT-2's tokenizer, where its vocabulary is at hand."""
+def downloaded_gpt2() -> tiktoken.Encoding:
+    """GPT-2's tokenizer by tiktoken, where its vocabulary is at hand."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary")
     try:
@@ -75,7 +92,7 @@ def test_table_has_tokens_known_by_heart(table):
 
 
 def test_table_is_that_of_tiktoken(table, table_tool, tmp_path, capsys):
-    encoding = gpt2()
+    encoding = downloaded_gpt2()
     assert table.tokens == [encoding.decode_single_token_bytes(i) for i in range(START_TOKEN)]
     assert table_tool.main([str(tmp_path / "fresh")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'fresh'}: 50000 merges of 256 bytes\n"
@@ -393,3 +410,371 @@ def test_run_without_the_table_ends_in_one_line(tmp_path):
     lines = [line for line in result.stderr.splitlines() if line]
     assert len(lines) == 1
     assert lines[0].startswith("error: data/gpt2_tokens.npz: cannot be read (No such file")
+
+
+# Impossible pairs --------------------------------------------------------------------------------
+
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture(scope="module")
+def gpt2(table) -> tiktoken.Encoding:
+    """GPT-2's tokenizer, made of the table, which test_table_is_that_of_tiktoken judges."""
+    ranks = {token: i for i, token in enumerate(table.tokens)}
+    special = {"<|endoftext|>": START_TOKEN}
+    return tiktoken.Encoding("g", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+@pytest.fixture(scope="module")
+def pairs(table) -> np.ndarray:
+    return impossible_pairs(table, 50_304)
+
+
+@pytest.fixture(scope="module")
+def kinds(table) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The tokens by their first character, a column of SEAMS, and by their last one, a row."""
+    first, last = zip(*map(token_edges, table.tokens))
+    by_first = {kind: np.flatnonzero(np.array(first) == kind) for kind in FIRST_KINDS}
+    return by_first, {kind: np.flatnonzero(np.array(last) == kind) for kind in SEAMS}
+
+
+def is_impossible(pairs: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return pairs[first, second // 8] >> (second % 8).astype(np.uint8) & 1 > 0
+
+
+def is_impossible_text(pairs: np.ndarray, tokens: list[int]) -> list[tuple[int, int]]:
+    """The impossible pairs in it."""
+    array = np.array(tokens)
+    found = is_impossible(pairs, array[:-1], array[1:])
+    return [*zip(array[:-1][found].tolist(), array[1:][found].tolist())]
+
+
+def texts() -> dict[str, list[str]]:
+    """Of many kinds."""
+    sys.path.insert(0, str(ROOT / "data"))
+    sample = importlib.import_module("sample")
+    library = Path(os.__file__).parent
+    random = np.random.default_rng(0)
+    marks = [
+        "'",
+        "'s",
+        "'re",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        ".",
+        "...",
+        "-",
+        '"',
+        "\xa0",
+        "(",
+        "''",
+    ]
+    words = ["it", "It", "S", "s", "they", "42", "é", "½", "日本", "e\u0301", "LL", "\u2019s", "ve"]
+    pieces = np.array(marks + words)
+    alphabets = [(0, 0x80), (0, 0x250), (0x20, 0x3000), (0x1F300, 0x1FA00), (0x4E00, 0x9000)]
+    alphabets.append((0xE000, 0x110000))
+    return {
+        "prose": sample.topics(),
+        "code": [path.read_text("utf-8") for path in sorted(library.glob("*.py"))],
+        "pieces": ["".join(random.choice(pieces, 200)) for _ in range(1000)],
+        "characters": [
+            "".join(map(chr, random.integers(begin, end, 300)))
+            for begin, end in alphabets
+            for _ in range(100)
+        ],
+        "mixed characters": [
+            "".join(
+                chr(random.integers(*alphabets[random.integers(len(alphabets))])) for _ in "x" * 99
+            )
+            for _ in range(500)
+        ],
+    }
+
+
+@pytest.mark.parametrize("kind", ["prose", "code", "pieces", "characters", "mixed characters"])
+def test_no_text_has_an_impossible_pair(pairs, gpt2, kind):
+    count = 0
+    for text in texts()[kind]:
+        tokens = gpt2.encode_ordinary(text)
+        assert not is_impossible_text(pairs, [START_TOKEN, *tokens, START_TOKEN])
+        count += len(tokens)
+    assert count > 50_000
+
+
+def test_no_text_of_random_tokens_has_an_impossible_pair(pairs, gpt2, table):
+    """Their bytes, as far as they are text, cut anew, in which most tokens are rare ones."""
+    random, seen = np.random.default_rng(1), set()
+    for _ in range(2000):
+        drawn = b"".join(table.tokens[i] for i in random.integers(0, START_TOKEN, 100))
+        tokens = gpt2.encode_ordinary(drawn.decode(errors="ignore"))
+        assert not is_impossible_text(pairs, tokens)
+        seen.update(tokens)
+    assert len(seen) > 45_000
+
+
+@pytest.mark.parametrize(
+    ("last", "first"),
+    [
+        (last, first)
+        for last, row in SEAMS.items()
+        for first, seam in zip(FIRST_KINDS, row)
+        if seam == "+"
+    ],
+)
+def test_inside_of_pre_tokens_merges_decide(pairs, gpt2, table, kinds, last, first):
+    """A pair is impossible if, and only if, its bytes are cut in another way."""
+    random = np.random.default_rng(2)
+    before, behind = kinds[1][last], kinds[0][first]
+    before, behind = random.choice(before, 3000), random.choice(behind, 3000)
+    found = is_impossible(pairs, before, behind)
+    for a, b, impossible in zip(before.tolist(), behind.tolist(), found.tolist()):
+        tokens = gpt2._encode_single_piece(table.tokens[a] + table.tokens[b])
+        assert (tokens != [a, b]) == impossible, (table.tokens[a], table.tokens[b])
+    assert 10 < found.sum() < 3000
+
+
+def test_frequent_pairs_known_by_heart(pairs, table):
+    ids = {token.decode(errors="replace"): i for i, token in enumerate(table.tokens)}
+
+    def impossible(first: str, second: str) -> bool:
+        return bool(is_impossible(pairs, np.array(ids[first]), np.array(ids[second])))
+
+    never = [
+        ("th", "e"),
+        (" ", "the"),
+        ("!", "'s"),
+        (" ", "'s"),
+        ("1", "2"),
+        ("a", "b"),
+        (".", "."),
+    ]
+    may = [("it", "'s"), ("'s", "t"), ("\n", "\n"), (" ", " the"), ("\n", "The"), (" the", " cat")]
+    may += [("'", "s"), ("1", "st"), (".", "The"), ("\n", "'s"), ("the", "the")]
+    assert [pair for pair in never if not impossible(*pair)] == []
+    assert [pair for pair in may if impossible(*pair)] == []
+
+
+def contexts(text: str) -> Iterator[str]:
+    for before in ("", " ", "a", "1", "!", "'", "\n", "é", " '"):
+        for behind in ("", " ", "a", "1", "!", "'s", "\n", "é"):
+            yield before + text + behind
+
+
+def test_border_of_pre_tokens_is_nowhere_where_none_can_be(gpt2, table, kinds):
+    """Wherever two tokens that are text stand behind one another, the pattern finds a border at
+    their seam only if SEAMS has a ? for it; if it has a - it never cuts tokens like that."""
+    random, borders = np.random.default_rng(3), 0
+    for last, row in SEAMS.items():
+        for first, seam in zip(FIRST_KINDS, row):
+            if last in ("open", "unknown") or first == "inside":
+                continue
+            for _ in range(40):
+                a, b = random.choice(kinds[1][last]), random.choice(kinds[0][first])
+                try:
+                    before, behind = (table.tokens[i].decode() for i in (a, b))
+                except UnicodeDecodeError:
+                    continue
+                for text in contexts(before + behind):
+                    at = text.index(before + behind) + len(before)
+                    border = at in {end for *_, end in pre_tokens(text)}
+                    tokens = gpt2.encode_ordinary(text)
+                    together = (a, b) in itertools.pairwise(tokens)
+                    assert not (border and together and seam != "?"), (before, behind, text)
+                    assert not (together and seam == "-"), (before, behind, text)
+                    borders += border
+    assert borders > 10_000
+
+
+def pre_tokens(text: str) -> list[tuple[int, int]]:
+    return [match.span() for match in regex.finditer(PATTERN, text)]
+
+
+def test_everything_may_stand_around_the_start_token(pairs):
+    """And nothing is said of the padding of the tables; else some part is left out everywhere."""
+    assert not pairs[START_TOKEN:].any()
+    unpacked = np.unpackbits(pairs[:START_TOKEN:50], axis=1, bitorder="little")
+    assert not unpacked[:, START_TOKEN:].any()
+    assert 0.03 < unpacked.mean() < 0.04
+
+
+def test_pairs_are_the_same_in_every_process(pairs):
+    code = "import hashlib, train_gpt as t\n"
+    code += "pairs = t.impossible_pairs(t.read_token_table(), 50_304)\n"
+    code += "print(hashlib.sha256(pairs).hexdigest())"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment() | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert other.stdout.strip() == hashlib.sha256(pairs).hexdigest()
+
+
+def test_pieces_at_edge_and_expand():
+    """Token 3 is 1 2, token 4 is 0 3."""
+    left, right = np.array([-1, -1, -1, 1, 0]), np.array([-1, -1, -1, 2, 3])
+    found = {(*map(int, row),) for row in zip(*pieces_at_edge(right))}
+    whole = {(i, i, 5) for i in range(5)}
+    assert found == whole | {(3, 2, 3), (4, 3, 4), (4, 2, 3)}
+    assert {(*map(int, row),) for row in zip(*pieces_at_edge(left))} == whole | {
+        (3, 1, 3),
+        (4, 0, 4),
+    }
+    numbers, which = expand(np.array([3, 9, 7]), np.array([5, 9, 8]))
+    assert (numbers.tolist(), which.tolist()) == ([3, 4, 7], [0, 0, 2])
+
+
+# In the loss -------------------------------------------------------------------------------------
+
+
+def test_finder_works_in_another_process(table, pairs):
+    finder = PairFinder(table, 50_304)
+    finder.start()
+    found = torch.ones(50_304, 6288, dtype=torch.uint8)
+    assert 0.1 < finder.fill(found) < 60
+    assert np.array_equal(found.numpy(), pairs)
+    with pytest.raises(ChildProcessError):  # nobody is left to wait for
+        os.waitpid(finder.process, 0)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_finder_that_was_ended(table, started):
+    finder = PairFinder(table, 50_304)
+    if started:
+        finder.start()
+    os.kill(finder.process, signal.SIGKILL)
+    time.sleep(0.2)
+    finder.start()
+    found = torch.zeros(50_304, 6288, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"was ended: free some memory, or pass --canonical_mask f"):
+        finder.fill(found)
+
+
+def test_finder_ends_with_whoever_made_it(table):
+    """Without a start, and without a signal."""
+    finder = PairFinder(table, 50_304)
+    process = finder.process
+    assert os.waitpid(process, os.WNOHANG) == (0, 0)
+    del finder
+    until = time.monotonic() + 20
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def random_mask(vocab: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(vocab, vocab) bool, and packed; the first token may always follow."""
+    mask = torch.rand(vocab, vocab, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[:, 0] = False
+    return mask, torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+
+
+def test_masked_loss_is_that_of_the_definition():
+    """Over more tokens than are computed at once, some without a target."""
+    mask, packed = random_mask(64, 0)
+    generator = torch.Generator().manual_seed(1)
+    x, head = (torch.randn(n, 16, generator=generator) for n in (4100, 64))
+    tokens = torch.randint(64, (4100,), generator=generator, dtype=torch.int32)
+    targets = torch.multinomial((~mask[tokens.long()]).float(), 1, generator=generator)[:, 0]
+    targets[::7] = train_gpt.IGNORED_TARGET
+    logits = train_gpt.softcap(x.double() @ head.mT.double())
+    logits[mask[tokens.long()]] = -torch.inf
+    losses = -logits.log_softmax(1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    expected = losses[targets >= 0].sum()
+    found = next_token_loss(x, head, targets, tokens, packed)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert found < next_token_loss(x, head, targets, tokens, None) - 100
+    assert torch.equal(
+        next_token_loss(x, head, targets, tokens, torch.zeros_like(packed)),
+        next_token_loss(x, head, targets),
+    )
+
+
+def test_probabilities_of_what_can_follow_sum_to_one():
+    mask, packed = random_mask(64, 2)
+    generator = torch.Generator().manual_seed(3)
+    x, head = (torch.randn(n, 16, generator=generator) for n in (1, 64))
+    for token in range(0, 64, 5):
+        tokens = torch.tensor([token], dtype=torch.int32)
+        losses = [next_token_loss(x, head, torch.tensor([t]), tokens, packed) for t in range(64)]
+        losses = torch.stack(losses)
+        assert torch.equal(losses.isinf(), mask[token]) and 10 < mask[token].sum() < 50
+        assert (-losses).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_model_leaves_out_impossible_tokens(runtime, pairs):
+    """Whichever token is the target; without the option it is as it was."""
+    plain, masked = (trained_like(tiny_config(canonical_mask=on), runtime) for on in (False, True))
+    assert plain.impossible is None and {*plain.state_dict()} == {*masked.state_dict()}
+    batch, windows = random_batch(7, [64]), Windows(8, 24)
+    assert torch.equal(*(m.validation_loss(batch, windows) for m in (plain, masked)))
+    masked.impossible.copy_(torch.from_numpy(pairs))
+    with torch.no_grad():
+        logits = train_gpt.softcap(masked.hidden(batch, windows) @ masked.head.mT)
+        left_out = np.unpackbits(pairs[batch.tokens.numpy()], axis=1, bitorder="little")
+        logits[torch.from_numpy(left_out) > 0] = -torch.inf
+        for shift in (0, 1, 2, 3):
+            targets = logits.topk(4).indices[:, shift]
+            found = masked.validation_loss(batch._replace(targets=targets), windows)
+            expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            torch.testing.assert_close(found, expected)
+            assert found < plain.validation_loss(batch._replace(targets=targets), windows)
+
+
+def test_mask_is_for_gpt2s_vocabulary_alone():
+    check_config(tiny_config(canonical_mask=True), 1)
+    message = "--canonical_mask true is for the 50257 tokens of GPT-2, not for --vocab_size 50300: "
+    with pytest.raises(UserError, match=message):
+        check_config(tiny_config(canonical_mask=True, vocab_size=50_300), 1)
+
+
+def write_texts(folder: Path, gpt2: tiktoken.Encoding) -> Path:
+    """Shards of tokenized prose."""
+    folder.mkdir()
+    tokens = []
+    for text in texts()["prose"]:
+        tokens += [START_TOKEN, *gpt2.encode_ordinary(text[:300])]
+    write_shard(folder / "val.bin", tokens[:1001])
+    write_shard(folder / "train_0.bin", tokens[1001:9001])
+    return folder
+
+
+def test_run_with_the_mask(tmp_path, gpt2, pairs):
+    """The rest of the run is the same; on two ranks the loss is that of one."""
+    losses, trained = {}, {}
+    for name, ranks, on in (("plain", 1, "false"), ("one", 1, "true"), ("two", 2, "true")):
+        folder = write_texts(tmp_path / name, gpt2)
+        result = run(folder, ranks, canonical_mask=on, stop_step=3, val_every=2)
+        assert result.returncode == 0, result.stderr
+        text, record = log_of(folder)
+        found = r"\nfound the impossible pairs of tokens in \d+\.\d s of training\n"
+        assert len(re.findall(found, text)) == (on == "true")
+        losses[name] = [row["val_loss"] for row in record["validations"]]
+        trained[name] = [row["train_loss"] for row in record["steps"]]
+    assert trained["plain"] == trained["one"]
+    for plain, one, two in zip(*losses.values(), strict=True):
+        assert plain - 0.1 < one < plain - 0.01  # an untrained model: all tokens are as likely
+        assert two == pytest.approx(one, abs=2e-3)
+
+
+def test_text_of_another_tokenizer_ends_in_one_line(tmp_path):
+    """Letters as byte tokens, which GPT-2's would have merged; the message names the first pair."""
+    folder = write_data(tmp_path)
+    result = run(folder, canonical_mask="true", stop_step=2, val_every=0)
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if line and "step" not in line]
+    tokens = read_shard(folder / "val.bin")
+    assert len(lines) == 1
+    found = re.fullmatch(
+        rf"error: {folder}/val.bin: token (\d+) and behind it (\d+), at position (\d+), are no "
+        r"tokens that .*: tokenize it by data/tokenize_text.py, or pass --canonical_mask false",
+        lines[0],
+    )
+    first, second, position = map(int, found.groups())
+    assert [first, second] == tokens[position : position + 2].tolist()
