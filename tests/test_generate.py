@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, cpu_runtime, tiny_config
 from test_train import BYTE_TO_ID, environment, load, run, write_data
 
 import train_gpt
-from train_gpt import START_TOKEN, Batch, Windows
+from train_gpt import START_TOKEN, Batch, Windows, config_as_text
 
 sys.path.insert(0, str(ROOT / "tools"))
 import generate as tool
@@ -111,14 +111,14 @@ class Model:
     and then the ids from 0 on, each 1 less than the one before. Notes what it is given."""
 
     def __init__(self, config: train_gpt.Config, favourite: int):
-        self.head = torch.zeros(config.padded_vocab_size, 1)
-        self.head[:4, 0] = torch.tensor([4.0, 3.0, 2.0, 1.0])
-        self.head[favourite] = 20.0
+        self.logits = torch.zeros(config.padded_vocab_size)
+        self.logits[:4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+        self.logits[favourite] = 20.0
         self.given: list[list[int]] = []
 
-    def hidden(self, batch: Batch, windows: Windows) -> torch.Tensor:
+    def probabilities(self, batch: Batch, windows: Windows, positions: slice) -> torch.Tensor:
         self.given.append(batch.tokens.tolist())
-        return torch.ones(len(batch.tokens), 1)
+        return self.logits.softmax(0).expand(len(batch.tokens), -1)[positions]
 
 
 @pytest.fixture
@@ -154,6 +154,25 @@ def test_a_long_text_keeps_its_end(rigged):
     model, tokens = rigged("abcdefghijklmnopqrstuvwxyz", 7, 3, 0)
     assert tokens[-3:] == [7, 7, 7] and len(tokens) == 29
     assert model.given == [tokens[-19:-3], tokens[-18:-2], tokens[-17:-1]]
+
+
+@pytest.mark.parametrize(
+    ("pointer", "mask", "expected"),
+    [(False, False, "!!!!"), (True, False, "...."), (True, True, "a.a.")],
+)
+def test_pointer_and_mask_take_part(tmp_path, pointer, mask, expected):
+    """With all weights zero the logits are alike, and the pointer's shares of earlier tokens too.
+    So the first token is likeliest; with the pointer the most frequent one of the text; with the
+    mask too no "." behind another, which would be the token "..".
+    """
+    vocab = START_TOKEN + 1
+    config = tiny_config(pointer=pointer, canonical_mask=mask, vocab_size=vocab)
+    weights = train_gpt.GPT(config, cpu_runtime()).state_dict()
+    saved = {"config": config_as_text(config), "byte_tokens": True}
+    saved["weights"] = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    torch.save(saved, tmp_path / "model.pt")
+    text = tool.continue_text(train_gpt, str(tmp_path / "model.pt"), "a...a.", 4, 0, seed=1)
+    assert text == "a...a." + expected
 
 
 def test_a_documents_end_stops_it(rigged):

@@ -262,6 +262,7 @@ def test_operators_of_an_inner_range_are_cut_out_of_those_around():
         ("hashing", "hashing"),
         ("lookups", "lookups"),
         ("candidates", "candidates"),
+        ("pointer", "pointer"),
         ("matches", "matches"),
         ("update mlp_bank", "optimizer"),
         ("optimizer", "optimizer"),
@@ -272,6 +273,13 @@ def test_operators_of_an_inner_range_are_cut_out_of_those_around():
 def test_a_compiled_kernel_counts_as_its_range(range_name, group):
     assert profiler.group_of(FUSED, range_name) == group
     assert profiler.group_of("ncclDevKernel_AllGather", range_name) == "communication"
+
+
+@pytest.mark.parametrize(
+    "kernel", ["_mixture_kernel", "_pointer_queries_kernel", "_pointer_keys_kernel", "_lse_kernel"]
+)
+def test_kernels_of_the_head_outside_of_a_range_of_their_own(kernel):
+    assert profiler.group_of(kernel, "backward") == profiler.group_of(kernel, "forward") == "head"
 
 
 # Ranges of train_gpt.py ---------------------------------------------------------------------------
@@ -302,10 +310,10 @@ def test_ranges_are_recorded_for_a_profiler_alone():
 
 
 def test_a_profile_of_real_steps_names_what_they_do(tmp_path):
-    """Two passes of two sequences a step, with candidates and lookups, on the CPU. The step that
-    counts is the second, an odd one, with every update."""
+    """Two passes of two sequences a step, with candidates, lookups and the pointer, on the CPU. The
+    step that counts is the second, an odd one, with every update."""
     stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 300),)
-    changes = {"stages": stages, "match_orders": (2, 3), "match_slots": 2**10}
+    changes = {"stages": stages, "match_orders": (2, 3), "match_slots": 2**10, "pointer": True}
     config, runtime = tiny_config(**changes, tokens_per_pass=128), cpu_runtime()
     trainer, random = Trainer(GPT(config, runtime), runtime), np.random.default_rng(0)
     assert profiler.eager_trace(trainer, None, 0) is None  # no graphs
@@ -342,7 +350,7 @@ def test_a_profile_of_replayed_graphs_leaves_nothing_unassigned(tmp_path):
     config = Config(
         stages=(stage,), extension=(stage,), num_steps=4, extension_steps=0, sequences_per_step=2,
         tokens_per_pass=2048, ngram_rows=2**12, match_orders=(2, 3), match_slots=2**12,
-        layers=TINY_LAYERS, val_sequence_tokens=2048,
+        layers=TINY_LAYERS, val_sequence_tokens=2048, pointer=True,
     )  # fmt: skip
     runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
     trainer, random = Trainer(GPT(config, runtime), runtime), np.random.default_rng(0)
@@ -356,8 +364,8 @@ def test_a_profile_of_replayed_graphs_leaves_nothing_unassigned(tmp_path):
 
     times, line = profiler.profile(step, 2, runtime.device, tmp_path / "trace.json.gz", eager)
     assert line == "" and times["unassigned"] == (0, 0)
-    wanted = "hashing", "lookups", "candidates", "attention", "head", "matmuls", "matches"
-    for name in (*wanted, "optimizer", *(["fp8 refresh"] if trainer.model.fp8 else [])):
+    wanted = "hashing", "lookups", "candidates", "pointer", "attention", "head", "matmuls"
+    for name in (*wanted, "matches", "optimizer", *(["fp8 refresh"] if trainer.model.fp8 else [])):
         assert times[name][0] > 0, name
     assert all(times[name][0] > 0 for name in (*profiler.PASS, *profiler.UPDATES))
 

@@ -3,8 +3,9 @@
 The script's validate() is given small files of tokens, and its GPT, with random numbers for all
 that it learns, the rows that validate() makes of them. The loss of one position is that of a row
 whose other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
-validation files. What looks up matches in what was read is judged with and without them. One line a
-check; exit code 1 when one fails or the script cannot be judged.
+validation files. What predicts by other means than the layers, such as matches in what was read,
+the pointer and the canonical mask, is judged with and without it. One line a check; exit code 1
+when one fails or the script cannot be judged.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -45,7 +47,10 @@ SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
 RENAMED = {"rows_per_step": "sequences_per_step", "val_row_tokens": "val_sequence_tokens"}
 RENAMED |= {"tokens_per_draw": "tokens_per_sampling"}
 GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
-MATCHING = {"match_orders": (2, 3), "match_slots": 2**12}  # of scripts that have match tables
+# Judged with these too, as far as a script has them: what predicts, or chooses weights, by other
+# means than the layers.
+EXTRAS = {"match_orders": (2, 3), "match_slots": 2**12, "pointer": True, "canonical_mask": True}
+EXTRAS |= {"average_shares": (0.5,)}
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
 
@@ -95,9 +100,37 @@ def longest_sequence(config: object) -> int:
     return getattr(config, name) if hasattr(config, name) else config.val_row_tokens
 
 
-def with_matching(script: ModuleType) -> list[dict]:
-    """Changes of the config that a script is judged with: none, and match tables if it has them."""
-    return [{}, MATCHING] if MATCHING.keys() <= field_names(script) else [{}]
+def variants(script: ModuleType) -> list[dict]:
+    """Changes of the config that a script is judged with: none, and those of EXTRAS that it has."""
+    extras = {name: value for name, value in EXTRAS.items() if name in field_names(script)}
+    return [{}, extras] if extras else [{}]
+
+
+@functools.cache
+def impossible_pairs(script: ModuleType) -> Tensor:
+    """Of tokens, in bits, as a script with the canonical mask finds them in training."""
+    try:
+        table = script.read_token_table()
+    except script.UserError as error:
+        raise Unjudgeable(str(error)) from None
+    return torch.from_numpy(script.impossible_pairs(table, script.Config().padded_vocab_size))
+
+
+def fill_mask(script: ModuleType, model: torch.nn.Module) -> None:
+    """Of a model with the canonical mask, which is neither learned nor in a checkpoint."""
+    if getattr(model, "impossible", None) is not None:
+        rows, row_bytes = model.impossible.shape
+        model.impossible.copy_(impossible_pairs(script)[:rows, :row_bytes])
+
+
+@functools.cache
+def free_tokens(script: ModuleType) -> np.ndarray:
+    """Tokens any of which can follow any other: all, or words of the canonical mask's table, each
+    with a blank before it."""
+    if "canonical_mask" not in field_names(script):
+        return np.arange(script.START_TOKEN)
+    tokens = script.read_token_table().tokens
+    return np.array([i for i, token in enumerate(tokens) if re.fullmatch(rb" [A-Za-z]+", token)])
 
 
 def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: int = 1):
@@ -141,6 +174,7 @@ def load_checkpoint(script: ModuleType, path: str, device: str):
         tensor[:rows] = found[:rows]
     if hasattr(model, "tied"):  # scripts of older records part embedding and head
         model.tied = False  # a checkpoint has both matrices
+    fill_mask(script, model)
     return model, config, byte_tokens
 
 
@@ -220,6 +254,7 @@ class Judge:
                     weights.add_(0.2 * noise)
         if hasattr(self.model, "tied"):
             self.model.tied = False
+        fill_mask(script, self.model)
 
     def validate(
         self, tokens: np.ndarray, num_targets: int, rank: int = 0, world_size: int = 1, **options
@@ -245,7 +280,7 @@ class Judge:
 
 
 def random_tokens(script: ModuleType, seed: int, count: int) -> np.ndarray:
-    tokens = np.random.default_rng(seed).integers(0, script.START_TOKEN, count)
+    tokens = np.random.default_rng(seed).choice(free_tokens(script), count)
     tokens[[start for start in DOCUMENTS if start < count]] = script.START_TOKEN
     return tokens
 
@@ -281,32 +316,34 @@ def check_coverage(script: ModuleType, folder: Path) -> str:
 
 def check_mean(script: ModuleType, folder: Path) -> str:
     """What validate() returns is the mean of the losses of the single targets."""
-    judge, num_targets = Judge(script, folder), ROW + 13
+    num_targets = ROW + 13
     tokens = random_tokens(script, 1, num_targets + 1)
-    loss, probe = judge.validate(tokens, num_targets)
-    mean = sum(judge.single_losses(probe.rows, num_targets)) / num_targets
-    seen = f"validate() gives {loss:.6f}, the mean of the single losses is {mean:.6f}"
-    require(abs(loss - mean) < TOLERANCE, seen)
-    for ranks in (2, 4, 8):  # each gives its share of the sum
-        loss = sum(judge.validate(tokens, num_targets, rank, ranks)[0] for rank in range(ranks))
-        require(abs(loss - mean) < TOLERANCE, f"{ranks} ranks: {seen}, theirs {loss:.6f}")
+    for changes in variants(script):
+        judge = Judge(script, folder, **changes)
+        loss, probe = judge.validate(tokens, num_targets)
+        mean = sum(judge.single_losses(probe.rows, num_targets)) / num_targets
+        seen = f"validate() gives {loss:.6f}, the mean of the single losses is {mean:.6f}"
+        require(abs(loss - mean) < TOLERANCE, seen)
+        for ranks in (2, 4, 8):  # each gives its share of the sum
+            loss = sum(judge.validate(tokens, num_targets, rank, ranks)[0] for rank in range(ranks))
+            require(abs(loss - mean) < TOLERANCE, f"{ranks} ranks: {seen}, theirs {loss:.6f}")
     return f"{seen}, on 1, 2, 4 and 8 ranks"
 
 
 def check_causality(script: ModuleType, folder: Path) -> str:
     """Another token later in the file changes no earlier loss; some later one it does."""
-    worst, count = 0.0, 0
+    worst, count, free = 0.0, 0, free_tokens(script)
     # What has been scored may help with later rows, so whole validations. Contexts recur in a step,
     # each with a few tokens of its own; the other token is the one that tables would keep.
     step = ROWS * ROW
     num_targets = 2 * step
     tokens = np.random.default_rng(7).integers(0, 3, num_targets + 1)
-    tokens += 3 * (np.arange(num_targets + 1) // step)
-    for changes in with_matching(script):
+    tokens = free[tokens + 3 * (np.arange(num_targets + 1) // step)]
+    for changes in variants(script):
         judge = Judge(script, folder, **changes)
         for k in 14, step + 3, step + 110:
             changed = tokens.copy()
-            changed[k] = 9000
+            changed[k] = free[9000]
             before, after = (
                 judge.validate(text, num_targets, until=k)[1].losses for text in (tokens, changed)
             )
@@ -314,70 +351,86 @@ def check_causality(script: ModuleType, folder: Path) -> str:
                 moved = abs(after[row] - before[row]) / ROW
                 worst, count = max(worst, moved), count + 1
                 require(moved <= TOLERANCE, f"token {k} moved the loss of row {row} by {moved:.2g}")
-    judge, num_targets = Judge(script, folder), 2 * ROW
+    num_targets, other = 2 * ROW, free[7]
     tokens = random_tokens(script, 2, num_targets + 1)
-    rows = judge.validate(tokens, num_targets)[1].rows
-    before = judge.single_losses(rows, num_targets)
-    # within documents, at their starts (the token becomes another), and a start where none was
-    for k, token in (3, 7), (5, 7), (8, script.START_TOKEN), (11, 7), (15, 7), (20, 7), (24, 7):
-        changed = tokens.copy()
-        changed[k] = token
-        changed_rows = judge.validate(changed, num_targets)[1].rows
-        for t in sorted({*range(max(0, k - 5), k), 0, k // 2}):
-            row, target = changed_rows[t // ROW], int(rows[t // ROW].targets[t % ROW])
-            moved = abs(judge.score(row, {t % ROW: target}) - before[t])
-            worst, count = max(worst, moved), count + 1
-            seen = f"token {k} moved the loss of the prediction behind token {t} by {moved:.2g}"
-            require(moved <= TOLERANCE, seen)
-        own = judge.score(changed_rows[k // ROW], {k % ROW: int(tokens[k + 1])})
-        require(own != before[k], f"token {k} has no influence on the prediction behind it")
+    for changes in variants(script):
+        judge = Judge(script, folder, **changes)
+        rows = judge.validate(tokens, num_targets)[1].rows
+        before = judge.single_losses(rows, num_targets)
+        # within documents, at their starts (the token becomes another), and a start where none was
+        for k in 3, 5, 8, 11, 15, 20, 24:
+            changed = tokens.copy()
+            changed[k] = script.START_TOKEN if k == 8 else other
+            changed_rows = judge.validate(changed, num_targets)[1].rows
+            for t in sorted({*range(max(0, k - 5), k), 0, k // 2}):
+                row, target = changed_rows[t // ROW], int(rows[t // ROW].targets[t % ROW])
+                moved = abs(judge.score(row, {t % ROW: target}) - before[t])
+                worst, count = max(worst, moved), count + 1
+                seen = f"token {k} moved the loss of the prediction behind token {t} by {moved:.2g}"
+                require(moved <= TOLERANCE, seen)
+            own = judge.score(changed_rows[k // ROW], {k % ROW: int(tokens[k + 1])})
+            require(own != before[k], f"token {k} has no influence on the prediction behind it")
     return f"{count} earlier losses moved by at most {worst:.1g}"
 
 
 def check_targets(script: ModuleType, folder: Path) -> str:
     """A target matters for its own loss alone: losses of any targets add up."""
-    judge, rng = Judge(script, folder), np.random.default_rng(3)
-    row = judge.validate(random_tokens(script, 3, ROW + 1), ROW)[1].rows[0]
-    targets = dict(enumerate(rng.integers(0, script.START_TOKEN, ROW).tolist()))
-    single = {t: judge.score(row, {t: target}) for t, target in targets.items()}
-    whole, total = judge.score(row, targets), math.fsum(single.values())
-    worst = abs(whole - total) / ROW
-    for t in range(0, ROW - 1, 4):
-        pair = judge.score(row, {t: targets[t], t + 1: targets[t + 1]})
-        worst = max(worst, abs(pair - single[t] - single[t + 1]))
+    worst = 0.0
+    for changes in variants(script):
+        judge, rng = Judge(script, folder, **changes), np.random.default_rng(3)
+        row = judge.validate(random_tokens(script, 3, ROW + 1), ROW)[1].rows[0]
+        targets = dict(enumerate(rng.choice(free_tokens(script), ROW).tolist()))
+        single = {t: judge.score(row, {t: target}) for t, target in targets.items()}
+        whole, total = judge.score(row, targets), math.fsum(single.values())
+        worst = max(worst, abs(whole - total) / ROW)
+        for t in range(0, ROW - 1, 4):
+            pair = judge.score(row, {t: targets[t], t + 1: targets[t + 1]})
+            worst = max(worst, abs(pair - single[t] - single[t + 1]))
     seen = f"losses of random targets add up within {worst:.1g} a target"
     return require(worst <= 2 * TOLERANCE, seen)
 
 
 def check_normalisation(script: ModuleType, folder: Path) -> str:
-    """Probabilities sum to 1: with a vocabulary of 128 all of them, of the whole one a sample."""
-    tiny = script.PRESETS["tiny"]
-    judge, position = Judge(script, folder, vocab_size=128, layers=tiny.layers), 11
-    row = judge.validate(np.random.default_rng(4).integers(0, 128, ROW + 1), ROW)[1].rows[0]
-    total = sum(math.exp(-judge.score(row, {position: token})) for token in range(128))
-    require(abs(total - 1) < 1e-4, f"the probabilities of 128 tokens sum to {total:.6g}")
-    judge = Judge(script, folder, layers=tiny.layers)
-    row = judge.validate(random_tokens(script, 4, ROW + 1), ROW)[1].rows[0]
-    sample = np.random.default_rng(5).choice(tiny.vocab_size, 80, replace=False).tolist()
-    shares = [tiny.vocab_size * math.exp(-judge.score(row, {position: token})) for token in sample]
-    mean, error = float(np.mean(shares)), float(np.std(shares)) / math.sqrt(len(shares))
-    seen = f"sum {total:.6f}; of the whole vocabulary, from a sample, {mean:.2f} ± {error:.2f}"
-    return require(abs(mean - 1) < 5 * error, seen)
+    """Probabilities sum to 1: with a vocabulary of 128 all of them, of the whole one a sample. With
+    the canonical mask those are 0 that the table rules out behind the token of their position."""
+    tiny, position, seen = script.PRESETS["tiny"], 11, ""
+    for changes in variants(script):
+        size = 128 - changes.get("pointer", False)  # the 128th is its copy entry
+        judge = Judge(script, folder, **changes, vocab_size=size, layers=tiny.layers)
+        tokens = np.random.default_rng(4).integers(0, size, ROW + 1)
+        row = judge.validate(tokens, ROW, silent=True)[1].rows[0]
+        losses = [judge.score(row, {position: token}) for token in range(size)]
+        total = math.fsum(math.exp(-loss) for loss in losses)
+        require(abs(total - 1) < 1e-4, f"the probabilities of {size} tokens sum to {total:.6g}")
+        if changes.get("canonical_mask"):
+            bits = impossible_pairs(script)[tokens[position]].numpy()
+            ruled_out = np.unpackbits(bits, bitorder="little")[:size] > 0
+            wrong = int((np.isinf(losses) != ruled_out).sum())
+            require(wrong == 0, f"{wrong} of {size} tokens are masked otherwise than by the table")
+        judge = Judge(script, folder, **changes, layers=tiny.layers)
+        row = judge.validate(random_tokens(script, 4, ROW + 1), ROW)[1].rows[0]
+        sample = np.random.default_rng(5).choice(tiny.vocab_size, 80, replace=False).tolist()
+        losses = [judge.score(row, {position: token}) for token in sample]
+        shares = [tiny.vocab_size * math.exp(-loss) for loss in losses]
+        mean, error = float(np.mean(shares)), float(np.std(shares)) / math.sqrt(len(shares))
+        seen = f"sum {total:.6f}; of the whole vocabulary, from a sample, {mean:.2f} ± {error:.2f}"
+        require(abs(mean - 1) < 5 * error, seen)
+    return seen
 
 
 # Training -----------------------------------------------------------------------------------------
 
 
 def start_training(script: ModuleType, folder: Path) -> list[multiprocessing.Process]:
-    """Two runs of the script, with the validation files a.bin and b.bin; two more with matches."""
+    """Two runs of the script, with the validation files a.bin and b.bin; two more with EXTRAS."""
     rng = np.random.default_rng(6)
     for name in ("train", "a", "b"):
-        tokens = rng.integers(0, 256, 2000)
+        tokens = rng.choice(free_tokens(script)[:256], 2000)
         tokens[rng.integers(0, 2000, 50)] = tokens[0] = script.START_TOKEN
         write_shard(folder / f"{name}.bin", tokens)
     fork = multiprocessing.get_context("fork")  # spares them the imports
     runs = []
-    for i, changes in enumerate(with_matching(script)):
+    for i, changes in enumerate(variants(script)):
         for name in "ab":
             how = script, folder / f"{name}{i}", folder / f"{name}.bin", changes
             runs.append(fork.Process(target=train_watched, args=how, daemon=True))

@@ -10,7 +10,6 @@ if __name__ == "__main__":
     end_on_signals()
 
 import torch
-import torch.nn.functional as F
 from check import (
     ROOT,
     Unjudgeable,
@@ -73,8 +72,9 @@ def continue_text(
     for _ in range(count):
         row = torch.tensor(tokens[-longest_sequence(config) :], dtype=torch.int32, device=device)
         ends = torch.tensor([0, len(row)], dtype=torch.int32, device=device)
-        x = model.hidden(script.Batch(row, row.long(), ends, len(row)), *windows)
-        logits = script.softcap(F.linear(x[-1], model.head))[: config.vocab_size]
+        batch = script.Batch(row, row.long(), ends, len(row))
+        p = model.probabilities(batch, *windows, slice(len(row) - 1, None))
+        logits = p[0, : config.vocab_size].log()
         if temperature > 0:
             logits = logits.double()  # or a low temperature makes them infinite
             chances = ((logits - logits.max()) / temperature).softmax(dim=-1)

@@ -51,14 +51,15 @@ from train_gpt import PARAM_GROUPS, START_TOKEN, Batch, Config, Log, ParamGroup,
 # which are a group each.
 PASS = "forward", "backward"
 UPDATES = *(f"update {group.name}" for group in PARAM_GROUPS), "update ngrams"
-OTHERS = "hashing", "lookups", "candidates", "n-gram gather", "matches", "optimizer", "fp8 refresh"
+OTHERS = "hashing", "lookups", "candidates", "pointer", "n-gram gather", "matches", "optimizer"
+OTHERS = *OTHERS, "fp8 refresh"
 RANGES = {*PASS, *UPDATES, *OTHERS, "reductions"}
 
 # Group of a pass: what the names of its kernels, or of operators on the CPU, hold. The first that
 # fits takes it.
 KINDS = {
     "attention": r"flash|fmha|softmax",
-    "head": r"_lse_kernel|_logits_gradient|_targets_kernel|logsumexp",
+    "head": r"_lse_kernel|_logits_gradient|_targets_kernel|_mixture_kernel|_pointer_|logsumexp",
     "matmuls": r"nvjet|gemm|gemv|cutlass|cublas|splitK|mlp|linear|matmul|einsum|mm(Backward|$)",
     "tables": r"_match_|sort|cub::|gather|scatter|index|embedding|(add_?|table|ngram)rows|cumsum",
     "element-wise": r"^triton_|elementwise|reduce|combine|prepare_qkv|quantize|Rowwise"
@@ -66,7 +67,7 @@ KINDS = {
     "other": r"",
 }
 COMMUNICATION, UNASSIGNED = "communication", "unassigned"  # the latter: no range is known
-GROUPS = COMMUNICATION, *OTHERS[:3], *KINDS, *OTHERS[3:], UNASSIGNED
+GROUPS = COMMUNICATION, *OTHERS[:4], *KINDS, *OTHERS[4:], UNASSIGNED
 TOTAL, OVERLAP, IDLE = "step", "less what overlaps", "idle"
 BETWEEN, EXPOSED = "idle between steps", "communication exposed"
 
