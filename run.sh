@@ -9,7 +9,7 @@ usage='./run.sh [--option value ...]   train; the options are those of train_gpt
 ./run.sh test [pytest args]     lint and tests, on a CPU; with a GPU also the tests that need one
 ./run.sh record NAME [--runs N] [-- --option value ...]   train N times, write records/<date>_<NAME>/
 ./run.sh reproduce FOLDER [--runs N] [--fineweb]          run a record again, beside its figures
-./run.sh compare A B [--runs N | --logs] [--page FILE]    two scripts or records, interleaved
+./run.sh compare A B [--runs N [--fineweb] | --logs]       two scripts or records, interleaved
 ./run.sh ablate FILE [NAME ...] [-- --option value ...]   train variants one after the other in one process
 ./run.sh history                records/README.md and its two pictures from all records
 ./run.sh check SCRIPT           does it predict from earlier tokens only, and score honestly?
