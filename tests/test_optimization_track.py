@@ -359,6 +359,18 @@ def test_every_optimizer_lowers_the_loss(data, tmp_path, scripts, name):
     assert written == Path(scripts[name].__file__).read_text(), "the whole script is in the log"
 
 
+@pytest.mark.parametrize("name", ["muon", "best"])
+def test_bf16_trains_like_fp32(data, tmp_path, scripts, name):
+    """As on a GPU: activations and embedding in bf16, all other weights in fp32."""
+    logs = [
+        run(scripts[name], data, tmp_path, num_steps=60, dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+    ]
+    losses = [log["summary"]["val_loss"] for log in logs]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_fixed_part_of_a_submission_is_unchanged(scripts, name):
     ours = submission.split(submission.SCRIPT.read_text(), "ours")
