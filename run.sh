@@ -6,10 +6,11 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # threads that wait leave th
 
 usage='./run.sh [--option value ...]   train; the options are those of train_gpt.py (--help lists them)
 ./run.sh reference [--option value ...]   train the baseline, records/reference
+./run.sh optimization [NAME|table] [--option value ...]   fewest steps; records/optimization/README.md
 ./run.sh test [pytest args]     lint and tests, on a CPU; with a GPU also the tests that need one
 ./run.sh record NAME [--runs N] [-- --option value ...]   train N times, write records/<date>_<NAME>/
 ./run.sh reproduce FOLDER [--runs N] [--fineweb]          run a record again, beside its figures
-./run.sh compare A B [--runs N | --logs] [--page FILE]    two scripts or records, interleaved
+./run.sh compare A B [--runs N [--fineweb] | --logs]       two scripts or records, interleaved
 ./run.sh ablate FILE [NAME ...] [-- --option value ...]   train variants one after the other in one process
 ./run.sh history                records/README.md and its two pictures from all records
 ./run.sh check SCRIPT           does it predict from earlier tokens only, and score honestly?
@@ -151,6 +152,19 @@ case ${1:-} in
   bench) set_up; shift; exec "$python" "$root"/tools/bench.py "$@" ;;
   reference) shift; launch records/reference/train_gpt.py "$@" ;;
   profile) shift; launch tools/profiler.py "$@" ;;
+  optimization)  # the baseline, or an optimizer by its name or file, made into a whole script
+    shift
+    folder=records/optimization script=$folder/train_gpt_simple.py
+    # on a CPU large buffers would else be mapped anew in every step
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
+    if [[ -n ${1:-} && $1 != -* ]]; then
+      set_up
+      [ "$1" != table ] || { shift; exec "$python" "$root/$folder/table.py" "$@"; }
+      script=$("$python" "$root/$folder/submission.py" "$1") || exit
+      script=${script#"$root"/}
+      shift
+    fi
+    launch "$script" "$@" ;;
   "" | --*) launch train_gpt.py "$@" ;;
   *) fail "'$1' is not understood; ./run.sh help lists the commands" ;;
 esac

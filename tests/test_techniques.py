@@ -2,25 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 from conftest import ROOT
 
 PAGE = ROOT / "records" / "techniques.md"
 COLUMNS = ["technique", "what it does", "code", "in or out", "measured here", "credit"]
-# Files that the page names by where they will stand, and where they are until then.
-UNTIL_THEN = {
-    "records/ablations/README.md": "records/ablations.md",
-    "records/reference/train_gpt.py": (
-        "records/2026-11-28_three_runs_two_gpus_reference/train_gpt.py"
-    ),
-}
 OURS, REFERENCE = "train_gpt.py", "records/reference/train_gpt.py"
-
-
-def existing(name: str) -> Path:
-    path = ROOT / name
-    return path if path.exists() else ROOT / UNTIL_THEN.get(name, name)
 
 
 def defined(script: str) -> set[str]:
@@ -36,7 +23,7 @@ def defined(script: str) -> set[str]:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             found.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
 
-    visit(ast.parse(existing(script).read_text()).body, "")
+    visit(ast.parse((ROOT / script).read_text()).body, "")
     return found
 
 
@@ -85,7 +72,7 @@ def test_links_lead_to_files() -> None:
     assert len(inside) > 40
     records = PAGE.parent
     paths = {link: str((records / link).resolve().relative_to(ROOT)) for link in inside}
-    assert not [link for link, path in paths.items() if not existing(path).is_file()]
+    assert not [link for link, path in paths.items() if not (ROOT / path).is_file()]
 
 
 def test_every_technique_is_listed_once() -> None:

@@ -41,7 +41,7 @@ SPANS = (0.2, 0.33), (0.5, 0.66), (0.7, 0.85), (0.92, 1.0)  # of the steps, in a
 
 
 class AblateError(Exception):
-    """Something the user can mend. The message names the file or variant and the remedy."""
+    """Something the user can fix. The message names the file or variant and the remedy."""
 
 
 @dataclass

@@ -73,7 +73,7 @@ PLACEHOLDER = "What changed against the previous record, and why."
 
 
 class ReportError(Exception):
-    """Something the user can mend. The message names the file or option and the remedy."""
+    """Something the user can fix. The message names the file or option and the remedy."""
 
 
 class OptionError(ReportError):

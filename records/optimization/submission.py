@@ -1,0 +1,113 @@
+"""Makes a submission: train_gpt_simple.py with another Optimizer section, as one whole script.
+
+    python records/optimization/submission.py NAME [FILE]
+
+NAME is that of a file in optimizers/ (soap) or the path of a file of the same shape (mine.py): what
+follows its line "begin of the Optimizer section" becomes the section. The imports above that line
+serve readers and lint alone; the script has them already. FILE is where the script is written,
+logs/optimization_NAME.py in the repository if none is given. The path is printed.
+
+`./run.sh optimization NAME [--option value ...]` makes the script and runs it.
+"""
+
+import argparse
+import ast
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SCRIPT, OPTIMIZERS = HERE / "train_gpt_simple.py", HERE / "optimizers"
+BEGIN, END = (
+    f"# --- {word} of the Optimizer section ".ljust(100, "-") + "\n" for word in ("begin", "end")
+)
+
+
+class SubmissionError(Exception):
+    """Something the user can fix. The message names the file and the remedy."""
+
+
+def split(source: str, name: str) -> tuple[str, str, str]:
+    """A whole script: what is before its Optimizer section, the section, and what is behind."""
+    if source.count(BEGIN) != 1 or source.count(END) != 1:
+        found = "the two lines that mark the Optimizer section are not there once each"
+        raise SubmissionError(f"{name}: {found}: put them back as in train_gpt_simple.py")
+    before, rest = source.split(BEGIN)
+    section, behind = rest.split(END)
+    return before + BEGIN, section, END + behind
+
+
+def fixed_part(source: str, name: str) -> str:
+    """The code outside the Optimizer section, in a form that no comment, docstring or blank line
+    changes: two scripts of one track have the same."""
+    before, _, behind = split(source, name)
+    tree = ast.parse(before + behind)
+    for node in ast.walk(tree):
+        can_have = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if can_have and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree, indent=1)
+
+
+def imported_names(source: str) -> set[str]:
+    """What the import statements at the top level of this source name."""
+    statements = (
+        node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+    return {alias.asname or alias.name for node in statements for alias in node.names}
+
+
+def find_section(name: str) -> Path:
+    """The file of an optimizer by its name or its path."""
+    known = sorted(path.stem for path in OPTIMIZERS.glob("*.py"))
+    path = OPTIMIZERS / f"{name}.py" if name in known else Path(name)
+    if not path.is_file():
+        raise SubmissionError(
+            f"{name}: no such optimizer: give one of {', '.join(known)}, or a file"
+        )
+    return path
+
+
+def make_submission(path: Path) -> str:
+    """The whole script with the section of this file."""
+    script, source = SCRIPT.read_text(encoding="utf-8"), path.read_text(encoding="utf-8")
+    if source.count(BEGIN) != 1:
+        line = BEGIN.strip("\n")
+        raise SubmissionError(f"{path}: it needs this line once, before the section:\n{line}")
+    imports, section = source.split(BEGIN)
+    try:
+        missing = imported_names(imports) - imported_names(script)
+        ast.parse(section)
+    except SyntaxError as error:
+        raise SubmissionError(f"{path}, line {error.lineno}: {error.msg}: correct it") from None
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise SubmissionError(f"{path}: train_gpt_simple.py does not import {names}: do without")
+    before, _, behind = split(script, SCRIPT.name)
+    return before + section.split(END)[0].rstrip("\n") + "\n\n\n" + behind
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda text: parser.exit(2, f"error: {text}; --help says more\n")
+    parser.add_argument("name", metavar="NAME", help="of a file in optimizers/, or a path")
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="where the script goes")
+    args = parser.parse_args(arguments)
+    try:
+        path = find_section(args.name)
+        text = make_submission(path)
+        target = args.file or ROOT / "logs" / f"optimization_{path.stem}.py"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{os.getpid()}_{target.name}")  # whole, or not at all
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, target)
+    except (SubmissionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,723 @@
+"""The optimization track: the fixed script, the optimizers, submissions, and the table."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_shard
+from test_run_sh import Copy
+from test_train import environment
+
+HERE = ROOT / "records" / "optimization"
+sys.path[:0] = [str(HERE), str(ROOT / "tools")]
+import report
+import submission
+import table
+import train_gpt_simple
+from table import Result, pairwise_statistic, passes, stop, target_statistic
+from train_gpt_simple import GPT, IGNORED_TARGET, PRESETS, Batch, Log, Runtime, Tokens
+
+NAMES = sorted(path.stem for path in submission.OPTIMIZERS.glob("*.py"))
+VOCAB = 64
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], vocab_size=VOCAB, sequence_tokens=32, micro_batch_tokens=64, val_tokens=500
+)
+RUNTIME = Runtime(0, 1, torch.device("cpu"), Log(None))
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """A script as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
+    """Every optimizer as a whole script."""
+    folder, modules = tmp_path_factory.mktemp("submissions"), {}
+    for name in NAMES:
+        path = folder / f"{name}.py"
+        assert submission.main([name, str(path)]) == 0
+        modules[name] = load(path, f"submission_{name}")
+    return modules
+
+
+def walk(seed: int, count: int) -> np.ndarray:
+    """Tokens below VOCAB: four in five times the last one plus 5, else any. A model that knows this
+    has a loss of 1.3 nats, one that knows the frequencies alone ln 64 = 4.2."""
+    random = np.random.default_rng(seed)
+    jumps = np.where(random.random(count) < 0.8, 5, random.integers(0, VOCAB, count))
+    return np.cumsum(jumps) % VOCAB
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training shards and one for validation."""
+    folder = tmp_path_factory.mktemp("data")
+    tokens = walk(1, 30_000)
+    write_shard(folder / "proxy_train_1.bin", tokens[:1001])
+    write_shard(folder / "proxy_train_2.bin", tokens[1001:])
+    write_shard(folder / "proxy_val_0.bin", walk(2, 2000))
+    return folder
+
+
+def files(data: Path) -> dict[str, str]:
+    return {
+        "train_files": str(data / "proxy_train_*.bin"),
+        "val_file": str(data / "proxy_val_0.bin"),
+    }
+
+
+def run(script: ModuleType, data: Path, folder: Path, **changes: object) -> dict:
+    """Train SMALL, with these changes, by this script: the log's JSON."""
+    changes = files(data) | {"log_dir": str(folder)} | changes
+    config = script.Config(**(vars(SMALL) | changes))
+    before = set(folder.glob("*.json"))
+    runtime = Runtime(0, 1, torch.device("cpu"), script.Log(config.log_dir))
+    script.check_config(config, 1)
+    script.train(config, runtime)
+    (path,) = set(folder.glob("*.json")) - before
+    return json.loads(path.read_text())
+
+
+# --- The fixed script -----------------------------------------------------------------------------
+
+
+def test_script_is_short_and_its_section_is_the_muon_file():
+    source = submission.SCRIPT.read_text()
+    assert len(source.splitlines()) <= 500
+    assert submission.make_submission(submission.OPTIMIZERS / "muon.py") == source
+
+
+def test_sizes_are_those_of_the_rules():
+    speedrun, proxy = PRESETS["speedrun"], PRESETS["proxy"]
+    assert speedrun.sequences_per_step * speedrun.sequence_tokens == 524_288
+    assert proxy.sequences_per_step * proxy.sequence_tokens == 131_072
+    assert (speedrun.val_tokens, speedrun.val_every, speedrun.num_steps) == (10_485_760, 25, 3250)
+    counts = {}
+    for name in ("speedrun", "proxy"):
+        with torch.device("meta"):
+            model = GPT(PRESETS[name], Runtime(0, 1, torch.device("meta"), Log(None)))
+        counts[name] = sum(param.numel() for param in model.parameters())
+        assert model.embedding.weight.dtype == torch.bfloat16
+        assert all(p.dtype == torch.float32 for p in list(model.parameters())[1:])
+    assert counts == {"speedrun": 162_357_888, "proxy": 76_775_552}
+
+
+def fresh_model(config: train_gpt_simple.Config = SMALL, seed: int = 1) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(config, RUNTIME)
+    train_gpt_simple.initialize(model)
+    return model
+
+
+def random_batch(count: int, seed: int = 0) -> Batch:
+    tokens = torch.randint(VOCAB, (count + 1,), generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens[:-1], tokens[1:])
+
+
+def test_loss_at_the_start_is_that_of_a_uniform_guess():
+    config = dataclasses.replace(SMALL, vocab_size=50_304)
+    batch = random_batch(64)
+    loss = fresh_model(config)(batch).item() / 64
+    assert loss == pytest.approx(math.log(50_304), abs=0.02)
+
+
+def trained_like(model: GPT) -> GPT:
+    """No matrix is zero, no gain 1: every part matters."""
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name != "embedding.weight":
+                param.add_(0.1 * torch.randn_like(param))
+    return model
+
+
+def test_gradients_are_those_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    model, batch, h = trained_like(fresh_model()).double(), random_batch(64), 1e-4
+    model(batch).backward()
+    for name, param in model.named_parameters():
+        direction = torch.randn_like(param) + param.grad / param.grad.norm()
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                param.add_(sign * h * direction)
+                losses.append(model(batch).item())
+                param.sub_(sign * h * direction)
+        slope, expected = (losses[0] - losses[1]) / (2 * h), (param.grad * direction).sum().item()
+        assert slope == pytest.approx(expected, rel=1e-3, abs=1e-3), name
+        assert param.grad.norm() > 0 or name.endswith(".k.bias"), name
+
+
+def test_model_is_the_one_of_the_readme():
+    """The forward pass once more, with explicit sums in place of torch's functions."""
+    model, batch = trained_like(fresh_model()), random_batch(64)
+
+    def norm(x, layer):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
+
+    def linear(x, layer):
+        return x @ layer.weight.T + layer.bias
+
+    length, width, quarter = 32, SMALL.head_dim, SMALL.head_dim // 4
+    t = torch.arange(length).float()[:, None]
+    angle = t * torch.tensor([1024.0 ** (-i / (quarter - 1)) for i in range(quarter)])
+    turn = torch.polar(torch.ones_like(angle), angle)
+    total = 0.0
+    with torch.no_grad():
+        for tokens, targets in zip(batch.tokens.view(2, -1), batch.targets.view(2, -1)):
+            x = norm(model.embedding.weight[tokens], model.embedding_norm)
+            for block in model.blocks:
+                y, outputs = norm(x, block.attention_norm), []
+                for head in range(SMALL.model_dim // width):
+                    part = slice(head * width, (head + 1) * width)
+                    q, k, v = (linear(y, m)[:, part] for m in (block.q, block.k, block.v))
+                    rotated = []
+                    for z in (norm(q, block.q_norm), norm(k, block.k_norm)):
+                        pairs = torch.complex(z[:, :quarter], z[:, quarter : 2 * quarter]) * turn
+                        rotated.append(torch.cat([pairs.real, pairs.imag, z[:, 2 * quarter :]], 1))
+                    scores = 0.12 * rotated[0] @ rotated[1].T
+                    scores[torch.ones(length, length).triu(1).bool()] = -math.inf
+                    outputs.append(scores.softmax(-1) @ v)
+                x = x + linear(torch.cat(outputs, 1), block.out)
+                hidden = linear(norm(x, block.mlp_norm), block.up).clamp_min(0) ** 2
+                x = x + linear(hidden, block.down)
+            z = linear(norm(x, model.head_norm), model.head)
+            logits = 15 * z / (z**2 + 15**2).sqrt()
+            total -= logits.log_softmax(-1)[torch.arange(length), targets].sum().item()
+        assert model(batch).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_stream_crosses_shards_and_ignores_what_is_behind_the_end(data):
+    stream = Tokens("train_files", files(data)["train_files"], VOCAB)
+    tokens = walk(1, 30_000)
+    assert stream.size == 30_000
+    assert stream.read(990, 1010).tolist() == tokens[990:1010].tolist()
+    batches = list(stream.batches(995, 1005, 4, 4))
+    assert [b.tokens[0].item() for b in batches] == tokens[[995, 999, 1003]].tolist()
+    assert torch.cat([b.targets for b in batches])[:10].tolist() == tokens[996:1006].tolist()
+    assert batches[-1].targets.tolist() == [*tokens[1004:1006], IGNORED_TARGET, IGNORED_TARGET]
+
+
+def test_steps_read_the_stream_once_in_order(data, tmp_path, monkeypatch):
+    seen = []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, b: (seen.append(b), forward(self, b))[1])
+    run(train_gpt_simple, data, tmp_path, num_steps=3)
+    size = SMALL.sequences_per_step * SMALL.sequence_tokens
+    count = 3 * size // SMALL.micro_batch_tokens
+    tokens = walk(1, 30_000)[: 3 * size + 1].tolist()
+    assert torch.cat([batch.tokens for batch in seen[:count]]).tolist() == tokens[:-1]
+    assert torch.cat([batch.targets for batch in seen[:count]]).tolist() == tokens[1:]
+
+
+def test_validation_is_the_mean_over_all_targets(data):
+    config = dataclasses.replace(SMALL, **files(data))
+    model, tokens = trained_like(fresh_model()), torch.from_numpy(walk(2, 2000)[:481])
+    whole = model(Batch(tokens[:-1], tokens[1:])).item() / 480
+    assert train_gpt_simple.validate(model, config, RUNTIME, 480) == pytest.approx(whole, rel=1e-5)
+    some = torch.where(torch.arange(480) < 470, tokens[1:], IGNORED_TARGET)
+    expected = model(Batch(tokens[:-1], some)).item() / 470
+    assert train_gpt_simple.validate(model, config, RUNTIME, 470) == pytest.approx(expected)
+
+
+def test_validation_is_rare_first_and_often_near_the_end(data, tmp_path):
+    log = run(train_gpt_simple, data, tmp_path, num_steps=45, val_every=2)
+    steps = [row["step"] for row in log["validations"]]
+    assert steps == [20, *range(26, 46, 2), 45]
+    source = submission.SCRIPT.read_text()
+    assert PRESETS["speedrun"].val_every == 25 and "10 * config.val_every" in source
+
+
+def test_log_is_that_of_a_record(data, tmp_path):
+    """The tools read it; it begins with the script; a seed gives the same losses again."""
+    first, second, other = (
+        run(train_gpt_simple, data, tmp_path, num_steps=6, seed=seed) for seed in (1, 1, 2)
+    )
+    losses = [[row["train_loss"] for row in log["steps"]] for log in (first, second, other)]
+    assert losses[0] == losses[1] != losses[2]
+    path = tmp_path / f"{first['run_id']}.json"
+    read = report.read_run(path)
+    assert read.source == submission.SCRIPT.read_text()
+    assert (read.num_steps, read.finished, read.seed, read.data_name) == (6, True, 1, "proxy")
+    assert (read.num_targets, read.gpus) == (500, 0)
+    assert read.tokens == 6 * SMALL.sequences_per_step * SMALL.sequence_tokens
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_checkpoint_has_the_validated_weights(data, tmp_path, scripts):
+    path = tmp_path / "weights.pt"
+    changes = {"num_steps": 20, "checkpoint": str(path)}
+    log = run(scripts["muon_tail_average"], data, tmp_path, **changes)
+    saved = torch.load(path, weights_only=True)
+    model = GPT(train_gpt_simple.Config(**saved["config"]), RUNTIME)
+    model.load_state_dict(saved["weights"])
+    config = dataclasses.replace(SMALL, **files(data))
+    loss = train_gpt_simple.validate(model, config, RUNTIME, 500)
+    assert loss == pytest.approx(log["summary"]["val_loss"], abs=1e-6)
+
+
+def test_two_processes_train_like_one(data, tmp_path):
+    script = tmp_path / "script.py"
+    small = submission.SCRIPT.read_text()
+    script.write_text(small)
+    options = [f"--{name}={value}" for name, value in (vars(SMALL) | files(data)).items()]
+    options = [option for option in options if not option.endswith("=")]
+    options += ["--num_steps=5", "--preset=tiny"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    results = []
+    for name, words in (("one", []), ("two", launcher)):
+        command = [sys.executable, *words, str(script), *options, f"--log_dir={tmp_path / name}"]
+        how = {"env": environment(), "capture_output": True, "text": True}
+        done = subprocess.run(command, check=False, **how)
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / name).glob("*.json")
+        results.append(json.loads(path.read_text()))
+    assert [log["environment"]["world_size"] for log in results] == [1, 2]
+    for one, two in zip(*(log["steps"] for log in results)):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=2e-4)
+    losses = [log["summary"]["val_loss"] for log in results]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    assert results[0]["steps"][0]["train_loss"] - losses[0] > 0.2, "it learned nothing"
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "found"),
+    [
+        ("--nix 3", 2, "--nix"),
+        ("--num_steps many", 2, "--num_steps"),
+        ("--preset nix", 2, "--preset"),
+        ("--num_steps 0", 1, "--num_steps 0"),
+        ("--seed -1", 1, "--seed -1"),
+        ("--dtype float16", 1, "float32"),
+        ("--head_dim 12", 1, "--head_dim 12"),
+        ("--micro_batch_tokens 100", 1, "multiple of 64 that divides 256"),
+        ("--train_files nix_*.bin", 1, "--train_files nix_*.bin: no such file"),
+        ("--val_file {data}/short.bin", 1, "short.bin: no whole shard"),
+        ("--num_steps 120", 1, "lower --num_steps"),
+        ("--vocab_size 60", 1, "outside the vocabulary of 60"),
+        ("--log_dir {data}/short.bin", 1, "short.bin"),
+    ],
+)
+def test_bad_options_end_in_one_line(data, tmp_path, capsys, options, code, found):
+    (data / "short.bin").write_bytes(b"\0" * 1000)
+    words = ["--preset", "tiny", "--log_dir", str(tmp_path), "--val_tokens", "100"]
+    words += ["--num_steps", "3"]
+    words += [f"--{name}={value}" for name, value in files(data).items()]
+    try:
+        result = train_gpt_simple.main(words + options.format(data=data).split())
+    except SystemExit as stopped:
+        result = stopped.code
+    captured = capsys.readouterr()
+    assert (result, len(captured.err.splitlines())) == (code, 1), captured.err
+    assert captured.err.startswith("error: ") and found in captured.err
+
+
+def test_loss_that_is_not_finite_ends_the_run(data, tmp_path, monkeypatch):
+    def spoil(model):
+        torch.nn.init.constant_(model.head.weight, math.nan)
+
+    monkeypatch.setattr(train_gpt_simple, "initialize", spoil)
+    with pytest.raises(train_gpt_simple.UserError, match="nan at step 1: lower the learning rates"):
+        run(train_gpt_simple, data, tmp_path, num_steps=2)
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt_simple.main(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(train_gpt_simple.Config):
+        assert f"--{field.name} X {field.metadata['help']}" in text
+
+
+# --- Optimizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_lowers_the_loss(data, tmp_path, scripts, name):
+    log = run(scripts[name], data, tmp_path, num_steps=100)
+    first, last = log["steps"][0]["train_loss"], log["summary"]["val_loss"]
+    assert first == pytest.approx(math.log(VOCAB), abs=0.1)
+    assert last < 2.0, "the walk has an entropy of 1.3 nats, the frequencies alone give 4.2"
+    written = (tmp_path / f"{log['run_id']}.txt").read_text().split("=" * 100)[0]
+    assert written == Path(scripts[name].__file__).read_text(), "the whole script is in the log"
+
+
+@pytest.mark.parametrize("name", ["muon", "best"])
+def test_bf16_trains_like_fp32(data, tmp_path, scripts, name):
+    """As on a GPU: activations and embedding in bf16, all other weights in fp32."""
+    logs = [
+        run(scripts[name], data, tmp_path, num_steps=60, dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+    ]
+    losses = [log["summary"]["val_loss"] for log in logs]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fixed_part_of_a_submission_is_unchanged(scripts, name):
+    ours = submission.split(submission.SCRIPT.read_text(), "ours")
+    theirs = submission.split(Path(scripts[name].__file__).read_text(), name)
+    assert (theirs[0], theirs[2]) == (ours[0], ours[2])
+    assert (theirs[1] == ours[1]) == (name == "muon")
+    table.check_script(Path(scripts[name].__file__).read_text(), name)
+
+
+def test_every_optimizer_says_its_source():
+    for name in NAMES:
+        section = (submission.OPTIMIZERS / f"{name}.py").read_text().split(submission.BEGIN)[1]
+        comment = "".join(itertools.takewhile(lambda x: x[0] == "#", section.splitlines(True)))
+        assert re.search(r"\b(19|20)\d\d\b", comment), name
+        assert "import" not in re.sub(r"#.*", "", section), name
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_orthogonalize_brings_singular_values_to_one(shape):
+    x = matrix(*shape)
+    y = train_gpt_simple.orthogonalize(1e-3 * x)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    assert torch.allclose(y, u @ v, atol=0.02)
+
+
+def stepped(rule: object, grads: list[torch.Tensor], lr_factor: float = 1.0) -> torch.Tensor:
+    """The parameter after steps with these gradients."""
+    with torch.no_grad():
+        for step, grad in enumerate(grads):
+            rule.param.grad = grad
+            rule.step(step, lr_factor)
+    return rule.param.detach()
+
+
+def test_adamw_is_torchs():
+    start, grads = matrix(5, 7), [matrix(5, 7, seed) for seed in range(1, 5)]
+    rule = train_gpt_simple.AdamW(torch.nn.Parameter(start.clone()), 0.1)
+    param = torch.nn.Parameter(start.clone())
+    theirs = torch.optim.AdamW([param], 0.1, (0.8, 0.95), 1e-10, 0.001)
+    for grad in grads:
+        param.grad = grad
+        theirs.step()
+    assert torch.allclose(stepped(rule, grads), param.detach(), atol=1e-5)
+
+
+def test_muon_step_by_hand():
+    start, grads = matrix(24, 8), [matrix(24, 8, seed) for seed in (1, 2)]
+    rule = train_gpt_simple.Muon(torch.nn.Parameter(start.clone()))
+    momentum, expected = torch.zeros(24, 8), start.clone()
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad
+        u, _, v = torch.linalg.svd(0.05 * grad + 0.95 * momentum, full_matrices=False)
+        expected = expected * (1 - 0.5 * 0.025 * 0.05) - 0.5 * 0.025 * math.sqrt(3) * u @ v
+    assert torch.allclose(stepped(rule, grads, 0.5), expected, atol=1e-3)
+
+
+def test_normuon_keeps_the_norm_and_evens_out_neurons(scripts):
+    rule = scripts["normuon"].NorMuon(torch.nn.Parameter(torch.zeros(48, 8)))
+    grad = matrix(48, 8) * torch.linspace(0.1, 3, 48)[:, None]
+    update = stepped(rule, [grad]) / (0.025 * math.sqrt(6))
+    assert update.norm().item() == pytest.approx(math.sqrt(8), rel=0.02), (
+        "that of 8 orthogonal ones"
+    )
+    rows = update.norm(dim=1)
+    assert (rows.std() / rows.mean()).item() < 1e-3
+    before = train_gpt_simple.orthogonalize(0.05 * grad).norm(dim=1)
+    assert (before.std() / before.mean()).item() > 0.3
+
+
+@pytest.mark.parametrize(("name", "rule"), [("soap", "Soap"), ("best", "SoapMuon")])
+def test_soap_turns_with_the_problem(scripts, name, rule):
+    """A rotation of rows and columns of all gradients rotates the updates: no other basis than that
+    of the gradients counts. (The row floor is of the rows as they are, so it is left out.)"""
+    make = getattr(scripts[name], rule)
+    left, right = (torch.linalg.qr(matrix(8, 8, seed))[0] for seed in (50, 51))
+    grads = [matrix(8, 8, seed) for seed in range(12)]
+    results = []
+    for turned in (grads, [left @ grad @ right for grad in grads]):
+        param = torch.nn.Parameter(torch.zeros(8, 8))
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "best":
+                patch.setattr(scripts[name], "ROW_FLOOR", 0.0)
+                patch.setattr(scripts[name], "MUON_WEIGHT_DECAY", 0.0)
+            results.append(stepped(make(param), turned))
+    assert torch.allclose(left @ results[0] @ right, results[1], atol=0.02 * results[1].abs().max())
+    assert results[0].abs().max() > 1e-3
+
+
+def test_soap_is_adam_where_the_gradients_have_the_standard_basis(scripts):
+    """Gradients with one entry a row and a column: the products are diagonal."""
+    rule = scripts["soap"].Soap(torch.nn.Parameter(torch.zeros(4, 4)))
+    grads = [torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]) * scale) for scale in (1.0, 0.5, -0.2)]
+    mean = square = torch.zeros(4)
+    expected = torch.zeros(4)
+    for step, grad in enumerate(grads[1:], 1):  # the first one gives the basis alone
+        mean, square = 0.95 * mean + 0.05 * grad.diag(), 0.95 * square + 0.05 * grad.diag() ** 2
+        bias = 1 - 0.95**step
+        expected = expected * (1 - 0.002 * 0.1) - 0.002 * (mean / bias) / (square / bias).sqrt()
+    assert torch.allclose(stepped(rule, grads).diag(), expected, rtol=1e-3)
+
+
+def test_best_has_a_row_floor_and_cautious_decay(scripts):
+    best = scripts["best"]
+    rows = []
+    for floor in (0.0, best.ROW_FLOOR):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(best, "ROW_FLOOR", floor)
+            rule = best.SoapMuon(torch.nn.Parameter(torch.zeros(200, 8)))
+            update = stepped(rule, [matrix(200, 8, seed) for seed in (1, 2)]) / (best.MUON_LR * 5)
+        rows.append(update.norm(dim=1))
+    floor = best.ROW_FLOOR * math.sqrt(8 / 200)
+    short = rows[0] < 0.99 * floor
+    assert 2 <= short.sum() < 100
+    assert torch.allclose(rows[1][short], torch.tensor(floor), rtol=0.02)
+    assert torch.allclose(rows[1][~short], rows[0][~short], rtol=0.02)
+    param = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    best.decay_and_step_(param, torch.tensor([0.1, -0.1, 0.1, -0.1]), 0.5, 0.2)
+    assert torch.allclose(param, torch.tensor([0.8, 1.1, -1.1, -0.8]))
+
+
+def test_learning_rate_is_constant_and_falls_to_zero(scripts):
+    """By the factor that the rules are given."""
+    for name, floor in (("muon", 0.0), ("best", 0.1)):
+        seen = []
+        optimizer = scripts[name].Optimizer(fresh_model(), 100)
+
+        class Rule:
+            def step(self, step, lr_factor, seen=seen):
+                seen.append(lr_factor)
+
+        optimizer.rules = [Rule()]
+        for step in range(100):
+            optimizer.step(step)
+        assert seen[:31] == [1.0] * 31
+        steps = np.diff(seen[31:])
+        assert np.allclose(steps, -(1 - floor) / 70)
+        assert seen[-1] == pytest.approx(floor + (1 - floor) / 70)
+
+
+def test_tail_average_is_validated_and_the_weights_come_back(scripts):
+    script = scripts["muon_tail_average"]
+    model = fresh_model()
+    optimizer, weight = script.Optimizer(model, 100), model.head.weight
+    optimizer.rules = []
+    share, average = 1 / 3, None
+    for step in range(100):
+        with torch.no_grad():
+            weight.fill_(step)
+        optimizer.step(step)
+        if step >= 80:
+            average = step if average is None else average + share * (step - average)
+        with optimizer.validation_weights():
+            expected = step if average is None else average
+            assert weight[0, 0].item() == pytest.approx(expected, rel=1e-5)
+        assert weight[0, 0].item() == step
+
+
+# --- Submissions ----------------------------------------------------------------------------------
+
+
+def test_a_file_of_ones_own_becomes_a_script(tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text((submission.OPTIMIZERS / "muon.py").read_text().replace("0.025", "0.03"))
+    target = tmp_path / "new" / "script.py"
+    assert submission.main([str(mine), str(target)]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    expected = submission.SCRIPT.read_text().replace("0.025", "0.03")
+    assert target.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda text: text.replace("begin of the", "start of the"), "it needs this line once"),
+        (lambda text: text.replace("import math", "import scipy"), "does not import scipy"),
+        (lambda text: text + "    def (\n", "mine.py, line"),
+    ],
+)
+def test_a_file_that_is_no_section_is_refused_in_words(tmp_path, capsys, change, found):
+    mine = tmp_path / "mine.py"
+    mine.write_text(change((submission.OPTIMIZERS / "muon.py").read_text()))
+    assert submission.main([str(mine), str(tmp_path / "script.py")]) == 1
+    assert found in capsys.readouterr().err
+    assert not (tmp_path / "script.py").exists()
+
+
+def test_an_unknown_name_is_told_the_known_ones(capsys):
+    assert submission.main(["nix"]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(name in error for name in NAMES)
+
+
+def test_the_fixed_part_is_compared_as_code():
+    source = submission.SCRIPT.read_text()
+    fixed = submission.fixed_part(source, "ours")
+    for old, new, same in (
+        ("0.025", "0.5", True),  # in the Optimizer section
+        ("# RMS", "# rms", True),
+        ('"""Train a fixed GPT', '"""Claim', True),
+        ("scale=0.12", "scale=0.13", False),
+        ('512, "sequences', '256, "sequences', False),
+        ('reduction="sum"', 'reduction="mean"', False),
+    ):
+        assert (submission.fixed_part(source.replace(old, new), "theirs") == fixed) == same, old
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def test_rules_on_numbers_computed_by_hand():
+    # (3.28 - 3.277) * sqrt(4) = 0.006; (3.28 - 3.2785) * 2 = 0.003
+    assert target_statistic([3.276, 3.278, 3.277, 3.277], 3.28) == pytest.approx(0.006)
+    assert passes([3.276, 3.278, 3.277, 3.277], 3.28)
+    assert not passes([3.2785] * 4, 3.28)
+    # 100 steps fewer at the same loss, 1 / sqrt(1/4 + 1/4) = sqrt(2): 0.0045 * 1.41421 = 0.0063640
+    old, new = Result(3250, [3.277] * 4, True), Result(3150, [3.277] * 4, True)
+    assert pairwise_statistic(old, new) == pytest.approx(0.0063640, abs=1e-6)
+    assert pairwise_statistic(new, old) == pytest.approx(-0.0063640, abs=1e-6)
+    # 50 steps fewer, 0.001 worse, n 1 and 3: (0.00225 - 0.001) / sqrt(4 / 3) = 0.0010825
+    old, new = Result(3000, [3.278], True), Result(2950, [3.279] * 3, True)
+    assert pairwise_statistic(old, new) == pytest.approx(0.0010825, abs=1e-6)
+
+
+def test_all_runs_stop_at_one_step():
+    curves = [
+        {100: 3.29, 125: 3.279, 150: 3.276, 175: 3.27},
+        {100: 3.28, 125: 3.279, 150: 3.276, 200: 3.27},
+    ]
+    result = stop(curves, 3.28)  # at 125: 0.001 * sqrt(2) is too little
+    assert (result.step, result.losses, result.reached) == (150, [3.276, 3.276], True)
+    assert [table.first_below(curve, 3.28) for curve in curves] == [125, 100]
+    result = stop(curves, 3.2)
+    assert (result.step, result.reached) == (150, False)
+    assert table.first_below(curves[0], 3.2) is None
+
+
+@pytest.fixture
+def race(data, tmp_path, scripts, monkeypatch) -> Path:
+    """A proxy race of small models: three runs each of the baseline and of AdamW."""
+    presets = {"proxy": dataclasses.replace(SMALL, num_steps=30)}
+    monkeypatch.setattr(train_gpt_simple, "PRESETS", presets)
+    monkeypatch.setattr(train_gpt_simple, "NUM_STEPS", {"proxy": 30})
+    monkeypatch.setattr(table, "HERE", tmp_path)
+    monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"Above\n{table.TABLE}\nold\n{table.TABLE_END}\nBelow\n")
+    for name, num_steps in (("muon", 30), ("adamw", 60)):
+        folder = tmp_path / f"proxy_{name}"
+        folder.mkdir()
+        for seed in (1, 2, 3):
+            run(scripts[name], data, folder, num_steps=num_steps, seed=seed, val_every=5)
+    return tmp_path
+
+
+def test_table_from_logs(race, capsys):
+    assert table.main([]) == 0, capsys.readouterr().err
+    page = (race / "README.md").read_text()
+    assert page.startswith("Above\n") and page.endswith("Below\n") and "old" not in page
+    losses = {}
+    for name in ("muon", "adamw"):
+        logs = [json.loads(path.read_text()) for path in (race / f"proxy_{name}").glob("*.json")]
+        losses[name] = [log["summary"]["val_loss"] for log in logs]
+    target = sum(losses["muon"]) / 3
+    assert f"Target: {target:.4f}." in page
+    assert re.search(
+        r"\| \[proxy_muon\]\(proxy_muon\) \(baseline\) \| 30 \|.*sets the target", page
+    )
+    curves = [
+        {row["step"]: row["val_loss"] for row in log["validations"]}
+        for log in map(json.loads, (p.read_text() for p in (race / "proxy_adamw").glob("*.json")))
+    ]
+    means = {step: sum(curve[step] for curve in curves) / 3 for step in curves[0]}
+    steps = [step for step, mean in means.items() if (target - mean) * math.sqrt(3) >= 0.004]
+    assert steps, "the race is too short for AdamW to reach the target"
+    assert f"| [proxy_adamw](proxy_adamw) | {steps[0]} |" in page
+    gain = target - means[steps[0]] + (30 - steps[0]) * 0.0045 / 100
+    number = f"{gain / math.sqrt(2 / 3):+.4f}".replace("-", "−")
+    assert re.search(rf"\| proxy_adamw \| proxy_muon \| {re.escape(number)} \|", page)
+
+
+def rewrite(path: Path, change) -> None:
+    """Change the config in both files of a run."""
+    for each in (path, path.with_suffix(".txt")):
+        each.write_text(change(each.read_text()))
+
+
+def test_runs_against_the_rules_are_refused(race, capsys):
+    folder = race / "proxy_adamw"
+    path = min(folder.glob("*.json"))
+    files = [path, path.with_suffix(".txt")]
+    before = [each.read_text() for each in files]
+
+    def refused(found: str) -> None:
+        assert table.main([]) == 1
+        assert found in capsys.readouterr().err
+        for each, text in zip(files, before):
+            each.write_text(text)
+
+    files[1].write_text(before[1].replace("scale=0.12", "scale=0.13"))
+    refused("differs from train_gpt_simple.py outside the Optimizer section")
+    for each in files:
+        each.write_text(each.read_text().replace('"layers": "2"', '"layers": "3"'))
+    refused("other options than")
+    seed = json.loads(before[0])["config"]["seed"]
+    for each in files:
+        new = "2" if seed != "2" else "3"
+        each.write_text(each.read_text().replace(f'"seed": "{seed}"', f'"seed": "{new}"'))
+    refused("two runs have one seed")
+    files[1].write_text(before[1].replace("HIDDEN_LR, EMB", "HIDDEN_LR, EMB  ", 1))
+    refused("made by another script")
+    files[1].unlink()
+    refused("no such file")
+    assert table.main([]) == 0
+
+
+def test_a_race_without_its_baseline_has_no_target(race):
+    shutil.rmtree(race / "proxy_muon")
+    assert table.main([]) == 0
+    assert "No target yet" in (race / "README.md").read_text()
+
+
+def test_table_of_the_readme_is_that_of_the_logs():
+    page = (HERE / "README.md").read_text()
+    text = table.table(table.all_methods())
+    assert table.with_table(page, text) == page
+    assert (text == table.NO_RUNS) == (not any(HERE.glob("*/*.json")))
+
+
+# --- run.sh ---------------------------------------------------------------------------------------
+
+
+def test_run_sh_starts_the_script_and_submissions(tmp_path):
+    copy = Copy(tmp_path)
+    script = f"{copy.root}/records/optimization/train_gpt_simple.py"
+    calls, _, _ = copy.run("optimization", "--num_steps", "3")
+    assert calls[-1][-1] == f"{script} --num_steps 3"
+    made = f"{copy.root}/logs/optimization_soap.py"
+    (copy.notes / "does").write_text(f"[[ $* != *submission.py* ]] || echo '{made}'\n")
+    calls, _, _ = copy.run("optimization", "soap", "--num_steps", "3")
+    assert calls[0][-1] == f"{copy.root}/records/optimization/submission.py soap"
+    assert calls[-1][-1] == f"{made} --num_steps 3"
+    calls, _, _ = copy.run("optimization", "table")
+    assert [call[-1] for call in calls] == [f"{copy.root}/records/optimization/table.py"]
+    (copy.notes / "does").write_text("[[ $* != *submission.py* ]] || exit 1\n")
+    calls, _, _ = copy.run("optimization", "nix", code=1)
+    assert len(calls) == 1
