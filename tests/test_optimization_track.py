@@ -21,6 +21,7 @@ from test_train import environment
 
 HERE = ROOT / "records" / "optimization"
 sys.path[:0] = [str(HERE), str(ROOT / "tools")]
+import check
 import report
 import submission
 import table
@@ -292,6 +293,15 @@ def test_two_processes_train_like_one(data, tmp_path):
     losses = [log["summary"]["val_loss"] for log in results]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     assert results[0]["steps"][0]["train_loss"] - losses[0] > 0.2, "it learned nothing"
+
+
+def test_check_judges_the_script_and_finds_a_leak(tmp_path):
+    results = check.judge(submission.SCRIPT, [*check.CHECKS, "training"])
+    assert all(good for good, _ in results.values()), results
+    leaky = tmp_path / "leaky.py"
+    leaky.write_text(submission.SCRIPT.read_text().replace("is_causal=True", "is_causal=False"))
+    good, seen = check.judge(leaky, ["causality"])["causality"]
+    assert not good and "moved the loss" in seen
 
 
 # --- What goes wrong ------------------------------------------------------------------------------

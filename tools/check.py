@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = "PRESETS Config Runtime Log GPT Clock validate config_from_text IGNORED_TARGET START_TOKEN"
+NAMES = "PRESETS Config Runtime Log GPT validate IGNORED_TARGET"
+START_TOKEN = 50256
 ROW, ROWS = 16, 8  # tokens of a validation row, rows of a step on all of up to 8 ranks
 TOLERANCE = 1e-5  # nats: what rounding may change in a loss of about ten
 # How large the judged model is; its layer plan is the speedrun's.
@@ -128,7 +129,7 @@ def free_tokens(script: ModuleType) -> np.ndarray:
     """Tokens any of which can follow any other: all, or words of the canonical mask's table, each
     with a blank before it."""
     if "canonical_mask" not in field_names(script):
-        return np.arange(script.START_TOKEN)
+        return np.arange(START_TOKEN)
     tokens = script.read_token_table().tokens
     return np.array([i for i, token in enumerate(tokens) if re.fullmatch(rb" [A-Za-z]+", token)])
 
@@ -153,7 +154,8 @@ def load_checkpoint(script: ModuleType, path: str, device: str):
         saved = torch.load(path, map_location=device, weights_only=True)
         fields = renamed(script, saved["config"]) | {"compile": "none"}
         fields = {name: text for name, text in fields.items() if name in known or name not in GONE}
-        config, byte_tokens = script.config_from_text(fields), saved["byte_tokens"]
+        read = getattr(script, "config_from_text", lambda values: script.Config(**values))
+        config, byte_tokens = read(fields), saved.get("byte_tokens", False)
         model, weights = script.GPT(config, start_runtime(script, device)), saved["weights"]
     except OSError as error:
         raise Unjudgeable(f"{path}: cannot be read ({error.strerror})") from None
@@ -182,7 +184,7 @@ def as_windows(script: ModuleType, short: int, long: int) -> tuple:
     """What the script's validate() takes behind num_targets, and its model behind the row."""
     if "window_short" in inspect.signature(script.validate).parameters:
         return short, long
-    return (script.Windows(short, long),)
+    return (script.Windows(short, long),) if hasattr(script, "Windows") else ()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> Path:
@@ -233,7 +235,7 @@ class Judge:
         tiny, plan = script.PRESETS["tiny"], {"layers": script.PRESETS["speedrun"].layers}
         known = field_names(script)
         fields = {**SIZES, **plan, "val_sequence_tokens": ROW, "final_window_long": WINDOWS[1]}
-        fields["sequences_per_step"] = ROWS
+        fields |= {"sequences_per_step": ROWS, "sequence_tokens": ROW, "micro_batch_tokens": ROW}
         # mix_window: of the head mixing that scripts of older records have
         fields |= {"mix_window": WINDOWS[0], "val_file": glob.escape(str(self.file)), **changes}
         fields = renamed(script, fields)
@@ -281,7 +283,7 @@ class Judge:
 
 def random_tokens(script: ModuleType, seed: int, count: int) -> np.ndarray:
     tokens = np.random.default_rng(seed).choice(free_tokens(script), count)
-    tokens[[start for start in DOCUMENTS if start < count]] = script.START_TOKEN
+    tokens[[start for start in DOCUMENTS if start < count]] = START_TOKEN
     return tokens
 
 
@@ -300,7 +302,7 @@ def check_coverage(script: ModuleType, folder: Path) -> str:
     """validate() scores each of the first targets of the file once, on any number of ranks."""
     judge, num_targets = Judge(script, folder), (ROWS + 5) * ROW + 13  # of two steps
     tokens = np.arange(num_targets + 50)  # so that a target tells its position
-    tokens[[30, 31, 64, 100]] = script.START_TOKEN
+    tokens[[30, 31, 64, 100]] = START_TOKEN
     expected = Counter(zip(tokens[:num_targets].tolist(), tokens[1 : num_targets + 1].tolist()))
     for world_size in (1, 2, 4, 8):
         seen = Counter()
@@ -360,7 +362,7 @@ def check_causality(script: ModuleType, folder: Path) -> str:
         # within documents, at their starts (the token becomes another), and a start where none was
         for k in 3, 5, 8, 11, 15, 20, 24:
             changed = tokens.copy()
-            changed[k] = script.START_TOKEN if k == 8 else other
+            changed[k] = START_TOKEN if k == 8 else other
             changed_rows = judge.validate(changed, num_targets)[1].rows
             for t in sorted({*range(max(0, k - 5), k), 0, k // 2}):
                 row, target = changed_rows[t // ROW], int(rows[t // ROW].targets[t % ROW])
@@ -426,7 +428,7 @@ def start_training(script: ModuleType, folder: Path) -> list[multiprocessing.Pro
     rng = np.random.default_rng(6)
     for name in ("train", "a", "b"):
         tokens = rng.choice(free_tokens(script)[:256], 2000)
-        tokens[rng.integers(0, 2000, 50)] = tokens[0] = script.START_TOKEN
+        tokens[rng.integers(0, 2000, 50)] = tokens[0] = START_TOKEN
         write_shard(folder / f"{name}.bin", tokens)
     fork = multiprocessing.get_context("fork")  # spares them the imports
     runs = []
@@ -463,7 +465,10 @@ def compare_training(script: ModuleType, *runs: Path) -> str:
     require(not peeks, f"the validation file was opened {peeks} times while the clock ran")
     for run, result in zip(runs, results):
         model, config, _ = load_checkpoint(script, f"{run}.pt", "cpu")
-        windows = as_windows(script, config.extension[0].window_short, config.final_window_long)
+        windows = ()
+        if hasattr(config, "extension"):  # scripts of the optimization track have no windows
+            short, long = config.extension[0].window_short, config.final_window_long
+            windows = as_windows(script, short, long)
         runtime = start_runtime(script, "cpu")
         loss = script.validate(model, config, runtime, config.val_tokens, *windows)
         for logged in (result["val_losses"][-1], result["val_loss"]):
@@ -491,8 +496,9 @@ def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) 
         return wrapped
 
     script.draw_curve = lambda log: "not drawn"  # which takes as long as the steps
-    script.Clock.start = noting(script.Clock.start, "while the clock ran")
-    script.Clock.stop = noting(script.Clock.stop, "while it stood")
+    if hasattr(script, "Clock"):  # where time counts
+        script.Clock.start = noting(script.Clock.start, "while the clock ran")
+        script.Clock.stop = noting(script.Clock.stop, "while it stood")
 
     def hook(event: str, arguments: tuple) -> None:
         is_path = event == "open" and isinstance(arguments[0], str | bytes | os.PathLike)
@@ -502,11 +508,11 @@ def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) 
     sys.addaudithook(hook)
     known = field_names(script)
     tiny = script.PRESETS["tiny"]
-    short = {
-        name: [dataclasses.replace(stage, tokens_per_step=32) for stage in table]
-        for name, table in (("stages", tiny.stages), ("extension", tiny.extension))
-    }
-    options = {name: script.format_value(tuple(table)) for name, table in short.items()}
+    options = {}
+    for name in ("stages", "extension"):
+        table = getattr(tiny, name, ())
+        short = tuple(dataclasses.replace(stage, tokens_per_step=32) for stage in table)
+        options |= {name: script.format_value(short)} if short else {}
     options |= {**SIZES, "num_steps": 3, "extension_steps": 1, "val_every": 2, "val_tokens": 200}
     train_file = run.parent / "train.bin"
     options |= {"val_sequence_tokens": 64, "train_files": glob.escape(str(train_file))}
