@@ -21,7 +21,7 @@ usage='./run.sh [--option value ...]   train; the options are those of train_gpt
 
 On first use it makes .venv and installs requirements.txt (PYTHON=python3 uses that interpreter as it is).
 GPUs: the largest of 8, 4, 2, 1 that the machine has; NPROC overrides. Data: FineWeb, fetched if missing.
-Without a GPU it trains the small preset on the built-in sample, in about two minutes.
+Without a GPU it trains the small preset on the built-in sample, for about two minutes.
 Several nodes: on each one NNODES=2 NODE_RANK=0 MASTER_ADDR=host [MASTER_PORT=29500] ./run.sh'
 
 fail() {  # with one line; exit code 2: what was asked for is wrong
@@ -125,7 +125,7 @@ launch() {  # a script, on the GPUs there are, with the data it needs
     [[ ! " $* " =~ .*" --preset"[=\ ]([^ ]*) ]] || preset=${BASH_REMATCH[1]}
     if [ -z "$preset" ] && [ "$gpus" -eq 0 ]; then
       preset=tiny
-      echo "no GPU: training the small preset on the built-in sample, on the CPU"
+      echo "no GPU: training the small preset on the built-in sample of bytes, on the CPU"
     fi
     if [ "$preset" = tiny ]; then
       shards=$root/data/sample/sample

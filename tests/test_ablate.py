@@ -276,6 +276,16 @@ replace = [["(rms_norm(lookups.embedded), ", "(rms_norm(lookups.embedded).detach
     assert len({line.split()[1].split("@")[0] for line in lines}) == 3
 
 
+def test_the_example_of_the_help_fits_this_script(tmp_path):
+    """The TOML in the docstring can be read, and its texts are in the script."""
+    lines = [line[4:] for line in ablate.__doc__.splitlines() if line.startswith("    ")]
+    (tmp_path / "example.toml").write_text("\n".join(lines))
+    variants = ablate.read_variants(tmp_path / "example.toml")
+    assert len(variants) > 2
+    for name in variants:
+        ablate.make(ROOT / "train_gpt.py", name, variants, ["--preset", "tiny"], tmp_path)
+
+
 def test_kept_variants_fit_this_script(tmp_path):
     """Each changes the text or an option, and gives a config that can be run."""
     variants = ablate.read_variants(ROOT / "tools" / "variants.toml")

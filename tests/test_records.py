@@ -565,13 +565,16 @@ def test_a_record_of_the_proxy_corpus_offers_fineweb_in_its_place(call, proxy_re
     assert re.search(r"^validation loss +3\.3000 +3\.2000$", out, re.MULTILINE)  # without a ratio
     assert re.search(r"^time \(s\) +80\.000 +80\.000 +1\.0000$", out, re.MULTILINE)
     assert "losses on different data: the times compare, the losses do not" in out
-    made_up_run(Path("made/a"), 1, 3.2, **PROXY)
+    assert "it ran on" not in out
+    made_up_run(Path("made/a"), 1, 3.2, torch="2.13.0+cu130", **PROXY)
     shutil.rmtree("logs")
     for name in ("proxy_train_1.bin", "proxy_val_0.bin"):
         folder = Path("data/proxy") if "train" in name else Path()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
-    assert "losses do not" not in call("reproduce", proxy_record)  # it is here
+    out = call("reproduce", proxy_record)
+    assert "losses do not" not in out  # it is here
+    assert "it ran on torch 2.11.0, and here on 2.13.0+cu130: if losses differ, install" in out
     fineweb = made_up_record(Path("records/2026-01-02_b"), [3.3], 2)
     assert "--fineweb: the record's own data is fineweb" in call(
         "reproduce", fineweb, "--fineweb", code=2

@@ -7,7 +7,7 @@ takes their place, each of which must occur there once.
     [hotter]
     options = ["--muon_lr", "0.03"]
     [no_offset]
-    replace = [["value, fp8, is_long,", "value, fp8, False,"]]
+    replace = [["// batch.sequences if is_long else 0", "* 0"]]
 
 "base" is the script as it is, hotter+no_offset has the changes of both. Without names base and then
 all of FILE are trained, with what stands behind -- in every run. Every variant is tried on before

@@ -169,7 +169,8 @@ class Run:
         self.machine = f"{world_size} × {devices.removeprefix('NVIDIA ')}"
         self.gpus = 0 if environment["cuda"] is None else world_size
         backend = re.search(r"attention by (\S+)", text)
-        self.versions = f"torch {environment['torch']}, Python {environment['python']}"
+        self.torch = environment["torch"]
+        self.versions = f"torch {self.torch}, Python {environment['python']}"
         self.versions += f", attention by {backend[1]}" if backend else ""
 
         # fineweb, proxy, sample, …: what the names of the shards begin with, if they agree
@@ -1287,6 +1288,10 @@ def reproduce_command(args: argparse.Namespace, options: list[str]) -> None:
         jobs = {"": (copy, own + options)}
         (here,) = run_in_turn(jobs, itertools.islice(seeds, args.runs))
     print(f"\n{shown(args.folder)}")
+    recorded = record.first.torch.partition("+")[0]
+    if here[0].torch.partition("+")[0] != recorded:
+        found = f"it ran on torch {recorded}, and here on {here[0].torch}"
+        print(f"{found}: if losses differ, install torch=={recorded} (records/stacks says why)")
     heads = f"recorded ({len(record.runs)})", f"here ({len(here)})"
     rows, notes = beside(heads, record.runs, here)
     print_columns(rows)
