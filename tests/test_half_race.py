@@ -141,7 +141,7 @@ def test_options_of_the_design():
     }
 
 
-@pytest.mark.parametrize("name", [*FACTORS, *SPARE, *RUNS, "+".join([*FACTORS, *SPARE])])
+@pytest.mark.parametrize("name", [*FACTORS, *SPARE, "+".join([*FACTORS, *SPARE])])
 def test_changes_train_alone_and_together(make, name):
     """In four steps the loss is finite and every new parameter moves; the last two steps run with
     the windows of the extension."""

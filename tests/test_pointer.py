@@ -355,8 +355,9 @@ def with_kernels(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
-@by_kernels
-@pytest.mark.parametrize(("count", "tokens_per_sampling"), [(0, 64), (96, 25)])
+@pytest.mark.parametrize(
+    ("kernels", "count", "tokens_per_sampling"), [(False, 0, 64), (False, 96, 25), (True, 96, 25)]
+)
 def test_training_loss_and_all_gradients(runtime, monkeypatch, kernels, count, tokens_per_sampling):
     """Those of the loss written down in float64 behind the model's hidden states, on the whole
     vocabulary and on candidates that are sampled for 25, 25 and 14 tokens."""
