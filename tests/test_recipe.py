@@ -63,13 +63,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[tuple, ob
 def streams_of(
     model: GPT, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, tuple[tuple, tuple[Tensor, Tensor]]]:
-    """What goes into and comes out of every sum of streams, by its place in the tiny plan."""
+    """What goes into and comes out of every sum of streams, by its layer."""
     calls = recorded(monkeypatch, "combine")
     with torch.no_grad():
         model.hidden(batch, WINDOWS)
-    names = "first,attention 0,mlp 0,attention 1,mlp 1,attention 2,mlp 2,attention 3,mlp 3"
-    names += ",value 4,enter 4,attention 4,mlp 4,output"
-    return dict(zip(names.split(","), calls, strict=True))
+    last = len(model.config.layers) - 1
+    names = [f"{part} {i}" for i in range(last) for part in ("attention", "mlp")]
+    names += [f"{part} {last}" for part in ("value", "enter", "attention", "mlp")]
+    return dict(zip(["first", *names, "output"], calls, strict=True))
 
 
 # Sums of streams ---------------------------------------------------------------------------------

@@ -117,11 +117,15 @@ def test_loss_weights():
 
 
 def test_loss_weights_of_the_speedrun():
-    """Two next tokens in the first three stages, then one."""
-    plan = Schedule(PRESETS["speedrun"])
-    rows = [plan.stage(step).second for step in range(2440)]
-    assert rows == [0.42] * 726 + [0.3] * 605 + [0.12] * 363 + [0.0] * 746
-    assert plan.total_steps == 2440
+    """The token after the next one counts less from stage to stage, and in the end not at all."""
+    config = PRESETS["speedrun"]
+    plan = Schedule(config)
+    weights = [plan.stage(step).second for step in range(plan.total_steps)]
+    assert plan.total_steps == config.num_steps + config.extension_steps
+    assert weights == sorted(weights, reverse=True)
+    assert 0 < weights[0] < 1 and weights[-1] == 0
+    stages = (*config.stages, *config.extension)
+    assert {*weights} == {stage.second for stage in stages}
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
