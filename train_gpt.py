@@ -1722,6 +1722,7 @@ class Pointer(torch.autograd.Function):
         _pointer_kernel[ctx.grid](
             q, k, sink, tokens, targets, starts, impossible, target_share, sink_share, lse,
             *ctx.sizes, row_bytes, **ctx.kinds,
+            num_warps=4 if impossible is None else 8,  # with it 4 would lack registers
         )  # fmt: skip
         if impossible is not None:  # the other kernels would see the keys that this one leaves out
             ctx.mark_non_differentiable(target_share, sink_share)

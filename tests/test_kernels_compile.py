@@ -103,7 +103,7 @@ def record_launches(module: ModuleType, brief: bool) -> list[dict]:
     first = (dataclasses.replace(speedrun.stages[0], share=1.0),)
     configs = (
         dataclasses.replace(speedrun, stages=first) if brief else speedrun,
-        dataclasses.replace(matching, pointer=True, stages=first),
+        dataclasses.replace(matching, pointer=True, canonical_mask=True, stages=first),
         dataclasses.replace(speedrun, fp8=False, stages=first),
     )
     runtime = module.Runtime(0, 1, torch.device("cpu"), module.Log(None))
