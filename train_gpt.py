@@ -2898,7 +2898,7 @@ class GPT(nn.Module):
         p = logits.softmax(1)
         if not self.config.pointer:
             return p
-        starts, _ = document_bounds(batch.cu_seqlens, len(x))
+        starts = document_starts(batch.cu_seqlens, len(x))
         keys = *self.pointer_keys(x), self.small_weights["pointer_sink"], tokens, starts
         own = POINTER_REACH, positions, slice(None), self.impossible
         attention = pointer_attention(*keys, *own)
