@@ -129,10 +129,12 @@ SPEEDRUN_LAYERS = (
     Layer("short", 0,     False,  None),  # 0
     Layer("short", 1,     False,  None),  # 1
     Layer("long",  None,  True,   None),  # 2
-    Layer("short", None,  True,   None),  # 3
-    Layer("short", 2,     False,  3),     # 4
-    Layer("short", 3,     False,  3),     # 5
-    Layer("long",  4,     True,   3),     # 6, with the dynamic skips
+    Layer("short", None,  False,  None),  # 3
+    Layer("short", None,  False,  None),  # 4
+    Layer("short", None,  True,   None),  # 5
+    Layer("short", 2,     False,  5),     # 6
+    Layer("short", 3,     False,  5),     # 7
+    Layer("long",  4,     True,   5),     # 8, with the dynamic skips
 )
 TINY_STAGES = (
     Stage(1 / 2,  1_024,    256,    64,  128, 1.00, 0.1,  0),
@@ -187,18 +189,16 @@ class Config:
     mlp_dim: int = 3840  # hidden width of the MLP
     vocab_size: int = 50_257  # token ids are below this; the tables are padded to a multiple of 128
     gate_dim: int = 64  # hidden width of the MLP of the last layer's gates
-    ngram_orders: tuple[int, ...] = (2,)  # lengths of n-grams that have hashed rows, as 2:3:4
-    ngram_rows: int = 2**22  # table rows of each length; 768 wide 6.02 GiB a GPU
-    ngram_dim: int = 768  # width of these rows; each length has its own part of the stream
-    ngram_classes: bool = False  # n-grams that differ in case, accents or blanks share a row
+    ngram_orders: tuple[int, ...] = (2, 3)  # lengths of n-grams that have hashed rows, as 2:3:4
+    ngram_rows: int = 2**24  # table rows of each length, 24.1 GiB, which the GPUs share out
     match_orders: tuple[int, ...] = ()  # n-gram lookup: lengths of context, as 3:4:6; none: off
     match_slots: int = 2**28  # of the lookup table of a length, 4 bytes each, a power of two
     match_shards: int = 0  # of train_files, the last ones: inserted before the first step
     attention_scale: float = 0.1  # factor on q.k before the softmax
-    pointer: bool = False  # predict also by earlier tokens of the document that a head points at
+    pointer: bool = True  # predict also by earlier tokens of the document that a head points at
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
-    num_steps: int = 2420  # scheduled steps; the learning rate reaches its end here
+    num_steps: int = 1680  # scheduled steps; the learning rate reaches its end here
     stages: tuple[Stage, ...] = SPEEDRUN_STAGES  # rows of the fields of Stage
     extension_steps: int = 20  # steps after the scheduled ones, at the final learning rate
     extension: tuple[Stage, ...] = SPEEDRUN_EXTENSION  # their one row, in the format of stages
@@ -220,9 +220,9 @@ class Config:
     adam_eps: float = 1e-10  # added to the root of Adam's second moment, and of n-grams' Adagrad
     ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a value row is 2.9
     lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
-    lr_end: float = 0.25  # learning rate multiplier at num_steps
-    average_shares: tuple[float, ...] = ()  # weight averages: time constants, shares of num_steps
-    average_blends: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # how far to move toward an average
+    lr_end: float = 0.4  # learning rate multiplier at num_steps
+    average_shares: tuple[float, ...] = (0.1,)  # weight averages: time constants, shares of num_steps
+    average_blends: tuple[float, ...] = (0.25, 0.5)  # how far to move toward an average
     # Run
     seed: int = 1337  # of the initial weights
     val_every: int = 250  # steps between validations; 0: only the final one
@@ -246,6 +246,9 @@ class Config:
     def num_value_tables(self) -> int:
         return len({row.value_table for row in self.layers} - {None})
 
+    def ngram_rows_per_rank(self, world_size: int) -> int:
+        return -(-len(self.ngram_orders) * self.ngram_rows // world_size)
+
     def sequences_per_pass(self, num_tokens: int, world_size: int) -> int:
         """How many sequences of as many tokens make a micro-batch: a divisor of those a GPU has."""
         per_rank = self.sequences_per_step // world_size
@@ -257,16 +260,15 @@ class Config:
 # fmt: off
 PRESETS = {
     "speedrun": Config(),
-    "short": Config(num_steps=580, extension_steps=10),  # the schedule of the claim above
+    "half": Config(num_steps=800, extension_steps=10),  # the schedule of the claim above
     "matching": Config(
-        match_orders=(2, 3, 4, 5, 6, 8, 12, 16, 24), match_shards=2,
-        ngram_orders=(2, 3, 4), ngram_rows=2**23, ngram_dim=256,
+        match_orders=(2, 3, 4, 5, 6, 8, 12, 16, 24), match_shards=2, ngram_orders=(2, 3, 4),
     ),
     "tiny": Config(
         train_files="data/sample/sample_train_*.bin", val_file="data/sample/sample_val_*.bin",
         val_tokens=16_384, repeat_data=True, min_mean_doc_len=8,
         layers=TINY_LAYERS, model_dim=64, num_heads=2, head_dim=16, mlp_dim=256, gate_dim=16,
-        ngram_rows=4096, ngram_dim=64, dtype="float32",
+        ngram_rows=4096, dtype="float32",
         num_steps=80, stages=TINY_STAGES, extension_steps=4, extension=TINY_EXTENSION,
         final_window_long=512, sequences_per_step=2, momentum_warmup_steps=25,
         momentum_cooldown_steps=10, val_every=40, val_sequence_tokens=512, ngram_lr=30.0,
@@ -291,8 +293,7 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
     c, count, vocab = config, config.sequences_per_step, config.padded_vocab_size
     positive = ("num_steps sequences_per_step tokens_per_pass tokens_per_sampling "
                 "final_window_long momentum_warmup_steps val_tokens val_sequence_tokens "
-                "min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim ngram_rows "
-                "ngram_dim")
+                "min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim ngram_rows")
     not_negative = ("extension_steps stop_step val_every momentum_cooldown_steps ngram_lr "
                     "match_shards muon_lr muon_weight_decay adam_lr adam_weight_decay adam_eps "
                     "lr_end")
@@ -346,14 +347,12 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
                 f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order")
     require(c.match_slots > 0 and c.match_slots.bit_count() == 1,
             f"--match_slots {c.match_slots} is no power of two")
-    count, lengths = len(c.ngram_orders), "one for each of --ngram_orders"
+    count = len(c.ngram_orders)
     require(count > 0, "--ngram_orders none: give at least one length, as 2")
     require(c.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
-    require(count * c.ngram_dim <= c.model_dim,
-            f"--ngram_dim {c.ngram_dim}: {count} of them, {lengths}, are more than --model_dim "
-            f"{c.model_dim}: take less")
     require(count * c.ngram_rows < 2**31,
-            f"--ngram_rows {c.ngram_rows}: {count} of them, {lengths}, must be below 2^31")
+            f"--ngram_rows {c.ngram_rows}: {count} of them, one for each of --ngram_orders, must "
+            "be below 2^31")
     require(c.vocab_size > START_TOKEN,
             f"--vocab_size {c.vocab_size} leaves out the start token {START_TOKEN}: raise it")
     require(not c.canonical_mask or c.vocab_size == START_TOKEN + 1,
@@ -534,6 +533,12 @@ class Runtime:
             dist.all_gather_into_tensor(gathered, part)
         else:
             gathered.copy_(part)
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, from_each: list[int], to_each: list[int]
+    ) -> dist.Work:
+        """Start to send rows to all ranks, rank 0's in front, as many as these numbers say."""
+        return dist.all_to_all_single(received, sent, from_each, to_each, async_op=True)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -733,7 +738,8 @@ def row_stride(x: Tensor) -> int:
 
 
 def mix(key: Tensor) -> Tensor:
-    """A round of a hash, int64: spreads what tells keys apart over the bits."""
+    """A round of a hash, int64, of numpy's arrays too: spreads what tells keys apart over the
+    bits."""
     key = key * MIX_1
     return key ^ (key >> 29)
 
@@ -2187,13 +2193,14 @@ def _add_rows_kernel(
 
 
 def add_rows_(tables: Sequence[Tensor], rows: SortedRows, values: Sequence[Tensor]) -> None:
-    """Add values (n, dim), in their first order, to rows of a table (rows, dim) each, tables as
-    wide as one another; all that goes to one row is summed in fp32."""
+    """Add values (n, dim), of which rows.order names one for each of the sorted rows, to rows of a
+    table (rows, dim) each, tables as wide as one another; all that goes to one row is summed in
+    fp32."""
     if not takes_kernel(tables[0]):
         for table, value in zip(tables, values):
             table.index_add_(0, rows.rows, value[rows.order])
         return
-    count, dim = values[0].shape
+    count, dim = len(rows.rows), values[0].size(1)
     # Most runs are a few rows, for which a program adds whole ones; a frequent token is a run of
     # thousands, shared out by columns over programs behind those.
     short, long, part = min(count, 4096), 32, 128
@@ -2330,28 +2337,49 @@ def insert_matches_(
 
 # --- Hashed n-grams -------------------------------------------------------------------------------
 #
-# Rows for hashes of the last n tokens, in one table, order behind order. For a gradient of its size
-# and Adam's states it is too large: a step changes the rows that it has read.
+# Rows for hashes of the last n tokens, in one table. A token has a row of each order n, whose sum
+# enters the stream. For a gradient of its size and Adam's states the table is too large: a step
+# changes the rows that it has read. Several ranks share the table out: what they read of each
+# other's rows in a step is known before the step begins, from its tokens alone.
 
 
 @functools.partial(compiled, dynamic=True)
-def ngram_hash(
-    tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1,
-    classes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: int = 1) -> Tensor:
     """The row of the n-gram that ends at each token, of whichever documents, in each of as many
     equal parts of the tokens; (T, orders) int32.
 
-    Of the num_rows of an order the last one is for positions with fewer than n tokens up to there.
-    classes: (vocab,) int32, the token that each token is replaced by, as token_classes gives them.
+    Rows of the orders take turns: row k of the i-th one, from 0, is row k · orders + i of the
+    table, so that any part of it has as many of each. Of the num_rows of an order the last one is
+    for positions with fewer than n tokens up to there.
     """
-    if classes is not None:
-        tokens = classes[tokens]
     starts = torch.arange(len(tokens), device=tokens.device)
     starts -= starts % (len(tokens) // parts)
     slot, _, fits = context_keys(tokens, starts, orders, 2**44)  # all its bits
     row = torch.where(fits, slot % (num_rows - 1), num_rows - 1)
-    return (row + num_rows * torch.arange(len(orders), device=row.device)[:, None]).mT.int()
+    return (row.mT * len(orders) + torch.arange(len(orders), device=row.device)).int()
+
+
+def ngram_hash_on_host(tokens: np.ndarray, orders: tuple[int, ...], num_rows: int) -> np.ndarray:
+    """ngram_hash of one sequence (T,), bit for bit, in numpy: for the thread that makes batches, in
+    a third of the time that torch takes on a CPU."""
+    tokens = tokens.astype(np.int64) + 1
+    key, rows = np.zeros_like(tokens), np.empty((len(tokens), len(orders)), np.int32)
+    for back in range(orders[-1]):
+        later = key[back:]
+        later[:] = mix(tokens[: len(later)] ^ later)
+        if back + 1 in orders:
+            i = orders.index(back + 1)
+            slot = (key * MIX_2 >> 20) & (2**44 - 1)
+            row = slot % (num_rows - 1)
+            row[:back] = num_rows - 1
+            rows[:, i] = row * len(orders) + i
+    return rows
+
+
+def sort_ngrams(rows: Tensor) -> SortedRows:
+    """Of rows (T, orders), whose gradients are those of their tokens, (T, dim)."""
+    in_order = sort_rows(rows.flatten())
+    return in_order._replace(order=in_order.order // rows.size(1))
 
 
 @triton.jit
@@ -2380,13 +2408,14 @@ def update_ngrams_(
     """One step of row-wise Adagrad, in place, for the rows of a table (rows, dim) that have
     gradients g: s += mean(g²), then row -= lr·g / (√s + eps). sum_squares, s: (rows,) fp32.
 
-    grads: (n, dim), in their first order; those of a row are summed in fp32, in that order. A sum
-    of squares and no running mean: a row's k-th gradient moves it by about lr/√k whenever it comes,
-    with no bias to correct. Source: Duchi et al. 2011, JMLR 12, with one sum a row.
+    grads: (n, dim), of which rows.order names one for each of the sorted rows; those of a row are
+    summed in fp32, in that order. A sum of squares and no running mean: a row's k-th gradient moves
+    it by about lr/√k whenever it comes, with no bias to correct. Source: Duchi et al. 2011, JMLR
+    12, with one sum a row.
     """
     if takes_kernel(table):
         dim = table.size(1)
-        _update_ngrams_kernel[(min(len(grads), 16384),)](
+        _update_ngrams_kernel[(min(len(rows.rows), 16384),)](
             table, sum_squares, rows.rows, rows.order, packed(grads), rows.run_start, rows.num_runs,
             lr, eps, dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
@@ -2403,6 +2432,33 @@ def update_ngrams_(
 # ==================================================================================================
 
 
+class RowExchange(NamedTuple):
+    """The rows of n-grams that ranks read of each other in a step, each once a rank. Of rows a to f
+    rank 0 owns a b c and rank 1 the others; if one reads b e f and the other b c e, then
+
+                from_each  to_each  rows, counted from the first own one
+        rank 0  [1, 2]     [1, 2]   1     1 2      it receives b e f and sends b to itself, b c
+        rank 1  [2, 1]     [2, 1]   1 2   1        it receives b c e and sends e f, e to itself
+    """
+
+    from_each: list[int]  # how many rows this rank reads of each rank
+    to_each: list[int]  # how many of its own each rank reads
+    rows: Tensor  # (sum of to_each,) int32: which these are, rank 0's first
+
+
+def plan_exchange(rows: np.ndarray, rank: int, share: int) -> tuple[RowExchange, np.ndarray]:
+    """What each rank reads, (ranks, n) int32 of a table of which it owns `share` rows, rank 0 the
+    first ones, says what they exchange. Also gives, for each of the n, where this rank's row is in
+    what it receives."""
+    received, places = np.unique(rows[rank], return_inverse=True)
+    first = rank * share
+    asked = [np.sort(x[(x >= first) & (x < first + share)]) - first for x in rows]
+    asked = [x[np.diff(x, prepend=-1) > 0] for x in asked]  # np.unique, but faster
+    from_each = np.diff(np.searchsorted(received, share * np.arange(len(rows) + 1)))
+    exchange = from_each.tolist(), [*map(len, asked)], torch.from_numpy(np.concatenate(asked))
+    return RowExchange(*exchange), places.astype(np.int32)
+
+
 class Batch(NamedTuple):
     """Sequences that are computed at once: whole documents packed behind one another."""
 
@@ -2411,6 +2467,13 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # int32: document starts, padded with T to the length that graphs take
     max_seq_len: int  # no document is longer
     sequences: int = 1  # how many, each as long
+    # with several ranks:
+    rows: Tensor | None = None  # (T, orders) int32, where Ngrams.pulled has the rows of its n-grams
+    exchange: RowExchange | None = None  # what brings them there; of all passes of a step
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """With its tensors changed."""
+        return Batch(*(change(x) if isinstance(x, Tensor) else x for x in self))
 
 
 class Lookups(NamedTuple):
@@ -2422,74 +2485,141 @@ class Lookups(NamedTuple):
 
 
 class Ngrams(nn.Module):
-    """The table of hashed n-grams and what its updates need, the same on every rank. It is no
-    parameter: its gradients are those of the rows that were read, gathered from all ranks."""
+    """The table of hashed n-grams and what its updates need. It is no parameter: its gradients are
+    those of the rows that were read.
+
+    One process reads its table. Of several each has a share of it, consecutive rows. For a step
+    every rank pulls the rows that it reads from their owners, each once; behind the last pass it
+    sums the gradients of each, and the owner adds up what comes back, in the order of the ranks.
+    """
 
     def __init__(self, config: Config, runtime: Runtime):
         super().__init__()
         self.orders, self.num_rows = config.ngram_orders, config.ngram_rows
-        self.runtime, dim = runtime, config.ngram_dim
-        stages = (*config.stages, *config.extension)
-        most = len(self.orders) * max(stage.tokens_per_step for stage in stages)
+        self.runtime, dim, ranks = runtime, config.model_dim, runtime.world_size
         zeros = functools.partial(torch.zeros, device=runtime.device)
-        table = zeros(len(self.orders) * self.num_rows, dim, dtype=getattr(torch, config.dtype))
+        table = zeros(config.ngram_rows_per_rank(ranks), dim, dtype=getattr(torch, config.dtype))
         self.register_buffer("table", table)
-        classes = None
-        if config.ngram_classes:  # every token its own, until train() reads them
-            count = config.padded_vocab_size
-            classes = torch.arange(count, dtype=torch.int32, device=runtime.device)
-        self.register_buffer("classes", classes)
         self.sum_squares = zeros(len(table))
-        # of one step, in the order of the stream
-        self.rows, self.grads = zeros(most, dtype=torch.int32), zeros(most, dim, dtype=table.dtype)
-        self.filled = 0  # how many of these there are so far
+        # of the tokens of this rank in a step, pass behind pass
+        most = max(stage.tokens_per_step for stage in (*config.stages, *config.extension)) // ranks
+        self.rows = zeros(most, len(self.orders), dtype=torch.int32)
+        self.grads = zeros(most, dim, dtype=table.dtype)
+        self.filled = 0  # of how many tokens these are so far
         self.pending = None  # rows and grads of the last backward pass, to be gathered
+        # Several ranks: the rows that were pulled, at one place because graphs read them
+        most = max(most, config.sequences_per_step // ranks * config.val_sequence_tokens)
+        self.pulled = zeros(most * len(self.orders) * (ranks > 1), dim, dtype=table.dtype)
+        self.exchange: RowExchange | None = None  # by which they came
+        self.asked = None  # its rows, on the device
+        self.received = None  # gradients of these
+        self.works: list[dist.Work] = []  # what is on its way
 
     @recorded("hashing")
     def hash(self, tokens: Tensor, sequences: int) -> Tensor:
         """The table rows of each token's n-grams, (T, orders) int32, in as many sequences."""
-        return ngram_hash(tokens, self.orders, self.num_rows, sequences, self.classes)
+        return ngram_hash(tokens, self.orders, self.num_rows, sequences)
+
+    def locate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A table that has the rows of a batch's n-grams, and which they are, (T, orders) int32."""
+        if self.runtime.world_size == 1:
+            return self.table, self.hash(batch.tokens, batch.sequences)
+        assert batch.rows is not None, "several ranks take batches from rank_batches"
+        return self.pulled, batch.rows
+
+    # NCCL's stream runs collectives in the order in which they are launched, each behind all that
+    # the main stream was given before it. So rows are sent behind the update that they come from,
+    # and arrive in `pulled` behind the passes that have read it. wait() makes the main stream wait
+    # for what has been launched here; it stands in front of whatever reads that.
+
+    @recorded("n-gram exchange")
+    def pull(self, exchange: RowExchange | None) -> None:
+        """Start to bring the rows of an exchange, unless they are here since the last update. All
+        ranks call it."""
+        if self.runtime.world_size == 1 or exchange is None or exchange is self.exchange:
+            return
+        self.wait()
+        self.exchange, device = exchange, self.runtime.device
+        self.asked = exchange.rows.to(device, non_blocking=True)
+        sent, counts = F.embedding(self.asked, self.table), (exchange.from_each, exchange.to_each)
+        received = self.pulled[: sum(exchange.from_each)]
+        self.works.append(self.runtime.all_to_all(received, sent, *counts))
+
+    def wait(self) -> None:
+        while self.works:
+            self.works.pop().wait()
 
     @recorded("n-gram gather")
     def gather(self, rows: Tensor, grads: Tensor) -> None:
-        """Put what a backward pass left on each rank, (n,) and (n, dim), behind what the step has:
-        as sequences are dealt out that is the order of the stream, on however many ranks."""
-        part = slice(self.filled, self.filled + self.runtime.world_size * len(rows))
-        self.runtime.all_gather(self.rows[part], rows)
-        self.runtime.all_gather(self.grads[part], grads)
+        """Put what a backward pass left, (T, orders) and (T, dim), behind what the step has."""
+        part = slice(self.filled, self.filled + len(rows))
+        self.rows[part].copy_(rows)
+        self.grads[part].copy_(grads)
         self.filled = part.stop
+
+    @recorded("n-gram exchange")
+    def send_gradients(self) -> None:
+        """Start to send the owners the sums of what was gathered since the last update."""
+        if self.runtime.world_size == 1 or not self.filled:
+            return
+        rows, grads = self.rows[: self.filled], self.grads[: self.filled]
+        sums = grads.new_zeros(sum(self.exchange.from_each), grads.size(1))
+        add_rows_([sums], sort_ngrams(rows), [grads])
+        self.received = grads.new_empty(len(self.asked), grads.size(1))
+        counts = self.exchange.to_each, self.exchange.from_each
+        self.works.append(self.runtime.all_to_all(self.received, sums, *counts))
 
     @recorded("update ngrams")
     def update(self, lr: float, eps: float) -> None:
-        """With all that was gathered since the last one."""
-        if self.filled:
-            rows, grads = sort_rows(self.rows[: self.filled]), self.grads[: self.filled]
-            update_ngrams_(self.table, self.sum_squares, rows, grads, lr, eps)
-        self.filled = 0
+        """With all that was gathered since the last one; several ranks have sent it."""
+        if not self.filled:
+            return
+        rows, grads = self.rows[: self.filled], self.grads[: self.filled]
+        if self.runtime.world_size > 1:
+            self.wait()
+            rows, grads = self.asked[:, None], self.received
+        if len(rows):
+            update_ngrams_(self.table, self.sum_squares, sort_ngrams(rows), grads, lr, eps)
+        self.filled, self.exchange, self.received = 0, None, None
 
     def reset(self) -> None:
+        self.wait()
         self.table.zero_()
         self.sum_squares.zero_()
-        self.filled = 0
+        self.filled, self.exchange = 0, None
+
+    @torch.no_grad()
+    def whole_table(self) -> Tensor | None:
+        """The rows of all ranks, for rank 0 alone and with several ranks on its CPU. All ranks call
+        it."""
+        ranks, size = self.runtime.world_size, 2**16
+        if ranks == 1:
+            return self.table
+        whole = None
+        if self.runtime.is_main:
+            whole = torch.empty(ranks, *self.table.shape, dtype=self.table.dtype)
+        for begin in range(0, len(self.table), size):
+            part = self.table[begin : begin + size]
+            gathered = part.new_empty(ranks * len(part), part.size(1))
+            self.runtime.all_gather(gathered, part)
+            if whole is not None:
+                whole[:, begin : begin + size] = gathered.unflatten(0, (ranks, -1))
+        return None if whole is None else whole.flatten(0, 1)[: len(self.orders) * self.num_rows]
 
 
 class NgramRows(torch.autograd.Function):
-    """The table rows of a token's n-grams, one behind the other, (T, dim) with zeros behind them,
-    which need a gradient as `embedded`, (T, dim), does. The backward pass leaves it in
-    `ngrams.pending`."""
+    """The sum of the table rows of a token's n-grams, (T, dim), which needs a gradient as
+    `embedded`, (T, dim), does. The backward pass leaves it in `ngrams.pending`."""
 
     @staticmethod
     def forward(ctx, embedded: Tensor, batch: Batch, ngrams: Ngrams) -> Tensor:
-        ctx.ngrams, ctx.rows = ngrams, ngrams.hash(batch.tokens, batch.sequences)
-        rows = F.embedding(ctx.rows, ngrams.table).flatten(1)
-        missing = embedded.size(1) - rows.size(1)
-        return F.pad(rows, (0, missing)) if missing else rows  # a padding of 0 would copy them
+        table, ctx.rows = ngrams.locate(batch)
+        ctx.ngrams = ngrams
+        return F.embedding(ctx.rows, table).sum(1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
-        rows, dim = ctx.rows.flatten(), ctx.ngrams.table.size(1)
-        columns = grad[:, : ctx.rows.size(1) * dim]
-        ctx.ngrams.pending = rows, columns.reshape(len(rows), dim)
+        ctx.ngrams.pending = ctx.rows, packed(grad)
         return None, None, None
 
 
@@ -2879,7 +3009,10 @@ class GPT(nn.Module):
 
     def validation_loss(self, batch: Batch, windows: Windows) -> Tensor:
         """The next-token loss on the whole vocabulary, or with canonical_mask on what can follow
-        each token, a sum over tokens in nats, without fp8."""
+        each token, a sum over tokens in nats, without fp8. All ranks call it, each for its part of
+        an exchange."""
+        self.ngrams.pull(batch.exchange)
+        self.ngrams.wait()
         x, targets, shares = self.hidden(batch, windows), batch.targets, None
         if self.config.pointer:
             targets = self.with_copy_entry(targets[:, None])
@@ -3142,7 +3275,13 @@ class Optimizer:
 
     A step reduce-scatters the gradients of a sharded parameter, updates this rank's rows and
     all-gathers the new rows; small parameters are all-reduced and updated everywhere. All
-    collectives are asynchronous.
+    collectives are asynchronous, and NCCL runs them in the order of their launches:
+
+        gradients of the parameters
+        sums of the gradients of n-grams    made while the first of those travel
+        new rows of the first parameter     the value tables or the MLPs, most of what is gathered
+        n-grams of the next step            their rows are updated while those travel
+        new rows of the other parameters    updated while the n-grams travel
     """
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime):
@@ -3161,14 +3300,16 @@ class Optimizer:
 
     @recorded("optimizer")
     @torch.no_grad()
-    def step(self, step: int, lr_scale: float, momentum: float) -> None:
+    def step(
+        self, step: int, lr_scale: float, momentum: float, following: RowExchange | None = None
+    ) -> None:
         """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2
-        keep theirs on even steps and are updated on odd ones."""
+        keep theirs on even steps and are updated on odd ones. following: of the next step, whose
+        n-grams are pulled here."""
         due = [state for state in self.states if state.group.is_due(step)]
         reductions = [self._launch_reduction(state) for state in due]
-        # while these travel
-        self.model.ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
-        gathers = []
+        ngrams, gathers = self.model.ngrams, []
+        ngrams.send_gradients()
         for state, finish_reduction in zip(due, reductions):
             with recorded(f"update {state.group.name}"):
                 self._update(state, finish_reduction(), step, lr_scale, momentum)
@@ -3176,6 +3317,9 @@ class Optimizer:
                 gathers.append(
                     dist.all_gather_into_tensor(state.param.detach(), state.shard, async_op=True)
                 )
+            if state is due[0]:
+                ngrams.update(self.config.ngram_lr * lr_scale, self.config.adam_eps)
+                ngrams.pull(following)
         for state in due:  # while these travel
             state.param.grad.zero_()
             state.average(step)
@@ -3446,10 +3590,37 @@ def random_tokens(random: np.random.Generator, count: int) -> np.ndarray:
     return (START_TOKEN ** random.random(count)).astype(np.uint16) - 1
 
 
+def rank_batches(
+    sequences: list[tuple[np.ndarray, np.ndarray]], count: int, max_seq_len: int, config: Config,
+    runtime: Runtime,
+) -> list[Batch]:  # fmt: skip
+    """This rank's micro-batches, of `count` sequences, of those that all ranks compute: in each the
+    ranks take what follows one another.
+
+    sequences: as make_batch takes them. As every rank reads all of them, it knows without asking
+    which n-grams the others will read: of several ranks the batches have rows and an exchange.
+    """
+    ranks, pin, orders = runtime.world_size, runtime.device.type == "cuda", config.ngram_orders
+    firsts = range(runtime.rank * count, len(sequences), ranks * count)
+    parts = [sequences[first : first + count] for first in firsts]
+    batches = [make_batch(part, max_seq_len, config.min_mean_doc_len, pin) for part in parts]
+    if ranks == 1:
+        return batches
+    hashed = (ngram_hash_on_host(x[:-1], orders, config.ngram_rows) for x, _ in sequences)
+    rows = np.stack([*hashed])
+    # (sequences, T, orders) to (ranks, passes, sequences of a pass, T, orders)
+    rows = rows.reshape(len(parts), ranks, count, *rows.shape[1:]).swapaxes(0, 1)
+    share = config.ngram_rows_per_rank(ranks)
+    exchange, places = plan_exchange(rows.reshape(ranks, -1), runtime.rank, share)
+    places = torch.from_numpy(places.reshape(len(parts), -1, len(orders)))
+    if pin:
+        exchange, places = exchange._replace(rows=exchange.rows.pin_memory()), places.pin_memory()
+    return [batch._replace(rows=x, exchange=exchange) for batch, x in zip(batches, places)]
+
+
 def training_batches(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[list[Batch]]:
-    """This rank's sequences of every step, micro-batch by micro-batch: in each the ranks take what
-    follows one another. shapes: (T, max_seq_len) of a sequence, for each step."""
-    ranks, pin = runtime.world_size, runtime.device.type == "cuda"
+    """This rank's sequences of every step, micro-batch by micro-batch. shapes: (T, max_seq_len) of
+    a sequence, for each step."""
 
     def with_starts(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(documents), np.cumsum([0, *map(len, documents[:-1])])
@@ -3459,10 +3630,8 @@ def training_batches(config: Config, runtime: Runtime, shapes: Iterable) -> Iter
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
     for shape in shapes:
         sequences = [stream.next_sequence(*shape) for _ in range(config.sequences_per_step)]
-        count = config.sequences_per_pass(shape[0], ranks)
-        firsts = range(runtime.rank * count, len(sequences), ranks * count)
-        parts = [[*map(with_starts, sequences[first : first + count])] for first in firsts]
-        yield [make_batch(part, shape[1], config.min_mean_doc_len, pin) for part in parts]
+        count = config.sequences_per_pass(shape[0], runtime.world_size)
+        yield rank_batches([*map(with_starts, sequences)], count, shape[1], config, runtime)
 
 
 def read_proposal(config: Config) -> Tensor:
@@ -3521,22 +3690,26 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
 
 def validation_batches(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
     """This rank's sequences of the validation stream as it is; every target once, documents
-    masked."""
+    masked. All ranks have as many: at the end some have one without a target."""
     path, size = find_files("--val_file", config.val_file)[0], config.val_sequence_tokens
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
-    for begin in range(runtime.rank * size, num_targets, runtime.world_size * size):
+
+    def sequence(begin: int) -> tuple[np.ndarray, np.ndarray]:
         part = tokens[begin : begin + size + 1]
-        real = len(part) - 1
-        part = np.pad(part, (0, size - real), constant_values=START_TOKEN)  # the last one
+        real = max(len(part) - 1, 0)
+        part = np.pad(part, (0, size + 1 - len(part)), constant_values=START_TOKEN)  # the last one
         starts = np.union1d([0], np.flatnonzero(part[: min(real + 1, size)] == START_TOKEN))
-        batch = make_batch([(part, starts)], size, config.min_mean_doc_len, pin=False)
-        batch.targets[real:] = IGNORED_TARGET
+        return part, starts
+
+    for begin in range(0, num_targets, runtime.world_size * size):
+        begins = [begin + rank * size for rank in range(runtime.world_size)]
+        (batch,) = rank_batches([*map(sequence, begins)], 1, size, config, runtime)
+        batch.targets[max(0, num_targets - begins[runtime.rank]) :] = IGNORED_TARGET
         yield batch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    tensors = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
-    return Batch(*tensors, *batch[3:])
+    return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 # --- GPT-2's tokens -------------------------------------------------------------------------------
@@ -3568,32 +3741,6 @@ def read_token_table() -> TokenTable:
     for left, right in merges.tolist():
         tokens.append(tokens[left] + tokens[right])
     return TokenTable(tokens, merges)
-
-
-def normalized_text(token: bytes) -> str:
-    """What tokens of a class have in common: their text after NFKC without accents, case and blanks
-    around it, each run of blanks, tabs and line ends as one blank. Tokens of these alone have " ".
-    Empty where nothing is left, or where the token is a part of characters."""
-    try:
-        text = unicodedata.normalize("NFKC", token.decode())
-    except UnicodeDecodeError:
-        return ""
-    parts = unicodedata.normalize("NFD", text)  # letters and their accents
-    text = "".join(part for part in parts if unicodedata.category(part) != "Mn").lower()
-    text = re.sub("[ \t\r\n]+", " ", text)
-    return text.strip(" ") or text
-
-
-def token_classes(config: Config) -> Tensor:
-    """For every token the first one of the same normalized text, itself if it has none;
-    (vocab,) int32. In another vocabulary than GPT-2's every token is a class of its own."""
-    classes = np.arange(config.padded_vocab_size, dtype=np.int32)
-    if config.vocab_size == START_TOKEN + 1:
-        first: dict[str, int] = {}
-        for token, text in enumerate(map(normalized_text, read_token_table().tokens)):
-            if text:
-                classes[token] = first.setdefault(text, token)
-    return torch.from_numpy(classes)
 
 
 # Which token may follow which. GPT-2's tokenizer cuts a text into pre-tokens by this pattern,
@@ -4232,9 +4379,9 @@ class SelfCheck:
 
     def ngram_updates(self) -> list[Result]:
         config, count = self.config, CHECK_ROWS
-        rows, grads = self.integers(count // 2, count).int(), self.random(count, config.ngram_dim)
+        rows, grads = self.integers(count // 2, count).int(), self.random(count, self.dim)
         rows[::4] = rows[0]
-        table = self.random(count, config.ngram_dim, std=0.01)
+        table = self.random(count, self.dim, std=0.01)
         sums = self.random(count, dtype=torch.float32).square()
         doubles, order = (table.double(), sums.double()), sort_rows(rows)
         update_ngrams_(table, sums, order, grads, 1.0, config.adam_eps)
@@ -4286,8 +4433,9 @@ class CapturedPass:
         return len(batch.cu_seqlens) == len(self.inputs.cu_seqlens)
 
     def replay(self, batch: Batch) -> None:
-        for own, given in zip(self.inputs[:3], batch):
-            own.copy_(given, non_blocking=True)
+        for own, given in zip(self.inputs, batch):
+            if isinstance(own, Tensor):
+                own.copy_(given, non_blocking=True)
         self.graph.replay()
 
 
@@ -4327,6 +4475,8 @@ class Trainer:
         """Forward and backward pass of a micro-batch, added to the gradients. Gives the sum of its
         next-token losses, fp32, valid until the next call."""
         self.passes += 1
+        self.model.ngrams.pull(batch.exchange)
+        self.model.ngrams.wait()
         captured = self.graphs[stage] if self.uses_graphs else None
         if captured is not None and captured.fits(batch):
             captured.replay(batch)
@@ -4359,8 +4509,7 @@ class Trainer:
 
     def capture(self, batch: Batch, stage: Stage) -> None:
         """Make the graph of a stage, for batches like this, once it is warmed up."""
-        batch = to_device(batch, self.runtime.device)
-        inputs = Batch(*(tensor.clone() for tensor in batch[:3]), *batch[3:])
+        inputs = to_device(batch, self.runtime.device).map(torch.clone)
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
         options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
@@ -4375,12 +4524,12 @@ class Trainer:
         """Compile, warm up and capture on random sequences of every stage, then put everything
         back."""
         config, schedule, begin = self.config, self.schedule, time.perf_counter()
-        random = np.random.default_rng(self.runtime.rank)
+        random = np.random.default_rng(0)
 
         def random_batch(num_tokens: int, max_seq_len: int, count: int) -> Batch:
-            starts = np.arange(0, num_tokens, max_seq_len)
-            sequences = [(random_tokens(random, num_tokens + 1), starts) for _ in range(count)]
-            return make_batch(sequences, max_seq_len, config.min_mean_doc_len, False)
+            starts, number = np.arange(0, num_tokens, max_seq_len), count * self.runtime.world_size
+            sequences = [(random_tokens(random, num_tokens + 1), starts) for _ in range(number)]
+            return rank_batches(sequences, count, max_seq_len, config, self.runtime)[0]
 
         def report(what: str) -> None:
             self.runtime.synchronize()
@@ -4479,9 +4628,13 @@ class Trainer:
             raise self_check_error(problems)
         report("compiled functions" + " and checked kernels" * bool(checks))
 
-    def run_step(self, step: int, batches: list[Batch], update: int | None = None) -> Tensor:
+    def run_step(
+        self, step: int, batches: list[Batch], update: int | None = None,
+        following: list[Batch] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Train on this rank's micro-batches of a step; gives the mean of their next-token losses,
-        0-d. update: the step's number for the optimizer, where it is not `step`."""
+        0-d. update: the step's number for the optimizer, where it is not `step`. following: the
+        micro-batches of the next step, whose n-grams are pulled as soon as they are updated."""
         model, stage, read = self.model, self.schedule.stage(step), None
         if model.matches is not None:
             # Gathered while the passes run: NCCL runs collectives in order, so that a gather that
@@ -4495,7 +4648,8 @@ class Trainer:
             with model.on_side_stream():
                 insert_matches_(model.matches, *read, self.config.match_orders)
         rates = self.schedule.rates(step)
-        self.optimizer.step(step if update is None else update, *rates)
+        exchange = following[0].exchange if following else None
+        self.optimizer.step(step if update is None else update, *rates, exchange)
         model.wait_for_side_stream()  # the next step looks up what was inserted
         return total / sum(len(batch.tokens) for batch in batches)
 
@@ -4578,8 +4732,10 @@ def split_sequences(batch: Batch) -> list[Batch]:
     """Its sequences, a batch each."""
     length = len(batch.tokens) // batch.sequences
     starts = [(batch.cu_seqlens - i * length).clamp(0, length) for i in range(batch.sequences)]
-    parts = zip(batch.tokens.split(length), batch.targets.split(length), starts, strict=True)
-    return [Batch(*part, batch.max_seq_len) for part in parts]
+    rows = [None] * batch.sequences if batch.rows is None else batch.rows.split(length)
+    parts = zip(batch.tokens.split(length), batch.targets.split(length), starts, rows, strict=True)
+    options = {"max_seq_len": batch.max_seq_len, "exchange": batch.exchange}
+    return [Batch(*part, rows=rows, **options) for *part, rows in parts]
 
 
 @torch.no_grad()
@@ -4722,15 +4878,16 @@ def lack_of_memory(error: BaseException) -> str:
     return (str(error).partition(". ")[0] or "out of memory") if out_of_memory else ""
 
 
-def tables_remedy(config: Config) -> str:
+def tables_remedy(config: Config, world_size: int = 1) -> str:
     """What makes the largest table smaller."""
     element, gib = getattr(torch, config.dtype).itemsize, 2**30
-    ngrams = len(config.ngram_orders) * config.ngram_rows * (config.ngram_dim * element + 4) / gib
+    ngrams = config.ngram_rows_per_rank(world_size) * (config.model_dim * element + 4) / gib
     matches = len(config.match_orders) * config.match_slots * 4 / gib
     if max(ngrams, matches) < 1:
         return f"lower --model_dim {config.model_dim}, --mlp_dim {config.mlp_dim} or --layers"
     if ngrams >= matches:
-        return f"lower --ngram_rows {config.ngram_rows}, which take {ngrams:.1f} GiB"
+        share = f"which take {ngrams:.1f} GiB a process, or start more processes, which share them"
+        return f"lower --ngram_rows {config.ngram_rows}, {share}"
     return f"lower --match_slots {config.match_slots}, which take {matches:.1f} GiB"
 
 
@@ -4740,8 +4897,8 @@ def passes_remedy(config: Config, world_size: int) -> str:
     lengths = {stage.tokens_per_step // config.sequences_per_step for stage in stages}
     if any(config.sequences_per_pass(length, world_size) > 1 for length in lengths):
         return f"lower --tokens_per_pass {config.tokens_per_pass}, to {max(lengths)} at the least"
-    more = 2 * config.sequences_per_step
-    return f"pass --sequences_per_step {more}, which are half as long; or {tables_remedy(config)}"
+    more, smaller = 2 * config.sequences_per_step, tables_remedy(config, world_size)
+    return f"pass --sequences_per_step {more}, which are half as long; or {smaller}"
 
 
 def train(config: Config, runtime: Runtime) -> None:
@@ -4769,7 +4926,7 @@ def train(config: Config, runtime: Runtime) -> None:
         log.line(f"validation scores {num_targets:,} targets, all that --val_file has, {wanted}")
 
     begin = time.perf_counter()
-    with memory_for("the tables and weights", tables_remedy(config)):
+    with memory_for("the tables and weights", tables_remedy(config, runtime.world_size)):
         model = GPT(config, runtime)
         trainer = Trainer(model, runtime)
     check_outputs(config, log, len(shapes), model)
@@ -4778,12 +4935,8 @@ def train(config: Config, runtime: Runtime) -> None:
     dtype = f"QKV, MLP and head in fp8, the rest in {config.dtype}" if model.fp8 else config.dtype
     log.line(f"{millions:.1f} M parameters, {len(config.layers)} layers")
     log.line(f"{kernels}, {dtype}, attention by {model.backend}")
-    count, dim = model.ngrams.table.shape
+    count, dim = len(config.ngram_orders) * config.ngram_rows, config.model_dim
     log.line(f"{count:,} rows of hashed n-grams, {dim} wide: {count * dim / 1e6:.1f} M weights")
-    if config.ngram_classes:
-        model.ngrams.classes.copy_(token_classes(config))
-        found = len(model.ngrams.classes[: config.vocab_size].unique())
-        log.line(f"n-grams of {found:,} classes of the {config.vocab_size:,} tokens")
     trainer.prepare()
     preparation = time.perf_counter() - begin
 
@@ -4795,8 +4948,10 @@ def train(config: Config, runtime: Runtime) -> None:
         finder.start()
     model.proposal.copy_(read_proposal(config))
     insert_shards(model, runtime)
+    following = next(batches)
     for step in range(schedule.end_step):
-        loss = trainer.run_step(step, next(batches))
+        step_batches, following = following, next(batches, None)
+        loss = trainer.run_step(step, step_batches, following=following)
         progress.launched(step, loss)
 
         done = step + 1
@@ -4805,14 +4960,14 @@ def train(config: Config, runtime: Runtime) -> None:
                 seconds, finder = finder.fill(model.impossible), None
                 log.line(f"found the impossible pairs of tokens in {seconds:.1f} s of training")
             if done == schedule.total_steps and unread:  # on the clock
-                choose_weights(trainer, next(batches), schedule.windows(step), log)
+                choose_weights(trainer, following, schedule.windows(step), log)
             clock.stop()
             progress.report()
             windows = schedule.windows(step)
             if done == schedule.total_steps:
                 windows = windows._replace(long=config.final_window_long)
             smaller = f"lower --val_sequence_tokens {config.val_sequence_tokens}; "
-            smaller += f"or {tables_remedy(config)}"
+            smaller += f"or {tables_remedy(config, runtime.world_size)}"
             with memory_for("validation", smaller):
                 val_loss = validate(model, config, runtime, num_targets, windows)
             row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
@@ -4869,7 +5024,9 @@ def check_outputs(config: Config, log: Log, num_steps: int, model: GPT | None = 
     log_bytes = Path(__file__).stat().st_size + 300 * num_steps + 2**18
     check_output("--log_dir", log.path.with_suffix(".json"), log_bytes)
     if config.checkpoint:
-        tensors = [] if model is None else model.state_dict().values()
+        tensors = [] if model is None else [*model.state_dict().values()]
+        if model is not None:  # and what the other ranks have of the n-grams
+            tensors += [model.ngrams.table] * (model.ngrams.runtime.world_size - 1)
         weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         check_output("--checkpoint", config.checkpoint, weights + 2**18)
 
@@ -4912,13 +5069,15 @@ def draw_curve(log: Log) -> Path:
 def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     """Weights, tables of the n-gram lookup, config, and whether the training text was cut in bytes
     (then so are prompts)."""
+    table = model.ngrams.whole_table()
     if not runtime.is_main:
         return
     path = find_files("--train_files", config.train_files)[0]
     head = read_tokens(path, 100_000, config.vocab_size)
+    weights = model.state_dict() | {"ngrams.table": table}
     saved = {
         "config": config_as_text(config),
-        "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "weights": {name: tensor.cpu() for name, tensor in weights.items()},
         "byte_tokens": bool(((head < 256) | (head == START_TOKEN)).all()),
     }
     try:

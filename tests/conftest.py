@@ -70,7 +70,6 @@ def tiny_config(**changes: object) -> Config:
         "mlp_dim": 64,
         "gate_dim": 8,
         "ngram_rows": 512,
-        "ngram_dim": 32,
         "dtype": "float32",
         "num_steps": 8,
         "stages": (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 0),),
@@ -91,15 +90,19 @@ SPREADS = {"gate_w_1": 0.05, "gate_b_1": 0.3, "gate_w_2": 1.0, "gate_b_2": 1.5}
 
 
 def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
-    """A model with every parameter and the rows of n-grams random, so that no gate and no
-    projection is zero; the padding of the banks stays zero."""
+    """A model with every parameter and the rows of n-grams random, the same on any number of ranks,
+    so that no gate and no projection is zero; the padding of the banks stays zero."""
     model = GPT(config, runtime)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         model.attention_bank[: len(config.layers)].normal_(0, 0.2, generator=generator)
         model.mlp_bank[: 2 * len(config.layers)].normal_(0, 0.1, generator=generator)
-        for table in (model.head, model.value_embed, model.ngrams.table):
-            table.normal_(0, 0.5, generator=generator)
+        table = model.ngrams.table
+        rows = table.new_empty(len(config.ngram_orders) * config.ngram_rows, table.size(1))
+        for weights in (model.head, model.value_embed, rows):
+            weights.normal_(0, 0.5, generator=generator)
+        own = rows[runtime.rank * len(table) :][: len(table)]
+        table[: len(own)] = own
         for name, weights in model.unpack_small().items():
             weights += SPREADS.get(name, 0.2) * torch.randn(weights.shape, generator=generator)
     return model

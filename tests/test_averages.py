@@ -42,6 +42,7 @@ from train_gpt import (
     make_batch,
     nothing_changes,
     parse_args,
+    rank_batches,
     split_sequences,
 )
 
@@ -256,7 +257,7 @@ def choose_after_noise(rank: int, world_size: int) -> tuple[dict, dict[str, Tens
                 param.grad += grad.to(param.dtype)
         trainer.optimizer.step(step, 1.0, 0.9)
     sequences = [(random_documents(i, [30, 35]), np.array([0, 30])) for i in range(4)]
-    batches = [make_batch([part], 64, 4, False) for part in sequences[rank::world_size]]
+    batches = rank_batches(sequences, 1, 64, config, runtime)
     choose_weights(trainer, batches, Windows(8, 24), log)
     weights = {state.group.name: state.param.detach() for state in trainer.optimizer.states}
     return log.data["averages"], weights
@@ -305,10 +306,12 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str,
     trained, chosen_by = [], []
     run_step, choose = Trainer.run_step, train_gpt.choose_weights
 
-    def step(self, number: int, batches: list, update: int | None = None) -> Tensor:
+    def step(
+        self, number: int, batches: list, update: int | None = None, following: list | None = None
+    ) -> Tensor:
         if update is None:  # else of the warm-up
             trained.extend(batches)
-        return run_step(self, number, batches, update)
+        return run_step(self, number, batches, update, following)
 
     def note(trainer, batches: list, windows: Windows, log: Log) -> None:
         if log.path is not None:

@@ -296,9 +296,11 @@ def test_validation_scores_every_target_once(tmp_path, world_size, num_targets):
         list(validation_batches(config, cpu_runtime(rank, world_size), num_targets))
         for rank in range(world_size)
     ]
-    num_rows = sum(map(len, ranks))
-    assert num_rows == -(-num_targets // 64)
-    rows = [ranks[index % world_size][index // world_size] for index in range(num_rows)]
+    num_rows = -(-num_targets // 64)
+    assert [*map(len, ranks)] == [-(-num_rows // world_size)] * world_size
+    rows = [batch for together in zip(*ranks) for batch in together]
+    assert all((batch.targets == IGNORED_TARGET).all() for batch in rows[num_rows:])
+    rows = rows[:num_rows]
     inputs, targets = [], []
     for index, batch in enumerate(rows):
         assert len(batch.tokens) == len(batch.targets) == 64

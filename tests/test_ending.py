@@ -33,7 +33,6 @@ SMALL = {
     "head_dim": 8,
     "mlp_dim": 32,
     "ngram_rows": 512,
-    "ngram_dim": 16,
     "stages": "1:64:48:8:16:1:.25:0",
     "val_every": 0,
     "val_tokens": 64,

@@ -1,16 +1,13 @@
 """Hashed n-grams: their rows against brute force, their training against dictionaries in float64,
-what a prediction may see of them, and the same tables on one, two and four ranks."""
+and what a prediction may see of them; several ranks are in test_sharded_table.py."""
 
 import dataclasses
 import math
-import multiprocessing
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, cpu_runtime, random_batch, tiny_config, trained_like
 from test_check import check
 from test_train import log_of, run, write_data
@@ -34,19 +31,18 @@ from train_gpt import (
     ngram_hash,
     nothing_changes,
     parse_args,
-    training_batches,
     validate,
 )
 
 sys.path.insert(0, str(ROOT / "tools"))
 from generate import continue_text
 
-ORDERS, ROWS, DIM = (3, 4), 1001, 8
+ORDERS, ROWS, DIM = (3, 4), 1001, 32
 WINDOWS = Windows(8, 24)
 
 
 def ngram_config(**changes: object) -> Config:
-    fields = {"ngram_orders": ORDERS, "ngram_rows": ROWS, "ngram_dim": DIM, "ngram_lr": 0.1}
+    fields = {"ngram_orders": ORDERS, "ngram_rows": ROWS, "ngram_lr": 0.1}
     return tiny_config(**{**fields, **changes})
 
 
@@ -91,7 +87,7 @@ def test_rows_are_those_of_brute_force(lengths, orders, num_rows):
     assert rows.tolist() == ngram_rows(tokens.tolist(), orders, num_rows)
     for i, order in enumerate(orders):
         begins = torch.arange(len(tokens)) < order - 1
-        assert torch.equal(rows[:, i] == (i + 1) * num_rows - 1, begins)
+        assert torch.equal(rows[:, i] == (num_rows - 1) * len(orders) + i, begins)
 
 
 def test_row_is_of_the_last_n_tokens_alone():
@@ -121,8 +117,8 @@ def test_rows_are_spread_evenly():
 
 @pytest.mark.parametrize("match_orders", [(), (2,)], ids=["alone", "with matches"])
 def test_lookup_and_its_gradients(runtime, match_orders):
-    """The rows of order i are columns of the stream, next to each other and before the lookup's;
-    gradients of the rows and of everything next to them are those of the definition."""
+    """The rows of a token are summed, with the lookup's; gradients of the rows and of everything
+    next to them are those of the definition."""
     config = ngram_config(match_orders=match_orders, match_slots=64)
     model, empty = empty_model(config, runtime), empty_model(config, runtime)
     fill(model)
@@ -134,10 +130,10 @@ def test_lookup_and_its_gradients(runtime, match_orders):
     (expected * grad).sum().backward()
     expected = expected.detach().clone()
     assert expected.any() == bool(match_orders)
-    expected[:, :16] += model.ngrams.table[rows].flatten(1)
+    expected += model.ngrams.table[rows].sum(1)
     torch.testing.assert_close(looked_up.detach(), expected, rtol=1e-6, atol=1e-6)
-    assert model.ngrams.pending[0].tolist() == rows.flatten().tolist()
-    assert torch.equal(model.ngrams.pending[1], grad[:, :16].reshape(128, DIM))
+    assert model.ngrams.pending[0].tolist() == rows.tolist()
+    assert torch.equal(model.ngrams.pending[1], grad)
     for name, other in empty.named_parameters():
         assert torch.equal(getattr(model, name).grad, other.grad), name
 
@@ -150,8 +146,10 @@ def test_gradient_is_the_slope_of_the_loss(runtime):
     trainer, weights = Trainer(model, runtime), torch.tensor([1.0, 0.5])
     batch, ngrams = few_tokens(4, [20, 44], num_ids=30), model.ngrams
     trainer.micro_step(batch, trainer.schedule.stage(0))
-    assert ngrams.filled == 128
-    total = torch.zeros_like(ngrams.table).index_add_(0, ngrams.rows[:128], ngrams.grads[:128])
+    assert ngrams.filled == 64
+    total = torch.zeros_like(ngrams.table)
+    for rows in ngrams.rows[:64].mT:
+        total.index_add_(0, rows, ngrams.grads[:64])
     before = ngrams.table.clone()
     for seed in range(4):
         change, losses = gaussian(*before.shape, seed=100 + seed), []
@@ -171,10 +169,11 @@ class Reference:
         self.eps, self.sums = eps, defaultdict(float)
         self.rows = defaultdict(lambda: torch.zeros(DIM, dtype=torch.float64))
 
-    def update(self, rows: list[int], grads: Tensor, lr: float) -> None:
+    def update(self, rows: list[list[int]], grads: Tensor, lr: float) -> None:
         total = defaultdict(lambda: 0)
-        for row, grad in zip(rows, grads.double(), strict=True):
-            total[row] = total[row] + grad
+        for of_token, grad in zip(rows, grads.double(), strict=True):
+            for row in of_token:
+                total[row] = total[row] + grad
         for row, grad in total.items():
             self.sums[row] += grad.square().mean().item()
             self.rows[row] = self.rows[row] - lr * grad / (math.sqrt(self.sums[row]) + self.eps)
@@ -199,12 +198,11 @@ def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
         for batch in batches:
             trainer.micro_step(batch, trainer.schedule.stage(0))
         for batch, (rows, _) in zip(batches, gathered, strict=True):
-            expected = ngram_rows(batch.tokens.tolist(), ORDERS, 101)
-            assert rows == [row for position in expected for row in position]
+            assert rows == ngram_rows(batch.tokens.tolist(), ORDERS, 101)
         trainer.optimizer.step(step, 1.0 + step, 0.9)
         assert ngrams.filled == 0
-        rows = [row for rows, _ in gathered for row in rows]
-        again += len(rows) - len(set(rows))
+        rows = [of_token for rows, _ in gathered for of_token in rows]
+        again += 2 * len(rows) - len({row for of_token in rows for row in of_token})
         reference.update(rows, torch.cat([grads for _, grads in gathered]), 0.1 * (1.0 + step))
         expected = torch.stack([reference.rows[row] for row in range(202)])
         torch.testing.assert_close(ngrams.table.double(), expected, rtol=1e-3, atol=1e-5)
@@ -218,7 +216,7 @@ def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
 
 def test_rows_alone_learn_a_text(runtime):
     """With everything else as it is."""
-    config = ngram_config(ngram_rows=4096, ngram_dim=16)
+    config = ngram_config(ngram_rows=4096)
     model = empty_model(config, runtime)
     trainer, losses = Trainer(model, runtime), []
     batch = few_tokens(6, [30, 34], num_ids=1000)
@@ -293,7 +291,7 @@ def test_preparation_leaves_no_rows(runtime, monkeypatch):
     assert seen == [True] * 4
     with nothing_changes(model, trainer.optimizer):
         trainer.micro_step(few_tokens(0, [64]), trainer.schedule.stage(0))
-        assert model.ngrams.filled == 128
+        assert model.ngrams.filled == 64
     assert not model.ngrams.table.any() and not model.ngrams.sum_squares.any()
     assert model.ngrams.filled == 0
 
@@ -301,71 +299,10 @@ def test_preparation_leaves_no_rows(runtime, monkeypatch):
 @pytest.mark.parametrize("name", ["causality", "targets"])
 def test_model_with_rows_passes_the_check(name, tmp_path, monkeypatch):
     """The judge fills them."""
-    sizes = {"ngram_orders": (2, 3), "ngram_rows": 500, "ngram_dim": 16}
+    sizes = {"ngram_orders": (2, 3), "ngram_rows": 500}
     monkeypatch.setattr(check, "SIZES", check.SIZES | sizes)
     assert check.Judge(train_gpt, tmp_path).model.ngrams.table.any(1).all()
     check.CHECKS[name](train_gpt, tmp_path)
-
-
-# Ranks -------------------------------------------------------------------------------------------
-
-
-def exact_updates(runtime: Runtime, dtype: str) -> list[Tensor]:
-    """Two steps of four sequences with given gradients, distributed as by training_batches."""
-    ngrams = Ngrams(ngram_config(ngram_rows=101, dtype=dtype), runtime)
-    for step in range(2):
-        for seed in range(10 * step, 10 * step + 4)[runtime.rank :: runtime.world_size]:
-            rows = ngram_hash(few_tokens(seed, [64]).tokens, ORDERS, 101).flatten()
-            ngrams.gather(rows, gaussian(128, DIM, seed=seed).type_as(ngrams.table))
-        ngrams.update(0.1, 1e-10)
-    return [ngrams.table, ngrams.sum_squares]
-
-
-def whole_steps(rank: int, world_size: int, folder: Path) -> list[Tensor]:
-    """Three steps of the model on four sequences of the stream each."""
-    config = ngram_config(ngram_rows=101, train_files=f"{folder}/train_*.bin")
-    runtime = cpu_runtime(rank, world_size)
-    model = empty_model(config, runtime)
-    trainer = Trainer(model, runtime)
-    for step, rows in enumerate(training_batches(config, runtime, [(64, 48)] * 3)):
-        for batch in rows:
-            trainer.micro_step(batch, trainer.schedule.stage(0))
-        trainer.optimizer.step(step, 1.0, 0.9)
-    return [model.ngrams.table, model.ngrams.sum_squares]
-
-
-def worker(rank: int, world_size: int, folder: Path) -> None:
-    store = f"file://{folder}/store{world_size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    runtime = cpu_runtime(rank, world_size)
-    results = [exact_updates(runtime, dtype) for dtype in ("float32", "bfloat16")]
-    results.append(whole_steps(rank, world_size, folder))
-    torch.save(results, folder / f"{world_size}_{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_ranks_have_the_same_tables(tmp_path):
-    """To the bit; with given gradients also those of one process, because sequences come in the
-    order of the stream. Two ranks take two micro-steps a step, four take one."""
-    write_data(tmp_path)
-    given = [exact_updates(cpu_runtime(), dtype) for dtype in ("float32", "bfloat16")]
-    alone = whole_steps(0, 1, tmp_path)
-    assert all(table.any(1).sum() > 50 for table, _ in (*given, alone))
-    fork = multiprocessing.get_context("fork")  # spares them the imports
-    for world_size in (2, 4):
-        ranks = range(world_size)
-        how = [{"target": worker, "args": (rank, world_size, tmp_path)} for rank in ranks]
-        processes = [fork.Process(**each, daemon=True) for each in how]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0] * world_size
-        results = [torch.load(tmp_path / f"{world_size}_{rank}.pt") for rank in ranks]
-        for result in results:
-            for mine, expected in zip(result, [*given, results[0][2]], strict=True):
-                assert all(map(torch.equal, mine, expected))
-        torch.testing.assert_close(results[0][2], alone, rtol=2e-2, atol=2e-3)
 
 
 # Options and checkpoints -------------------------------------------------------------------------
@@ -379,8 +316,6 @@ def test_ranks_have_the_same_tables(tmp_path):
         ({"ngram_orders": (3, 3)}, "--ngram_orders 3:3: .*ascending"),
         ({"ngram_orders": (0, 3)}, "--ngram_orders 0:3: .*from 1 to 31"),
         ({"ngram_orders": (3, 32)}, "--ngram_orders 3:32: .*from 1 to 31"),
-        ({"ngram_dim": 0}, "--ngram_dim 0 must be positive"),
-        ({"ngram_dim": 17}, "--ngram_dim 17: 2 of them, .* more than --model_dim 32"),
         ({"ngram_rows": -1}, "--ngram_rows -1 must be positive"),
         ({"ngram_rows": 1}, "--ngram_rows 1 leaves no row"),
         ({"ngram_rows": 2**30}, "--ngram_rows 1073741824: 2 of them, .* must be below 2.31"),
@@ -389,31 +324,30 @@ def test_ranks_have_the_same_tables(tmp_path):
 )
 def test_check_config_names_what_cannot_work(changes, message):
     check_config(ngram_config(), 1)
-    check_config(ngram_config(ngram_orders=(1, 31), ngram_rows=2, ngram_dim=16, ngram_lr=0.0), 1)
+    check_config(ngram_config(ngram_orders=(1, 31), ngram_rows=2, ngram_lr=0.0), 1)
     check_config(ngram_config(ngram_orders=(3,), ngram_rows=2**31 - 1), 1)
     with pytest.raises(UserError, match=message):
         check_config(ngram_config(**changes), 1)
 
 
 def test_options_on_the_command_line():
-    options = ["--ngram_orders", "3:4", "--ngram_dim", "384", "--ngram_lr", "1.5"]
+    options = ["--ngram_orders", "3:4", "--ngram_rows", "384", "--ngram_lr", "1.5"]
     config = parse_args(["--preset", "speedrun", *options])
-    assert (config.ngram_orders, config.ngram_dim, config.ngram_lr) == ((3, 4), 384, 1.5)
+    assert (config.ngram_orders, config.ngram_rows, config.ngram_lr) == ((3, 4), 384, 1.5)
     assert config_from_text(config_as_text(config)) == config
     check_config(config, 8)
     for preset in train_gpt.PRESETS.values():
-        narrow = {"ngram_orders": (2, 3, 4), "ngram_dim": preset.model_dim // 3}
-        check_config(dataclasses.replace(preset, **narrow), 1)
+        check_config(dataclasses.replace(preset, ngram_orders=(2, 3, 4)), 1)
 
 
 def test_run_and_its_checkpoint(tmp_path):
     """The rows go with the weights: they score the same, and continue a text."""
     path = tmp_path / "model.pt"
-    options = {"ngram_orders": "3:4", "ngram_dim": 16, "ngram_lr": 0.3}
+    options = {"ngram_orders": "3:4", "ngram_lr": 0.3}
     result = run(write_data(tmp_path), **options, stop_step=6, checkpoint=path)
     assert result.returncode == 0, result.stderr
     text, record = log_of(tmp_path)
-    assert "8,192 rows of hashed n-grams, 16 wide: 0.1 M weights" in text
+    assert "8,192 rows of hashed n-grams, 32 wide: 0.3 M weights" in text
     losses = [row["train_loss"] for row in record["steps"]]
     assert len(losses) == 6 and losses[-1] < losses[0] - 1
     model, config, _ = check.load_checkpoint(train_gpt, str(path), "cpu")
@@ -435,7 +369,7 @@ def test_run_and_its_checkpoint(tmp_path):
     for rows in (table, gaussian(*table.shape) * 1e4):
         texts.append(continue_with(rows))
     assert texts[0].startswith("afkp") and texts[0] != texts[1]
-    for rows, found in ((table[1:], r"\[8191, 16\]"), (None, r"\[0\]")):
-        message = rf"model.pt: ngrams.table is {found}, .* ask for \[8192, 16\]"
+    for rows, found in ((table[1:], r"\[8191, 32\]"), (None, r"\[0\]")):
+        message = rf"model.pt: ngrams.table is {found}, .* ask for \[8192, 32\]"
         with pytest.raises(check.Unjudgeable, match=message):
             continue_with(rows)

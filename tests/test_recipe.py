@@ -640,7 +640,7 @@ def test_gradients_of_tables_are_added_row_by_row(runtime):
         expected[1][token] += 5 * piece
     for table, reference in zip(tables, expected):
         close(table.grad, reference)
-    rows = [row for (row,) in ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)]
-    assert len(set(rows)) < 64
+    rows = ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
+    assert len({row for (row,) in rows}) < 64
     assert model.ngrams.pending[0].tolist() == rows
     assert torch.equal(model.ngrams.pending[1], grad)

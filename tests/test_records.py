@@ -40,7 +40,6 @@ TRAINING = {
     "mlp_dim": 32,
     "gate_dim": 8,
     "ngram_rows": 256,
-    "ngram_dim": 16,
     "num_steps": STEPS,
     "stages": "1/2:128:48:8:16:1:.25:0,1/2:128:64:16:32:1.2:.15:0",
     "extension_steps": EXTENSION,

@@ -1,5 +1,4 @@
-"""GPT-2's tokens: the table in data/, and what training makes of it: classes of tokens for hashed
-n-grams, and the pairs of tokens that validation leaves out."""
+"""GPT-2's tokens: the table in data/, and the pairs of tokens that validation leaves out."""
 
 import hashlib
 import importlib
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +18,7 @@ import pytest
 import regex
 import tiktoken
 import torch
-from conftest import ROOT, cpu_runtime, random_batch, tiny_config, trained_like, write_shard
-from test_check import check
+from conftest import ROOT, random_batch, tiny_config, trained_like, write_shard
 from test_train import command, environment, log_of, read_shard, run, write_data
 from torch import Tensor
 
@@ -32,20 +29,15 @@ from train_gpt import (
     START_TOKEN,
     PairFinder,
     TokenTable,
-    Trainer,
     UserError,
     Windows,
     check_config,
     expand,
     impossible_pairs,
     next_token_loss,
-    ngram_hash,
-    normalized_text,
     pieces_at_edge,
     read_token_table,
-    token_classes,
     token_edges,
-    validate,
 )
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -56,11 +48,6 @@ VOCAB = START_TOKEN + 1
 @pytest.fixture(scope="module")
 def table() -> TokenTable:
     return read_token_table()
-
-
-@pytest.fixture(scope="module")
-def classes() -> list[int]:
-    return token_classes(tiny_config()).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -207,198 +194,13 @@ def test_copy_of_the_script_finds_the_table(table, tmp_path, monkeypatch):
     assert read_token_table().tokens == table.tokens
 
 
-# Classes -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("token", "text"),
-    [
-        (" The", "the"),
-        ("THE", "the"),
-        ("é", "e"),
-        (" É", "e"),
-        ("ß", "ß"),
-        ("½", "1\N{FRACTION SLASH}2"),
-        ("\N{LATIN SMALL LIGATURE FI}", "fi"),
-        ("\N{FULLWIDTH LATIN CAPITAL LETTER A}", "a"),
-        ("\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}", "i"),
-        (" \N{NO-BREAK SPACE}", " "),
-        ("\n\n", " "),
-        (" \t\r\n ", " "),
-        (" a \n b ", "a b"),
-        ("'S", "'s"),
-        (" --", "--"),
-        ("\x0b", "\x0b"),  # a control character; it is no blank
-        ("\N{COMBINING LONG STROKE OVERLAY}", ""),
-        ("", ""),
-        ("日本", "日本"),
-        (b"\xc3", ""),
-        (b"a\xe2\x80", ""),
-        (b"\x99s", ""),
-    ],
-)
-def test_normalized_text(token, text):
-    assert normalized_text(token if isinstance(token, bytes) else token.encode()) == text
-
-
-def test_classes_by_their_definition(table, classes):
-    """Every token has the class of the first token of the same text; those without text keep their
-    ids. Figures are those of GPT-2's vocabulary."""
-    texts = [*map(normalized_text, table.tokens)]
-    for token in range(0, START_TOKEN, 7):
-        expected = texts.index(texts[token]) if texts[token] else token
-        assert classes[token] == expected
-    assert classes[START_TOKEN:] == [*range(START_TOKEN, 50_304)]
-    assert len(set(classes[:VOCAB])) == 32_980
-    assert sum(token != of for token, of in enumerate(classes)) == 17_277
-    alone = [token for token, text in enumerate(texts) if not text]
-    assert all(classes[token] == token and classes.count(token) == 1 for token in alone)
-    assert len(alone) == 350
-    assert [classes[of] for of in classes] == classes
-
-
-def test_classes_of_tokens_known_by_heart(table, classes):
-    ids = {token: i for i, token in enumerate(table.tokens)}
-    for tokens in (
-        ("the", " the", "The", " The", "THE", " THE"),
-        (" ", "\n", "\n\n", "\t", "\N{NO-BREAK SPACE}", "\r"),
-        ("e", "E", " e", "é", " é", "É", " É"),
-        ("½", " ½"),
-    ):
-        found = {classes[ids[token.encode()]] for token in tokens}
-        assert found == {min(ids[token.encode()] for token in tokens)}, tokens
-    apart = "the", "he", " ", "'s", "s", ".", "!", "1"
-    assert len({classes[ids[token.encode()]] for token in apart}) == len(apart)
-
-
-def test_classes_do_not_depend_on_pythons_version(table):
-    """What Unicode has settled for good is all that the tokens hold."""
-    text = "".join(token.decode(errors="ignore") for token in table.tokens)
-    assert not [c for c in set(text) if unicodedata.category(c) == "Cn"]
-
-
-def test_other_vocabulary_has_no_classes(monkeypatch):
-    monkeypatch.setattr(train_gpt, "read_token_table", lambda: pytest.fail("it was read"))
-    config = tiny_config(vocab_size=50_300)
-    assert token_classes(config).tolist() == [*range(50_304)]
-
-
-# In hashed n-grams -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("orders", [(1,), (2,), (2, 3, 4)])
-def test_hash_is_that_of_the_classes(classes, orders):
-    batch, rows = random_batch(3, [40, 1, 23]), 2**20
-    tokens = batch.tokens
-    tensor = torch.tensor(classes, dtype=torch.int32)
-    found = ngram_hash(tokens, orders, rows, 2, tensor)
-    assert torch.equal(found, ngram_hash(tensor[tokens.long()], orders, rows, 2))
-    assert not torch.equal(found, ngram_hash(tokens, orders, rows, 2))
-    same = torch.arange(len(tensor), dtype=torch.int32)
-    assert torch.equal(
-        ngram_hash(tokens, orders, rows, 2, same), ngram_hash(tokens, orders, rows, 2)
-    )
-
-
-def test_writings_of_a_bigram_share_a_row(table, classes):
-    ids = {token.decode(errors="replace"): i for i, token in enumerate(table.tokens)}
-
-    def row(first: str, second: str, **options) -> int:
-        tokens = torch.tensor([ids[first], ids[second]], dtype=torch.int32)
-        return ngram_hash(tokens, (2,), 2**22, **options)[1, 0].item()
-
-    options = {"classes": torch.tensor(classes, dtype=torch.int32)}
-    written = [(" The", " cat"), (" the", " cat"), ("the", " Cat"), ("THE", "cat")]
-    assert len({row(*pair, **options) for pair in written}) == 1
-    assert len({row(*pair) for pair in written}) == 4
-    assert row(" the", " dog", **options) != row(" the", " cat", **options)
-    assert row("the", "re", **options) != row("the", " cat", **options)
-
-
-def test_model_without_classes_is_as_it_was(runtime):
-    """Nor does a checkpoint change; with them it has the table."""
-    plain, classed = (trained_like(tiny_config(ngram_classes=on), runtime) for on in (False, True))
-    assert {*classed.state_dict()} - {*plain.state_dict()} == {"ngrams.classes"}
-    batch = random_batch(4, [64])
-    found = [model.look_up(batch).ngrams for model in (plain, classed)]
-    assert torch.equal(*found)  # until they are read, every token has its own
-    classed.ngrams.classes.copy_(token_classes(classed.config))
-    other = classed.look_up(batch).ngrams
-    assert not torch.equal(found[0], other)
-    tokens = classed.ngrams.classes[batch.tokens.long()]
-    assert torch.equal(other, plain.look_up(batch._replace(tokens=tokens)).ngrams)
-
-
-def test_classes_change_the_n_grams_alone(runtime):
-    """Not the embeddings, nor what is looked up by exact match."""
-    config = tiny_config(ngram_classes=True, match_orders=(1, 2), match_slots=256)
-    model = trained_like(config, runtime)
-    model.matches.random_(generator=torch.Generator().manual_seed(0))
-    batch = random_batch(5, [64])
-    before = model.look_up(batch)
-    rest = model.ngrams.table.clone()
-    model.ngrams.table.zero_()
-    match = model.look_up(batch).ngrams
-    model.ngrams.classes.copy_(token_classes(config))
-    assert torch.equal(model.look_up(batch).ngrams, match)
-    model.ngrams.table.copy_(rest)
-    after = model.look_up(batch)
-    assert torch.equal(before.embedded, after.embedded)
-    assert all(map(torch.equal, before.values, after.values))
-    assert not torch.equal(before.ngrams, after.ngrams)
-
-
-def test_gradients_go_to_the_rows_of_the_classes(runtime):
-    config = tiny_config(ngram_classes=True)
-    model = trained_like(config, runtime)
-    model.ngrams.classes.copy_(token_classes(config))
-    trainer, batch = Trainer(model, runtime), random_batch(6, [64])
-    trainer.micro_step(batch, trainer.schedule.stage(0))
-    expected = ngram_hash(batch.tokens, (2,), config.ngram_rows, 1, model.ngrams.classes)
-    assert torch.equal(model.ngrams.rows[:64], expected.flatten())
-
-
-def upper_case(folder: Path) -> Path:
-    """Every third letter of the shards in upper case, which is 32 ids below."""
-    for path in folder.glob("*.bin"):
-        tokens = read_shard(path).copy()
-        chosen = (np.arange(len(tokens)) % 3 == 0) & (tokens >= 64) & (tokens < 90)
-        tokens[chosen] -= 32
-        write_shard(path, tokens)
-    return folder
-
-
-def test_run_and_its_checkpoint(tmp_path, classes):
-    """On one rank and on two, which read the table each; the classes go with the weights."""
-    losses = []
-    for ranks in (1, 2):
-        (folder := tmp_path / f"{ranks}").mkdir()
-        upper_case(write_data(folder))
-        options = {"ngram_classes": "true", "stop_step": 4, "checkpoint": folder / "model.pt"}
-        result = run(folder, ranks, **options)
-        assert result.returncode == 0, result.stderr
-        text, record = log_of(folder)
-        assert "\nn-grams of 32,980 classes of the 50,257 tokens\n" in text
-        losses.append(record["summary"]["val_loss"])
-        saved = torch.load(folder / "model.pt")["weights"]["ngrams.classes"]
-        assert saved.tolist() == classes
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-    model, config, _ = check.load_checkpoint(train_gpt, str(folder / "model.pt"), "cpu")
-    assert model.ngrams.classes.tolist() == classes
-    windows = Windows(config.stages[0].window_short, config.stages[0].window_long)
-    scored = model, config, cpu_runtime(), config.val_tokens, windows
-    assert validate(*scored) == pytest.approx(losses[1], abs=1e-5)
-    model.ngrams.classes.copy_(torch.arange(len(classes)))
-    assert validate(*scored) != pytest.approx(losses[1], abs=1e-4)
-
-
 def test_run_without_the_table_ends_in_one_line(tmp_path):
     """A copy of the script, in a folder without it."""
     folder = write_data(tmp_path)
     script = folder / "train_gpt.py"
     script.write_bytes((ROOT / "train_gpt.py").read_bytes())
     result = subprocess.run(
-        command(folder, 1, script, ngram_classes="true", stop_step=2),
+        command(folder, 1, script, canonical_mask="true", stop_step=2),
         cwd=folder,
         env=environment(),
         capture_output=True,

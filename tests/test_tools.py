@@ -19,7 +19,7 @@ import torch.distributed as dist
 from conftest import ROOT, cpu_runtime, tiny_config, write_shard
 from test_train import OPTIONS, environment
 
-from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer, Stage
+from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer, Stage, plan_exchange
 
 sys.path.insert(0, str(ROOT / "tools"))
 import bench
@@ -125,7 +125,7 @@ def test_a_trace_gives_kernels_with_their_launches_or_outermost_operators(tmp_pa
 @pytest.mark.parametrize("max_seq_len", [48, 896, 4096])
 def test_random_sequences_are_whole_documents(max_seq_len):
     random, config = np.random.default_rng(0), tiny_config()
-    batch = profiler.random_batch(random, 4096, max_seq_len, 1, config, False)
+    batch = profiler.random_batch(random, 4096, max_seq_len, 1, config, cpu_runtime())
     lengths = batch.cu_seqlens.diff()
     assert batch.cu_seqlens[-1] == len(batch.tokens) == 4096 and lengths.max() <= max_seq_len
     starts = batch.cu_seqlens[:-1][lengths > 0].long()
@@ -143,7 +143,8 @@ class CountingRing:
 
     def __init__(self, world_size: int, monkeypatch: pytest.MonkeyPatch):
         self.world_size, self.sent = world_size, 0
-        for name in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce"):
+        own = "reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce", "all_to_all_single"
+        for name in own:
             monkeypatch.setattr(dist, name, getattr(self, name))
 
     def pass_on(self, chunk_bytes: float) -> "CountingRing":
@@ -165,6 +166,12 @@ class CountingRing:
             tensor.nbytes / self.world_size
         )
 
+    def all_to_all_single(self, output, input, from_each, to_each, async_op):
+        """Not round the ring; what every rank keeps for itself is as much."""
+        assert (sum(from_each), sum(to_each)) == (len(output), len(input))
+        self.sent += (len(input) - to_each[0]) * input[0].nbytes
+        return self
+
     def wait(self) -> None:
         pass
 
@@ -185,13 +192,18 @@ def test_what_a_step_sends_is_computed(world_size, monkeypatch):
 
 
 def test_what_ngrams_send_is_computed(monkeypatch):
-    """As much as gathering a step's rows and gradients does."""
+    """As much as exchanging a step's rows and gradients, when each rank reads every row once."""
     ring = CountingRing(4, monkeypatch)
-    config, runtime = tiny_config(ngram_orders=(2, 3), ngram_rows=9, ngram_dim=8), cpu_runtime(1, 4)
+    config, runtime = tiny_config(ngram_orders=(2, 3), ngram_rows=64), cpu_runtime(1, 4)
     model = GPT(config, runtime)
-    model.ngrams.gather(torch.zeros(2 * 64, dtype=torch.int32), torch.zeros(2 * 64, 8))
-    assert profiler.gathered_bytes(model, 4, num_tokens=4 * 64) == ring.sent == 3 * 128 * (4 + 32)
-    assert profiler.gathered_bytes(model, 1, num_tokens=4 * 64) == 0
+    rows = np.tile(np.arange(2 * 64, dtype=np.int32), (4, 1))
+    exchange, places = plan_exchange(rows, 1, config.ngram_rows_per_rank(4))
+    model.ngrams.pull(exchange)
+    model.ngrams.gather(torch.from_numpy(places).view(64, 2), torch.zeros(64, 32))
+    model.ngrams.send_gradients()
+    sent = 2 * (3 * 32) * 128  # of three other ranks 32 rows each, and their gradients
+    assert profiler.exchanged_bytes(model, 4, num_tokens=4 * 64) == ring.sent == sent
+    assert profiler.exchanged_bytes(model, 1, num_tokens=4 * 64) == 0
 
 
 def test_nothing_is_sent_by_one_rank(runtime):
@@ -199,9 +211,12 @@ def test_nothing_is_sent_by_one_rank(runtime):
     assert [profiler.sent_bytes(model, 1, step) for step in range(2)] == [0, 0]
 
 
+TABLES = "GiB of n-grams", "GiB of a step's n-grams"
+
+
 def test_volumes_by_hand(runtime, capsys):
     """Of a small model in numbers of 4 bytes, with 5 layers."""
-    changes = {"sequences_per_step": 4, "ngram_dim": 32, "model_dim": 32, "mlp_dim": 64}
+    changes = {"sequences_per_step": 4, "model_dim": 32, "mlp_dim": 64}
     model = GPT(tiny_config(**changes, head_dim=16, gate_dim=16, layers=TINY_LAYERS), runtime)
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
 
@@ -215,7 +230,8 @@ def test_volumes_by_hand(runtime, capsys):
     assert rows["rows of head"] == ["2", "6.4", "50,304", "25,152", "12,576"]
     assert rows["rows of mlp_bank"] == ["1", "0.1", "10", "5", "3"]  # of 12
     assert rows["rows of value_embed"] == ["2", "12.9", "100,608", "50,304", "25,152"]
-    assert [name for name in rows if "n-grams" in name] == ["GB sent, n-grams of 1,024 tokens"]
+    step = "GB sent, n-grams of 1,024 tokens at most"
+    assert [name for name in rows if "n-grams" in name] == [step, *TABLES]
     assert rows["rows of small"][2:] == [f"{model.small.numel():,}"] * 3
     tables, small = model.head.numel() + model.value_embed.numel(), model.small.numel()
     padded = {1: (10, 5), 2: (10, 6), 4: (12, 8)}  # entries of the two banks
@@ -227,8 +243,11 @@ def test_volumes_by_hand(runtime, capsys):
         updated = [f"{(size / n + here) / 1e6:.1f}" for n, size in sizes.items()]
         assert rows[f"M weights updated, {kind}"] == updated
     stage = "1:1000000:64:8:16:1:0:0"
-    many = printed("--stages", stage)
-    assert many["GB sent, n-grams of 1,000,000 tokens"] == ["0.000", "0.066", "0.099"]
+    many = printed("--stages", stage, "--ngram_rows", "100000001")
+    # a token has a row of 32 numbers, which travels and comes back as a gradient
+    assert many["GB sent, n-grams of 1,000,000 tokens at most"] == ["0.000", "0.064", "0.048"]
+    # 132 bytes a row of the table; and 132 + 128 a token of a rank, but 132 of a single one
+    assert [many[name] for name in TABLES] == [["12.29", "6.15", "3.07"], ["0.12", "0.12", "0.06"]]
 
 
 # Command lines ------------------------------------------------------------------------------------
@@ -268,7 +287,7 @@ def profile_run(folder: Path, ranks: int = 1, **changes: object) -> subprocess.C
         "train_files": folder / "train.bin",
         "sequences_per_step": 1,
     }
-    options |= {"model_dim": 16, "head_dim": 8, "ngram_rows": 256, "ngram_dim": 16}
+    options |= {"model_dim": 16, "head_dim": 8, "ngram_rows": 256}
     options |= {"stages": "1/2:64:48:8:16:1:.25:0,1/2:64:64:16:32:1:0:0"} | changes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
@@ -317,9 +336,11 @@ def test_profile_of_two_ranks_reports_what_they_send(tmp_path):
     result = profile_run(tmp_path, ranks=2, **changes)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    numbers = r"([\d.]+) GB a rank on even steps, ([\d.]+) GB on odd ones, sent and received; "
-    (found,) = re.findall(rf"^communication: {numbers}([\d.]+) ms a step exposed$", lines[-1])
-    even, odd, exposed = map(float, found)
+    numbers = r"([\d.]+) GB a rank on even steps, ([\d.]+) GB on odd ones and at most ([\d.]+) GB "
+    numbers += r"of n-grams, sent and received; ([\d.]+) ms a step exposed"
+    (found,) = re.findall(rf"^communication: {numbers}$", lines[-1])
+    even, odd, ngrams, exposed = map(float, found)
+    assert ngrams < 0.001  # of 128 tokens
     banks = 10 * 4096 * 16 + 6 * 64 * 16  # 2 n (W - 1)/W of n numbers of 4 bytes are n
     assert even == round(banks * 4e-9, 3)
     assert odd > even + 50_304 * 16 * 4e-9
@@ -390,7 +411,7 @@ STAGE = Stage(1.0, 512, 48, 8, 24, 1.0, 0.5, 640)  # 8 sequences of 64 tokens, w
 def small(monkeypatch) -> pytest.MonkeyPatch:
     """Widths at which the library's fp8 matmul, which is slow on a CPU, does not matter."""
     widths = {"DIM": 64, "HIDDEN": 128, "HEADS": 2, "HEAD_DIM": 16, "WIDTH": 32}
-    changes = {"ngram_rows": 64, "ngram_dim": 32, "tokens_per_sampling": 32}
+    changes = {"ngram_rows": 64, "tokens_per_sampling": 32}
     widths["CONFIG"] = dataclasses.replace(bench.CONFIG, **changes)
     for name, value in widths.items():
         monkeypatch.setattr(bench, name, value)

@@ -83,7 +83,7 @@ def ngram_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> lis
                     key ^= key >> 29
                 mixed = signed(key * MIX_2)
                 row = ((mixed >> 20) % 2**44) % (num_rows - 1)
-            rows[-1].append(i * num_rows + row)
+            rows[-1].append(row * len(orders) + i)
     return rows
 
 
@@ -95,10 +95,9 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     tokens = batch.tokens.long()
 
     x0 = rms(model.head[tokens].double())
-    e, width = torch.zeros_like(x0), config.ngram_dim
+    e = torch.zeros_like(x0)
     for t, rows in enumerate(ngram_rows(tokens.tolist(), config.ngram_orders, config.ngram_rows)):
-        for i, row in enumerate(rows):
-            e[t, i * width : (i + 1) * width] = model.ngrams.table[row]
+        e[t] = model.ngrams.table[rows].double().sum(0)
     vocab = config.padded_vocab_size
     values = [
         model.value_embed[table * vocab + tokens].double()

@@ -242,7 +242,9 @@ class Pass:
         self.num_drawn = min(CONFIG.tokens_per_sampling, self.length)  # tokens, for whose loss
         self.candidates = stage.candidates or VOCAB
         random = np.random.default_rng(self.T)
-        batch = random_batch(random, self.length, stage.max_seq_len, self.sequences, CONFIG, False)
+        runtime = Runtime(0, 1, bench.device, Log(None))
+        sizes = self.length, stage.max_seq_len, self.sequences
+        batch = random_batch(random, *sizes, CONFIG, runtime)
         self.batch = train_gpt.to_device(batch, bench.device)
         self.stream = 2 * self.T * DIM  # bytes in bf16
 
@@ -408,7 +410,7 @@ class Pass:
 
     def ngrams(self) -> Iterator[Case]:
         """Their rows in a pass, and the update with those of a step."""
-        orders, num_rows, dim = CONFIG.ngram_orders, CONFIG.ngram_rows, CONFIG.ngram_dim
+        orders, num_rows, dim = CONFIG.ngram_orders, CONFIG.ngram_rows, CONFIG.model_dim
 
         def call(op, tokens):
             return op(tokens, orders, num_rows, self.sequences)
@@ -417,10 +419,10 @@ class Pass:
         random = np.random.default_rng(self.T)
         tokens = train_gpt.random_tokens(random, self.stage.tokens_per_step).astype(np.int32)
         tokens = torch.from_numpy(tokens).to(self.device)
-        rows = train_gpt.sort_rows(train_gpt.ngram_hash(tokens, orders, num_rows).flatten())
+        rows = train_gpt.sort_ngrams(train_gpt.ngram_hash(tokens, orders, num_rows))
         table = self.random(len(orders) * num_rows, dim)
         inputs = [table, self.random(len(table), dtype=FP32).abs()]
-        inputs.append(self.random(len(rows.order), dim))
+        inputs.append(self.random(len(tokens), dim))
 
         def update(op, table, squares, grads):
             return op(table, squares, rows, grads, 1e-3, CONFIG.adam_eps)
@@ -490,7 +492,7 @@ def passes(bench: Bench, chosen: list[int]) -> None:
             continue
         with bench.attempt(f"first pass of sequences of {sizes[0]:,} tokens"):
             count = CONFIG.sequences_per_pass(sizes[0], 1)
-            batches = [random_batch(random, *sizes, count, CONFIG, False) for _ in range(4)]
+            batches = [random_batch(random, *sizes, count, CONFIG, runtime) for _ in range(4)]
             batches = [train_gpt.to_device(batch, bench.device) for batch in batches]
             # before there are graphs, whose memory it would need beside them
             eager = eager_trace(trainer, batches[0], schedule.stage(first))

@@ -41,7 +41,7 @@ ROW, ROWS = 16, 8  # tokens of a validation row, rows of a step on all of up to 
 TOLERANCE = 1e-5  # nats: what rounding may change in a loss of about ten
 # How large the judged model is; its layer plan is the speedrun's.
 SIZES = {"model_dim": 32, "head_dim": 8, "mlp_dim": 64, "gate_dim": 8}
-SIZES |= {"ngram_rows": 512, "ngram_dim": 32}
+SIZES |= {"ngram_rows": 512}
 SIZES |= {"dtype": "float32", "min_mean_doc_len": 1}
 SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
 # Options by the names that they had in scripts of older records.

@@ -51,8 +51,8 @@ from train_gpt import PARAM_GROUPS, START_TOKEN, Batch, Config, Log, ParamGroup,
 # which are a group each.
 PASS = "forward", "backward"
 UPDATES = *(f"update {group.name}" for group in PARAM_GROUPS), "update ngrams"
-OTHERS = "hashing", "lookups", "candidates", "pointer", "n-gram gather", "matches", "optimizer"
-OTHERS = *OTHERS, "fp8 refresh"
+OTHERS = "hashing", "lookups", "candidates", "pointer", "n-gram gather", "n-gram exchange"
+OTHERS = *OTHERS, "matches", "optimizer", "fp8 refresh"
 RANGES = {*PASS, *UPDATES, *OTHERS, "reductions"}
 
 # Group of a pass: what the names of its kernels, or of operators on the CPU, hold. The first that
@@ -365,11 +365,12 @@ def sent_bytes(model: train_gpt.GPT, world_size: int, step: int) -> int:
     return 2 * total * (world_size - 1) // world_size
 
 
-def gathered_bytes(model: train_gpt.GPT, world_size: int, num_tokens: int) -> int:
-    """What a rank sends round that ring of n-grams, rows and gradients, in a step of num_tokens."""
-    count = num_tokens * len(model.ngrams.orders)
-    total = model.ngrams.rows[:count].nbytes + model.ngrams.grads[:count].nbytes
-    return total * (world_size - 1) // world_size
+def exchanged_bytes(model: train_gpt.GPT, world_size: int, num_tokens: int) -> int:
+    """What a rank sends of n-grams in a step of num_tokens, rows and gradients, if no n-gram comes
+    twice and all ranks own as many; of those that come again less. Row numbers are not sent."""
+    ngrams = model.ngrams
+    rows = num_tokens // world_size * len(ngrams.orders)
+    return 2 * rows * ngrams.table[0].nbytes * (world_size - 1) // world_size
 
 
 def share(group: ParamGroup, amount: int, world_size: int) -> int:
@@ -380,9 +381,10 @@ def share(group: ParamGroup, amount: int, world_size: int) -> int:
 def communication_line(
     model: train_gpt.GPT, world_size: int, num_tokens: int, exposed_ms: float
 ) -> str:
-    ngrams = gathered_bytes(model, world_size, num_tokens)
-    even, odd = ((sent_bytes(model, world_size, i) + ngrams) / 1e9 for i in (0, 1))
+    even, odd = (sent_bytes(model, world_size, i) / 1e9 for i in (0, 1))
+    ngrams = exchanged_bytes(model, world_size, num_tokens) / 1e9
     sent = f"{even:.3f} GB a rank on even steps, {odd:.3f} GB on odd ones"
+    sent += f" and at most {ngrams:.3f} GB of n-grams"
     return f"communication: {sent}, sent and received; {exposed_ms:.3f} ms a step exposed"
 
 
@@ -415,31 +417,36 @@ def volumes(config: Config) -> str:
         sent = (sent_bytes(model, n, step) / 1e9 for n, model in models.items())
         lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])
     for count in sorted({stage.tokens_per_step for stage in config.stages}):
-        sent = (gathered_bytes(model, n, count) / 1e9 for n, model in models.items())
-        kind = f"n-grams of {count:,} tokens"
+        sent = (exchanged_bytes(model, n, count) / 1e9 for n, model in models.items())
+        kind = f"n-grams of {count:,} tokens at most"
         lines.append([f"GB sent, {kind}", "", "", *(f"{size:.3f}" for size in sent)])
+    tables = [model.ngrams for model in models.values()]
+    gib = (f"{(x.table.nbytes + x.sum_squares.nbytes) / 2**30:.2f}" for x in tables)
+    lines.append(["GiB of n-grams", "", "", *gib])
+    gib = (f"{(x.pulled.nbytes + x.grads.nbytes + x.rows.nbytes) / 2**30:.2f}" for x in tables)
+    lines.append(["GiB of a step's n-grams", "", "", *gib])
     return table(lines)
 
 
 def random_batch(
     random: np.random.Generator, num_tokens: int, max_seq_len: int, count: int, config: Config,
-    pin: bool,
+    runtime: Runtime,
 ) -> Batch:  # fmt: skip
-    """`count` sequences of random documents of a few hundred tokens; a token is as rare as its id
-    is high."""
+    """`count` sequences a rank of random documents of a few hundred tokens; a token is as rare as
+    its id is high. All ranks give generators in one state."""
     longest, sequences = min(max_seq_len, 1024), []
-    for _ in range(count):
+    for _ in range(count * runtime.world_size):
         tokens = train_gpt.random_tokens(random, num_tokens + 1)
         lengths = random.integers(longest // 4, longest + 1, 4 * num_tokens // longest + 4)
         starts = np.concatenate([[0], lengths.cumsum()])
         tokens[starts[starts <= num_tokens]] = START_TOKEN
         sequences.append((tokens, starts))
-    return train_gpt.make_batch(sequences, max_seq_len, config.min_mean_doc_len, pin)
+    return train_gpt.rank_batches(sequences, count, max_seq_len, config, runtime)[0]
 
 
 def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> Iterator:
     """Batches of steps from the training files or, where there are none, random ones."""
-    pin, random = runtime.device.type == "cuda", np.random.default_rng(runtime.rank)
+    random = np.random.default_rng(0)
     try:
         train_gpt.find_files("--train_files", config.train_files)
         return train_gpt.training_batches(config, runtime, shapes)
@@ -449,7 +456,7 @@ def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, i
     def step(shape: tuple[int, int]) -> list[Batch]:
         count = config.sequences_per_pass(shape[0], runtime.world_size)
         passes = range(config.sequences_per_step // (runtime.world_size * count))
-        return [random_batch(random, *shape, count, config, pin) for _ in passes]
+        return [random_batch(random, *shape, count, config, runtime) for _ in passes]
 
     return map(step, shapes)
 
@@ -457,13 +464,13 @@ def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, i
 def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     """Build what train() builds and profile `count` steps at the beginning of every stage."""
     trainer = train_gpt.Trainer(train_gpt.GPT(config, runtime), runtime)
-    log, schedule, random = runtime.log, trainer.schedule, np.random.default_rng(runtime.rank)
+    log, schedule, random = runtime.log, trainer.schedule, np.random.default_rng(0)
     begins = [step for step in sorted({0, *schedule.stage_ends}) if step < schedule.end_step]
     own, eager = config.sequences_per_step // runtime.world_size, []
     for begin in begins:
         shape = schedule.sequence_shape(begin)
         at_once = config.sequences_per_pass(shape[0], runtime.world_size)
-        batch = random_batch(random, *shape, at_once, config, False)
+        batch = random_batch(random, *shape, at_once, config, runtime)
         eager.append(eager_trace(trainer, batch, schedule.stage(begin)))
     trainer.prepare()
 
