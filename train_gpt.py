@@ -221,7 +221,7 @@ class Config:
     ngram_lr: float = 3.0  # rms of an n-gram row's first step; Adam's of a value row is 2.9
     lr_decay_start: float = 0.4  # share of num_steps after which the learning rate falls
     lr_end: float = 0.4  # learning rate multiplier at num_steps
-    average_shares: tuple[float, ...] = (0.1,)  # weight averages: time constants, shares of num_steps
+    average_shares: tuple[float, ...] = (0.1,)  # time constants of weight averages, of num_steps
     average_blends: tuple[float, ...] = (0.25, 0.5)  # how far to move toward an average
     # Run
     seed: int = 1337  # of the initial weights
@@ -800,7 +800,7 @@ def _largest(tile):
     return tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")))  # noqa: PLR0124
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["largest", "clipped"])
 def _quantize_kernel(
     x, scale, out, out_t, largest, clipped, num_rows, num_columns, matrix_stride,
     LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -1050,7 +1050,7 @@ def _combine_tile(sources, coefficients, rows, strides, t, real, column, inside)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["coefficients"])
 def _combine_kernel(
     sources, coefficients, rows, strides, stream, normed, normed_t, scale, num_tokens, dim,
     LIMIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -1082,7 +1082,7 @@ def _combine_kernel(
                 tl.store(normed_t + at_t, _transposed(tile), mask=tl.trans(inside))
 
 
-@triton.jit(do_not_specialize=["later"])
+@triton.jit(do_not_specialize=["later"], do_not_specialize_on_alignment=["coefficients"])
 def _combine_backward_kernel(
     sources, coefficients, rows, strides, grad_stream, grad_normed, grad_later, grad_sources,
     grad_coefficients, later, dim, BLOCK: tl.constexpr,
@@ -1345,7 +1345,7 @@ def _store_gradient(tile, column, target, WIDTH: tl.constexpr, LIMIT: tl.constex
     return _largest(tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["largest"])
 def _prepare_qkv_backward_kernel(
     dq, dk, dv, qkv, cos, sin, dqkv, dqkv_t, scale, largest, num_tokens, length,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_OFFSET: tl.constexpr, LIMIT: tl.constexpr,
@@ -1435,7 +1435,7 @@ def mlp(x: Tensor, w_1: Tensor, w_2: Tensor, fp8: MlpFp8 | None = None) -> Tenso
 MLP_TILE, MLP_PROGRAMS = 128, 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["largest"])
 def _mlp_matmul_kernel(
     a, b, square, out, out_t, scale_a, scale_b, scale_square, scale_out, largest, num_rows,
     num_columns, inner, BACKWARD: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr,
@@ -1604,7 +1604,7 @@ def _score_gradient(scores, visible, is_target, lse, d_target, mean):
 # Scores are to base 2, so that exp2 takes them.
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sink"])
 def _pointer_kernel(
     q, k, sink, tokens, targets, starts, impossible, target_share, sink_share, lse, num_tokens,
     stride_q, stride_k, reach, row_bytes, DIM: tl.constexpr, TILE: tl.constexpr,
@@ -1645,7 +1645,7 @@ def _pointer_kernel(
     tl.store(lse + row, highest + tl.log2(total), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sink"])
 def _pointer_queries_kernel(
     q, k, sink, tokens, targets, starts, lse, d_target, mean, d_of_sink, d_q, num_tokens, stride_q,
     stride_k, reach, DIM: tl.constexpr, TILE: tl.constexpr,
