@@ -163,8 +163,8 @@ def test_a_run_that_does_not_learn_is_warned_of_once(runtime, tmp_path, last, wa
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({}, r"lower --ngram_rows 4194304, which take 6\.0 GiB"),
-        ({"match_orders": (2, 3, 4, 6, 8, 12, 16)}, r"lower --match_slots 268435456, .* 7\.0 GiB"),
+        ({}, r"lower --ngram_rows 16777216, which take 48\.1 GiB a process, or start more"),
+        ({"match_orders": (*range(1, 9),), "ngram_rows": 2**20}, r"lower --match_slots .* 8\.0 GiB"),
         ({"ngram_rows": 2**10}, r"lower --model_dim 768, --mlp_dim 3840 or --layers"),
     ],
 )

@@ -218,6 +218,7 @@ def test_volumes_by_hand(runtime, capsys):
     """Of a small model in numbers of 4 bytes, with 5 layers."""
     changes = {"sequences_per_step": 4, "model_dim": 32, "mlp_dim": 64}
     model = GPT(tiny_config(**changes, head_dim=16, gate_dim=16, layers=TINY_LAYERS), runtime)
+    changes["ngram_orders"] = 2
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
 
     def printed(*more: str) -> dict[str, list[str]]:

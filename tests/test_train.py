@@ -70,7 +70,7 @@ OPTIONS = {
     "momentum_cooldown_steps": 2,
     "dtype": "float32",
     "muon_lr": 0.023,
-    "adam_lr": 0.1,  # so that a few steps are enough
+    "adam_lr": 0.05,  # so that a few steps are enough
     "val_every": 12,
     "val_sequence_tokens": 64,
     "lr_decay_start": 0.4,
