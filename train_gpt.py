@@ -195,7 +195,6 @@ class Config:
     match_slots: int = 2**28  # of the lookup table of a length, 4 bytes each, a power of two
     match_shards: int = 0  # of train_files, the last ones: inserted before the first step
     attention_scale: float = 0.1  # factor on q.k before the softmax
-    pointer: bool = True  # predict also by earlier tokens of the document that a head points at
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
     num_steps: int = 1680  # scheduled steps; the learning rate reaches its end here
@@ -240,7 +239,7 @@ class Config:
 
     @property
     def padded_vocab_size(self) -> int:
-        return round_up(self.vocab_size + self.pointer, 128)  # the pointer needs an unused entry
+        return round_up(self.vocab_size + 1, 128)  # the pointer needs an unused entry
 
     @property
     def num_value_tables(self) -> int:
@@ -1765,20 +1764,20 @@ def softcap(logits: Tensor) -> Tensor:
 
 
 def head_loss(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None = None,
-    offsets: Tensor | None = None, shares: PointerShares | None = None,
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8 | None,
+    offsets: Tensor | None, shares: PointerShares,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums over tokens of cross-entropies of the softcapped logits, 0-d fp32, in nats: of all terms
     by weight, and of the first alone, which has no gradient.
 
-    x: (T, dim), head: (vocab, dim). targets: (T, terms) int64, IGNORED_TARGET where there is none;
-    weights: (terms,) fp32. offsets: (vocab,) fp32, added to the logits in the softmax's denominator
-    alone. shares: the pointer's, whose mixture the first term then predicts by; the last column of
-    targets, (T, terms + 1), is then the copy entry. With fp8 all of it runs in kernels, and all
-    matmuls in fp8, forward and backward.
+    x: (T, dim), head: (vocab, dim). targets: (T, terms + 1) int64, IGNORED_TARGET where there is
+    none, the last column the copy entry; weights: (terms,) fp32. offsets: (vocab,) fp32, added to
+    the logits in the softmax's denominator alone. shares: the pointer's, whose mixture the first
+    term predicts by. With fp8 all of it runs in kernels, and all matmuls in fp8, forward and
+    backward.
     """
     if fp8 is not None:
-        return HeadLoss.apply(x, head, targets, weights, fp8, offsets, *(shares or (None, None)))
+        return HeadLoss.apply(x, head, targets, weights, fp8, offsets, *shares)
     losses = token_losses(x @ head.mT, targets, offsets, shares).sum(0)
     return losses @ weights, losses[0].detach()
 
@@ -1790,19 +1789,17 @@ def cannot_follow(impossible: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def token_losses(
-    logits: Tensor, targets: Tensor, offsets: Tensor | None, shares: PointerShares | None = None,
+    logits: Tensor, targets: Tensor, offsets: Tensor | None, shares: PointerShares,
     left_out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Cross-entropies of the softcapped logits, (T, terms) in nats, 0 where there is no target;
-    shares and the copy entry as head_loss takes them. left_out: (T, vocab) bool, entries whose
+    targets, offsets and shares as head_loss takes them. left_out: (T, vocab) bool, entries whose
     probability is 0; as a target they have an infinite loss."""
     logits, scored = softcap(logits), targets >= 0
     if left_out is not None:
         logits = logits.masked_fill(left_out, -math.inf)
     lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
     losses = (lse - logits.gather(1, targets.clamp_min(0))).masked_fill(~scored, 0.0)
-    if shares is None:
-        return losses
     p, copy = (-losses[:, 0]).exp(), (-losses[:, -1]).exp()  # both with the copy entry in lse
     mixture = p * (1 + copy * shares.sink / (1 - copy)) + copy * shares.target
     return torch.cat([(-mixture.log() * scored[:, 0])[:, None], losses[:, 1:-1]], 1)
@@ -1845,13 +1842,14 @@ def _share_of(logits, lse, row, vocab, column, mask, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def _mixture_kernel(
-    logits, lse, targets, weights, target_share, sink_share, row_weights, losses, d_target_share,
-    d_sink_share, num_rows, vocab, TERMS: tl.constexpr, APPROXIMATE: tl.constexpr,
+    logits, lse, targets, weights, target_share, sink_share, row_weights, weight_sum, losses,
+    d_target_share, d_sink_share, num_rows, vocab, TERMS: tl.constexpr, APPROXIMATE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The losses with the pointer's mixture in the first term, and their gradients by its shares.
-    The gradient by the logits is that of cross-entropies of all columns of targets, the copy entry
-    among them, with weights that differ from row to row: these it leaves in row_weights."""
+    """The losses, weighted and of the first term, and their gradients by the pointer's shares. The
+    gradient by the logits is that of cross-entropies of all columns of targets, the copy entry
+    among them, with weights that differ from row to row: these it leaves in row_weights, and their
+    sums in weight_sum."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     real = row < num_rows
     own_lse = tl.load(lse + row, mask=real, other=0.0)
@@ -1869,56 +1867,36 @@ def _mixture_kernel(
     loss = tl.where(scored, -tl.log(mixture), 0.0)
     weight = tl.where(scored, tl.load(weights), 0.0)
     by_mixture = weight / mixture
-    from_copy = copy * to_target + p * odds * to_sink / (1 - copy)
-    tl.store(row_weights + row * TERMS, by_mixture * from_logits, mask=real)
-    tl.store(row_weights + row * TERMS + (TERMS - 1), by_mixture * from_copy, mask=real)
+    of_first = by_mixture * from_logits
+    of_copy = by_mixture * (copy * to_target + p * odds * to_sink / (1 - copy))
+    tl.store(row_weights + row * TERMS, of_first, mask=real)
+    tl.store(row_weights + row * TERMS + (TERMS - 1), of_copy, mask=real)
     tl.store(d_target_share + row, -by_mixture * copy, mask=real)
     tl.store(d_sink_share + row, -by_mixture * p * odds, mask=real)
-    weighted = weight * loss
+    weighted, total = weight * loss, of_first + of_copy
     for term in tl.static_range(1, TERMS - 1):
         target = tl.load(targets + row * TERMS + term, mask=real, other=-1)
         p = _share_of(logits, own_lse, row, vocab, target, target >= 0, APPROXIMATE)
         weight = tl.where(target >= 0, tl.load(weights + term), 0.0)
         tl.store(row_weights + row * TERMS + term, weight, mask=real)
         weighted -= weight * tl.log(p)
+        total += weight
+    tl.store(weight_sum + row, total, mask=real)
     tl.store(losses + row, weighted, mask=real)
     tl.store(losses + num_rows + row, loss, mask=real)
 
 
 @triton.jit
-def _weight_of(weights, row, term, real, TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr):
-    """Of a term: a number for all rows, or one a row."""
-    if ROW_WEIGHTS:  # one return alone: the compiler does not skip the code behind another
-        weight = tl.load(weights + row * TERMS + term, mask=real, other=0.0)
-    else:
-        weight = tl.load(weights + term)
-    return weight
-
-
-@triton.jit
-def _sum_weights(targets, weights, row, real, TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr):
-    """Of the terms that each row has."""
-    total = tl.zeros(row.shape, tl.float32)
-    for term in tl.static_range(TERMS):
-        target = tl.load(targets + row * TERMS + term, mask=real, other=-1)
-        weight = _weight_of(weights, row, term, real, TERMS, ROW_WEIGHTS)
-        total += tl.where(target >= 0, weight, 0.0)
-    return total
-
-
-@triton.jit
 def _logits_gradient_kernel(
-    logits, offsets, lse, targets, weights, grad, grad_t, scale, num_rows, vocab,
-    TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    logits, offsets, lse, weight_sum, grad, grad_t, scale, num_rows, vocab,
+    APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """All of the gradient but what the targets add to it."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = row < num_rows
     inside = real[:, None] & (column < vocab)[None, :]
-    factor = _sum_weights(targets, weights, row, real, TERMS, ROW_WEIGHTS)
-    factor = factor * (CAP / CAP_SCALE) / tl.load(scale)
+    factor = tl.load(weight_sum + row, mask=real, other=0.0) * (CAP / CAP_SCALE) / tl.load(scale)
     shift = tl.load(lse + row, mask=real, other=0.0)
     tile = tl.load(logits + row[:, None] * vocab + column[None, :], mask=inside, other=0.0)
     tile = _sigmoid_of_logits(tile, APPROXIMATE)
@@ -1934,73 +1912,63 @@ def _logits_gradient_kernel(
 
 @triton.jit
 def _targets_kernel(
-    logits, offsets, lse, targets, weights, grad, grad_t, scale, num_rows, vocab, losses,
-    TERMS: tl.constexpr, ROW_WEIGHTS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
+    logits, offsets, lse, targets, weights, weight_sum, grad, grad_t, scale, num_rows, vocab,
+    TERMS: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in the targets' columns and, with weights that are the same for all rows, the
-    losses, weighted and of the first term."""
+    """The gradient in the targets' columns."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     real = row < num_rows
     shift = tl.load(lse + row, mask=real, other=0.0)
-    all_weights = _sum_weights(targets, weights, row, real, TERMS, ROW_WEIGHTS)
-    weighted = tl.zeros((ROWS,), tl.float32)
+    all_weights = tl.load(weight_sum + row, mask=real, other=0.0)
     for term in tl.static_range(TERMS):
         target = tl.load(targets + row * TERMS + term, mask=real, other=-1).to(tl.int64)
         scored = target >= 0
         tile = tl.load(logits + row * vocab + target, mask=scored, other=0.0)
         tile = _sigmoid_of_logits(tile, APPROXIMATE)
-        if not ROW_WEIGHTS:
-            loss = tl.where(scored, shift - CAP * tile, 0.0)
-            if term == 0:
-                tl.store(losses + num_rows + row, loss, mask=real)
-            weighted += tl.load(weights + term) * loss
         likely = CAP * tile - shift
         if offsets is not None:
             likely += tl.load(offsets + target, mask=scored, other=0.0)
         values = all_weights * tl.exp(likely)
         for other in tl.static_range(TERMS):  # two terms may have the same target
             same = tl.load(targets + row * TERMS + other, mask=real, other=-1) == target
-            weight = _weight_of(weights, row, other, real, TERMS, ROW_WEIGHTS)
+            weight = tl.load(weights + row * TERMS + other, mask=real, other=0.0)
             values -= tl.where(same, weight, 0.0)
         values = values * (CAP / CAP_SCALE) / tl.load(scale) * tile * (1 - tile)
         values = values.to(grad.dtype.element_ty)
         tl.store(grad + row * vocab + target, values, mask=scored)
         tl.store(grad_t + target * num_rows + row, values, mask=scored)
-    if not ROW_WEIGHTS:
-        tl.store(losses + row, weighted, mask=real)
 
 
 def losses_and_slope(
     logits: Tensor, targets: Tensor, weights: Tensor, scale: Tensor, offsets: Tensor | None,
-    shares: PointerShares | None = None,
-) -> tuple[Tensor, Fp8, PointerShares | None]:  # fmt: skip
+    shares: PointerShares,
+) -> tuple[Tensor, Fp8, PointerShares]:  # fmt: skip
     """The losses of every row, (2, T) fp32: of all terms by weight, and of the first alone; and the
     gradients of the former by the logits (T, vocab), in fp8 with this scale, and by the shares."""
     (num_rows, terms), vocab = targets.shape, logits.size(1)
     slope = fp8_empty(logits.shape, scale, E5M2)
-    losses, lse = (
-        logits.new_empty(size, dtype=torch.float32) for size in ((2, num_rows), num_rows)
+    losses, row_weights, lse, weight_sum = (
+        logits.new_empty(size, dtype=torch.float32)
+        for size in ((2, num_rows), (num_rows, terms), num_rows, num_rows)
     )
-    approximate = logits.is_cuda
-    _lse_kernel[(num_rows,)](
-        logits, offsets, lse, vocab, APPROXIMATE=approximate, BLOCK=2048, num_warps=8
-    )
-    targets, d_shares = packed(targets), None
-    kinds = {"TERMS": terms, "APPROXIMATE": approximate, "ROWS": 128}
+    d_shares = PointerShares(*(share.new_empty(num_rows) for share in shares))
+    kinds = {"APPROXIMATE": logits.is_cuda, "ROWS": 128}
     # 128 rows of a transposed fp8 tile are whole lines of memory.
     grid = (triton.cdiv(num_rows, 128), triton.cdiv(vocab, 64))
-    if shares is not None:
-        row_weights = weights.new_empty(num_rows, terms)
-        d_shares = PointerShares(*(share.new_empty(num_rows) for share in shares))
-        outputs = row_weights, losses, *d_shares
-        _mixture_kernel[grid[:1]](
-            logits, lse, targets, weights, *shares, *outputs, num_rows, vocab, **kinds
-        )
-        weights = row_weights
-    kinds["ROW_WEIGHTS"] = shares is not None
-    inputs = logits, offsets, lse, targets, weights, *slope, num_rows, vocab
-    _logits_gradient_kernel[grid](*inputs, **kinds, COLUMNS=64, num_warps=4)
-    _targets_kernel[grid[:1]](*inputs, losses, **kinds)
+    targets, result = packed(targets), (*slope, num_rows, vocab)
+    _lse_kernel[(num_rows,)](
+        logits, offsets, lse, vocab, APPROXIMATE=logits.is_cuda, BLOCK=2048, num_warps=8
+    )
+    _mixture_kernel[grid[:1]](
+        logits, lse, targets, weights, *shares, row_weights, weight_sum, losses, *d_shares,
+        num_rows, vocab, TERMS=terms, **kinds,
+    )  # fmt: skip
+    _logits_gradient_kernel[grid](
+        logits, offsets, lse, weight_sum, *result, COLUMNS=64, num_warps=4, **kinds
+    )
+    _targets_kernel[grid[:1]](
+        logits, offsets, lse, targets, row_weights, weight_sum, *result, TERMS=terms, **kinds
+    )
     return losses, slope, d_shares
 
 
@@ -2010,13 +1978,12 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, fp8: HeadFp8,
-        offsets: Tensor | None, *shares: Tensor | None,
+        offsets: Tensor | None, *shares: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x8 = quantize(x, fp8_empty(x.shape, fp8.scale_x), clipped=fp8.clipped)
         logits = fp8_matmul(x8, fp8.weight)
-        shares = None if shares[0] is None else PointerShares(*shares)
         losses, slope, ctx.d_shares = losses_and_slope(
-            logits, targets, weights, fp8.scale_grad, offsets, shares
+            logits, targets, weights, fp8.scale_grad, offsets, PointerShares(*shares)
         )
         ctx.factors = slope, x8, fp8.weight
         weighted, first = losses.sum(1).unbind()
@@ -2029,8 +1996,7 @@ class HeadLoss(torch.autograd.Function):
         slope, x, weight = ctx.factors
         slope = slope._replace(scale=slope.scale * grad)  # the loss's own gradient
         d_x, d_head = fp8_matmul(slope, weight.T), fp8_matmul(slope.T, x.T)
-        d_shares = [share * grad for share in ctx.d_shares] if ctx.d_shares else (None, None)
-        return d_x, d_head, None, None, None, None, *d_shares
+        return d_x, d_head, None, None, None, None, *(share * grad for share in ctx.d_shares)
 
 
 class Candidates(NamedTuple):
@@ -2078,20 +2044,19 @@ def sample_candidates(targets: Tensor, proposal: Tensor, count: int) -> Candidat
 
 @compiled
 def next_token_loss(
-    x: Tensor, head: Tensor, targets: Tensor, tokens: Tensor | None = None,
-    impossible: Tensor | None = None, shares: PointerShares | None = None,
+    x: Tensor, head: Tensor, targets: Tensor, shares: PointerShares, tokens: Tensor | None = None,
+    impossible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The sum over tokens of the plain cross-entropy, fp32; x (T, dim), targets (T,) int64.
+    """The sum over tokens of the mixture's cross-entropy, fp32; x (T, dim), targets (T, 2) int64,
+    the second column the copy entry, and the pointer's shares.
 
     impossible: as cannot_follow takes it. The softmax is then over what can follow the tokens, (T,)
-    int32; a target that cannot makes the sum infinite. shares: the pointer's, of what can follow as
-    well; the loss is then the mixture's, and targets (T, 2), the second column the copy entry.
+    int32, and the shares are of that too; a target that cannot makes the sum infinite.
     """
-    targets, left_out, total = targets.view(len(x), -1), None, 0.0
-    column = torch.arange(len(head), device=x.device)
+    left_out, total, column = None, 0.0, torch.arange(len(head), device=x.device)
     for begin in range(0, len(x), 4096):  # of logits, 0.8 GB
         chunk = slice(begin, begin + 4096)
-        own = None if shares is None else PointerShares(*(share[chunk] for share in shares))
+        own = PointerShares(*(share[chunk] for share in shares))
         if impossible is not None:
             left_out = cannot_follow(impossible, tokens[chunk, None], column)
         losses = token_losses(x[chunk] @ head.mT, targets[chunk], None, own, left_out)
@@ -2653,16 +2618,15 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "gate_b_1":     SmallParam((hidden,),   0.0,      slow,   0.25, 0.0),
         "gate_w_2":     SmallParam((len(gates), hidden), 0.0, slow, 0.25, 1.0),
         "gate_b_2":     SmallParam((len(gates),), gates,  slow,   0.25, 0.0),
+        # of queries, then of keys
+        "pointer":      SmallParam((2 * POINTER_DIM, config.model_dim), None, slow, 1.0, 0.0),
+        "pointer_sink": SmallParam((POINTER_DIM,), 0.0,   slow,   1.0,  0.0),
+        "pointer_gain": SmallParam((1,),        1.0,      slow,   1.0,  0.0),
     }
     # fmt: on
     if config.match_orders:  # of no prediction, and of each order and number of votes
         starts = [0.0] + [1.0] * (MAX_VOTES * len(config.match_orders))
         table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
-    if config.pointer:
-        shape = 2 * POINTER_DIM, config.model_dim  # of queries, then of keys
-        table["pointer"] = SmallParam(shape, None, slow, 1.0, 0.0)
-        table["pointer_sink"] = SmallParam((POINTER_DIM,), 0.0, slow, 1.0, 0.0)
-        table["pointer_gain"] = SmallParam((1,), 1.0, slow, 1.0, 0.0)
     return table
 
 
@@ -2703,8 +2667,8 @@ class GPT(nn.Module):
     to the stream of an earlier one, softcapped logits, and early on a loss on the token after the
     next one. Ours are seven layers and four heads in place of eleven and six, one tied table for
     head and embedding throughout, row-wise Adagrad for a large table of n-grams, a loss on sampled
-    candidates, QKV, MLP and head in fp8 forward and backward, and two options: the n-gram lookup
-    and the pointer.
+    candidates, a pointer to earlier tokens, QKV, MLP and head in fp8 forward and backward, and one
+    option: the n-gram lookup.
 
     Weights of one kind are stacked in a bank, so that the optimizer can share a whole kind out over
     the ranks at once; banks are padded with zeros to a multiple of the ranks.
@@ -2987,23 +2951,19 @@ class GPT(nn.Module):
         with self.on_side_stream(), recorded("candidates"):
             second = F.pad(sequences[:, 1:], (0, 1), value=IGNORED_TARGET)
             targets = torch.stack([sequences, second], dim=2).flatten(0, 1)  # (T, 2)
-            if self.config.pointer:
-                targets = self.with_copy_entry(targets)  # (T, 3)
+            targets = self.with_copy_entry(targets)  # (T, 3)
             sampled = [self.sample(part, num_candidates) for part in targets.split(sizes)]
         x = self.hidden(batch, windows, self.fp8)
         self.wait_for_side_stream()
         losses, place = [], torch.arange(num_candidates + 1, device=x.device)
-        shares = [None] * len(sizes)
-        if self.config.pointer:
-            parts = (share.split(sizes) for share in self.point(x, batch))
-            shares = [PointerShares(*part) for part in zip(*parts)]
+        shares = zip(*(share.split(sizes) for share in self.point(x, batch)))
         for part, (candidates, fp8), own in zip(x.split(sizes), sampled, shares):
             head = self.head  # (vocab, dim)
             if candidates.tokens is not None:
                 rows = SortedRows.of_distinct(candidates.tokens, place)
                 (head,) = TableRows.apply(candidates.tokens, rows, head)  # (candidates, dim)
             inputs = part, head, candidates.targets, loss_weights, fp8, candidates.offsets
-            losses.append(head_loss(*inputs, own))
+            losses.append(head_loss(*inputs, PointerShares(*own)))
         weighted, plain = zip(*losses)
         return sum(weighted), sum(plain)
 
@@ -3013,11 +2973,9 @@ class GPT(nn.Module):
         an exchange."""
         self.ngrams.pull(batch.exchange)
         self.ngrams.wait()
-        x, targets, shares = self.hidden(batch, windows), batch.targets, None
-        if self.config.pointer:
-            targets = self.with_copy_entry(targets[:, None])
-            shares = self.point(x, batch, self.impossible)
-        return next_token_loss(x, self.head, targets, batch.tokens, self.impossible, shares)
+        x, targets = self.hidden(batch, windows), self.with_copy_entry(batch.targets[:, None])
+        shares = self.point(x, batch, self.impossible)
+        return next_token_loss(x, self.head, targets, shares, batch.tokens, self.impossible)
 
     def probabilities(self, batch: Batch, windows: Windows, positions: slice) -> Tensor:
         """Of all tokens behind these positions, (positions, vocab) fp32, in plain PyTorch, as
@@ -3028,10 +2986,7 @@ class GPT(nn.Module):
             column = torch.arange(logits.size(1), device=x.device)
             left_out = cannot_follow(self.impossible, tokens[positions, None], column)
             logits = logits.masked_fill(left_out, -math.inf)
-        p = logits.softmax(1)
-        if not self.config.pointer:
-            return p
-        starts = document_starts(batch.cu_seqlens, len(x))
+        p, starts = logits.softmax(1), document_starts(batch.cu_seqlens, len(x))
         keys = *self.pointer_keys(x), self.small_weights["pointer_sink"], tokens, starts
         own = POINTER_REACH, positions, slice(None), self.impossible
         attention = pointer_attention(*keys, *own)
@@ -4113,7 +4068,7 @@ class SelfCheck:
         return {
             **({"attention": self.attention} if self.backend != "plain" else {}),
             **(methods if self.uses_fp8 else {}),
-            **({"pointer": self.pointer} if self.config.pointer else {}),
+            "pointer": self.pointer,
             "sums of streams": self.sums,
             "rows of tables": self.table_rows,
             "updates of n-grams": self.ngram_updates,
@@ -4277,22 +4232,19 @@ class SelfCheck:
                 self.leaf(self.tokens, self.dim),
                 self.leaf(vocab, self.dim, std=self.dim**-0.5),
             )
-            targets = self.integers(vocab, self.tokens, 2)
+            targets = self.integers(vocab - 1, self.tokens, 2)
             targets[::5, 1], targets[1::5, 1] = IGNORED_TARGET, targets[1::5, 0]
+            targets = F.pad(targets, (0, 1), value=vocab - 1)  # the last entry is the copy entry
             weights = torch.tensor([1.0, 0.5], device=self.device)
-            shares = doubles = None
-            if self.config.pointer:  # the last entry is the copy entry
-                targets = F.pad(targets.clamp_max(vocab - 2), (0, 1), value=vocab - 1)
-                attention = self.random(3, self.tokens, dtype=torch.float32).softmax(0)
-                shares = PointerShares(*attention[:2])
-                doubles = PointerShares(*(share.double().requires_grad_() for share in shares))
+            shares = PointerShares(*self.random(3, self.tokens, dtype=torch.float32).softmax(0)[:2])
+            doubles = PointerShares(*(share.double().requires_grad_() for share in shares))
             x8, head8 = self.in_fp8(x), self.in_fp8(head)
             logits = fp8_matmul(x8, head8)
             exact_logits = logits.double().requires_grad_()
             exact = token_losses(exact_logits, targets, offsets, doubles)
             exact = torch.stack([exact @ weights.double(), exact[:, 0]])
             exact_slope, *exact_d_shares = torch.autograd.grad(
-                exact[0].sum(), (exact_logits, *(doubles or ()))
+                exact[0].sum(), (exact_logits, *doubles)
             )
             scale = self.scale_for(exact_slope.abs().max())
             losses, slope, d_shares = losses_and_slope(
@@ -4307,11 +4259,8 @@ class SelfCheck:
                 *fp8_results("gradient of the logits", slope, exact_slope, 0.2),
                 Result("gradient of x", d_x, dequantized(slope) @ dequantized(head8)),
                 Result("gradient of the head", d_head, dequantized(slope).mT @ dequantized(x8)),
+                Result("gradient of shares", torch.stack(d_shares), torch.stack(exact_d_shares)),
             ]
-            if d_shares is not None:
-                own.append(
-                    Result("gradient of shares", torch.stack(d_shares), torch.stack(exact_d_shares))
-                )
             kind = f"{count:,} candidates" if count else "the whole vocabulary"
             results += [r._replace(name=f"{r.name} on {kind}") for r in own]
         return results
@@ -4587,11 +4536,9 @@ class Trainer:
             size = self.config.val_sequence_tokens
             x = torch.zeros(size, self.config.model_dim, dtype=model.head.dtype, device=device)
             tokens = torch.zeros(size, dtype=torch.int32, device=device)
-            targets, shares = tokens.long(), None
-            if self.config.pointer:
-                targets = model.with_copy_entry(targets[:, None])
-                shares = PointerShares(*x.new_zeros(2, size, dtype=torch.float32))
-            next_token_loss(x, model.head, targets, tokens, model.impossible, shares)
+            targets = model.with_copy_entry(tokens.long()[:, None])
+            shares = PointerShares(*x.new_zeros(2, size, dtype=torch.float32))
+            next_token_loss(x, model.head, targets, shares, tokens, model.impossible)
 
         def hashing() -> None:
             length = self.schedule.sequence_shape(0)[0]

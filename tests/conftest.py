@@ -93,7 +93,8 @@ SPREADS = {"gate_w_1": 0.05, "gate_b_1": 0.3, "gate_w_2": 1.0, "gate_b_2": 1.5}
 
 def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
     """A model with every parameter and the rows of n-grams random, the same on any number of ranks,
-    so that no gate and no projection is zero; the padding of the banks stays zero."""
+    so that no gate and no projection is zero; the padding of the banks stays zero. Some positions
+    are as likely to copy as can be."""
     model = GPT(config, runtime)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -103,6 +104,7 @@ def trained_like(config: Config, runtime: Runtime, seed: int = 0) -> GPT:
         rows = table.new_empty(len(config.ngram_orders) * config.ngram_rows, table.size(1))
         for weights in (model.head, model.value_embed, rows):
             weights.normal_(0, 0.5, generator=generator)
+        model.head[config.vocab_size] *= 8  # the copy entry
         own = rows[runtime.rank * len(table) :][: len(table)]
         table[: len(own)] = own
         for name, weights in model.unpack_small().items():

@@ -331,12 +331,12 @@ def test_kernels_at_odd_sizes():
     agree(train_gpt.mlp, [x, w_1, w_2, fp8], (3,), 0.15)
 
     for offsets in (None, random_offsets(272)):
-        x, head, *others = head_inputs(80, 272, 144, 0.05)
+        x, head, targets, weights, shares = head_inputs(80, 272, 144, 0.05)
         leaves = x.requires_grad_(), head.requires_grad_()
         scales = [scale_of(value / 448) for value in (0.25, 100.0, 0.75)]
         fp8 = HeadFp8(in_fp8(head.detach(), scales[0]), *scales[1:])
-        found = train_gpt.head_loss(*leaves, *others, fp8, offsets)
-        exact = exact_head_loss(x.detach(), head.detach(), *others, offsets)
+        found = train_gpt.head_loss(*leaves, targets, weights, fp8, offsets, shares)
+        exact = exact_head_loss(*leaves, targets, weights, offsets, shares)
         assert relative_error(torch.stack(found), exact[0]) < 1e-2
         for value, reference in zip(torch.autograd.grad(found[0], leaves), exact[1:]):
             assert relative_error(value, reference) < 0.1

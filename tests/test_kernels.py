@@ -2,11 +2,12 @@
 interpreter; on a GPU the shapes of a run, in bf16 and fp8."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import fp32_for_fp8, random_batch, tiny_config, trained_like
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -21,6 +22,7 @@ from train_gpt import (
     Fp8Copies,
     HeadFp8,
     MlpFp8,
+    PointerShares,
     QkvFp8,
     TableRows,
     Windows,
@@ -260,35 +262,53 @@ def test_mlp(monkeypatch, tokens, hidden, dim):
     torch.testing.assert_close(largest, expected, rtol=1e-4, atol=0)
 
 
-def head_inputs(tokens: int, vocab: int, dim: int, std: float) -> list:
-    """Of three terms; some targets occur twice in a sequence or not at all."""
-    targets = torch.randint(0, vocab, (tokens, 3), device=DEVICE)
-    targets[::3, 2] = targets[::5, 1] = targets[5] = IGNORED_TARGET
+def head_inputs(
+    tokens: int, vocab: int, dim: int, std: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, PointerShares]:
+    """x, head, targets of three terms and the copy entry, which is the last one, their weights, and
+    the pointer's shares. Some targets occur twice in a row or not at all; one position points at
+    nothing but the sink."""
+    targets = torch.randint(0, vocab - 1, (tokens, 3), device=DEVICE)
+    targets[::3, 2] = targets[::5, 1] = targets[6::7, 0] = targets[5] = IGNORED_TARGET
     targets[3, 1] = targets[3, 0]
     targets[4, 2] = targets[4, 1] = targets[4, 0]
+    targets = F.pad(targets, (0, 1), value=vocab - 1)
     weights = torch.tensor([1, 0.5, 0.25], device=DEVICE)
-    x = rms_norm(single(tokens, dim)).to(DTYPE)
-    return [x, random(vocab, dim, std=std), targets, weights]
+    x, head = rms_norm(single(tokens, dim)).to(DTYPE), random(vocab, dim, std=std)
+    head[-1] *= 2  # so that copying is likely in some rows
+    attention = single(3, tokens).softmax(0)
+    attention[:, 1] = torch.tensor([0.0, 1.0, 0.0])
+    return x, head, targets, weights, PointerShares(*attention[:2])
 
 
 def random_offsets(vocab: int) -> Tensor:
-    """Of either sign, every third zero."""
+    """Of either sign, every third zero, and the last one, which is the copy entry's."""
     offsets = single(vocab)
-    offsets[::3] = 0
+    offsets[::3] = offsets[-1] = 0
     return offsets
 
 
+def exact_losses(
+    logits: Tensor, targets: Tensor, offsets: Tensor | None, shares: Sequence[Tensor]
+) -> Tensor:
+    """Of every position and term, (T, terms), by the definition of the mixture."""
+    capped = 23 * torch.sigmoid((logits + 5) / 7.5)
+    estimate = capped.exp() * (1 if offsets is None else offsets.to(capped.dtype).exp())
+    p = capped.gather(1, targets.clamp_min(0)).exp() / estimate.sum(1, keepdim=True)
+    (first, *others, alpha), (to_target, to_sink) = p.unbind(1), shares
+    mixture = first / (1 - alpha) * (1 - alpha * (1 - to_sink)) + alpha * to_target
+    return -torch.stack([mixture, *others], 1).log() * (targets[:, :-1] >= 0)
+
+
 def exact_head_loss(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both losses, and the gradients of x and head, in float64."""
-    x, head = x.double().requires_grad_(), head.double().requires_grad_()
-    logits = 23 * torch.sigmoid((x @ head.T + 5) / 7.5)
-    denominator = (logits.exp() * (1 if offsets is None else offsets.double().exp())).sum(1)
-    losses = denominator.log()[:, None] - logits.gather(1, targets.clamp_min(0))
-    losses = (losses * (targets >= 0)).sum(0)
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor | None,
+    shares: PointerShares,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Both losses, and the gradients of x, head and both shares, in float64."""
+    leaves = [z.detach().double().requires_grad_() for z in (x, head, *shares)]
+    losses = exact_losses(leaves[0] @ leaves[1].T, targets, offsets, leaves[2:]).sum(0)
     total = losses @ weights.double()
-    return torch.stack([total, losses[0]]).detach(), *torch.autograd.grad(total, (x, head))
+    return torch.stack([total, losses[0]]).detach(), *torch.autograd.grad(total, leaves)
 
 
 with_and_without_offsets = pytest.mark.parametrize(
@@ -304,27 +324,29 @@ with_and_without_offsets = pytest.mark.parametrize(
 def test_head_loss(monkeypatch, tokens, vocab, dim, std, with_offsets):
     """By kernels with fp32 in place of fp8, and in plain PyTorch."""
     fp32_for_fp8(monkeypatch)
-    inputs = head_inputs(tokens, vocab, dim, std)
+    x, head, targets, weights, shares = head_inputs(tokens, vocab, dim, std)
     offsets = random_offsets(vocab) if with_offsets else None
-    exact = exact_head_loss(*inputs, offsets)
-    x, head = leaves = [x.requires_grad_() for x in inputs[:2]]
+    exact = exact_head_loss(x, head, targets, weights, offsets, shares)
+    leaves = [z.requires_grad_() for z in (x, head, *shares)]
     fp8 = HeadFp8(in_fp8(head.detach(), scale_of(0.5)), scale_of(2.0), scale_of(0.25))
     for own in (fp8, None):
-        losses = train_gpt.head_loss(*inputs, own, offsets)
+        losses = train_gpt.head_loss(x, head, targets, weights, own, offsets, shares)
         gradients = torch.autograd.grad(3 * losses[0], leaves)
         assert relative_error(torch.stack(losses), exact[0]) < 1e-6
         for value, reference in zip(gradients, exact[1:], strict=True):
             assert relative_error(value / 3, reference) < TOLERANCE
     if not with_offsets:
-        plain = train_gpt.next_token_loss(x, head, inputs[2][:, 0].contiguous())
+        plain = train_gpt.next_token_loss(x, head, targets[:, ::3], shares)
         assert plain.item() == pytest.approx(exact[0][1].item(), rel=1e-6)
 
 
 @interpreted
-def test_model_with_kernels_equals_the_reference(runtime, monkeypatch):
-    """Losses and gradients of one sequence, and the tables' rows added by kernel; with fp32 in
-    place of fp8."""
-    config, batch, results = tiny_config(vocab_size=300), random_batch(1, [7, 1, 12]), {}
+@pytest.mark.parametrize("candidates", [0, 96])
+def test_model_with_kernels_equals_the_reference(runtime, monkeypatch, candidates):
+    """Losses and gradients of one sequence, on the whole vocabulary or on candidates for nine, nine
+    and two tokens, and the tables' rows added by kernel; with fp32 in place of fp8."""
+    config, results = tiny_config(vocab_size=300, tokens_per_sampling=9), {}
+    batch = random_batch(1, [7, 1, 12], num_ids=9)
     batch = batch._replace(tokens=batch.tokens % 300, targets=batch.targets % 300)
     for kind in ("kernels", "references"):
         model = trained_like(config, runtime)
@@ -334,7 +356,8 @@ def test_model_with_kernels_equals_the_reference(runtime, monkeypatch):
             model.fp8 = Fp8Copies(*banks, len(config.layers))
         else:
             monkeypatch.undo()
-        loss, plain = model.training_loss(batch, Windows(8, 24), torch.tensor([1, 0.5]))
+        weights = torch.tensor([1, 0.5])
+        loss, plain = model.training_loss(batch, Windows(8, 24), weights, candidates)
         loss.backward()
         results[kind] = {name: param.grad for name, param in model.named_parameters()}
         results[kind] |= {"loss": loss, "plain": plain}
@@ -515,27 +538,26 @@ def test_mlp_in_fp8(tokens):
 @pytest.mark.parametrize("tokens", [5008, 8192])
 @with_and_without_offsets
 def test_head_loss_in_fp8(tokens, with_offsets):
-    x, head, targets, weights = head_inputs(tokens, 50304, 768, 0.05)
+    x, head, targets, weights, shares = head_inputs(tokens, 50304, 768, 0.05)
     scale_w, scale_x, scale_grad = (scale_of(value / 448) for value in (1.6, 100.0, 0.75))
     fp8 = HeadFp8(in_fp8(head, scale_w), scale_x, scale_grad)
-    leaves = x.requires_grad_(), head.requires_grad_()
+    leaves = [z.requires_grad_() for z in (x, head, *shares)]
     offsets = random_offsets(50304) if with_offsets else None
-    losses = train_gpt.head_loss(*leaves, targets, weights, fp8, offsets)
-    found = torch.autograd.grad(losses[0], leaves)
-    exact = exact_head_loss(*(z.detach() for z in (*leaves, targets, weights)), offsets)
+    losses = train_gpt.head_loss(x, head, targets, weights, fp8, offsets, shares)
+    d_x, d_head, *d_shares = torch.autograd.grad(losses[0], leaves)
+    exact = exact_head_loss(x, head, targets, weights, offsets, shares)
     assert relative_error(torch.stack(losses), exact[0]) < 1e-2
-    for value, reference in zip(found, exact[1:], strict=True):
+    for value, reference in zip((d_x, d_head), exact[1:3], strict=True):
         assert relative_error(value, reference) < 7e-2  # two products, one of them with e5m2
 
     x8, head8 = quantized(x.detach(), scale_x), quantized(head.detach(), scale_w)
     logits = (x8 @ head8.T).bfloat16().float().requires_grad_()
-    capped = 23 * torch.sigmoid((logits + 5) / 7.5)
-    lse = (capped if offsets is None else capped + offsets).logsumexp(1, keepdim=True)
-    terms = (lse - capped.gather(1, targets.clamp_min(0))) * (targets >= 0)
-    loss = terms.sum(0) @ weights
-    grad8 = quantized(torch.autograd.grad(loss, logits)[0], scale_grad, E5M2)
+    loss = exact_losses(logits, targets, offsets, shares).sum(0) @ weights
+    grad, *expected = torch.autograd.grad(loss, (logits, *shares))
+    grad8 = quantized(grad, scale_grad, E5M2)
     assert relative_error(losses[0], loss.detach()) < 1e-3
-    for value, reference in zip(found, (grad8 @ head8, grad8.T @ x8), strict=True):
+    expected = grad8 @ head8, grad8.T @ x8, *expected
+    for value, reference in zip((d_x, d_head, *d_shares), expected, strict=True):
         assert relative_error(value, reference) < 2e-2  # some round otherwise
 
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 from conftest import cpu_runtime, random_batch, tiny_config, trained_like
 from torch import Tensor
-from transcription import ngram_rows, target_losses, transcribed_hidden
+from transcription import (
+    next_token_probabilities,
+    ngram_rows,
+    target_losses,
+    transcribed_hidden,
+)
 
 import train_gpt
 from train_gpt import (
@@ -84,31 +89,57 @@ def test_hidden_in_bfloat16_is_near(runtime):
     assert error < 0.04
 
 
-def test_forward_is_the_sum_of_cross_entropies(runtime):
+def test_validation_loss_is_the_sum_of_cross_entropies(runtime):
     model = trained_like(tiny_config(), runtime)
-    batch = random_batch(2, [30, 34])
+    batch = random_batch(2, [30, 34], num_ids=20)
     with torch.no_grad():
         loss = model.validation_loss(batch, WINDOWS)
         hidden = transcribed_hidden(model, batch, *WINDOWS)
-    expected = torch.tensor(target_losses(model, hidden, batch.targets.tolist()))
+        expected = target_losses(model, batch, hidden)[:, 0]
+        mixture, plain = next_token_probabilities(model, batch, hidden)
     assert loss.dtype == torch.float32
     assert loss.shape == ()
     assert expected.std() > 0.1  # the targets differ, so a wrong one would show
-    torch.testing.assert_close(loss, expected.sum(), rtol=1e-5, atol=0)
+    assert (mixture / plain)[range(64), batch.targets].log().sum() > 1  # so would the pointer
+    torch.testing.assert_close(loss.double(), expected.sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, SHRUNK_SPEEDRUN], ids=["tiny", "speedrun"])
+def test_training_loss_and_all_gradients(runtime, changes):
+    """Of every parameter, and of every row of n-grams."""
+    model = trained_like(tiny_config(attention_scale=0.7, **changes), runtime)
+    batch, weights = random_batch(2, [1, 30, 33], num_ids=20), torch.tensor([1, 0.5])
+    table = model.ngrams.table
+    total, next_token = model.training_loss(batch, WINDOWS, weights)
+    total.backward()
+    found = {name: param.grad for name, param in model.named_parameters()}
+    found["n-grams"] = torch.zeros_like(table)
+    for rows in model.ngrams.pending[0].unbind(1):
+        found["n-grams"].index_add_(0, rows, model.ngrams.pending[1])
+
+    inputs = [*model.parameters(), table.requires_grad_()]
+    losses = target_losses(model, batch, transcribed_hidden(model, batch, *WINDOWS)).sum(0)
+    expected = torch.autograd.grad(losses @ weights.double(), inputs)
+    assert total.item() == pytest.approx((losses @ weights.double()).item(), rel=1e-5)
+    assert next_token.item() == pytest.approx(losses[0].item(), rel=1e-5)
+    for (name, value), reference in zip(found.items(), expected, strict=True):
+        assert (value - reference).norm() < 1e-3 * reference.norm(), name
+    slices = zip(model.small_layout, *map(model.cut_small, (found["small"], expected[-2])))
+    for name, value, reference in slices:
+        assert (value - reference).norm() < 1e-3 * reference.norm(), name
 
 
 def test_ignored_targets_count_nothing(runtime):
     model = trained_like(tiny_config(), runtime)
-    batch = random_batch(3, [64])
+    batch = random_batch(3, [64], num_ids=20)
     targets = torch.where(torch.arange(64) % 3 == 1, IGNORED_TARGET, batch.targets)
+    some, no = (
+        batch._replace(targets=x) for x in (targets, torch.full_like(targets, IGNORED_TARGET))
+    )
     with torch.no_grad():
-        hidden = model.hidden(batch, WINDOWS)
-        loss = model.validation_loss(batch._replace(targets=targets), WINDOWS)
-        none = model.validation_loss(
-            batch._replace(targets=torch.full_like(targets, IGNORED_TARGET)), WINDOWS
-        )
-    expected = sum(target_losses(model, hidden, targets.tolist()))
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+        expected = target_losses(model, some, model.hidden(batch, WINDOWS))[:, 0].sum()
+        loss, none = (model.validation_loss(x, WINDOWS) for x in (some, no))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert none.item() == 0
 
 
@@ -126,7 +157,7 @@ def test_gradient_reaches_every_weight_in_use(runtime):
     tokens = set(batch.tokens.tolist())
     for table in model.value_embed.grad.unflatten(0, (2, -1)):
         assert set(table.norm(dim=1).nonzero().flatten().tolist()) == tokens
-    assert (model.head.grad[: config.vocab_size].norm(dim=1) > 0).all()
+    assert (model.head.grad[: config.vocab_size + 1].norm(dim=1) > 0).all()  # the copy entry too
     rows, grads = model.ngrams.pending
     assert rows.tolist() == ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
     assert grads.shape == (64, 32) and (grads.norm(dim=1) > 0).all()
@@ -242,13 +273,13 @@ def test_untrained_network_follows_its_initial_values(runtime, monkeypatch):
 
 
 def test_sizes_of_the_first_weights(runtime):
-    """Uniform with std 0.5/sqrt(dim) into and out of attention, into the MLPs and the gates;
+    """Uniform with std 0.5/sqrt(dim) into and out of attention, into the MLPs, gates and pointer;
     the tables as documented; zero for W_2 and n-grams."""
     config = tiny_config(model_dim=64, gate_dim=128)
     model = GPT(config, runtime)
     std = 0.5 / math.sqrt(64)
-    gate_w_1 = model.unpack_small()["gate_w_1"]
-    for weights in (*model.attention_bank.chunk(4, dim=1), model.mlp_bank[:5], gate_w_1):
+    small = (model.unpack_small()[name] for name in ("gate_w_1", "pointer"))
+    for weights in (*model.attention_bank.chunk(4, dim=1), model.mlp_bank[:5], *small):
         assert weights.abs().max() <= std * math.sqrt(3)
         assert weights.std().item() == pytest.approx(std, rel=0.03)
         assert abs(weights.mean().item()) < 0.03 * std

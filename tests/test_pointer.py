@@ -1,5 +1,5 @@
-"""The pointer and its mixture against their definitions in float64, by kernels (in Triton's
-interpreter without a GPU) and in plain PyTorch; and what training and validation make of them."""
+"""The pointer against its definition in float64, by kernels (in Triton's interpreter without a GPU)
+and in plain PyTorch; and what training and validation make of it."""
 
 import math
 from functools import partial
@@ -8,21 +8,18 @@ import numpy as np
 import pytest
 import test_self_check
 import torch
+import torch.nn.functional as F
 from conftest import fp32_for_fp8, random_batch, tiny_config, trained_like, write_shard
-from test_kernels import cases, interpreted, relative_error
+from test_kernels import cases, head_inputs, in_fp8, interpreted, relative_error, scale_of
 from test_train import log_of, run, validation_losses
 from torch import Tensor
 
 import train_gpt
 from train_gpt import (
-    GPT,
     IGNORED_TARGET,
     POINTER_DIM,
     START_TOKEN,
     Batch,
-    Config,
-    Fp8,
-    Fp8Copies,
     HeadFp8,
     PointerShares,
     Windows,
@@ -30,7 +27,7 @@ from train_gpt import (
     head_loss,
     pointer_shares,
     rms_norm,
-    sample_candidates,
+    softcap,
 )
 
 GPU = torch.cuda.is_available()
@@ -169,91 +166,23 @@ def test_shares_of_what_can_follow(monkeypatch, kernels, documents, ids, reach, 
 # The mixture -------------------------------------------------------------------------------------
 
 
-def mixture_inputs(tokens: int, vocab: int, dim: int) -> tuple:
-    """x, head, targets of two terms and the copy entry, weights, the pointer's shares."""
-    targets = torch.randint(0, vocab - 1, (tokens, 2))
-    targets[::3, 1] = targets[::5, 0] = targets[4] = IGNORED_TARGET
-    targets[3, 1] = targets[3, 0]
-    targets = torch.cat([targets, torch.full((tokens, 1), vocab - 1)], 1)
-    attention = torch.rand(tokens, 3).softmax(1)
-    attention[1] = torch.tensor([0.0, 1.0, 0.0])
-    head = torch.randn(vocab, dim)
-    head[-1] *= 2  # so that copying is likely in some rows
-    x = rms_norm(torch.randn(tokens, dim))
-    return x, head, targets, torch.tensor([1, 0.5]), PointerShares(*attention[:, :2].T.contiguous())
-
-
-def exact_mixture_loss(x, head, targets, weights, shares, offsets) -> tuple[Tensor, Tensor]:
-    """Both losses of the inputs, which are in float64, written down row by row."""
-    logits, losses = 23 * torch.sigmoid((x @ head.T + 5) / 7.5), [0.0, 0.0]
-    for z, (target, second, copy), to_target, to_sink in zip(logits, targets.tolist(), *shares):
-        estimate = z if offsets is None else z + offsets
-        p = (z - estimate.logsumexp(0)).exp()
-        if target >= 0:
-            rest = p[target] / (1 - p[copy])
-            mixture = rest * (1 - p[copy] * (1 - to_sink)) + p[copy] * to_target
-            losses[0] = losses[0] - mixture.log()
-        if second >= 0:
-            losses[1] = losses[1] - p[second].log()
-    return weights[0] * losses[0] + weights[1] * losses[1], losses[0]
-
-
-def scale_of(value: float) -> Tensor:
-    return torch.full((4,), value)
-
-
-@interpreted
-@by_kernels
-@pytest.mark.parametrize(("tokens", "vocab", "dim"), [(140, 300, 32), (9, 70, 8)])
-@pytest.mark.parametrize("with_offsets", [False, True], ids=["plain", "offsets"])
-def test_mixture_loss_and_its_gradients(monkeypatch, kernels, tokens, vocab, dim, with_offsets):
-    """By kernels with fp32 in place of fp8."""
-    fp32_for_fp8(monkeypatch)
-    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
-    x, head, targets, weights, shares = mixture_inputs(tokens, vocab, dim)
-    offsets = torch.randn(vocab) if with_offsets else None
-    leaves = [tensor.requires_grad_() for tensor in (x, head, *shares)]
-    weight = head.detach() / 0.5
-    fp8 = HeadFp8(Fp8(weight, weight.T.contiguous(), scale_of(0.5)), scale_of(2), scale_of(0.25))
-    own = fp8 if kernels else None
-    losses = head_loss(x, head, targets, weights, own, offsets, shares)
-    found = torch.autograd.grad(3 * losses[0], leaves)
-    doubles = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    exact = exact_mixture_loss(
-        *doubles[:2], targets, weights.double(), doubles[2:],
-        None if offsets is None else offsets.double(),
-    )  # fmt: skip
-    expected = torch.autograd.grad(exact[0], doubles)
-    assert losses[0].item() == pytest.approx(exact[0].item(), rel=1e-6)
-    assert losses[1].item() == pytest.approx(exact[1].item(), rel=1e-6)
-    for value, reference in zip(found, expected, strict=True):
-        assert relative_error(value / 3, reference) < 2e-5
-
-
 @interpreted
 @by_kernels
 def test_a_pointer_to_the_sink_alone_leaves_the_other_entries(monkeypatch, kernels):
     """The loss and its gradients are those of the vocabulary without the copy entry."""
     fp32_for_fp8(monkeypatch)
     monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
-    x, head, targets, weights, _ = mixture_inputs(30, 80, 16)
-    targets[:, 1] = IGNORED_TARGET  # the second term has the copy entry among the others
-    shares = PointerShares(torch.zeros(30), torch.ones(30))
-    results = []
-    for with_pointer in (True, False):
-        head_ = head.clone() if with_pointer else head[:-1].clone()
-        leaves = [tensor.requires_grad_() for tensor in (x.clone(), head_)]
-        weight = leaves[1].detach()
-        fp8 = HeadFp8(Fp8(weight, weight.T.contiguous(), scale_of(1)), scale_of(1), scale_of(1))
-        rest = (shares,) if with_pointer else ()
-        columns = targets if with_pointer else targets[:, :2]
-        inputs = *leaves, columns, weights, fp8 if kernels else None, None, *rest
-        losses = torch.stack(head_loss(*inputs))
-        grads = torch.autograd.grad(losses[0], leaves)
-        results.append((losses, grads[0], grads[1][:79]))
-        if with_pointer:
-            assert grads[1][79].abs().max() < 1e-5
-    for value, expected in zip(*results, strict=True):
+    x, head, targets, weights, _ = head_inputs(30, 80, 16, 1.0)
+    targets[:, 1:3] = IGNORED_TARGET  # the other terms have the copy entry among the others
+    leaves = x.requires_grad_(), head.requires_grad_()
+    fp8 = HeadFp8(in_fp8(head.detach(), scale_of(0.5)), scale_of(2), scale_of(0.25))
+    sink_alone = PointerShares(torch.zeros(30), torch.ones(30))
+    losses = head_loss(*leaves, targets, weights, fp8 if kernels else None, None, sink_alone)
+    logits = softcap(x @ head[:-1].T)
+    plain = F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORED_TARGET, reduction="sum")
+    assert [loss.item() for loss in losses] == pytest.approx([plain.item()] * 2, rel=1e-6)
+    grads = (torch.autograd.grad(loss, leaves) for loss in (losses[0], plain))
+    for value, expected in zip(*grads, strict=True):
         assert relative_error(value, expected) < 1e-5
 
 
@@ -261,7 +190,7 @@ def test_a_pointer_to_the_sink_alone_leaves_the_other_entries(monkeypatch, kerne
 def test_the_mixture_of_all_tokens_sums_to_one(runtime, masked):
     """By the loss of each of them, and as GPT.probabilities has them. With the mask they are those
     that can follow."""
-    config = tiny_config(vocab_size=127, pointer=True, canonical_mask=masked)
+    config = tiny_config(vocab_size=127, canonical_mask=masked)
     model, batch = trained_like(config, runtime), random_batch(1, [9, 14], num_ids=20)
     batch = batch._replace(tokens=batch.tokens % 127, targets=batch.targets % 127)
     zero = torch.zeros(128, 128, dtype=torch.bool)
@@ -282,20 +211,9 @@ def test_the_mixture_of_all_tokens_sums_to_one(runtime, masked):
             assert -loss.item() == pytest.approx(p[token].log().item(), abs=1e-4)
 
 
-def test_probabilities_without_the_pointer(runtime):
-    batch = random_batch(1, [9, 14], num_ids=20)
-    batch = batch._replace(tokens=batch.tokens % 127, targets=batch.targets % 127)
-    plain = trained_like(tiny_config(vocab_size=127), runtime)
-    p = plain.probabilities(batch, WINDOWS, slice(None)).detach()
-    losses = -p.gather(1, batch.targets[:, None]).log()
-    expected = plain.validation_loss(batch, WINDOWS).item()
-    assert losses.sum().item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_vocabulary_without_an_unused_entry_gets_one():
-    assert tiny_config(vocab_size=128).padded_vocab_size == 128
-    assert tiny_config(vocab_size=128, pointer=True).padded_vocab_size == 256
-    assert Config(pointer=True).padded_vocab_size == Config().padded_vocab_size == 50_304
+def test_a_vocabulary_has_an_unused_entry():
+    sizes = {size: tiny_config(vocab_size=size).padded_vocab_size for size in (127, 128, 50_257)}
+    assert sizes == {127: 128, 128: 256, 50_257: 50_304}
 
 
 # What a position sees ----------------------------------------------------------------------------
@@ -307,7 +225,7 @@ def test_a_position_sees_earlier_tokens_of_its_document_alone(runtime, monkeypat
     """Another token with its stream changes the shares of later positions of its document; what
     follows is 66 tokens, more than a tile."""
     monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
-    model = trained_like(tiny_config(pointer=True), runtime)
+    model = trained_like(tiny_config(), runtime)
     batch = random_batch(1, [20, 70, 12], num_ids=2)
     x = rms_norm(torch.randn(102, 32))
     before = torch.stack(model.point(x, batch)).detach()
@@ -322,7 +240,7 @@ def test_a_position_sees_earlier_tokens_of_its_document_alone(runtime, monkeypat
 
 
 def test_later_tokens_change_no_earlier_loss(runtime):
-    model = trained_like(tiny_config(pointer=True), runtime)
+    model = trained_like(tiny_config(), runtime)
     batch = random_batch(1, [40, 24], num_ids=3)
 
     def losses(batch: Batch) -> list[float]:
@@ -344,102 +262,6 @@ def test_later_tokens_change_no_earlier_loss(runtime):
 
 
 # Training ----------------------------------------------------------------------------------------
-
-
-def with_kernels(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 in place of fp8."""
-    fp32_for_fp8(monkeypatch)
-    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
-    banks = model.mlp_bank, model.attention_bank, model.head
-    model.fp8 = Fp8Copies(*banks, len(model.config.layers))
-
-
-@interpreted
-@pytest.mark.parametrize(
-    ("kernels", "count", "tokens_per_sampling"), [(False, 0, 64), (False, 96, 25), (True, 96, 25)]
-)
-def test_training_loss_and_all_gradients(runtime, monkeypatch, kernels, count, tokens_per_sampling):
-    """Those of the loss written down in float64 behind the model's hidden states, on the whole
-    vocabulary and on candidates that are sampled for 25, 25 and 14 tokens."""
-    vocab = 300
-    changes = {"vocab_size": vocab - 1, "tokens_per_sampling": tokens_per_sampling}
-    config = tiny_config(pointer=True, **changes)
-    batch = random_batch(2, [40, 24], num_ids=9)
-    batch = batch._replace(tokens=batch.tokens % 299, targets=batch.targets % 299)
-    weights = torch.tensor([1.0, 0.5])
-    model, other = (trained_like(config, runtime) for _ in range(2))
-    size = config.padded_vocab_size
-    for each in (model, other):
-        each.proposal.copy_(torch.linspace(0.2, 2, size))
-
-    hidden = other.hidden(batch, WINDOWS)
-    x = hidden.double()
-    small = {
-        name: weight.detach().double().requires_grad_()
-        for name, weight in other.small_weights.items()
-        if name.startswith("pointer")
-    }
-    head = other.head.detach().double().requires_grad_()
-    q, k = (x @ part.T for part in small["pointer"].split(POINTER_DIM))
-    q, k = (
-        y / (y.square().mean(1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-        for y in (q, k)
-    )
-    shares = exact_shares(small["pointer_gain"] * q, k, small["pointer_sink"], batch, 64)
-    second = torch.tensor([*batch.targets[1:].tolist(), IGNORED_TARGET])
-    targets = torch.stack([batch.targets, second, torch.full_like(second, 299)], 1)
-    losses = [0.0, 0.0]
-    for part in torch.arange(64).split(tokens_per_sampling):
-        rows, places, offsets = head, targets[part], None
-        if count:
-            candidates = sample_candidates(targets[part], other.proposal, count)
-            assert candidates.offsets[candidates.targets[:, 2]].eq(0).all()
-            rows, places = head[candidates.tokens], candidates.targets
-            offsets = candidates.offsets.double()
-        own = exact_mixture_loss(x[part], rows, places, weights.double(), shares[:, part], offsets)
-        losses = [a + b for a, b in zip(losses, own)]
-    losses[0].backward()
-    other.head.grad += head.grad
-    small_grads = dict(zip(other.small_layout, other.cut_small(other.small.grad)))
-    for name, weight in small.items():
-        small_grads[name] += weight.grad
-
-    if kernels:
-        with_kernels(model, monkeypatch)
-    loss, plain = model.training_loss(batch, WINDOWS, weights, count)
-    loss.backward()
-    assert loss.item() == pytest.approx(losses[0].item(), rel=1e-5)
-    assert plain.item() == pytest.approx(losses[1].item(), rel=1e-5)
-    for (name, param), reference in zip(model.named_parameters(), other.parameters()):
-        assert relative_error(param.grad, reference.grad) < 1e-3, name
-    found = dict(zip(model.small_layout, model.cut_small(model.small.grad)))
-    for name in small:
-        assert relative_error(found[name], small_grads[name]) < 1e-3, name
-        assert small_grads[name].norm() > 1e-6
-
-
-def test_all_candidates_are_the_whole_vocabulary(runtime):
-    config, batch = tiny_config(pointer=True), random_batch(2, [40, 24], num_ids=9)
-    model, weights = trained_like(config, runtime), torch.tensor([1, 0.5])
-    losses = [model.training_loss(batch, WINDOWS, weights, count) for count in (0, 50_304)]
-    for value, expected in zip(*losses):
-        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    plain = model.validation_loss(batch, WINDOWS)
-    assert plain.item() == pytest.approx(losses[0][1].item(), rel=1e-5)
-
-
-def test_without_the_pointer_nothing_of_it_is_there(runtime):
-    """The other weights start alike."""
-    plain, model = (GPT(tiny_config(pointer=pointer), runtime) for pointer in (False, True))
-    assert {*model.small_layout} - {*plain.small_layout} == {
-        "pointer", "pointer_sink", "pointer_gain",
-    }  # fmt: skip
-    for (name, param), other in zip(plain.named_parameters(), model.parameters()):
-        assert torch.equal(param, other[: len(param)]), name
-    assert (model.unpack_small()["pointer_sink"] == 0).all()
-    assert model.unpack_small()["pointer_gain"].tolist() == [1.0]
-    bound = math.sqrt(3) * 0.5 / math.sqrt(32)
-    assert 0.9 * bound < model.unpack_small()["pointer"].abs().max() <= bound
 
 
 def repeating(seed: int, num_tokens: int) -> np.ndarray:
@@ -473,15 +295,13 @@ def trained(folder, processes: int = 1, **changes: object) -> float:
     return validation_losses(folder)[-1]
 
 
-def test_a_pointer_lowers_the_loss_of_documents_that_repeat_themselves(tmp_path):
-    losses = {
-        pointer: trained(tmp_path / pointer, pointer=pointer) for pointer in ("false", "true")
-    }
-    assert losses["true"] < losses["false"] - 1, losses
+def test_documents_that_repeat_themselves_are_copied(tmp_path):
+    """Without its document a token is any of 5,000."""
+    assert trained(tmp_path / "run") < math.log(5000) - 2
 
 
 def test_two_processes_train_what_one_trains(tmp_path):
-    few = {"num_steps": 6, "stages": "1:512:49:48:48:1:.3:320", "pointer": "true"}
+    few = {"num_steps": 6, "stages": "1:512:49:48:48:1:.3:320"}
     losses = [trained(tmp_path / str(count), count, **few) for count in (1, 2)]
     records = [log_of(tmp_path / str(count))[1] for count in (1, 2)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
@@ -505,7 +325,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("fault", [None, *PLANTED])
 def test_self_check_names_a_wrong_kernel(tmp_path, monkeypatch, fault):
-    small = partial(test_self_check.small_config, pointer=True, canonical_mask=True)
+    small = partial(test_self_check.small_config, canonical_mask=True)
     monkeypatch.setattr(test_self_check, "small_config", small)
     names, text = ["pointer", "head and loss"], test_self_check.SOURCE
     if fault is not None:

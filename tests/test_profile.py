@@ -310,10 +310,10 @@ def test_ranges_are_recorded_for_a_profiler_alone():
 
 
 def test_a_profile_of_real_steps_names_what_they_do(tmp_path):
-    """Two passes of two sequences a step, with candidates, lookups and the pointer, on the CPU. The
+    """Two passes of two sequences a step, with candidates and lookups, on the CPU. The
     step that counts is the second, an odd one, with every update."""
     stages = (Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 300),)
-    changes = {"stages": stages, "match_orders": (2, 3), "match_slots": 2**10, "pointer": True}
+    changes = {"stages": stages, "match_orders": (2, 3), "match_slots": 2**10}
     config, runtime = tiny_config(**changes, tokens_per_pass=128), cpu_runtime()
     trainer, random = Trainer(GPT(config, runtime), runtime), np.random.default_rng(0)
     assert profiler.eager_trace(trainer, None, 0) is None  # no graphs
@@ -351,7 +351,7 @@ def test_a_profile_of_replayed_graphs_leaves_nothing_unassigned(tmp_path):
     config = Config(
         stages=(stage,), extension=(stage,), num_steps=4, extension_steps=0, sequences_per_step=2,
         tokens_per_pass=2048, ngram_rows=2**12, match_orders=(2, 3), match_slots=2**12,
-        layers=TINY_LAYERS, val_sequence_tokens=2048, pointer=True,
+        layers=TINY_LAYERS, val_sequence_tokens=2048,
     )  # fmt: skip
     runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
     trainer, random = Trainer(GPT(config, runtime), runtime), np.random.default_rng(0)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_batch, tiny_config, trained_like, write_shard
 from torch import Tensor
 from transcription import (
@@ -25,6 +26,7 @@ from train_gpt import (
     SPEEDRUN_LAYERS,
     START_TOKEN,
     Batch,
+    PointerShares,
     Windows,
     combine,
     head_loss,
@@ -240,10 +242,12 @@ def test_small_parameters_have_their_initial_values(runtime):
     shapes = dict(zip(scalars, [(6,), (6,), (6,), (6,), (3,)]))  # the last layer has gates
     shapes |= {"attended": (1,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
     shapes |= {"gate_w_2": (10, 8), "gate_b_2": (10,)}
+    shapes |= {"pointer": (256, 48), "pointer_sink": (128,), "pointer_gain": (1,)}
     assert {name: tuple(weights.shape) for name, weights in small.items()} == shapes
     root = math.sqrt(1.1)
     starts = {"residual": root, "mlp_residual": root, "project": 0.5, "mlp_project": 1.0}
     starts |= {"ngrams": 0.05, "attended": -0.5, "gate_b_1": 0.0, "gate_w_2": 0.0}
+    starts |= {"pointer_sink": 0.0, "pointer_gain": 1.0}
     for name, start in starts.items():
         assert torch.equal(small[name], torch.full_like(small[name], start).float()), name
     assert small["gate_w_1"].std() > 0.05  # checked with the other uniform ones
@@ -339,13 +343,12 @@ def test_every_scalar_and_gate_changes_the_output(runtime, changes):
 
 
 def reference_loss(
-    model: GPT, hidden: Tensor, targets: list[int], weights: list[float]
+    model: GPT, hidden: Tensor, batch: Batch, weights: list[float]
 ) -> tuple[float, float]:
     """Weighted sum of the terms, and the next-token term."""
-    losses = [sum(target_losses(model, hidden, term)) for term in (targets, [*targets[1:], -1])]
-    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
-    assert all(loss > 0 for loss in losses)
-    return total, losses[0]
+    losses = target_losses(model, batch, hidden).sum(0)
+    assert (losses > 0).all()
+    return (losses @ torch.tensor(weights).double()).item(), losses[0].item()
 
 
 @pytest.mark.parametrize("weights", [[1, 0.5], [1, 0], [0.3, 2], [0, 1]])
@@ -353,7 +356,7 @@ def test_training_loss_term_by_term(runtime, weights):
     """The last target of a sequence has no second next token."""
     config = tiny_config()
     model = trained_like(config, runtime)
-    batch = random_batch(2, [20, 12])
+    batch = random_batch(2, [20, 12], num_ids=9)
     targets = batch.targets.clone()
     targets[[5, 31]] = IGNORED_TARGET
     batch, hidden = batch._replace(targets=targets), gaussian(32, 32).float()
@@ -361,45 +364,48 @@ def test_training_loss_term_by_term(runtime, weights):
     loss, next_token = model.training_loss(
         batch, WINDOWS, torch.tensor(weights, dtype=torch.float32)
     )
-    expected = reference_loss(model, hidden, targets.tolist(), weights)
+    expected = reference_loss(model, hidden, batch, weights)
     assert loss.item() == pytest.approx(expected[0], rel=1e-5)
     assert next_token.item() == pytest.approx(expected[1], rel=1e-5)
     assert loss.dtype == next_token.dtype == torch.float32
     assert not next_token.requires_grad
-    for plain in (
-        model.validation_loss(batch, WINDOWS),
-        next_token_loss(hidden, model.head, targets),
-    ):
-        assert plain.item() == pytest.approx(expected[1], rel=1e-5)
+    assert model.validation_loss(batch, WINDOWS).item() == pytest.approx(expected[1], rel=1e-5)
 
 
 def test_forward_gives_both_losses(runtime):
     model = trained_like(tiny_config(), runtime)
-    batch, weights = random_batch(2, [40, 24]), [1.0, 0.5]
+    batch, weights = random_batch(2, [40, 24], num_ids=20), [1.0, 0.5]
     loss, next_token = model.training_loss(batch, WINDOWS, torch.tensor(weights))
     hidden = transcribed_hidden(model, batch, *WINDOWS)
-    expected = reference_loss(model, hidden, batch.targets.tolist(), weights)
+    expected = reference_loss(model, hidden, batch, weights)
     assert loss.item() == pytest.approx(expected[0], rel=1e-4)
     assert next_token.item() == pytest.approx(expected[1], rel=1e-4)
 
 
 def test_gradient_of_the_loss_is_that_of_its_definition():
-    """By autograd through a softmax in float64."""
+    """By autograd through a softmax in float64, with a pointer that has two thirds of the
+    attention of every second token on the sink, and a third on the target."""
     head = gaussian(50_304, 16).float().mul(0.5).requires_grad_()
     x = gaussian(6, 16, seed=1).float().requires_grad_()
     targets = torch.randint(0, 50_257, (6, 4), generator=torch.manual_seed(0))
     targets[5, 1] = targets[4, 2] = targets[1, 3] = IGNORED_TARGET
     targets[2, 3] = targets[2, 0]  # the same one twice
     weights = torch.tensor([1, 0.5, 0.25, 0.125])
-    losses = head_loss(x, head, targets, weights)
+    points = torch.tensor([1.0, 0, 1, 0, 1, 0])
+    shares = PointerShares(points / 3, 1 - points / 3)
+    columns = F.pad(targets, (0, 1), value=50_257)
+    losses = head_loss(x, head, columns, weights, None, None, shares)
     value = torch.autograd.grad(losses[0], (x, head))
     x64, head64 = (z.detach().double().requires_grad_() for z in (x, head))
     logits = 23 * torch.sigmoid((x64 @ head64.T + 5) / 7.5)
-    logs = logits.log_softmax(dim=1)
+    p = logits.softmax(dim=1)
+    rest, copy = p.index_fill(1, torch.tensor(50_257), 0), p[:, 50_257:50_258]
+    copied = torch.zeros_like(p).scatter(1, targets[:, :1], points[:, None].double() / 3)
+    mixture = rest / rest.sum(1, keepdim=True) * (1 - copy * points[:, None] / 3) + copy * copied
     terms = [
-        -weight * logs[t, target]
+        -weight * (p if term else mixture)[t, target].log()
         for t, row in enumerate(targets.tolist())
-        for weight, target in zip(weights.tolist(), row)
+        for term, (weight, target) in enumerate(zip(weights.tolist(), row))
         if target >= 0
     ]
     assert len(terms) == 21
@@ -537,22 +543,23 @@ def test_training_samples_by_the_proposal(tmp_path, runtime, monkeypatch):
 
 @pytest.mark.parametrize(("kinds", "finite"), [(15, True), (16, False), (17, False), (40, False)])
 def test_too_few_candidates_give_nan(kinds, finite):
-    targets = torch.arange(4 * 40).view(40, 4) % kinds
+    """The copy entry is one of the kinds."""
+    targets = F.pad(torch.arange(3 * 40).view(40, 3) % (kinds - 1), (0, 1), value=299)
     columns = sample_candidates(targets, torch.ones(300), 16)
     x, head = gaussian(40, 16).float(), gaussian(300, 16, seed=1).float()
-    weights = torch.tensor([1, 0.5, 0.25, 0.125])
+    weights, shares = torch.tensor([1, 0.5, 0.25]), PointerShares(*torch.full((2, 40), 0.25))
     inputs = x, head[columns.tokens], columns.targets, weights, None, columns.offsets
-    losses = torch.stack(head_loss(*inputs))
+    losses = torch.stack(head_loss(*inputs, shares))
     assert torch.isfinite(losses).all() if finite else torch.isnan(losses).all()
 
 
 @pytest.mark.parametrize("tokens_per_sampling", [64, 25])
 def test_forward_on_candidates_and_its_gradients(runtime, tokens_per_sampling):
-    """Those of the loss written down in float64 after the model's hidden states, on candidates
-    sampled for the whole sequence or for 25, 25 and 14 tokens of it; what the gradients contain
-    already stays."""
+    """Those of the loss written down in float64 after the model's hidden states and the pointer's
+    shares, on candidates sampled for the whole sequence or for 25, 25 and 14 tokens of it; what the
+    gradients contain already stays."""
     config, count = tiny_config(tokens_per_sampling=tokens_per_sampling), 256
-    batch = random_batch(2, [40, 24])
+    batch = random_batch(2, [40, 24], num_ids=20)
     weights = [1.0, 0.5]
     models = [trained_like(config, runtime) for _ in range(2)]
     for model in models:
@@ -565,18 +572,22 @@ def test_forward_on_candidates_and_its_gradients(runtime, tokens_per_sampling):
     loss, next_token = model.training_loss(batch, WINDOWS, torch.tensor(weights), count)
     loss.backward()
 
-    targets = batch.targets.tolist()
-    terms = [*zip(targets, [*targets[1:], -1], strict=True)]
+    targets, copy = batch.targets.tolist(), config.vocab_size
+    terms = [*zip(targets, [*targets[1:], -1], [copy] * 64, strict=True)]
     head = other.head.detach().double().requires_grad_()
-    hidden = other.hidden(batch, WINDOWS).double()
-    logits = 23 * torch.sigmoid((hidden @ head.T + 5) / 7.5)
+    hidden = other.hidden(batch, WINDOWS)
+    shares = [*zip(*(share.double() for share in other.point(hidden, batch)))]
+    logits = 23 * torch.sigmoid((hidden.double() @ head.T + 5) / 7.5)
     losses, drawn = [0.0] * 2, set()
     for part in torch.arange(64).split(tokens_per_sampling):
         columns = sample_candidates(torch.tensor(terms)[part], uneven(50_304), count)
         weighted = logits[part][:, columns.tokens].exp() * columns.offsets.double().exp()
-        for t, estimate in zip(part.tolist(), weighted.sum(1).log()):
-            for i, target in enumerate(terms[t]):
-                losses[i] += estimate - logits[t, target] if target >= 0 else 0.0
+        for t, estimate in zip(part.tolist(), weighted.sum(1)):
+            first, second, alpha = (logits[t, terms[t]].exp() / estimate).unbind()
+            to_target, to_sink = shares[t]
+            first = first / (1 - alpha) * (1 - alpha * (1 - to_sink)) + alpha * to_target
+            losses[0] -= first.log()
+            losses[1] -= second.log() if terms[t][1] >= 0 else 0.0
         drawn |= set(columns.tokens.tolist())
     total = sum(weight * term for weight, term in zip(weights, losses))
     total.backward()
@@ -606,8 +617,9 @@ def test_forward_on_all_candidates_is_forward_without(runtime):
 def test_head_is_the_embedding_and_its_gradient_the_sum_of_both_uses(runtime):
     model, batch = trained_like(tiny_config(), runtime), random_batch(1, [64])
     assert torch.equal(model.look_up(batch).embedded, model.head[batch.tokens.long()])
-    head = model.head.detach().clone().requires_grad_()
-    next_token_loss(model.hidden(batch, WINDOWS), head, batch.targets).backward()
+    head, hidden = model.head.detach().clone().requires_grad_(), model.hidden(batch, WINDOWS)
+    targets = model.with_copy_entry(batch.targets[:, None])
+    next_token_loss(hidden, head, targets, model.point(hidden, batch)).backward()
     as_embedding, as_head = model.head.grad.clone(), head.grad
     read = as_embedding.norm(dim=1).nonzero().flatten().tolist()
     assert set(read) == set(batch.tokens.tolist())

@@ -170,7 +170,7 @@ def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object)
         "log_dir": "logs",
     }
     environment |= {name: changes[name] for name in environment if name in changes}
-    config |= {name: changes[name] for name in config if name in changes}
+    config |= {name: changes[name] for name in (*config, "pointer") if name in changes}
     time, source = float(changes.get("time", 80)), str(changes.get("source", SCRIPT))
     # the first stage takes half the time of the second, the extension what is left
     times = [number / 10] * 3 + [number / 5] * 3 + [time / 2 - 0.45 * number] * 2
@@ -1170,6 +1170,21 @@ def test_speed_up_is_over_the_baseline_of_the_same_session(call):
     link = "[the baseline of its session](../2026-01-01_a_reference)"
     assert table["speed-up"].startswith(f"3.00× over {link}, loss +0.0100 (Welch's two-")
     assert table["non-parametric memory"] == "n-gram lookup"
+
+
+def test_a_script_with_a_pointer_has_the_document_as_memory(tmp_path):
+    """For a while the pointer was an option."""
+    pointer = "def pointer_shares():\n    ...\n"
+    for source, changes, memory in (
+        (SCRIPT, {}, "none"),
+        (pointer, {}, "document"),
+        (pointer, {"pointer": "true"}, "document"),
+        (pointer, {"pointer": "false"}, "none"),
+        (pointer, {"match_orders": "3:4"}, "n-gram lookup"),
+    ):
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
+        made_up_record(folder, [3.3], source=source, **changes)
+        assert report.Record(folder).memory == memory
 
 
 def test_the_diff_is_against_the_last_record_of_the_class_and_folded(call):

@@ -471,56 +471,69 @@ def test_finder_ends_with_whoever_made_it(table):
 
 
 def random_mask(vocab: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(vocab, vocab) bool, and packed; the first token may always follow."""
+    """(vocab, vocab) bool, and packed; the first token and the copy entry, which is the last, may
+    always follow."""
     mask = torch.rand(vocab, vocab, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask[:, 0] = False
+    mask[:, [0, -1]] = False
     return mask, torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
 
 
 def test_masked_loss_is_that_of_the_definition():
-    """Over more tokens than are computed at once, some without a target."""
+    """Over more tokens than are computed at once, some without a target. A third of the pointer's
+    attention is on the target, and a third on the sink."""
     mask, packed = random_mask(64, 0)
     generator = torch.Generator().manual_seed(1)
     x, head = (torch.randn(n, 16, generator=generator) for n in (4100, 64))
-    tokens = torch.randint(64, (4100,), generator=generator, dtype=torch.int32)
-    targets = torch.multinomial((~mask[tokens.long()]).float(), 1, generator=generator)[:, 0]
+    tokens = torch.randint(63, (4100,), generator=generator, dtype=torch.int32)
+    can_follow = (~mask[tokens.long(), :-1]).float()
+    targets = torch.multinomial(can_follow, 1, generator=generator)[:, 0]
     targets[::7] = train_gpt.IGNORED_TARGET
+    shares = train_gpt.PointerShares(*torch.full((2, 4100), 1 / 3))
     logits = train_gpt.softcap(x.double() @ head.mT.double())
     logits[mask[tokens.long()]] = -torch.inf
-    losses = -logits.log_softmax(1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    p = logits.softmax(1)
+    (of_target,), copy = p.gather(1, targets.clamp_min(0)[:, None]).unbind(1), p[:, -1]
+    losses = -(of_target / (1 - copy) * (1 - copy * 2 / 3) + copy / 3).log()
     expected = losses[targets >= 0].sum()
-    found = next_token_loss(x, head, targets, tokens, packed)
+    inputs = x, head, torch.nn.functional.pad(targets[:, None], (0, 1), value=63), shares
+    found = next_token_loss(*inputs, tokens, packed)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    assert found < next_token_loss(x, head, targets, tokens, None) - 100
-    assert torch.equal(
-        next_token_loss(x, head, targets, tokens, torch.zeros_like(packed)),
-        next_token_loss(x, head, targets),
-    )
+    assert found < next_token_loss(*inputs) - 100
+    none = torch.zeros_like(packed)
+    assert torch.equal(next_token_loss(*inputs, tokens, none), next_token_loss(*inputs))
 
 
 def test_probabilities_of_what_can_follow_sum_to_one():
+    """With all of the pointer's attention on the sink."""
     mask, packed = random_mask(64, 2)
     generator = torch.Generator().manual_seed(3)
     x, head = (torch.randn(n, 16, generator=generator) for n in (1, 64))
-    for token in range(0, 64, 5):
+    shares = train_gpt.PointerShares(torch.zeros(1), torch.ones(1))
+    for token in range(0, 63, 5):
         tokens = torch.tensor([token], dtype=torch.int32)
-        losses = [next_token_loss(x, head, torch.tensor([t]), tokens, packed) for t in range(64)]
-        losses = torch.stack(losses)
-        assert torch.equal(losses.isinf(), mask[token]) and 10 < mask[token].sum() < 50
+        losses = torch.stack(
+            [
+                next_token_loss(x, head, torch.tensor([[target, 63]]), shares, tokens, packed)
+                for target in range(63)
+            ]
+        )
+        assert torch.equal(losses.isinf(), mask[token, :-1]) and 10 < mask[token].sum() < 50
         assert (-losses).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_model_leaves_out_impossible_tokens(runtime, pairs):
-    """Whichever token is the target; without the option it is as it was."""
+    """Whichever token is the target; without the option it is as it was. Every token is a document,
+    so that the pointer finds nothing to copy, and the copy entry alone is left out for it."""
     plain, masked = (trained_like(tiny_config(canonical_mask=on), runtime) for on in (False, True))
     assert plain.impossible is None and {*plain.state_dict()} == {*masked.state_dict()}
     batch, windows = random_batch(7, [64]), Windows(8, 24)
+    batch = batch._replace(cu_seqlens=torch.arange(65, dtype=torch.int32))
     assert torch.equal(*(m.validation_loss(batch, windows) for m in (plain, masked)))
     masked.impossible.copy_(torch.from_numpy(pairs))
     with torch.no_grad():
         logits = train_gpt.softcap(masked.hidden(batch, windows) @ masked.head.mT)
         left_out = np.unpackbits(pairs[batch.tokens.numpy()], axis=1, bitorder="little")
-        logits[torch.from_numpy(left_out) > 0] = -torch.inf
+        logits[torch.from_numpy(left_out) > 0] = logits[:, VOCAB] = -torch.inf
         for shift in (0, 1, 2, 3):
             targets = logits.topk(4).indices[:, shift]
             found = masked.validation_loss(batch._replace(targets=targets), windows)

@@ -19,7 +19,17 @@ import torch.distributed as dist
 from conftest import ROOT, cpu_runtime, tiny_config, write_shard
 from test_train import OPTIONS, environment
 
-from train_gpt import GPT, START_TOKEN, TINY_LAYERS, Optimizer, Stage, plan_exchange
+from train_gpt import (
+    GPT,
+    START_TOKEN,
+    TINY_LAYERS,
+    HeadFp8,
+    MlpFp8,
+    Optimizer,
+    QkvFp8,
+    Stage,
+    plan_exchange,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))
 import bench
@@ -443,8 +453,9 @@ def test_the_loss_is_that_of_training(cpu_bench, small):
     """Both terms on the candidates of a part of a sequence; in the last stage on all tokens."""
     taken = {}
 
-    def head_loss(x, head, targets, weights, fp8, offsets):
+    def head_loss(x, head, targets, weights, fp8, offsets, shares):
         taken.update(x=x, head=head, targets=targets, weights=weights, offsets=offsets)
+        assert (0 < sum(shares)).all() and (sum(shares) < 1).all()
         return [x.sum()]
 
     for columns, count in ((640, 640), (0, bench.VOCAB)):
@@ -455,8 +466,9 @@ def test_the_loss_is_that_of_training(cpu_bench, small):
         assert taken["x"].shape == (32, 64) and taken["head"].shape == (count, 64)
         assert taken["weights"].tolist() == [1.0, 0.5]
         targets, given = taken["targets"], own.batch.targets
-        assert targets.shape == (32, 2) and 0 <= targets.min() and targets.max() < count
+        assert targets.shape == (32, 3) and 0 <= targets.min() and targets.max() < count
         assert torch.equal(targets[1:, 0], targets[:-1, 1])
+        assert (targets[:, 2] == targets[0, 2]).all()  # the copy entry
         if columns:
             assert taken["offsets"].shape == (640,) and taken["offsets"].isfinite().all()
         else:
@@ -474,13 +486,12 @@ def test_operations_with_kernels_get_their_fp8_copies(cpu_bench, small):
     taken = []
 
     def op(*arguments):
-        taken.extend(x for x in arguments if hasattr(x, "_fields"))
+        taken.extend(x for x in arguments if isinstance(x, (QkvFp8, MlpFp8, HeadFp8)))
         return [torch.zeros(1)]
 
     for case in 2 * cases:
         case.call(op, *case.inputs)
-    kinds = [type(fp8).__name__ for fp8 in taken]
-    assert kinds == 2 * ["QkvFp8", "MlpFp8", "HeadFp8"]
+    assert [type(fp8) for fp8 in taken] == 2 * [QkvFp8, MlpFp8, HeadFp8]
     assert all(a is b for a, b in zip(taken, taken[3:]))
     assert taken[0].x[0].shape == taken[1].x[0].shape == (128, 64)
     assert taken[2].weight[0].shape == (640, 64)

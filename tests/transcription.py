@@ -1,7 +1,8 @@
-"""The forward pass written down once more, in float64, head by head and with dense masks.
+"""The forward pass and the losses written down once more, in float64, head by head and with dense
+masks.
 
 Of the model it reads the parameters, the names of their slices and of the last layer's gates, and
-the table of n-grams, and nothing else; the tests compare GPT.hidden with it.
+the table of n-grams, and nothing else; the tests compare GPT with it, gradients too.
 """
 
 import math
@@ -145,12 +146,43 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     return rms(x + small["attended"] * c_attend)
 
 
-def target_losses(model: GPT, hidden: Tensor, targets: list[int]) -> list[float]:
-    """Cross-entropy in nats of a target at every position, from the softcapped logits of the normed
-    stream; 0 for the target -1."""
-    logits = 23 / (1 + torch.exp(-(hidden.double() @ model.head.double().T + 5) / 7.5))
-    lse = logits.exp().sum(dim=1).log()
-    return [
-        0.0 if target < 0 else (lse[t] - logits[t, target]).item()
-        for t, target in enumerate(targets)
-    ]
+def pointer_attention(
+    model: GPT, batch: Batch, hidden: Tensor, reach: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """What the pointer gives every token of the vocabulary, (T, vocab), and the sink, (T,)."""
+    small, document, tokens = small_slices(model), documents_of(batch), batch.tokens.long()
+    w_q, w_k = small["pointer"].chunk(2)
+    queries, keys = small["pointer_gain"] * rms(hidden @ w_q.T), rms(hidden @ w_k.T)
+    to_tokens, to_sink = [], []
+    for t, query in enumerate(queries):
+        seen = [s for s in range(max(0, t - reach), t) if document[s] == document[t]]
+        scores = torch.stack([small["pointer_sink"], *keys[seen]]) @ query / math.sqrt(len(query))
+        shares = scores.softmax(0)
+        to_sink.append(shares[0])
+        none = torch.zeros(len(model.head), dtype=torch.float64)
+        to_tokens.append(none.index_add(0, tokens[seen], shares[1:]))
+    return torch.stack(to_tokens), torch.stack(to_sink)
+
+
+def next_token_probabilities(model: GPT, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every position, (T, vocab) float64 each: the pointer's mixture, which predicts the next
+    token, and the softmax of the softcapped logits, which predicts the one after it. hidden: the
+    normed stream."""
+    hidden, copy = hidden.double(), model.config.vocab_size
+    logits = 23 / (1 + torch.exp(-(hidden @ model.head.double().T + 5) / 7.5))
+    plain = logits.softmax(1)
+    to_tokens, to_sink = pointer_attention(model, batch, hidden)
+    alpha, rest = plain[:, [copy]], plain.index_fill(1, torch.tensor(copy), 0)
+    rest = rest / rest.sum(1, keepdim=True)
+    return rest * (1 - alpha * (1 - to_sink[:, None])) + alpha * to_tokens, plain
+
+
+def target_losses(model: GPT, batch: Batch, hidden: Tensor) -> Tensor:
+    """Cross-entropies in nats at every position of a sequence, (T, 2) float64: of the next token
+    and of the one after it; 0 for the target -1 and where there is none."""
+    targets, losses = batch.targets.tolist(), []
+    terms = targets, [*targets[1:], -1]
+    for p, term in zip(next_token_probabilities(model, batch, hidden), terms, strict=True):
+        of_term = [-p[t, y].log() if y >= 0 else 0 * p[t, 0] for t, y in enumerate(term)]
+        losses.append(torch.stack(of_term))
+    return torch.stack(losses, 1)

@@ -34,7 +34,7 @@ from profiler import GROUPS, IDLE, eager_trace, profile, random_batch, table
 from torch import Tensor
 
 import train_gpt
-from train_gpt import E4M3, IGNORED_TARGET, Config, Log, Runtime, Stage
+from train_gpt import E4M3, IGNORED_TARGET, Config, Log, PointerShares, Runtime, Stage
 
 CONFIG = Config()
 DIM, HIDDEN = CONFIG.model_dim, CONFIG.mlp_dim
@@ -101,6 +101,11 @@ def without_kernels() -> Iterator[None]:
             yield
     finally:
         train_gpt.has_kernels = kept
+
+
+def with_copy_entry(targets: Tensor) -> Tensor:
+    """And a column of the pointer's copy entry."""
+    return F.pad(targets, (0, 1), value=CONFIG.vocab_size)
 
 
 def figures(need: Need, ms: float, floor_ms: float) -> list[str]:
@@ -349,7 +354,7 @@ class Pass:
         count, size = self.candidates, self.num_drawn
         targets = self.batch.targets[: self.length]
         second = F.pad(targets[1:], (0, 1), value=IGNORED_TARGET)
-        targets, offsets = torch.stack([targets, second], dim=1)[:size], None
+        targets, offsets = with_copy_entry(torch.stack([targets, second], dim=1)[:size]), None
         if self.stage.candidates:
             counts = torch.bincount(self.batch.targets, minlength=VOCAB)
             proposal = (counts + 2).float().sqrt()
@@ -365,13 +370,14 @@ class Pass:
         weights = torch.tensor([1.0, self.stage.second], device=self.device)
         x, head = self.random(size, DIM, grad=True), self.random(count, DIM, std=0.02, grad=True)
         bank = self.random(2, 128, DIM)
+        shares = self.random(3, size, dtype=FP32).softmax(0)[:2].requires_grad_()
         fp8 = self.own(lambda: train_gpt.Fp8Copies(bank, bank, head, 1).head())
 
-        def call(op, *x):
-            return op(*x, targets, weights, fp8(), offsets)[0]
+        def call(op, x, head, shares):
+            return op(x, head, targets, weights, fp8(), offsets, PointerShares(*shares))[0]
 
         matmuls = [(1, size, count, DIM), (1, size, DIM, count), (1, count, DIM, size)]
-        yield Case("head_loss", [x, head], call, both=Need(matmuls=matmuls, dtype=E4M3))
+        yield Case("head_loss", [x, head, shares], call, both=Need(matmuls=matmuls, dtype=E4M3))
 
     def quantize(self) -> Iterator[Case]:
         def plain_quantize(x: Tensor, out: train_gpt.Fp8) -> tuple[Tensor, Tensor]:
@@ -435,8 +441,13 @@ def validation(bench: Bench) -> Iterator[Case]:
     """The loss of a validation sequence, on the whole vocabulary."""
     size = CONFIG.val_sequence_tokens
     inputs = [bench.random(size, DIM), bench.random(VOCAB, DIM, std=0.02)]
-    inputs.append(torch.randint(0, CONFIG.vocab_size, (size,), device=bench.device))
-    yield Case("next_token_loss", inputs, forward=Need(matmuls=[(1, size, VOCAB, DIM)]))
+    targets = torch.randint(0, CONFIG.vocab_size, (size, 1), device=bench.device)
+    inputs += [with_copy_entry(targets), bench.random(3, size, dtype=FP32).softmax(0)[:2]]
+
+    def call(op, x, head, targets, shares):
+        return op(x, head, targets, PointerShares(*shares))
+
+    yield Case("next_token_loss", inputs, call, forward=Need(matmuls=[(1, size, VOCAB, DIM)]))
 
 
 # Operations of the optimizer ----------------------------------------------------------------------

@@ -3,9 +3,9 @@
 The script's validate() is given small files of tokens, and its GPT, with random numbers for all
 that it learns, the rows that validate() makes of them. The loss of one position is that of a row
 whose other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
-validation files. What predicts by other means than the layers, such as matches in what was read,
-the pointer and the canonical mask, is judged with and without it. One line a check; exit code 1
-when one fails or the script cannot be judged.
+validation files. What predicts by other means than the layers, such as matches in what was read
+and the canonical mask, is judged with and without it. One line a check; exit code 1 when one fails
+or the script cannot be judged.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ RENAMED |= {"tokens_per_draw": "tokens_per_sampling"}
 GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
 # Judged with these too, as far as a script has them: what predicts, or chooses weights, by other
 # means than the layers.
-EXTRAS = {"match_orders": (2, 3), "match_slots": 2**12, "pointer": True, "canonical_mask": True}
+EXTRAS = {"match_orders": (2, 3), "match_slots": 2**12, "canonical_mask": True}
 EXTRAS |= {"average_shares": (0.5,)}
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
@@ -396,8 +396,9 @@ def check_normalisation(script: ModuleType, folder: Path) -> str:
     """Probabilities sum to 1: with a vocabulary of 128 all of them, of the whole one a sample. With
     the canonical mask those are 0 that the table rules out behind the token of their position."""
     tiny, position, seen = script.PRESETS["tiny"], 11, ""
+    padded = getattr(dataclasses.replace(tiny, vocab_size=128), "padded_vocab_size", 128)
+    size = 128 if padded == 128 else 127  # where a pointer needs an unused entry
     for changes in variants(script):
-        size = 128 - changes.get("pointer", False)  # the 128th is its copy entry
         judge = Judge(script, folder, **changes, vocab_size=size, layers=tiny.layers)
         tokens = np.random.default_rng(4).integers(0, size, ROW + 1)
         row = judge.validate(tokens, ROW, silent=True)[1].rows[0]

@@ -181,8 +181,10 @@ class Run:
         targets = re.search(r"^val loss .* on ([\d,]+) targets$", text, re.MULTILINE)
         self.num_targets = int(targets[1].replace(",", "") if targets else config["val_tokens"])
 
-        matches = config.get("match_orders", "none")  # older scripts have no such option
-        self.memory = "none" if matches in ("none", "") else "n-gram lookup"
+        # older scripts have no lookup and no pointer, or have the pointer as an option
+        matches = config.get("match_orders", "none") not in ("none", "")
+        pointer = "def pointer_shares(" in source and config.get("pointer", "true") == "true"
+        self.memory = "n-gram lookup" if matches else "document" if pointer else "none"
 
         stages = [row.split(":") for row in [*config["stages"].split(","), config["extension"]]]
         shares = itertools.accumulate(float(share) for share, *_ in stages[:-1])
