@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config
+from torch._subclasses import FakeTensorMode
 
 import train_gpt
 from train_gpt import (
@@ -24,6 +25,7 @@ from train_gpt import (
     Config,
     Layer,
     Optimizer,
+    Schedule,
     Stage,
     UserError,
     check_config,
@@ -74,6 +76,34 @@ def test_presets_survive_their_text_and_fit_together(preset):
     assert config_from_text(config_as_text(PRESETS[preset])) == PRESETS[preset]
     assert parse_args(["--preset", preset]) == PRESETS[preset]
     check_config(PRESETS[preset], 1)
+
+
+def test_medium_preset_is_that_of_its_page():
+    """Its weights and tokens; the kernels take it on as many GPUs as share its sequences."""
+    page = (ROOT / "records" / "medium.md").read_text(encoding="utf-8")
+    medium = PRESETS["medium"]
+    with FakeTensorMode():  # shapes without memory
+        model = GPT(medium, cpu_runtime())
+        millions = sum(param.numel() for param in model.parameters()) / 1e6
+    assert f"{millions:.1f} M" in page and 590 < millions < 620
+    schedule = Schedule(medium)
+    stages = map(schedule.stage, range(schedule.total_steps))
+    tokens = sum(stage.tokens_per_step for stage in stages) / 1e6
+    assert f"{tokens:,.0f} M tokens" in page
+    for world_size in (1, 2, 4, 8, 16):
+        check_config(medium, world_size, kernels=True)
+
+
+def test_the_largest_pass_of_any_stage_must_fit_the_kernels():
+    """A stage of shorter sequences may compute more tokens at once than that of the longest."""
+    longest, shorter = (stage(tokens_per_step=n, share=0.5)[0] for n in (3_200_000, 2_400_000))
+    config = tiny_config(
+        stages=(longest, shorter), sequences_per_step=8, mlp_dim=3840, tokens_per_pass=600_000
+    )
+    assert [config.sequences_per_pass(n, 1) * n for n in (400_000, 300_000)] == [400_000, 600_000]
+    with pytest.raises(UserError, match="a pass of 600000 tokens, 3840 numbers wide"):
+        check_config(config, 1, kernels=True)
+    check_config(dataclasses.replace(config, tokens_per_pass=500_000), 1, kernels=True)
 
 
 def test_short_preset_is_the_schedule_of_the_claim():

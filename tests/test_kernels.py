@@ -146,8 +146,9 @@ def combine_inputs(tokens: int, dim: int, terms: int, norm: bool) -> list:
 
 
 COMBINE = [(5, 64, 1, True), (7, 48, 4, True), (3, 32, 6, False), (2, 768, 2, True)]
-COMBINE += [(4, 32, 3, True), (1, 40, 5, True)]
+COMBINE += [(4, 32, 3, True), (1, 40, 5, True), (3, 1024, 4, True)]
 REAL_COMBINE = [(16384, 768, 2, True), (49152, 768, 6, True), (16391, 768, 3, False)]
+REAL_COMBINE += [(49152, 1024, 4, True)]
 
 
 @pytest.mark.parametrize(("tokens", "dim", "terms", "norm"), cases(COMBINE, REAL_COMBINE))
@@ -162,7 +163,10 @@ def test_combine(tokens, dim, terms, norm):
 
 @pytest.mark.parametrize(
     ("tokens", "dim", "terms"),
-    cases([(70, 48, 2), (33, 768, 3)], [(16384, 768, 2), (49152, 768, 6), (16391, 768, 3)]),
+    cases(
+        [(70, 48, 2), (33, 768, 3), (9, 1024, 3)],
+        [(16384, 768, 2), (49152, 768, 6), (16391, 768, 3), (49152, 1024, 4)],
+    ),
 )
 def test_norm_of_a_sum_in_fp8(monkeypatch, tokens, dim, terms):
     """Both ways round, in its scale, with the gradients of one that is not in fp8; in the
@@ -225,8 +229,10 @@ def prepare_inputs(case: tuple) -> list:
 PREPARE = [(37, 4, 16, ""), (33, 4, 16, "offset"), (21, 6, 32, "value")]
 PREPARE += [(32, 6, 16, "value offset"), (1, 2, 8, "value offset")]
 PREPARE += [(147, 2, 8, "offset rows")]  # more than a program takes
+PREPARE += [(3, 8, 128, "value offset")]  # as wide as the medium preset
 REAL_PREPARE = [(16384, 6, 128, ""), (32768, 6, 128, "value")]
-REAL_PREPARE += [(49152, 6, 128, "offset rows"), (16391, 6, 128, "value offset")]
+REAL_PREPARE += [(49152, 6, 128, "offset rows"), (49152, 8, 128, "value offset")]
+REAL_PREPARE += [(16391, 6, 128, "value offset")]
 
 
 @interpreted
@@ -246,7 +252,9 @@ def test_prepare_qkv(monkeypatch, case):
 
 
 @interpreted
-@pytest.mark.parametrize(("tokens", "hidden", "dim"), [(128, 128, 64), (140, 200, 96), (4, 40, 32)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "dim"), [(128, 128, 64), (140, 200, 96), (4, 40, 32), (4, 128, 1024)]
+)
 def test_mlp(monkeypatch, tokens, hidden, dim):
     """As above; and the largest numbers are recorded."""
     fp32_for_fp8(monkeypatch)
@@ -456,7 +464,7 @@ def exact_qkv_gradient(inputs: list, grads: list[Tensor], qkv: Tensor) -> Tensor
 
 
 @gpu
-@pytest.mark.parametrize("case", REAL_PREPARE[:3])
+@pytest.mark.parametrize("case", REAL_PREPARE[:4])
 def test_prepare_qkv_in_fp8(monkeypatch, case):
     """Every matmul against that of its exact factors and that of its fp8 factors; the gradient of
     QKV's result both ways round."""
@@ -567,8 +575,8 @@ def test_head_loss_in_fp8(tokens, with_offsets):
 @pytest.mark.parametrize(
     ("count", "rows", "dim"),
     cases(
-        [(50, 7, 32), (64, 64, 40), (1, 3, 16), (40, 1, 200), (5, 90, 130)],
-        [(16384, 50304, 768), (49152, 200, 768), (16391, 377280, 768)],
+        [(50, 7, 32), (64, 64, 40), (1, 3, 16), (40, 1, 200), (5, 90, 130), (70, 2, 1024)],
+        [(16384, 50304, 768), (49152, 200, 768), (16391, 377280, 768), (49152, 50304, 1024)],
     ),
 )
 def test_rows_are_added_in_place(monkeypatch, count, rows, dim):
@@ -630,8 +638,8 @@ def test_rows_of_a_table_have_the_gradients_of_their_definition():
 @pytest.mark.parametrize(
     ("count", "num_rows", "dim"),
     cases(
-        [(1, 3, 8), (40, 9, 8), (64, 64, 40), (33, 1, 16), (17, 500, 24)],
-        [(786_432, 2**23, 128), (262_144, 2**20, 768), (30_000, 200, 136)],
+        [(1, 3, 8), (40, 9, 8), (64, 64, 40), (33, 1, 16), (17, 500, 24), (11, 2, 1024)],
+        [(786_432, 2**23, 128), (262_144, 2**20, 768), (30_000, 200, 136), (98_304, 2**20, 1024)],
     ),
 )
 def test_ngrams_are_updated_in_place(monkeypatch, count, num_rows, dim):

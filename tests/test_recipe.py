@@ -23,6 +23,7 @@ from train_gpt import (
     GPT,
     IGNORED_TARGET,
     LAST_LAYER_GATES,
+    MEDIUM_LAYERS,
     SPEEDRUN_LAYERS,
     START_TOKEN,
     Batch,
@@ -306,6 +307,17 @@ def test_sums_of_streams_through_the_tiny_plan(runtime, monkeypatch):
     x = own["mlp_residual"] * out["attention 4"] + own["mlp_project"] * layer["mlp 4"]
     check("mlp 4", x)
     check("output", x + small["attended"] * attend)
+
+
+def test_forward_pass_of_the_medium_plan(runtime):
+    """Sixteen layers, the attention as wide as the stream."""
+    config = tiny_config(layers=MEDIUM_LAYERS, model_dim=64, num_heads=8, mlp_dim=256)
+    model, batch = trained_like(config, runtime), random_batch(1, [40, 24])
+    with torch.no_grad():
+        value = model.hidden(batch, WINDOWS)
+        expected = transcribed_hidden(model, batch, *WINDOWS)
+    assert 0.9 < expected.std() < 1.1
+    torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_mlp_reads_the_normed_stream(runtime, monkeypatch):
