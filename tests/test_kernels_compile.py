@@ -9,6 +9,7 @@ compiled, down to the machine code."""
 import ast
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,8 @@ SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 MAX_SHARED = 227 * 1024  # bytes that a program may have on an H100
 NOT_CONSTANT = "an argument"  # in place of a constant's value
 
-# A line of the helper _add_run, and the same in a way that the interpreter takes and the compiler
+PLANTED = "_add_rows_kernel"
+# A line of its helper _add_run, and the same in a way that the interpreter takes and the compiler
 # does not: a variable changes its type in a loop.
 ONE_TYPE = "        at += ROWS\n"
 TWO_TYPES = "        at = (at + ROWS).to(tl.int32)\n"
@@ -58,13 +60,14 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def record_launches(module: ModuleType, brief: bool) -> list[dict]:
+def record_launches(module: ModuleType) -> list[dict]:
     """What the launches of a run compile, each variant of a kernel once: its name, the value of
     every parameter that is a constant, and what Triton's preload takes.
 
-    The runs are the speedrun, the n-gram lookup with the canonical mask, and one without fp8, each
-    as on 8 GPUs, where a micro-batch is one sequence; brief: the first one alone, with its first
-    stage.
+    The runs are the speedrun, the n-gram lookup with the canonical mask, one without fp8, and the
+    medium preset, with a sequence a micro-batch. Each has its first stage, the first one the
+    extension too: the stages between them differ only in sizes that are multiples of 16, for which
+    Triton compiles nothing anew.
     """
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -91,19 +94,23 @@ def record_launches(module: ModuleType, brief: bool) -> list[dict]:
     module.attention = lambda q, k, v, *options: q + k + v  # the kernels of a library
     module.Trainer.compile_side_by_side = lambda trainer, report: None  # threads and a GPU
 
-    speedrun, matching = (module.PRESETS[name] for name in ("speedrun", "matching"))
-    first = (dataclasses.replace(speedrun.stages[0], share=1.0),)
+    speedrun, matching, medium = (
+        module.PRESETS[name] for name in ("speedrun", "matching", "medium")
+    )
     configs = (
-        dataclasses.replace(speedrun, stages=first) if brief else speedrun,
-        dataclasses.replace(matching, canonical_mask=True, stages=first),
-        dataclasses.replace(speedrun, fp8=False, stages=first),
+        speedrun,
+        dataclasses.replace(matching, canonical_mask=True, extension_steps=0),
+        dataclasses.replace(speedrun, fp8=False, extension_steps=0),
+        dataclasses.replace(medium, extension_steps=0),
     )
     runtime = module.Runtime(0, 1, torch.device("cpu"), module.Log(None))
     # The lengths of a few results depend on numbers, which are not there: they have symbols.
     with FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True):
-        for config in configs[: 1 if brief else None]:
+        for config in configs:
             # to choose among averages losses would have to be numbers; it launches nothing else
-            config = dataclasses.replace(config, tokens_per_pass=1, average_shares=())
+            stages = (dataclasses.replace(config.stages[0], share=1.0),)
+            short = {"stages": stages, "tokens_per_pass": 1, "average_shares": ()}
+            config = dataclasses.replace(config, **short)
             module.Trainer(module.GPT(config, runtime), runtime).prepare()
     triton.knobs.runtime.jit_cache_hook = None
     return list(launches.values())
@@ -141,18 +148,19 @@ def compile_launch(module: ModuleType, launch: dict) -> dict:
     }
 
 
-def main(source: str, output: str, *names: str) -> None:
-    """Record the launches of a source and compile them, two at a time. Given names of kernels: of
-    these alone, in one short run."""
+def main(planted: str, output: str) -> None:
+    """Record the launches of the script and compile them, two at a time; then those of PLANTED once
+    more, from a script with what the compiler refuses."""
     triton.runtime.driver.set_active(NoGpu())
-    module = load(Path(source))
-    launches = record_launches(module, brief=len(names) > 0)
-    launches = [launch for launch in launches if not names or launch["kernel"] in names]
+    module = load(ROOT / "train_gpt.py")
+    launches = record_launches(module)
     with ThreadPoolExecutor(2) as pool:
         compiled = [*pool.map(lambda launch: compile_launch(module, launch), launches)]
-    for launch in compiled:
+    module, again = load(Path(planted)), [x for x in launches if x["kernel"] == PLANTED]
+    results = {"variants": compiled, "planted": [compile_launch(module, x) for x in again]}
+    for launch in itertools.chain(*results.values()):
         del launch["data"]
-    Path(output).write_text(json.dumps(compiled), encoding="utf-8")
+    Path(output).write_text(json.dumps(results), encoding="utf-8")
 
 
 # --- The tests ------------------------------------------------------------------------------------
@@ -166,11 +174,16 @@ def compiler() -> None:
         pytest.skip(f"this Triton compiles nothing for NVIDIA GPUs: {error}")
 
 
-def compile_kernels(folder: Path, source: Path, *names: str) -> list[dict]:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     """What main() finds out; all that it leaves on the disk is in the folder."""
+    folder = tmp_path_factory.mktemp("triton")
+    assert SOURCE.count(ONE_TYPE) == 1
+    text = SOURCE.replace(ONE_TYPE, TWO_TYPES)
+    (planted := folder / "planted.py").write_text(text, encoding="utf-8")
     places = {name: str(folder) for name in ("TRITON_HOME", "TRITON_CACHE_DIR")}
     others = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(source), str(folder / "kernels.json"), *names]
+    command = [sys.executable, __file__, str(planted), str(folder / "kernels.json")]
     environment = {**os.environ, **places, **others}
     options = {"capture_output": True, "text": True, "timeout": 600}
     run = subprocess.run(command, env=environment, check=False, **options)
@@ -178,10 +191,10 @@ def compile_kernels(folder: Path, source: Path, *names: str) -> list[dict]:
     return json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+@pytest.fixture
+def variants(results: dict[str, list[dict]]) -> list[dict]:
     """All variants of kernels that training launches, compiled or with an error."""
-    return compile_kernels(tmp_path_factory.mktemp("triton"), ROOT / "train_gpt.py")
+    return results["variants"]
 
 
 @pytest.fixture
@@ -272,11 +285,8 @@ def test_matmuls_run_on_tensor_cores(programs):
         assert program["other_matmuls"] == 0, describe(program)
 
 
-def test_a_kernel_that_the_compiler_refuses_is_named(tmp_path):
-    assert SOURCE.count(ONE_TYPE) == 1
-    text = SOURCE.replace(ONE_TYPE, TWO_TYPES)
-    (path := tmp_path / "planted.py").write_text(text, encoding="utf-8")
-    errors = [x["error"] for x in compile_kernels(tmp_path, path, "_add_rows_kernel")]
+def test_a_kernel_that_the_compiler_refuses_is_named(results):
+    errors = [launch["error"] for launch in results["planted"]]
     assert errors
     for error in errors:
         assert "CompilationError" in str(error) and "def _add_run(" in error
