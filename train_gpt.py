@@ -3612,9 +3612,12 @@ def rank_batches(
     return [batch._replace(rows=x, exchange=exchange) for batch, x in zip(batches, places)]
 
 
-def training_batches(config: Config, runtime: Runtime, shapes: Iterable) -> Iterator[list[Batch]]:
+def training_batches(
+    config: Config, runtime: Runtime, shapes: Iterable, unread: Iterable = ()
+) -> Iterator[list[Batch]]:
     """This rank's sequences of every step, micro-batch by micro-batch. shapes: (T, max_seq_len) of
-    a sequence, for each step."""
+    a sequence, for each step; unread: of what follows the steps, where each is a micro-batch of its
+    own, as in validation."""
 
     def with_starts(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(documents), np.cumsum([0, *map(len, documents[:-1])])
@@ -3622,9 +3625,9 @@ def training_batches(config: Config, runtime: Runtime, shapes: Iterable) -> Iter
     files, _ = find_train_files(config)
     # what is read twice could be predicted
     stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
-    for shape in shapes:
+    counts = ((shape, config.sequences_per_pass(shape[0], runtime.world_size)) for shape in shapes)
+    for shape, count in itertools.chain(counts, zip(unread, itertools.repeat(1))):
         sequences = [stream.next_sequence(*shape) for _ in range(config.sequences_per_step)]
-        count = config.sequences_per_pass(shape[0], runtime.world_size)
         yield rank_batches([*map(with_starts, sequences)], count, shape[1], config, runtime)
 
 
@@ -4714,16 +4717,6 @@ def validate(
     return loss
 
 
-def split_sequences(batch: Batch) -> list[Batch]:
-    """Its sequences, a batch each."""
-    length = len(batch.tokens) // batch.sequences
-    starts = [(batch.cu_seqlens - i * length).clamp(0, length) for i in range(batch.sequences)]
-    rows = [None] * batch.sequences if batch.rows is None else batch.rows.split(length)
-    parts = zip(batch.tokens.split(length), batch.targets.split(length), starts, rows, strict=True)
-    options = {"max_seq_len": batch.max_seq_len, "exchange": batch.exchange}
-    return [Batch(*part, rows=rows, **options) for *part, rows in parts]
-
-
 @torch.no_grad()
 def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log: Log) -> None:
     """Replace the weights by a blend of them and one of their averages where that has a lower
@@ -4737,7 +4730,7 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     """
     model, optimizer, runtime = trainer.model, trainer.optimizer, trainer.runtime
     shares, blends = trainer.config.average_shares, trainer.config.average_blends
-    batches = [part for b in batches for part in split_sequences(to_device(b, runtime.device))]
+    batches = [to_device(batch, runtime.device) for batch in batches]
     num_tokens = runtime.world_size * sum(len(batch.tokens) for batch in batches)
     losses: dict[tuple[int, float], float] = {}  # by number of the time constant, and blend
 
@@ -4926,7 +4919,7 @@ def train(config: Config, runtime: Runtime) -> None:
     trainer.prepare()
     preparation = time.perf_counter() - begin
 
-    batches = prefetch(training_batches(config, runtime, shapes + unread), depth=2)
+    batches = prefetch(training_batches(config, runtime, shapes, unread), depth=2)
     clock = Clock(runtime)
     progress = Progress(model, runtime, clock, schedule.end_step)
     clock.start()

@@ -154,3 +154,13 @@ def random_batch(
         torch.tensor(cu_seqlens, dtype=torch.int32),
         num_tokens,
     )
+
+
+def split_sequences(batch: Batch) -> list[Batch]:
+    """Its sequences, a batch each."""
+    length = len(batch.tokens) // batch.sequences
+    starts = [(batch.cu_seqlens - i * length).clamp(0, length) for i in range(batch.sequences)]
+    rows = [None] * batch.sequences if batch.rows is None else batch.rows.split(length)
+    parts = zip(batch.tokens.split(length), batch.targets.split(length), starts, rows, strict=True)
+    options = {"max_seq_len": batch.max_seq_len, "exchange": batch.exchange}
+    return [Batch(*part, rows=rows, **options) for *part, rows in parts]

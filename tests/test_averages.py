@@ -16,6 +16,7 @@ from conftest import (
     cpu_runtime,
     random_batch,
     random_documents,
+    split_sequences,
     tiny_config,
     trained_like,
     write_shard,
@@ -39,11 +40,9 @@ from train_gpt import (
     Windows,
     check_config,
     choose_weights,
-    make_batch,
     nothing_changes,
     parse_args,
     rank_batches,
-    split_sequences,
 )
 
 AVERAGED = "value_embed", "mlp_bank", "head", "attention_bank"
@@ -147,7 +146,7 @@ def test_nothing_changes_puts_averages_back():
 
 def test_warm_up_leaves_weights_and_averages_as_they_are(monkeypatch):
     """Though it averages, as these time constants are longer than the run, and chooses."""
-    config = tiny_config(average_shares=(0.5, 1.0), val_sequence_tokens=32)
+    config = tiny_config(average_shares=(0.5, 1.0), average_blends=BLENDS, val_sequence_tokens=32)
     trainer = Trainer(GPT(config, cpu_runtime()), cpu_runtime())
     called = []
     for name in "average", "write_blend":
@@ -159,7 +158,7 @@ def test_warm_up_leaves_weights_and_averages_as_they_are(monkeypatch):
     tensors = [*trainer.model.state_dict().values(), *trainer.optimizer.tensors()]
     before = [tensor.clone() for tensor in tensors]
     trainer.prepare()
-    assert called.count("average") >= 4 and called.count("write_blend") == 2 + 4 + 1
+    assert called.count("average") >= 4 and called.count("write_blend") == 2 + 3 + 1
     assert all(map(torch.equal, tensors, before))
 
 
@@ -180,10 +179,8 @@ def test_choosing_compiles_nothing(monkeypatch, tmp_path):
     compiled = counters["stats"]["unique_graphs"]
     for step in range(4):
         trainer.run_step(step, [random_batch(4 * step + i, [20, 44]) for i in range(4)])
-    batch = module.make_batch(
-        [(random_documents(i, [30, 35]), np.array([0, 30])) for i in range(2)], 64, 4, pin=False
-    )
-    module.choose_weights(trainer, [batch, batch], module.Windows(8, 24), Log(None))
+    batches = [random_batch(i, [30, 34]) for i in range(2)]
+    module.choose_weights(trainer, batches, module.Windows(8, 24), Log(None))
     assert counters["stats"]["unique_graphs"] == compiled > 0
 
 
@@ -201,7 +198,7 @@ def test_choosing_compiles_nothing(monkeypatch, tmp_path):
     ],
 )
 def test_the_least_loss_is_taken(monkeypatch, losses, chosen):
-    """A loss that is not given is 3.1; on 4 sequences of 16 tokens."""
+    """A loss that is not given is 3.1; on two sequences of 16 tokens."""
     config = tiny_config(average_shares=SHARES, average_blends=BLENDS)
     trainer, written, log = Trainer(GPT(config, cpu_runtime()), cpu_runtime()), [], Log(None)
 
@@ -211,11 +208,9 @@ def test_the_least_loss_is_taken(monkeypatch, losses, chosen):
 
     monkeypatch.setattr(Optimizer, "write_blend", lambda self, *given: written.append(given))
     monkeypatch.setattr(trainer.model, "validation_loss", loss)
-    sequences = [(random_documents(i, [17]), np.array([0])) for i in range(2)]
-    batch = make_batch(sequences, 16, 4, pin=False)
-    choose_weights(trainer, [batch, batch], Windows(8, 24), log)
+    choose_weights(trainer, [random_batch(i, [16]) for i in range(2)], Windows(8, 24), log)
     found = log.data["averages"]
-    assert written[-1] == chosen and found["tokens"] == 64
+    assert written[-1] == chosen and found["tokens"] == 32
     best = 1 if losses.get((1, 0.5), 3.1) < losses.get((0, 0.5), 3.1) else 0
     tried = [(0, 0.0), (0, 0.5), (1, 0.5), (best, 0.25), (best, 1.0)]
     assert written[:-1] == tried
@@ -224,23 +219,6 @@ def test_the_least_loss_is_taken(monkeypatch, losses, chosen):
         expected = losses.get(candidate, 3.1)
         assert row["loss"] == pytest.approx(expected, abs=1e-5, nan_ok=True)
         assert row["chosen"] == (candidate == chosen)
-
-
-def test_sequences_of_a_batch_have_their_documents(runtime):
-    """The loss of a batch is that of its sequences, each with its own documents."""
-    model = trained_like(tiny_config(), runtime)
-    sequences = [
-        (random_documents(i, lengths), np.cumsum([0, *lengths[:-1]]))
-        for i, lengths in enumerate([[10, 20, 3], [33], [1, 2, 30]])
-    ]
-    alone = [make_batch([sequence], 32, 4, pin=False) for sequence in sequences]
-    parts = split_sequences(make_batch(sequences, 32, 4, pin=False))
-    for part, expected in zip(parts, alone, strict=True):
-        assert torch.equal(part.tokens, expected.tokens)
-        assert torch.equal(part.targets, expected.targets)
-        assert part[3:] == expected[3:]
-        loss, whole = (model.validation_loss(x, Windows(8, 24)) for x in (part, expected))
-        assert torch.equal(loss, whole)
 
 
 def choose_after_noise(rank: int, world_size: int) -> tuple[dict, dict[str, Tensor]]:
@@ -336,9 +314,11 @@ def test_text_of_the_choice_is_the_next_that_would_be_read(averaged):
     expected = [row for row, _ in reference_rows(np.concatenate(shards).tolist(), shapes)]
     assert len(expected) == len(shapes)
     read = [row_of(part) for batch in trained for part in split_sequences(batch)]
-    unread = [row_of(part) for batch in chosen_by for part in split_sequences(batch)]
+    unread = [row_of(batch) for batch in chosen_by]  # each alone, as in validation
     assert read == expected[:-2] and unread == expected[-2:]
     assert data["averages"]["tokens"] == 128
+    # as long as in validation: for more documents attention would compile another kernel
+    assert {len(batch.cu_seqlens) for batch in chosen_by} == {64 // 4 + 2}
 
 
 def test_choice_is_the_best_of_the_table_and_is_what_is_kept(averaged):
@@ -352,9 +332,8 @@ def test_choice_is_the_best_of_the_table_and_is_what_is_kept(averaged):
     assert chosen["loss"] == min(row["loss"] for row in rows)
     assert chosen["blend"] > 0, "or this test shows little"
     _, saved = load(folder / "weights.pt")
-    parts = [part for batch in chosen_by for part in split_sequences(batch)]
     with torch.no_grad():
-        loss = sum(saved.validation_loss(part, Windows(16, 2)).item() for part in parts) / 128
+        loss = sum(saved.validation_loss(row, Windows(16, 2)).item() for row in chosen_by) / 128
     assert loss == pytest.approx(chosen["loss"], abs=1e-6)
     (line,) = [line for line in text.splitlines() if line.startswith("loss on 128 tokens of")]
     name = f"{chosen['blend']:g} of the {chosen['share']:g} average {chosen['loss']:.4f} (chosen)"
@@ -365,7 +344,7 @@ def test_choice_is_the_best_of_the_table_and_is_what_is_kept(averaged):
 def test_averages_leave_training_as_it_is(averaged, tmp_path):
     """Losses of all steps are the same to the bit without them, and so is an earlier validation."""
     _, data, *_ = averaged
-    without, text = train_here(write_data(tmp_path), **RATES)
+    without, text = train_here(write_data(tmp_path), **RATES, average_shares="none")
     for x, y in zip(data["steps"], without["steps"], strict=True):
         assert x["train_loss"] == y["train_loss"]
     first, last = ([x["validations"][i]["val_loss"] for x in (data, without)] for i in (0, -1))

@@ -239,9 +239,9 @@ def test_replays_leave_the_gradients_of_their_ngrams():
     settle(model)
     for i, row in enumerate(rows):
         trainer.micro_step(row, trainer.schedule.stage(i % 2))
-    assert ngrams.filled == 4 * 2048
+    assert ngrams.filled == 4 * 1024
     for i, (row, (numbers, grads)) in enumerate(zip(rows, expected)):
-        part = slice(2048 * i, 2048 * (i + 1))
+        part = slice(1024 * i, 1024 * (i + 1))
         assert torch.equal(ngrams.rows[part], numbers)
         assert torch.equal(numbers, ngram_hash(row.tokens.cuda(), (3, 4), 2**16))
         assert relative_error(ngrams.grads[part], grads) < 2e-2
@@ -318,8 +318,8 @@ def test_no_step_waits_for_its_ngrams():
     model = make_model(config)
     model.ngrams.reset()
     optimizer = Optimizer(model, config, Runtime(0, 1, torch.device("cuda"), Log(None)))
-    rows = torch.randint(0, 2**17, (2048, 2), device="cuda", dtype=torch.int32)
-    grads = torch.randn(2048, config.model_dim, device="cuda", dtype=torch.bfloat16)
+    rows = torch.randint(0, 2**17, (1024, 2), device="cuda", dtype=torch.int32)
+    grads = torch.randn(1024, config.model_dim, device="cuda", dtype=torch.bfloat16)
     for mode in ("default", "error"):  # the first time compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -387,7 +387,12 @@ def test_preparing_leaves_nothing_behind(monkeypatch):
     """Not a bit of it, though its steps move all that training moves."""
     stage = dataclasses.replace(STAGE, candidates=2048)
     config = make_config(
-        match_orders=(2, 3), match_slots=2**12, num_steps=2, stages=(stage,), extension=(stage,)
+        match_orders=(2, 3),
+        match_slots=2**12,
+        num_steps=2,
+        stages=(stage,),
+        extension=(stage,),
+        average_shares=(1.0,),
     )
     runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
     trainer = Trainer(GPT(config, runtime), runtime)

@@ -111,7 +111,7 @@ def test_shares_and_their_gradients(monkeypatch, kernels, documents, ids, reach,
     doubles = [x.detach().double().requires_grad_() for x in (q, k, sink)]
     exact = exact_shares(*doubles, batch, reach)
     expected = torch.autograd.grad(exact, doubles, grads.double())
-    assert relative_error(shares, exact) < (1e-2 if GPU else 1e-6)
+    assert relative_error(shares, exact) < (2e-2 if GPU else 1e-6)
     for value, reference in zip(found, expected, strict=True):
         assert relative_error(value, reference) < (2e-2 if GPU else 1e-5)
     alone = starts == torch.arange(count, device=DEVICE)

@@ -240,7 +240,7 @@ def test_small_parameters_have_their_initial_values(runtime):
     config = tiny_config(**SHRUNK_SPEEDRUN)
     small = small_slices(GPT(config, runtime))
     scalars = "residual", "project", "mlp_residual", "mlp_project", "ngrams"
-    shapes = dict(zip(scalars, [(6,), (6,), (6,), (6,), (3,)]))  # the last layer has gates
+    shapes = dict(zip(scalars, [(8,), (8,), (8,), (8,), (3,)]))  # the last layer has gates
     shapes |= {"attended": (1,), "gate_w_1": (8, 48), "gate_b_1": (8,)}
     shapes |= {"gate_w_2": (10, 8), "gate_b_2": (10,)}
     shapes |= {"pointer": (256, 48), "pointer_sink": (128,), "pointer_gain": (1,)}

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, cpu_runtime, random_documents, tiny_config, trained_like
+from conftest import (
+    ROOT,
+    cpu_runtime,
+    random_documents,
+    split_sequences,
+    tiny_config,
+    trained_like,
+)
 from test_kernels import DEVICE, single
 from test_train import OPTIONS, SCRIPT, environment, log_of, run, write_data
 from torch import Tensor
@@ -35,7 +42,6 @@ from train_gpt import (
     plan_exchange,
     rank_batches,
     sort_ngrams,
-    split_sequences,
     tables_remedy,
     training_batches,
     update_ngrams_,
