@@ -323,6 +323,7 @@ def test_check_judges_the_script_and_finds_a_leak(tmp_path):
         ("--num_steps 120", 1, "lower --num_steps"),
         ("--vocab_size 60", 1, "outside the vocabulary of 60"),
         ("--log_dir {data}/short.bin", 1, "short.bin"),
+        ("--checkpoint {data}/gone/weights.pt", 1, "gone/weights.pt: make its folder"),
     ],
 )
 def test_bad_options_end_in_one_line(data, tmp_path, capsys, options, code, found):
