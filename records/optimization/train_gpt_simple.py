@@ -429,7 +429,15 @@ class Log:
             "devices": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
             "world_size": runtime.world_size,
         }
-        tables = {"environment": environment, "config": config_as_text(config)}
+        # for the tools: one stage, which is the whole run, and no extension
+        batch = f"1:{config.sequences_per_step * config.sequence_tokens}"
+        more = {
+            "track": "optimization",
+            "stages": batch,
+            "extension": batch,
+            "extension_steps": "0",
+        }
+        tables = {"environment": environment, "config": config_as_text(config) | more}
         self.data |= tables
         self.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
         self.line(json.dumps(tables, indent=1), screen=False)
@@ -464,11 +472,8 @@ class Log:
 
 # --- 7. Command line ------------------------------------------------------------------------------
 def config_as_text(config: Config) -> dict[str, str]:
-    """Every field as on the command line, and for the tools the track and the batch: one stage,
-    which is the whole run, and no extension."""
-    batch = f"1:{config.sequences_per_step * config.sequence_tokens}"
-    tools = {"track": "optimization", "stages": batch, "extension": batch, "extension_steps": "0"}
-    return {name: str(value) for name, value in vars(config).items()} | tools
+    """Every field as on the command line."""
+    return {name: str(value) for name, value in vars(config).items()}
 
 
 def parse_args(arguments: list[str] | None) -> Config:
