@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config
+from test_eval import simple_alphabet
 from test_train import BYTE_TO_ID, environment, load, run, write_data
 
 import train_gpt
@@ -54,9 +55,9 @@ def likeliest_next_letters(checkpoint: Path, text: str) -> str:
     tokens = torch.tensor([START_TOKEN] + [ids[byte] for byte in text.encode()])
     ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
     windows = Windows(config.extension[0].window_short, config.final_window_long)
+    batch = Batch(tokens.int(), tokens, ends, len(tokens))
     with torch.no_grad():
-        hidden = model.hidden(Batch(tokens.int(), tokens, ends, len(tokens)), windows)
-    best = (hidden @ model.head.T).argmax(dim=1).tolist()
+        best = model.probabilities(batch, windows, slice(None)).argmax(dim=1).tolist()
     return "".join("\n" if token == START_TOKEN else chr(ids.index(token)) for token in best)
 
 
@@ -68,8 +69,17 @@ def test_a_text_is_continued(weights):
     likeliest = likeliest_next_letters(weights, text)[len(PROMPT) :]
     assert likeliest[:-1] == text[len(PROMPT) :]
     assert len(text) == len(PROMPT) + LENGTH or likeliest[-1] == "\n"  # a document's end
-    texts = [generate(weights, tokens=LENGTH, seed=seed).stdout for seed in (1, 1, 2)]
+    how = train_gpt, str(weights), PROMPT, LENGTH, 0.8
+    texts = [tool.continue_text(*how, seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_checkpoint_of_the_optimization_track_is_known(tmp_path, capsys):
+    """By its options. The text is longer than the model's sequences, or shorter."""
+    path = simple_alphabet(tmp_path, sequence_tokens=8)
+    for text in ("abc", "ponmlkjihgfedcbabc"):
+        assert tool.main([str(path), text, "--tokens", "4", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out == f"{text}defg\n"
 
 
 def test_a_bad_checkpoint_is_reported(weights, tmp_path):
