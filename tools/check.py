@@ -54,9 +54,9 @@ SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
 RENAMED = {"rows_per_step": "sequences_per_step", "val_row_tokens": "val_sequence_tokens"}
 RENAMED |= {"tokens_per_draw": "tokens_per_sampling"}
 GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
-# Judged without and with these, as far as a script has them: what predicts, or chooses weights, by
-# other means than the layers.
-PLAIN = {"match_orders": (), "pointer": False, "canonical_mask": False, "average_shares": ()}
+# Judged without and with what predicts, or chooses weights, by other means than the layers: the
+# values of PLAIN and of EXTRAS, as far as a script has them. Lookups are off by default.
+PLAIN = {"pointer": False, "canonical_mask": False, "average_shares": ()}
 EXTRAS = {"match_orders": (2, 3), "match_slots": 2**12, "pointer": True, "canonical_mask": True}
 EXTRAS |= {"average_shares": (0.5,)}
 WINDOWS = 3, 7  # short, long

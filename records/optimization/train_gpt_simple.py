@@ -429,14 +429,9 @@ class Log:
             "devices": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
             "world_size": runtime.world_size,
         }
-        # for the tools: one stage, which is the whole run, and no extension
-        batch = f"1:{config.sequences_per_step * config.sequence_tokens}"
-        more = {
-            "track": "optimization",
-            "stages": batch,
-            "extension": batch,
-            "extension_steps": "0",
-        }
+        # for the tools: a table of one stage, which is the whole run, and no extension
+        row = f"1:{config.sequences_per_step * config.sequence_tokens}"
+        more = {"track": "optimization", "stages": row, "extension": row, "extension_steps": "0"}
         tables = {"environment": environment, "config": config_as_text(config) | more}
         self.data |= tables
         self.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
