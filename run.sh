@@ -6,13 +6,14 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # threads that wait leave th
 
 usage='./run.sh [--option value ...]   train; the options are those of train_gpt.py (--help lists them)
 ./run.sh reference [--option value ...]   train the baseline, records/reference
-./run.sh optimization [NAME|table] [--option value ...]   fewest steps; records/optimization/README.md
+./run.sh optimization [NAME] [--option value ...]   fewest steps; records/optimization/README.md
 ./run.sh test [pytest args]     lint and tests, on a CPU; with a GPU also the tests that need one
 ./run.sh record NAME [--runs N] [-- --option value ...]   train N times, write records/<date>_<NAME>/
+                                (--track medium or optimization; --logs FILE ... for runs that there are)
 ./run.sh reproduce FOLDER [--runs N] [--fineweb]          run a record again, beside its figures
 ./run.sh compare A B [--runs N [--fineweb] | --logs]       two scripts or records, interleaved
 ./run.sh ablate FILE [NAME ...] [-- --option value ...]   train variants one after the other in one process
-./run.sh history                records/README.md and its two pictures from all records
+./run.sh history                records/README.md and a picture for each track from all records
 ./run.sh check SCRIPT           does it predict from earlier tokens only, and score honestly?
 ./run.sh eval CHECKPOINT        HellaSwag accuracy of saved weights
 ./run.sh generate CHECKPOINT TEXT [--tokens N]            the text continued with saved weights
@@ -159,7 +160,6 @@ case ${1:-} in
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
     if [[ -n ${1:-} && $1 != -* ]]; then
       set_up
-      [ "$1" != table ] || { shift; exec "$python" "$root/$folder/table.py" "$@"; }
       script=$("$python" "$root/$folder/submission.py" "$1") || exit
       script=${script#"$root"/}
       shift

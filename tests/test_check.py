@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.nn.functional as F
 from conftest import ROOT
 from test_records import is_alive, wait_until
 from test_train import environment
@@ -360,7 +361,7 @@ pairs = check.impossible_pairs(check.load_script(check.ROOT / "train_gpt.py"))
 check.impossible_pairs = lambda script: pairs
 for cheat, (name, path) in json.loads(sys.argv[2]).items():
     by_extras = any(extra in cheat for extra in ("match tables", "mask"))
-    check.variants = lambda script: variants(script)[1:] if by_extras else [{}]
+    check.variants = lambda script: variants(script)[1:] if by_extras else variants(script)[:1]
     results[cheat] = check.judge(Path(path), [name])[name]
 print("\\n" + json.dumps(results))
 """
@@ -405,6 +406,124 @@ def test_cheat_is_caught(cheat, judged):
     assert not good
     assert SEEN.get(cheat, "") in seen
     assert cheat in SEEN or "cannot be judged" not in seen
+
+
+# Cheats of the optimization track's script: the check, the lines, and what is seen.
+SIMPLE_CHEATS = {
+    "attention that looks ahead": (
+        "causality",
+        """
+honest = F.scaled_dot_product_attention
+def attend(q, k, v, is_causal, scale):
+    return honest(q, k, v, is_causal=False, scale=scale)
+F.scaled_dot_product_attention = attend
+""",
+        "moved the loss of row 0 by",
+    ),
+    "logits that know the target": (
+        "normalisation",
+        """
+def forward(self, batch):
+    targets = batch.targets.clamp_min(0)
+    logits = self.logits(batch.tokens).scatter_add(1, targets[:, None], torch.ones(len(targets), 1))
+    return F.cross_entropy(logits, batch.targets, ignore_index=IGNORED_TARGET, reduction="sum")
+GPT.forward = forward
+""",
+        "the probabilities of 128 tokens sum to",
+    ),
+    "a mean over more targets than are scored": (
+        "mean",
+        """
+honest = validate
+def validate(model, config, runtime, num_targets):
+    return honest(model, config, runtime, num_targets) * num_targets / (num_targets + 1)
+""",
+        "the mean of the single losses is",
+    ),
+    "the last batch is not scored": (
+        "coverage",
+        """
+honest = Tokens.batches
+def batches(self, *arguments):
+    yield from list(honest(self, *arguments))[:-1]
+Tokens.batches = batches
+""",
+        "1 ranks: ",
+    ),
+    "another model": (
+        "fixed part",
+        """
+class RMSNorm(RMSNorm):
+    pass
+""",
+        "differs from train_gpt_simple.py outside the Optimizer section",
+    ),
+    "a second pass in a step": (
+        "training",
+        """
+start, honest = Optimizer.__init__, Optimizer.step
+def keep(model, given):
+    model.seen = given[0]
+def __init__(self, model, num_steps):
+    start(self, model, num_steps)
+    self.model = model
+    model.register_forward_pre_hook(keep)
+@torch.no_grad()
+def step(self, number):
+    self.model(self.model.seen)
+    honest(self, number)
+Optimizer.__init__, Optimizer.step = __init__, step
+""",
+        "the steps of 192 tokens passed over 288",
+    ),
+    "ranks with weights of their own": (
+        "training",
+        """
+honest = Optimizer.step
+@torch.no_grad()
+def step(self, number):
+    honest(self, number)
+    self.rules[0].param.add_(1e-6 * int(os.environ.get("RANK", "0")))
+Optimizer.step = step
+""",
+        "two ranks have other weights",
+    ),
+    "reading the validation file in a step": (
+        "training",
+        """
+honest, started = Optimizer.step, Log.begin
+def step(self, number):
+    Tokens("val_file", val_file, 50_304)
+    honest(self, number)
+def begin(self, config, runtime):
+    global val_file
+    val_file = config.val_file
+    started(self, config, runtime)
+Optimizer.step, Log.begin = step, begin
+""",
+        "the validation file was opened 6 times in a step",
+    ),
+}
+
+
+@pytest.mark.parametrize("cheat", SIMPLE_CHEATS)
+def test_cheat_of_the_optimization_track_is_caught(cheat, tmp_path, monkeypatch):
+    name, lines, expected = SIMPLE_CHEATS[cheat]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
+    source = check.SIMPLE_SCRIPT.read_text(encoding="utf-8")
+    assert source.count(MAIN) == 1
+    path = tmp_path / "cheat.py"
+    path.write_text(source.replace(MAIN, lines + MAIN), encoding="utf-8")
+    good, seen = check.judge(path, [name])[name]
+    assert not good and expected in seen, seen
+
+
+def test_the_script_of_the_optimization_track_passes_every_check():
+    results = check.judge(check.SIMPLE_SCRIPT)
+    assert [*results] == [*check.CHECKS, "fixed part", "training"]
+    assert all(good for good, _ in results.values()), results
+    seen = results["training"][1]
+    assert "the steps of 192 tokens passed over 192; the losses of two ranks are within" in seen
 
 
 TRAINING = """

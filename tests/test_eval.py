@@ -1,6 +1,7 @@
 """tools/hellaswag.py on questions made here, with a model made to continue the alphabet."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import train_gpt
 from train_gpt import GPT, START_TOKEN, save_checkpoint
 
 sys.path.insert(0, str(ROOT / "tools"))
+import check
 import hellaswag
 
 LETTERS = "abcdefghijklmnop"
@@ -52,6 +54,29 @@ def alphabet(tmp_path: Path) -> Path:
     return checkpoint_of(model, tmp_path, [START_TOKEN, *ids])
 
 
+def simple_alphabet(folder: Path, sequence_tokens: int) -> Path:
+    """The same of the optimization track's script: blocks add nothing to the embeddings, which are
+    one-hot, and the head has the letter before in the row of each letter."""
+    sys.path.append(str(check.SIMPLE_SCRIPT.parent))
+    import train_gpt_simple as script
+
+    tiny = script.PRESETS["tiny"]
+    config = dataclasses.replace(tiny, sequence_tokens=sequence_tokens, layers=1)
+    runtime = script.Runtime(0, 1, torch.device("cpu"), script.Log(None))
+    model = script.GPT(config, runtime)
+    ids = [int(BYTE_TO_ID[ord(letter)]) for letter in LETTERS]
+    weights = {name: torch.zeros_like(x) for name, x in model.state_dict().items()}
+    for name, values in weights.items():
+        if name.endswith("norm.weight"):
+            values.fill_(1)
+    for i, (letter, following) in enumerate(itertools.pairwise(ids)):
+        weights["embedding.weight"][letter, i] = 1
+        weights["head.weight"][following, i] = 1.2  # a logit of 8, and 0 for all other tokens
+    saved = {"config": vars(config), "weights": weights, "byte_tokens": True}
+    torch.save(saved, folder / "simple.pt")
+    return folder / "simple.pt"
+
+
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
     path = tmp_path / "questions.jsonl"
@@ -72,6 +97,15 @@ def test_right_answers_are_counted(alphabet, questions):
     assert result.returncode == 0, result.stderr
     expected = f"HellaSwag, 4 of 10,042 questions: {ACCURACY}, {ACC_NORM} (± standard error)\n"
     assert result.stdout == expected
+
+
+def test_a_checkpoint_of_the_optimization_track_is_known(questions, tmp_path, capsys):
+    path = simple_alphabet(tmp_path, sequence_tokens=64)
+    assert hellaswag.main([str(path), "--data", str(questions)]) == 0
+    assert f"{ACCURACY}, {ACC_NORM} (" in capsys.readouterr().out
+    other = str(ROOT / "train_gpt.py")
+    assert hellaswag.main([str(path), "--data", str(questions), "--script", other]) == 1
+    assert f"not a checkpoint of {other}" in capsys.readouterr().err
 
 
 @pytest.fixture

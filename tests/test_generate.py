@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config
+from test_eval import simple_alphabet
 from test_train import BYTE_TO_ID, environment, load, run, write_data
 
 import train_gpt
@@ -68,8 +69,17 @@ def test_a_text_is_continued(weights):
     likeliest = likeliest_next_letters(weights, text)[len(PROMPT) :]
     assert likeliest[:-1] == text[len(PROMPT) :]
     assert len(text) == len(PROMPT) + LENGTH or likeliest[-1] == "\n"  # a document's end
-    texts = [generate(weights, tokens=LENGTH, seed=seed).stdout for seed in (1, 1, 2)]
+    how = train_gpt, str(weights), PROMPT, LENGTH, 0.8
+    texts = [tool.continue_text(*how, seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_checkpoint_of_the_optimization_track_is_known(tmp_path, capsys):
+    """By its options. The text is longer than the model's sequences, or shorter."""
+    path = simple_alphabet(tmp_path, sequence_tokens=8)
+    for text in ("abc", "ponmlkjihgfedcbabc"):
+        assert tool.main([str(path), text, "--tokens", "4", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out == f"{text}defg\n"
 
 
 def test_a_bad_checkpoint_is_reported(weights, tmp_path):

@@ -1,4 +1,4 @@
-"""The optimization track: the fixed script, the optimizers, submissions, and the table."""
+"""The optimization track: the fixed script, the optimizers, submissions, rules and records."""
 
 import dataclasses
 import importlib.util
@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,16 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, write_shard
 from test_run_sh import Copy
-from test_train import environment
 
 HERE = ROOT / "records" / "optimization"
 sys.path[:0] = [str(HERE), str(ROOT / "tools")]
-import check
 import report
+import rules
 import submission
-import table
 import train_gpt_simple
-from table import Result, pairwise_statistic, passes, stop, target_statistic
+from rules import Result, pairwise_statistic, passes, stop, target_statistic
 from train_gpt_simple import GPT, IGNORED_TARGET, PRESETS, Batch, Log, Runtime, Tokens
 
 NAMES = sorted(path.stem for path in submission.OPTIMIZERS.glob("*.py"))
@@ -264,44 +261,12 @@ def test_checkpoint_has_the_validated_weights(data, tmp_path, scripts):
     changes = {"num_steps": 20, "checkpoint": str(path)}
     log = run(scripts["muon_tail_average"], data, tmp_path, **changes)
     saved = torch.load(path, weights_only=True)
+    assert saved["byte_tokens"] is True
     model = GPT(train_gpt_simple.Config(**saved["config"]), RUNTIME)
     model.load_state_dict(saved["weights"])
     config = dataclasses.replace(SMALL, **files(data))
     loss = train_gpt_simple.validate(model, config, RUNTIME, 500)
     assert loss == pytest.approx(log["summary"]["val_loss"], abs=1e-6)
-
-
-def test_two_processes_train_like_one(data, tmp_path):
-    script = tmp_path / "script.py"
-    small = submission.SCRIPT.read_text()
-    script.write_text(small)
-    options = [f"--{name}={value}" for name, value in (vars(SMALL) | files(data)).items()]
-    options = [option for option in options if not option.endswith("=")]
-    options += ["--num_steps=5", "--preset=tiny"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    results = []
-    for name, words in (("one", []), ("two", launcher)):
-        command = [sys.executable, *words, str(script), *options, f"--log_dir={tmp_path / name}"]
-        how = {"env": environment(), "capture_output": True, "text": True}
-        done = subprocess.run(command, check=False, **how)
-        assert done.returncode == 0, done.stderr
-        (path,) = (tmp_path / name).glob("*.json")
-        results.append(json.loads(path.read_text()))
-    assert [log["environment"]["world_size"] for log in results] == [1, 2]
-    for one, two in zip(*(log["steps"] for log in results)):
-        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=2e-4)
-    losses = [log["summary"]["val_loss"] for log in results]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
-    assert results[0]["steps"][0]["train_loss"] - losses[0] > 0.2, "it learned nothing"
-
-
-def test_check_judges_the_script_and_finds_a_leak(tmp_path):
-    results = check.judge(submission.SCRIPT, [*check.CHECKS, "training"])
-    assert all(good for good, _ in results.values()), results
-    leaky = tmp_path / "leaky.py"
-    leaky.write_text(submission.SCRIPT.read_text().replace("is_causal=True", "is_causal=False"))
-    good, seen = check.judge(leaky, ["causality"])["causality"]
-    assert not good and "moved the loss" in seen
 
 
 # --- What goes wrong ------------------------------------------------------------------------------
@@ -323,6 +288,7 @@ def test_check_judges_the_script_and_finds_a_leak(tmp_path):
         ("--num_steps 120", 1, "lower --num_steps"),
         ("--vocab_size 60", 1, "outside the vocabulary of 60"),
         ("--log_dir {data}/short.bin", 1, "short.bin"),
+        ("--checkpoint {data}/gone/weights.pt", 1, "gone/weights.pt: make its folder"),
     ],
 )
 def test_bad_options_end_in_one_line(data, tmp_path, capsys, options, code, found):
@@ -386,7 +352,7 @@ def test_the_fixed_part_of_a_submission_is_unchanged(scripts, name):
     theirs = submission.split(Path(scripts[name].__file__).read_text(), name)
     assert (theirs[0], theirs[2]) == (ours[0], ours[2])
     assert (theirs[1] == ours[1]) == (name == "muon")
-    table.check_script(Path(scripts[name].__file__).read_text(), name)
+    rules.check_script(Path(scripts[name].__file__).read_text())
 
 
 def test_every_optimizer_says_its_source():
@@ -591,7 +557,7 @@ def test_the_fixed_part_is_compared_as_code():
         assert (submission.fixed_part(source.replace(old, new), "theirs") == fixed) == same, old
 
 
-# --- The table ------------------------------------------------------------------------------------
+# --- Rules and records ----------------------------------------------------------------------------
 
 
 def test_rules_on_numbers_computed_by_hand():
@@ -615,53 +581,118 @@ def test_all_runs_stop_at_one_step():
     ]
     result = stop(curves, 3.28)  # at 125: 0.001 * sqrt(2) is too little
     assert (result.step, result.losses, result.reached) == (150, [3.276, 3.276], True)
-    assert [table.first_below(curve, 3.28) for curve in curves] == [125, 100]
+    assert [rules.first_below(curve, 3.28) for curve in curves] == [125, 100]
     result = stop(curves, 3.2)
     assert (result.step, result.reached) == (150, False)
-    assert table.first_below(curves[0], 3.2) is None
+    assert rules.first_below(curves[0], 3.2) is None
+
+
+@pytest.fixture(scope="module")
+def logs(data, scripts, tmp_path_factory) -> dict[str, Path]:
+    """A proxy race of small models: the logs of three runs each of the baseline and of AdamW."""
+    folders = {}
+    for name, num_steps in (("muon", 30), ("adamw", 60)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for seed in (1, 2, 3):
+            changes = {"num_steps": num_steps, "seed": seed, "val_every": 5}
+            run(scripts[name], data, folders[name], **changes)
+    return folders
 
 
 @pytest.fixture
-def race(data, tmp_path, scripts, monkeypatch) -> Path:
-    """A proxy race of small models: three runs each of the baseline and of AdamW."""
-    presets = {"proxy": dataclasses.replace(SMALL, num_steps=30)}
-    monkeypatch.setattr(train_gpt_simple, "PRESETS", presets)
+def race(logs, tmp_path, monkeypatch, capsys):
+    """The tool in a repository of its own, where the small model is that of the proxy race. Returns
+    what was printed; errors if it is to fail with code 1."""
+    monkeypatch.setattr(train_gpt_simple, "PRESETS", {"proxy": SMALL})
     monkeypatch.setattr(train_gpt_simple, "NUM_STEPS", {"proxy": 30})
-    monkeypatch.setattr(table, "HERE", tmp_path)
-    monkeypatch.setattr(table, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(f"Above\n{table.TABLE}\nold\n{table.TABLE_END}\nBelow\n")
-    for name, num_steps in (("muon", 30), ("adamw", 60)):
-        folder = tmp_path / f"proxy_{name}"
-        folder.mkdir()
-        for seed in (1, 2, 3):
-            run(scripts[name], data, folder, num_steps=num_steps, seed=seed, val_every=5)
-    return tmp_path
+    for name, path in (("ROOT", "."), ("RECORDS", "records"), ("LOGS", "logs")):
+        monkeypatch.setattr(report, name, tmp_path / path)
+    monkeypatch.setattr(report, "options_of", lambda run, script: ["--preset", "proxy"])
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(logs["muon"], "new/muon")
+    shutil.copytree(logs["adamw"], "new/adamw")
+    page = Path("records/optimization/README.md")
+    page.parent.mkdir(parents=True)
+    page.write_text(f"Above\n{report.TABLE}\nold\n{report.TABLE_END}\nBelow\n")
+
+    def call(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        found = report.main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        assert found == code, out + err
+        return err if code else out
+
+    return call
 
 
-def test_table_from_logs(race, capsys):
-    assert table.main([]) == 0, capsys.readouterr().err
-    page = (race / "README.md").read_text()
-    assert page.startswith("Above\n") and page.endswith("Below\n") and "old" not in page
-    losses = {}
-    for name in ("muon", "adamw"):
-        logs = [json.loads(path.read_text()) for path in (race / f"proxy_{name}").glob("*.json")]
-        losses[name] = [log["summary"]["val_loss"] for log in logs]
-    target = sum(losses["muon"]) / 3
-    assert f"Target: {target:.4f}." in page
-    assert re.search(
-        r"\| \[proxy_muon\]\(proxy_muon\) \(baseline\) \| 30 \|.*sets the target", page
-    )
+def record(race, name: str, code: int = 0) -> str:
+    return race("record", name, "--logs", *sorted(Path("new", name).glob("*.txt")), code=code)
+
+
+def cells(page: str) -> dict[str, str]:
+    """The first table of a record's page."""
+    return dict(re.findall(r"^\| ([a-z -]+) \| (.*) \|$", page, re.MULTILINE))
+
+
+def test_records_and_their_table(race):
+    """The steps, and the tests of the rules, from the logs themselves."""
+    assert "which this record sets" in record(race, "muon")
+    out = record(race, "adamw")
+    races = Path("records/optimization")
+    muon, adamw = next(races.glob("2*_muon")), next(races.glob("2*_adamw"))
+    race("history")
+    results = {
+        path.name[11:]: [json.loads(log.read_text()) for log in sorted(path.glob("*.json"))]
+        for path in (muon, adamw)
+    }
+    target = sum(log["summary"]["val_loss"] for log in results["muon"]) / 3
     curves = [
-        {row["step"]: row["val_loss"] for row in log["validations"]}
-        for log in map(json.loads, (p.read_text() for p in (race / "proxy_adamw").glob("*.json")))
+        {row["step"]: row["val_loss"] for row in log["validations"]} for log in results["adamw"]
     ]
     means = {step: sum(curve[step] for curve in curves) / 3 for step in curves[0]}
     steps = [step for step, mean in means.items() if (target - mean) * math.sqrt(3) >= 0.004]
     assert steps, "the race is too short for AdamW to reach the target"
-    assert f"| [proxy_adamw](proxy_adamw) | {steps[0]} |" in page
     gain = target - means[steps[0]] + (30 - steps[0]) * 0.0045 / 100
     number = f"{gain / math.sqrt(2 / 3):+.4f}".replace("-", "−")
-    assert re.search(rf"\| proxy_adamw \| proxy_muon \| {re.escape(number)} \|", page)
+
+    page = (races / "README.md").read_text()
+    assert page.startswith("Above\n") and page.endswith("Below\n") and "old" not in page
+    whole = Path("records/README.md").read_text()
+    for text, prefix in ((page, ""), (whole, "optimization/")):
+        assert "### The proxy race, 131,072 tokens a step, proxy corpus\n" in text
+        assert f"Target: {target:.4f}." in text
+        baseline = rf"\[muon\]\({prefix}{muon.name}\) \(baseline\) \| 30 \|.*sets the target"
+        assert re.search(baseline, text)
+        assert f"| [adamw]({prefix}{adamw.name}) | {steps[0]} |" in text
+        assert re.search(rf"\| adamw \| muon \| {re.escape(number)} \|", text)
+    assert re.search(r"^\| optimization \| fewest .* \| 2 \|$", whole, re.MULTILINE)
+    assert "## Main track" not in whole
+    assert Path("records/history_optimization.png").stat().st_size > 1000
+    assert not Path("records/history.png").exists()
+
+    table = cells((adamw / "README.md").read_text())
+    assert table["track"] == "optimization" and table["schedule"] == "60 steps"
+    assert table["runs"].endswith(" 1, 2, 3 (proxy data, not FineWeb; preset proxy: no claim)")
+    assert table["steps to the target"].startswith(f"{steps[0]}, loss {means[steps[0]]:.4f}")
+    assert f": {'yes' if gain / math.sqrt(2 / 3) >= 0.004 else 'no'} (" in table["pairwise test"]
+    assert f"steps to the target: {steps[0]}, loss " in out and "](" not in out
+    assert re.fullmatch(r"all steps [\d.]+ ± [\d.]+", table["ms a step"])
+    text = (adamw / "README.md").read_text()
+    assert f"## Against the baseline of its race\n\n[muon](../{muon.name}): " in text
+    assert "This is the baseline." in (muon / "README.md").read_text()
+
+
+def test_compare_has_the_test_of_two_methods(race):
+    record(race, "muon")
+    record(race, "adamw")
+    folders = [next(Path("records/optimization").glob(f"2*_{name}")) for name in ("muon", "adamw")]
+    losses = [[run.loss for run in report.Record(folder).runs] for folder in folders]
+    gain = sum(losses[0]) / 3 - sum(losses[1]) / 3 - 30 * 0.0045 / 100
+    value = gain / math.sqrt(2 / 3)
+    better = "better" if value >= 0.004 else "not better"
+    out = race("compare", *folders, "--logs")
+    assert f"at the ends of their runs: {value:+.4f}, B is {better} than A (at least 0.004)" in out
+    assert re.search(r"^steps +30 ± 0 +60 ± 0 +2\.0000$", out, re.MULTILINE)
 
 
 def rewrite(path: Path, change) -> None:
@@ -670,46 +701,92 @@ def rewrite(path: Path, change) -> None:
         each.write_text(change(each.read_text()))
 
 
-def test_runs_against_the_rules_are_refused(race, capsys):
-    folder = race / "proxy_adamw"
-    path = min(folder.glob("*.json"))
+def test_runs_against_the_rules_are_refused(race, monkeypatch):
+    path = min(Path("new/adamw").glob("*.json"))
     files = [path, path.with_suffix(".txt")]
     before = [each.read_text() for each in files]
 
     def refused(found: str) -> None:
-        assert table.main([]) == 1
-        assert found in capsys.readouterr().err
+        assert found in record(race, "adamw", code=1)
         for each, text in zip(files, before):
             each.write_text(text)
 
-    files[1].write_text(before[1].replace("scale=0.12", "scale=0.13"))
-    refused("differs from train_gpt_simple.py outside the Optimizer section")
-    for each in files:
-        each.write_text(each.read_text().replace('"layers": "2"', '"layers": "3"'))
-    refused("other options than")
+    def everywhere(old: str, new: str) -> None:
+        for each in Path("new/adamw").glob("*.*[tn]"):
+            each.write_text(each.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+    rewrite(path, lambda text: text.replace('"val_every": "5"', '"val_every": "6"'))
+    refused("have different options")
     seed = json.loads(before[0])["config"]["seed"]
-    for each in files:
-        new = "2" if seed != "2" else "3"
-        each.write_text(each.read_text().replace(f'"seed": "{seed}"', f'"seed": "{new}"'))
-    refused("two runs have one seed")
+    other = "2" if seed != "2" else "3"
+    rewrite(path, lambda text: text.replace(f'"seed": "{seed}"', f'"seed": "{other}"'))
+    refused("has the seed of")
     files[1].write_text(before[1].replace("HIDDEN_LR, EMB", "HIDDEN_LR, EMB  ", 1))
-    refused("made by another script")
-    files[1].unlink()
-    refused("no such file")
-    assert table.main([]) == 0
+    refused("it begins with another script")
+    for old, new, found in (
+        ("on 500 targets", "on 499 targets", "validated on 499 targets"),
+        ('"num_steps": "60"', '"num_steps": "90"', "the run is not finished"),
+        ('"layers": "2"', '"layers": "3"', "its fixed options are those of no preset"),
+        ("scale=0.12", "scale=0.13", "differs from train_gpt_simple.py outside the Optimizer sec"),
+    ):
+        everywhere(old, new)
+        refused(found)
+        everywhere(new, old)
+    assert race("record", "a", "--track", "main", "--logs", path, code=1) == (
+        f"\nerror: {path}: a log of the optimization track: give --track optimization, or other "
+        "logs\n"
+    )
+    assert not list(Path("records/optimization").glob("2*"))
+    assert "steps to the target: no target: the Muon baseline" in record(race, "adamw")
+    race("history")
+    assert "No target yet" in Path("records/README.md").read_text()
+    Path("records/optimization/README.md").write_text("no table")
+    assert "needs the lines" in race("history", code=1)
 
 
-def test_a_race_without_its_baseline_has_no_target(race):
-    shutil.rmtree(race / "proxy_muon")
-    assert table.main([]) == 0
-    assert "No target yet" in (race / "README.md").read_text()
+def test_the_race_on_fineweb_has_the_target_of_the_track(race):
+    """A claim there needs three runs and the test of the rules."""
+    presets = train_gpt_simple.PRESETS
+    presets["speedrun"] = presets.pop("proxy")
+    for path in Path("new/adamw").glob("*.*[tn]"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("proxy_", "fineweb_"), encoding="utf-8")
+    train_gpt_simple.NUM_STEPS["speedrun"] = 30
+    record(race, "adamw")
+    (folder,) = Path("records/optimization").glob("2*")
+    method = report.Record(folder)
+    assert method.target == 3.28 and method.kind == "the race, 524,288 tokens a step, FineWeb"
+    first = next(
+        step
+        for step in method.curves[0]
+        if (3.28 - sum(curve[step] for curve in method.curves) / 3) * math.sqrt(3) >= 0.004
+    )
+    assert method.stop(3.28).step == first and method.shortfalls == []
+    for run in method.runs:
+        run.validations = [{**row, "val_loss": row["val_loss"] + 3} for row in run.validations]
+    assert method.shortfalls == ["mean loss not below 3.28 by the rules"]
+    method.runs = method.runs[:2]
+    assert method.shortfalls == ["fewer than 3 runs"]
+
+
+def test_a_record_is_repeated_by_its_own_options(tmp_path, data, logs):
+    """The script itself is asked for its presets."""
+    run = report.read_run(next(logs["muon"].glob("*.json")))
+    shutil.copy(submission.SCRIPT, tmp_path / "train_gpt.py")
+    options = report.options_of(run, tmp_path / "train_gpt.py")
+    config = train_gpt_simple.parse_args([*options, f"--seed={run.seed}"])  # which knows them all
+    again = train_gpt_simple.config_as_text(config) | {"log_dir": run.config["log_dir"]}
+    tools = {name: run.config[name] for name in run.config.keys() - again.keys()}
+    assert again | tools == run.config and options[:2] == ["--preset", "tiny"]
+    assert tools.pop("track") == "optimization" and len(tools) == 3
 
 
 def test_table_of_the_readme_is_that_of_the_logs():
     page = (HERE / "README.md").read_text()
-    text = table.table(table.all_methods())
-    assert table.with_table(page, text) == page
-    assert (text == table.NO_RUNS) == (not any(HERE.glob("*/*.json")))
+    records = [record for record in report.all_records() if record.in_steps]
+    text = report.race_tables(records, HERE)
+    assert report.with_table(page, text) == page
+    assert (text == f"{report.NO_RUNS}\n") == (not any(HERE.glob("*/*.json")))
 
 
 # --- run.sh ---------------------------------------------------------------------------------------
@@ -725,8 +802,6 @@ def test_run_sh_starts_the_script_and_submissions(tmp_path):
     calls, _, _ = copy.run("optimization", "soap", "--num_steps", "3")
     assert calls[0][-1] == f"{copy.root}/records/optimization/submission.py soap"
     assert calls[-1][-1] == f"{made} --num_steps 3"
-    calls, _, _ = copy.run("optimization", "table")
-    assert [call[-1] for call in calls] == [f"{copy.root}/records/optimization/table.py"]
     (copy.notes / "does").write_text("[[ $* != *submission.py* ]] || exit 1\n")
     calls, _, _ = copy.run("optimization", "nix", code=1)
     assert len(calls) == 1

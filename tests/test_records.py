@@ -163,6 +163,7 @@ def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object)
         "num_steps": "6",
         "match_orders": "none",
         "match_shards": "0",
+        "model_dim": "768",
         "stages": "0.5:33554432:1.0, 0.5:67108864:1.0",
         "extension_steps": "2",
         "extension": "1.0:67108864:1.0",
@@ -235,8 +236,8 @@ def student_tail(t: float, dof: float) -> float:
 def test_p_that_the_mean_is_at_most_the_target(losses):
     n = len(losses)
     t = (3.28 - statistics.mean(losses)) / (statistics.stdev(losses) / math.sqrt(n))
-    assert report.p_at_most(losses) == pytest.approx(student_tail(t, n - 1), abs=1e-8)
-    assert report.p_at_most([2 * 3.28 - loss for loss in losses]) > 0.5
+    assert report.p_at_most(losses, 3.28) == pytest.approx(student_tail(t, n - 1), abs=1e-8)
+    assert report.p_at_most([2 * 3.28 - loss for loss in losses], 3.28) > 0.5
 
 
 def test_p_of_two_means_is_welchs():
@@ -248,15 +249,15 @@ def test_p_of_two_means_is_welchs():
 
 
 def test_no_test_without_several_different_losses():
-    assert report.p_at_most([3.2]) is None
-    assert report.p_at_most([3.2, 3.2]) is None
+    assert report.p_at_most([3.2], 3.28) is None
+    assert report.p_at_most([3.2, 3.2], 3.28) is None
     assert report.p_different([3.2], [3.3, 3.4]) is None
     # where nothing varies any difference would be certain
     assert report.p_different([3.2, 3.2], [3.3, 3.3]) is None
     assert report.p_different([3.2, 3.3], [3.4, 3.4]) is None
-    assert report.p_at_most([3.2, 3.2 + 1e-15, 3.2]) is None
-    assert "one run allows no test" in report.target_test([3.2])
-    assert "equal losses allow no test" in report.target_test([3.2, 3.2])
+    assert report.p_at_most([3.2, 3.2 + 1e-15, 3.2], 3.28) is None
+    assert "one run allows no test" in report.target_test([3.2], 3.28)
+    assert "equal losses allow no test" in report.target_test([3.2, 3.2], 3.28)
 
 
 # A real record ------------------------------------------------------------------------------------
@@ -436,6 +437,21 @@ def test_doctored_log_is_refused(call, suffix, old, new, message):
     error = call("record", "claim", "--logs", *Path("new").glob("*.txt"), code=1)
     assert re.search(r"^error: .*" + message, error, re.MULTILINE), error
     assert not list(Path("records").iterdir())
+
+
+def test_the_choice_of_averages_may_take_time_behind_the_last_step(call):
+    """On the clock: a quarter of a second for each blend that was scored."""
+    for blends, code in ((3, 0), (2, 1)):
+        path = made_up_run(Path("new"), 3)
+        text, data = path.with_suffix(".txt").read_text(), json.loads(path.read_text())
+        data["averages"] = {"blends": [{}] * blends}
+        for row in data["validations"][-1], data["summary"]:
+            row["train_time_s"] = 80.9
+        data["summary"]["mean_step_ms"] = 80_900 / 8
+        path.write_text(json.dumps(data))
+        changed = text.replace("3.3000 train_time 80.000", "3.3000 train_time 80.900")
+        path.with_suffix(".txt").write_text(changed)
+        assert "step_ms add up" in call("record", "a", "--logs", path, code=code) or not code
 
 
 @pytest.mark.parametrize(("step", "late"), [(4, 1.0), (8, 79.0)])
@@ -1049,7 +1065,7 @@ def test_dates_are_those_of_utc(call):
 def sections(page: str) -> dict[str, list[dict[str, str]]]:
     """The rows of every section of records/README.md, by its heading; columns by their name."""
     found = {}
-    for text in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+    for text in re.split(r"^### ", page, flags=re.MULTILINE)[1:]:
         heading, *lines = text.splitlines()
         header, _, *rows = ([*line.strip("| ").split(" | ")] for line in lines if line[:1] == "|")
         found[heading] = [dict(zip(header, row, strict=True)) for row in rows]
@@ -1121,6 +1137,75 @@ def test_history_without_the_proxy_corpus_does_not_mention_it(call):
     call("history")
     assert "proxy" not in Path("records/README.md").read_text(encoding="utf-8")
     assert not Path("records/loss_against_seconds.png").exists()  # of no session
+
+
+MEDIUM = {"model_dim": "1024", "stages": "1:67108864:1", "extension": "1:67108864:1"}
+
+
+def test_a_record_of_the_medium_track(call, monkeypatch):
+    """Known by its width; its target is 2.92, and its schedule is shortened below 1,000 M tokens.
+    It has a part and a picture of its own."""
+    made_up_record(Path("records/2026-01-01_main"), CLAIM)
+    losses = [2.9181, 2.9179, 2.918]
+    for i, loss in enumerate(losses):
+        made_up_run(Path("made"), 5 + i, loss, **MEDIUM)
+    out = call("record", "wide", "--logs", *Path("made").glob("*.txt"))
+    assert "at most 2.92: p = 0.00042, under 0.01" in out
+    table = cells(Path("records/2026-01-05_wide/README.md").read_text(encoding="utf-8"))
+    assert (table["track"], table["schedule"]) == ("medium", "6 + 2 steps")
+    assert table["runs"] == "3, seeds 5, 6, 7"  # a claim
+    figures = keep_figures(monkeypatch)
+    assert "README.md, history.png, history_medium.png: 2 records" in call("history")
+    page = Path("records/README.md").read_text(encoding="utf-8")
+    assert [*re.findall(r"^## (\w+) track: ", page, re.MULTILINE)] == ["Main", "Medium"]
+    heading = "shortened schedule, non-parametric memory: none"
+    assert sections(page)[f"8 × H100 80GB HBM3, FineWeb, {heading}"][0]["#"] == "1"
+    assert "at most 2.92 (p < 0.01)" in page and "one of fewer than\n1,000 M tokens" in page
+    (axes,) = figures[-1].axes
+    assert [2.92, 2.92] in [list(line.get_ydata()) for line in axes.get_lines()]
+    drawn = [
+        line for line in axes.get_lines() if list(line.get_ydata()) == [losses[0] + 1, losses[0]]
+    ]
+    assert list(drawn[0].get_xdata()) == pytest.approx([2.5, 80.0])
+    made_up_record(Path("records/2026-01-09_whole"), losses, 9, **MEDIUM | {"num_steps": "14"})
+    assert report.Record(Path("records/2026-01-09_whole")).length == "stopped early"
+
+
+def test_the_track_that_was_stated_counts_and_is_kept(call):
+    path = made_up_run(Path("made"), 5, 3.2, **MEDIUM)
+    call("record", "a", "--track", "main", "--logs", path)
+    page = Path("records/2026-01-05_a/README.md")
+    assert cells(page.read_text(encoding="utf-8"))["track"] == "main"
+    call("record", "a", "--runs", 0)
+    assert cells(page.read_text(encoding="utf-8"))["track"] == "main"
+    assert "at most 3.28: one run allows" in cells(page.read_text(encoding="utf-8"))["test"]
+    error = call("record", "b", "--track", "optimization", "--logs", path, code=1)
+    assert (
+        error == f"\nerror: {path}: a log of the medium track: give --track medium, or other logs\n"
+    )
+    other = made_up_run(Path("made"), 6)
+    for each in (other, other.with_suffix(".txt")):
+        text = each.read_text(encoding="utf-8")
+        each.write_text(text.replace('"seed": "6"', '"seed": "6", "track": "new"'))
+    assert "'new' is no track" in call("record", "b", "--logs", other, code=1)
+    with pytest.raises(SystemExit):
+        call("record", "b", "--track", "new", "--logs", path)
+
+
+def test_a_track_is_trained_with_its_preset_and_script(call):
+    """By --track, and by the script that --script names."""
+    write_launcher(LAUNCHER)
+    made_up_run(Path("made/a"), 1, **MEDIUM)
+    call("record", "a", "--track", "medium", "--runs", 1, "--", "--num_steps", "6")
+    assert Path("called").read_text().startswith("--preset medium --num_steps 6 --seed 1 ")
+    Path("b.py").write_text(CHANGED, encoding="utf-8")
+    made_up_run(Path("made/b"), 1, source=CHANGED)
+    shutil.rmtree("logs")
+    call("record", "b", "--script", "b.py", "--runs", 1)
+    script = Path("records/2026-01-01_b/train_gpt.py")
+    assert script.read_text(encoding="utf-8") == CHANGED
+    error = call("record", "c", "--track", "optimization", "--runs", 1, code=1)
+    assert "records/optimization/train_gpt_simple.py" in error
 
 
 def a_session(name: str, day: int, dated: int | None = None, **changes: object) -> None:

@@ -4,8 +4,10 @@ The script's validate() is given small files of tokens, and its GPT, with random
 that it learns, the rows that validate() makes of them. The loss of one position is that of a row
 whose other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
 validation files. What predicts by other means than the layers, such as matches in what was read
-and the canonical mask, is judged with and without it. One line a check; exit code 1 when one fails
-or the script cannot be judged.
+and the canonical mask, is judged with and without it. A script of the optimization track is also
+judged by its rules: the fixed part, one pass over each batch of a step, the tokens of the stream in
+order, and the same weights on all ranks. One line a check; exit code 1 when one fails or the script
+cannot be judged.
 """
 
 import dataclasses
@@ -18,10 +20,12 @@ import math
 import multiprocessing
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +39,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_gpt.py"  # of the main and the medium track
+SIMPLE_SCRIPT = ROOT / "records" / "optimization" / "train_gpt_simple.py"
 NAMES = "PRESETS Config Runtime Log GPT validate IGNORED_TARGET"
 START_TOKEN = 50256
 ROW, ROWS = 16, 8  # tokens of a validation row, rows of a step on all of up to 8 ranks
@@ -48,8 +54,9 @@ SIZES |= {"bigram_rows": 512, "compile": "none"}  # of scripts of older records
 RENAMED = {"rows_per_step": "sequences_per_step", "val_row_tokens": "val_sequence_tokens"}
 RENAMED |= {"tokens_per_draw": "tokens_per_sampling"}
 GONE = "compile", "sample", "sample_tokens", "temperature"  # options that checkpoints may have
-# Judged with these too, as far as a script has them: what predicts, or chooses weights, by other
-# means than the layers.
+# Judged without and with what predicts, or chooses weights, by other means than the layers: the
+# values of PLAIN and of EXTRAS, as far as a script has them. Lookups are off by default.
+PLAIN = {"canonical_mask": False, "average_shares": ()}
 EXTRAS = {"match_orders": (2, 3), "match_slots": 2**12, "canonical_mask": True}
 EXTRAS |= {"average_shares": (0.5,)}
 WINDOWS = 3, 7  # short, long
@@ -95,16 +102,23 @@ def loss_of(model: torch.nn.Module) -> Callable[..., Tensor]:
     return getattr(model, "validation_loss", model)
 
 
+def is_simple(script: ModuleType) -> bool:
+    """Whether it is one of the optimization track."""
+    return "sequence_tokens" in field_names(script)
+
+
 def longest_sequence(config: object) -> int:
     """How many tokens the model of a config is asked about at once."""
-    name = "val_sequence_tokens"
-    return getattr(config, name) if hasattr(config, name) else config.val_row_tokens
+    names = "val_sequence_tokens", "val_row_tokens", "sequence_tokens"
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 def variants(script: ModuleType) -> list[dict]:
-    """Changes of the config that a script is judged with: none, and those of EXTRAS that it has."""
-    extras = {name: value for name, value in EXTRAS.items() if name in field_names(script)}
-    return [{}, extras] if extras else [{}]
+    """Changes of the config that a script is judged with: those of PLAIN and of EXTRAS that it
+    has."""
+    known = field_names(script)
+    plain, extras = ({n: x for n, x in table.items() if n in known} for table in (PLAIN, EXTRAS))
+    return [plain, extras] if extras else [{}]
 
 
 @functools.cache
@@ -147,6 +161,16 @@ def start_runtime(script: ModuleType, device: str, rank: int = 0, world_size: in
     return Alone(rank, world_size, torch.device(device), script.Log(None))
 
 
+def script_of(checkpoint: Path | str) -> Path:
+    """The script in this repository whose options a checkpoint has; train_gpt.py for no checkpoint,
+    which load_checkpoint then says."""
+    try:
+        config = torch.load(checkpoint, mmap=True, weights_only=True)["config"]
+        return SIMPLE_SCRIPT if "sequence_tokens" in config else SCRIPT
+    except Exception:  # noqa: BLE001 (whatever the file does to the unpickler)
+        return SCRIPT
+
+
 def load_checkpoint(script: ModuleType, path: str, device: str):
     """The model that --checkpoint saved, its config, and whether its tokens are bytes."""
     known = field_names(script)
@@ -185,6 +209,42 @@ def as_windows(script: ModuleType, short: int, long: int) -> tuple:
     if "window_short" in inspect.signature(script.validate).parameters:
         return short, long
     return (script.Windows(short, long),) if hasattr(script, "Windows") else ()
+
+
+def final_windows(script: ModuleType, config: object) -> tuple:
+    """The same for a model with its final weights."""
+    if is_simple(script):  # has no windows
+        return ()
+    return as_windows(script, config.extension[0].window_short, config.final_window_long)
+
+
+def document_batch(
+    script: ModuleType, config: object, tokens: list[int], targets: dict[int, int], device: str,
+    multiple: int = 1,
+):  # fmt: skip
+    """The script's Batch of one document, with these targets by position, all others ignored. It is
+    filled up, behind the document, to a multiple of tokens or the length that the model takes."""
+    count = len(tokens)
+    size = config.sequence_tokens if is_simple(script) else -(-count // multiple) * multiple
+    row = torch.full((size,), START_TOKEN, dtype=torch.int32)
+    row[:count] = torch.tensor(tokens)
+    chosen = torch.full((size,), script.IGNORED_TARGET)
+    for position, target in targets.items():
+        chosen[position] = target
+    row, chosen = row.to(device), chosen.to(device)
+    if is_simple(script):
+        return script.Batch(row, chosen)
+    ends = torch.tensor([0, count, size], dtype=torch.int32, device=device)
+    return script.Batch(row, chosen, ends, size)
+
+
+def probabilities(
+    script: ModuleType, model: torch.nn.Module, batch, windows: tuple, position: int
+) -> Tensor:
+    """Of all tokens behind this position, (vocabulary,)."""
+    if is_simple(script):
+        return model.logits(batch.tokens)[position].softmax(-1)
+    return model.probabilities(batch, *windows, slice(position, position + 1))[0]
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> Path:
@@ -421,37 +481,79 @@ def check_normalisation(script: ModuleType, folder: Path) -> str:
     return seen
 
 
+def check_fixed_part(script: ModuleType, folder: Path) -> str:
+    """Of the optimization track: outside its Optimizer section a script is train_gpt_simple.py."""
+    sys.path.append(str(SIMPLE_SCRIPT.parent))
+    import submission
+
+    texts = [Path(path).read_text(encoding="utf-8") for path in (script.__file__, SIMPLE_SCRIPT)]
+    try:
+        theirs, ours = (submission.fixed_part(text, "the script") for text in texts)
+    except submission.SubmissionError as error:
+        raise Failed(str(error)) from None
+    where = "train_gpt_simple.py outside the Optimizer section"
+    require(theirs == ours, f"the script differs from {where}")
+    return f"the script is that of {where}"
+
+
 # Training -----------------------------------------------------------------------------------------
 
 
 def start_training(script: ModuleType, folder: Path) -> list[multiprocessing.Process]:
-    """Two runs of the script, with the validation files a.bin and b.bin; two more with EXTRAS."""
+    """Two runs of the script, with the validation files a.bin and b.bin; two more with EXTRAS, or
+    of the optimization track one more, on two ranks."""
     rng = np.random.default_rng(6)
     for name in ("train", "a", "b"):
         tokens = rng.choice(free_tokens(script)[:256], 2000)
         tokens[rng.integers(0, 2000, 50)] = tokens[0] = START_TOKEN
         write_shard(folder / f"{name}.bin", tokens)
-    fork = multiprocessing.get_context("fork")  # spares them the imports
-    runs = []
+    runs: list[tuple] = []  # what train_watched takes
     for i, changes in enumerate(variants(script)):
         for name in "ab":
-            how = script, folder / f"{name}{i}", folder / f"{name}.bin", changes
-            runs.append(fork.Process(target=train_watched, args=how, daemon=True))
-            runs[-1].start()
-    return runs
+            runs.append((script, folder / f"{name}{i}", folder / f"{name}.bin", changes))
+    if is_simple(script):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for rank in range(2):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+            place |= {"MASTER_ADDR": "localhost"}
+            runs.append((script, folder / f"rank{rank}", folder / "a.bin", {}, place))
+    fork = multiprocessing.get_context("fork")  # spares them the imports
+    processes = [fork.Process(target=train_watched, args=run, daemon=True) for run in runs]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def check_training(script: ModuleType, folder: Path, runs: list[multiprocessing.Process]) -> str:
     """Runs with different validation files train alike, read them for scoring only, and log the
-    loss that their weights have."""
-    seen = ""
-    for i in range(len(runs) // 2):
-        for name, run in zip("ab", runs[2 * i :]):
-            run.join()
-            output = (folder / f"{name}{i}.out").read_text(encoding="utf-8")
-            require(run.exitcode == 0, f"a few steps of training ended with:\n{output[-2000:]}")
-        seen = compare_training(script, *(folder / f"{name}{i}" for name in "ab"))
-    return f"equal to the bit with two files; {seen}"
+    loss that their weights have. Of the optimization track: a step is one pass over its part of the
+    stream, and ranks have the same weights."""
+    names = [f"{name}{i}" for i in range(len(variants(script))) for name in "ab"]
+    if is_simple(script):
+        names += ["rank0", "rank1"]
+    for name in await_all(dict(zip(names, runs, strict=True))):
+        output = (folder / f"{name}.out").read_text(encoding="utf-8")
+        raise Failed(f"a few steps of training ended with:\n{output[-2000:]}")
+    for i in range(len(variants(script))):
+        seen = compare_training(script, folder / f"a{i}", folder / f"b{i}")
+    seen = f"equal to the bit with two files; {seen}"
+    if is_simple(script):
+        seen += f"; {check_passes(folder)}; {compare_ranks(folder)}"
+    return seen
+
+
+def await_all(runs: dict[str, multiprocessing.Process]) -> list[str]:
+    """The names of those that failed. Where one has, the others are ended: they may wait for it."""
+    while running := [run.sentinel for run in runs.values() if run.exitcode is None]:
+        wait(running)
+        failed = [name for name, run in runs.items() if run.exitcode]
+        if failed:
+            for run in runs.values():
+                run.kill()
+            return failed
+    return []
 
 
 def compare_training(script: ModuleType, *runs: Path) -> str:
@@ -462,15 +564,12 @@ def compare_training(script: ModuleType, *runs: Path) -> str:
     same = all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
     require(same, "another validation file makes other weights")
     times = Counter(results[0]["opened"])
-    peeks = times["while the clock ran"]
-    require(not peeks, f"the validation file was opened {peeks} times while the clock ran")
+    for when in ("while the clock ran", "in a step"):
+        peeks = times[when]
+        require(not peeks, f"the validation file was opened {peeks} times {when}")
     for run, result in zip(runs, results):
         model, config, _ = load_checkpoint(script, f"{run}.pt", "cpu")
-        windows = ()
-        if hasattr(config, "extension"):  # scripts of the optimization track have no windows
-            short, long = config.extension[0].window_short, config.final_window_long
-            windows = as_windows(script, short, long)
-        runtime = start_runtime(script, "cpu")
+        windows, runtime = final_windows(script, config), start_runtime(script, "cpu")
         loss = script.validate(model, config, runtime, config.val_tokens, *windows)
         for logged in (result["val_losses"][-1], result["val_loss"]):
             found = f"logged loss {logged:.5f}, the weights have {loss:.5f}"
@@ -478,16 +577,80 @@ def compare_training(script: ModuleType, *runs: Path) -> str:
     return "opened " + ", ".join(f"{count} × {when}" for when, count in times.items())
 
 
-def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) -> None:
-    """Train a few steps; <run>.json gets the losses, and when the validation file was opened."""
+def check_passes(folder: Path) -> str:
+    """In its steps the model was called with the stream, each token once and in order."""
+    result = json.loads((folder / "a0.json").read_text())
+    stream = np.fromfile(folder / "train.bin", dtype="<u2", offset=1024).tolist()
+    wanted = len(result["train_losses"]) * result["step_tokens"]
+    found = len(result["tokens"]) * result["blocks"] / result["blocks_of_passes"]
+    seen = f"the steps of {wanted} tokens passed over {found:g}"
+    require(found == wanted, seen)
+    same = (result["tokens"], result["targets"]) == (stream[:wanted], stream[1 : wanted + 1])
+    require(same, "the steps passed over other tokens than the first of the stream, in order")
+    return seen
+
+
+def compare_ranks(folder: Path) -> str:
+    """Two ranks train as one process does, and have the same weights in the end."""
+    weights = [torch.load(folder / f"rank{rank}.weights", weights_only=True) for rank in range(2)]
+    same = all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    require(same, "two ranks have other weights, each its own")
+    one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("a0", "rank0"))
+    names = "train_losses", "val_losses"
+    moved = max(abs(a - b) for name in names for a, b in zip(one[name], two[name], strict=True))
+    seen = f"the losses of two ranks are within {moved:.1g} of one's"
+    return require(moved < 2e-3, seen)
+
+
+def watch_steps(script: ModuleType, when: list[str]) -> dict:
+    """Of a script of the optimization track that trains from now on: what its model is called with
+    in the steps, how many blocks run there, and the model. `when` gets what it does."""
+    seen = {"tokens": [], "targets": [], "blocks": 0, "blocks_of_passes": 0}
+    GPT, honest_validate = script.GPT, script.validate
+    start, forward, block_forward = GPT.__init__, GPT.forward, script.Block.forward
+
+    def watched_start(self, *arguments) -> None:
+        start(self, *arguments)
+        seen["model"] = self
+
+    def watched_forward(self, batch) -> Tensor:
+        if when[-1] != "in a validation":
+            when.append("in a step")
+            seen["tokens"] += batch.tokens.tolist()
+            seen["targets"] += batch.targets.tolist()
+            seen["blocks_of_passes"] += len(self.blocks)
+        return forward(self, batch)
+
+    def watched_block(self, *arguments) -> Tensor:
+        seen["blocks"] += when[-1] != "in a validation"
+        return block_forward(self, *arguments)
+
+    def watched_validate(*arguments) -> float:
+        when.append("in a validation")
+        loss = honest_validate(*arguments)
+        when.append("in a step")
+        return loss
+
+    GPT.__init__, GPT.forward, script.Block.forward = watched_start, watched_forward, watched_block
+    script.validate = watched_validate
+    return seen
+
+
+def train_watched(
+    script: ModuleType, run: Path, val_file: Path, changes: dict, place: dict | None = None
+) -> None:
+    """Train a few steps; <run>.json gets the losses, and when the validation file was opened. place
+    is what torchrun tells one of several ranks; of the optimization track, <run>.weights gets the
+    weights of each."""
     console.end_with_parent()
     with open(f"{run}.out", "w") as out:
         os.dup2(out.fileno(), sys.stdout.fileno())
         os.dup2(out.fileno(), sys.stderr.fileno())
     os.chdir(ROOT)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ |= {name: str(value) for name, value in (place or {}).items()}
     torch.set_num_threads(1)  # sums in one order
-    when, opened = ["before the clock"], []
+    when, opened, seen = ["before the clock"], [], {}
 
     def noting(method: Callable, state: str) -> Callable:
         def wrapped(self) -> None:
@@ -497,7 +660,10 @@ def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) 
         return wrapped
 
     script.draw_curve = lambda log: "not drawn"  # which takes as long as the steps
-    if hasattr(script, "Clock"):  # where time counts
+    if is_simple(script):  # time does not count
+        script.Figure.savefig, when = lambda *how: None, ["before the steps"]
+        seen = watch_steps(script, when)
+    else:
         script.Clock.start = noting(script.Clock.start, "while the clock ran")
         script.Clock.stop = noting(script.Clock.stop, "while it stood")
 
@@ -517,16 +683,27 @@ def train_watched(script: ModuleType, run: Path, val_file: Path, changes: dict) 
     options |= {**SIZES, "num_steps": 3, "extension_steps": 1, "val_every": 2, "val_tokens": 200}
     train_file = run.parent / "train.bin"
     options |= {"val_sequence_tokens": 64, "train_files": glob.escape(str(train_file))}
+    options |= {"sequence_tokens": ROW, "micro_batch_tokens": 2 * ROW}  # of the optimization track
     options |= {"val_file": glob.escape(str(val_file)), "checkpoint": f"{run}.pt"}
     options |= {name: script.format_value(value) for name, value in changes.items()}
     options = renamed(script, options | {"log_dir": f"{run}_logs"})
     arguments = [f"--{name}={value}" for name, value in options.items() if name in known]
-    script.main(["--preset=tiny", *arguments])
-    (log,) = run.with_name(f"{run.name}_logs").glob("*.json")
+    code = script.main(["--preset=tiny", *arguments])
+    if code:
+        sys.exit(code)
+    if seen:
+        torch.save(seen.pop("model").state_dict(), f"{run}.weights")
+    logs = [*run.with_name(f"{run.name}_logs").glob("*.json")]
+    if place and place["RANK"] and not logs:  # the first rank has the log
+        return
+    (log,) = logs
     data = json.loads(log.read_text())
     result = {"train_losses": [row["train_loss"] for row in data["steps"]], "opened": opened}
     result["val_losses"] = [row["val_loss"] for row in data["validations"]]
     result["val_loss"] = data["summary"]["val_loss"]
+    if seen:
+        sizes = (int(data["config"][n]) for n in ("sequences_per_step", "sequence_tokens"))
+        result |= seen | {"step_tokens": math.prod(sizes)}
     Path(f"{run}.json").write_text(json.dumps(result))
 
 
@@ -543,15 +720,19 @@ CHECKS: dict[str, Callable[[ModuleType, Path], str]] = {
 }
 
 
-def judge(path: Path, names: list[str]) -> dict[str, tuple[bool, str]]:
-    """Whether each of these checks went well, and what was seen, printed as it comes."""
+def judge(path: Path, names: list[str] | None = None) -> dict[str, tuple[bool, str]]:
+    """Whether each of these checks, or of all, went well, and what was seen, printed as it comes.
+    With training it takes several processes."""
     script, results = load_script(path), {}
+    names = names or [*CHECKS, *(["fixed part"] if is_simple(script) else []), "training"]
     with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
         folder = Path(name)
         runs = start_training(script, folder) if "training" in names else []
+        training = functools.partial(check_training, runs=runs)
+        all_checks = CHECKS | {"fixed part": check_fixed_part, "training": training}
         try:
             for name in names:
-                check = CHECKS.get(name) or functools.partial(check_training, runs=runs)
+                check = all_checks[name]
                 try:
                     results[name] = True, check(script, folder)
                 except Failed as failure:
@@ -571,8 +752,9 @@ def main(arguments: list[str]) -> int:
     parser = console.Parser(prog="./run.sh check", description=__doc__.split("\n")[0])
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="script, or folder of a record")
     path = parser.parse_args(arguments).script
+    torch.set_num_threads(1)  # for tensors this small several take longer
     try:
-        results = judge(path / "train_gpt.py" if path.is_dir() else path, [*CHECKS, "training"])
+        results = judge(path / "train_gpt.py" if path.is_dir() else path)
     except Unjudgeable as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,11 +12,15 @@ if __name__ == "__main__":
 import torch
 from check import (
     ROOT,
+    START_TOKEN,
     Unjudgeable,
-    as_windows,
+    document_batch,
+    final_windows,
     load_checkpoint,
     load_script,
     longest_sequence,
+    probabilities,
+    script_of,
 )
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -66,22 +70,21 @@ def continue_text(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, config, byte_tokens = load_checkpoint(script, checkpoint, device)
     tokenizer = Tokenizer(byte_tokens)
-    tokens = [script.START_TOKEN, *tokenizer.encode(text)]
+    tokens = [START_TOKEN, *tokenizer.encode(text)]
     generator = torch.Generator(device).manual_seed(seed)
-    windows = as_windows(script, config.extension[0].window_short, config.final_window_long)
+    windows = final_windows(script, config)
     for _ in range(count):
-        row = torch.tensor(tokens[-longest_sequence(config) :], dtype=torch.int32, device=device)
-        ends = torch.tensor([0, len(row)], dtype=torch.int32, device=device)
-        batch = script.Batch(row, row.long(), ends, len(row))
-        p = model.probabilities(batch, *windows, slice(len(row) - 1, None))
-        logits = p[0, : config.vocab_size].log()
+        context = tokens[-longest_sequence(config) :]
+        batch = document_batch(script, config, context, {}, device)
+        logits = probabilities(script, model, batch, windows, len(context) - 1)
+        logits = logits[: min(config.vocab_size, START_TOKEN + 1)].log()  # ids that stand for text
         if temperature > 0:
             logits = logits.double()  # or a low temperature makes them infinite
             chances = ((logits - logits.max()) / temperature).softmax(dim=-1)
             token = int(torch.multinomial(chances, 1, generator=generator))
         else:
             token = int(logits.argmax())
-        if token == script.START_TOKEN:
+        if token == START_TOKEN:
             break
         tokens.append(token)
     return tokenizer.decode(tokens[1:])
@@ -108,7 +111,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         how = args.tokens, args.temperature, args.seed
-        script = load_script(ROOT / "train_gpt.py")
+        script = load_script(script_of(args.checkpoint))
         return show(continue_text(script, args.checkpoint, args.text, *how))
     except Unjudgeable as error:
         print(f"error: {error}", file=sys.stderr)

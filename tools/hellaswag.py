@@ -21,13 +21,15 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from check import (
-    ROOT,
+    START_TOKEN,
     Unjudgeable,
-    as_windows,
+    document_batch,
+    final_windows,
     load_checkpoint,
     load_script,
     longest_sequence,
     loss_of,
+    script_of,
 )
 from generate import Tokenizer
 
@@ -124,8 +126,7 @@ class Scorer:
         self.model, self.config, byte_tokens = load_checkpoint(script, str(checkpoint), device)
         self.script, self.device = script, device
         self.encode = Tokenizer(byte_tokens).encode
-        short, long = self.config.extension[0].window_short, self.config.final_window_long
-        self.windows = as_windows(script, short, long)
+        self.windows = final_windows(script, self.config)
 
     def tokens(self, context: str, ending: str) -> tuple[list[int], list[int]]:
         """Of the context, behind the start token, and of the blank and the ending behind it, to
@@ -135,25 +136,15 @@ class Scorer:
         longest = longest_sequence(self.config)
         if len(after) > longest:
             raise EvalError(f"an ending has {len(after)} tokens, a row of this model {longest}")
-        return [self.script.START_TOKEN, *before], after
+        return [START_TOKEN, *before], after
 
     @torch.no_grad()
     def log_probability(self, before: list[int], after: list[int]) -> float:
         """Of the tokens after those before, in nats. The end of a long context counts."""
         before = before[-(longest_sequence(self.config) + 1 - len(after)) :]
-        tokens = np.array(before + after[:-1])
-        # few shapes; what is behind the tokens is a document of its own
-        size = self.script.round_up(len(tokens), 16)
-        row = np.full(size, self.script.START_TOKEN)
-        row[: len(tokens)] = tokens
-        targets = np.full(size, self.script.IGNORED_TARGET)
-        targets[len(before) - 1 : len(tokens)] = after
-        batch = self.script.Batch(
-            torch.tensor(row, dtype=torch.int32, device=self.device),
-            torch.tensor(targets, dtype=torch.int64, device=self.device),
-            torch.tensor([0, len(tokens), size], dtype=torch.int32, device=self.device),
-            size,
-        )
+        tokens, targets = before + after[:-1], dict(enumerate(after, len(before) - 1))
+        how = self.script, self.config, tokens, targets, self.device
+        batch = document_batch(*how, multiple=16)  # few shapes
         return -float(loss_of(self.model)(batch, *self.windows))
 
 
@@ -201,8 +192,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help=".parquet or .jsonl [from the hub]"
     )
-    script = "that wrote the checkpoint [train_gpt.py]"
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help=script)
+    script = "that wrote the checkpoint [train_gpt.py or train_gpt_simple.py, as it says]"
+    parser.add_argument("--script", type=Path, help=script)
     args = parser.parse_args(arguments)
     try:
         questions = read_questions(args.data or download())
@@ -210,7 +201,8 @@ def main(arguments: list[str]) -> int:
             found = f"{REPOSITORY} has {len(questions)} questions"
             raise Unjudgeable(f"{found}, expected {NUM_QUESTIONS}: give a copy with --data FILE")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        scorer = Scorer(load_script(args.script), args.checkpoint, device)
+        script = load_script(args.script or script_of(args.checkpoint))
+        scorer = Scorer(script, args.checkpoint, device)
         return show(evaluate(scorer, questions[: args.limit]))
     except (EvalError, Unjudgeable) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,11 +3,15 @@
     ./run.sh record NAME [--runs N] [-- OPTION ...]   train N times, write records/<date>_<NAME>/;
                                                       where it exists, add N runs (0: only rewrite)
     ./run.sh record NAME --logs FILE ...              the same with logs that there are already
+    ./run.sh record NAME --track TRACK ...            train for another track than main
     ./run.sh reproduce FOLDER [--runs N] [--fineweb]  run a record's script, beside its figures
     ./run.sh compare A B [--runs N] [--fineweb] [-- OPTION ...]
                                                       run two scripts or records, interleaved
     ./run.sh compare A B --logs [--page FILE]         compare the logs that there are of them
     ./run.sh history                                  write records/README.md and its pictures
+
+A record is of one track: main, medium or optimization (see TRACKS below), as its log or --track
+says. Those of the optimization track are in records/optimization/, and judged by its rules.py.
 
 The record NAME_reference is the baseline of NAME and NAME_... of the same date: runs of one session
 on one machine, interleaved.
@@ -36,18 +40,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import console
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, LOGS = ROOT / "records", ROOT / "logs"
-TARGET = 3.28  # validation loss
 ALPHA = 0.01  # a claim's p is below this
 CLAIM_GPUS, CLAIM_TARGETS = 8, 10_485_760
 BASELINE = "_reference"  # what the name of a session's baseline ends with
 MEMORY = "none", "document", "n-gram lookup"  # classes of non-parametric memory
 CORPORA = {"fineweb": "FineWeb", "proxy": "proxy corpus"}
-TOY_TOKENS, WHOLE_TOKENS = 30e6, 250e6  # a schedule of fewer is a toy, or a short one
+TOY_TOKENS = 30e6  # a schedule of fewer is a toy
+MEDIUM_WIDTH = 1024  # a model at least as wide is one of the medium track, unless --track says else
 # Seconds of modded-nanogpt on 8 x H100 and FineWeb to a loss of 3.28: name, day, memory, merged.
 PUBLIC_BASELINE = 73.889  # record 89, July 2026
 PUBLIC = (
@@ -66,10 +72,55 @@ MOST_RUNS = 10_000
 RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{6}")  # what one begins with
 DATED = re.compile(r"\d{4}-\d\d-\d\d_(.+)", re.DOTALL)  # the folder of a record
 RUN_BYTES = 2**21  # more than the files of a run need
-SLACK_S = 0.25  # between a step and the clock that is stopped behind it
+SLACK_S = 0.25  # between a step and the clock that is stopped behind it, and to score a blend
+TABLE = "<!-- the table: written by ./run.sh history -->"  # in records/optimization/README.md
+TABLE_END = "<!-- the end of the table -->"
+NO_RUNS = "No runs have been made yet."
 AUTHOR = "<!-- the author's words: kept when this file is written again -->"
 AUTHOR_END = "<!-- the end of the author's words -->"
 PLACEHOLDER = "What changed against the previous record, and why."
+
+
+class Track(NamedTuple):
+    """What records compete in."""
+
+    goal: str  # with the target
+    target: float  # validation loss
+    picture: str  # of its records, in records/
+    folder: str = "."  # of its records, in records/
+    script: str = "train_gpt.py"  # that is trained for it
+    options: tuple[str, ...] = ()  # and how
+    whole_tokens: float = 0.0  # a schedule of fewer is
+    shortened: str = "shortened schedule"  # this
+
+
+TRACKS = {
+    "main": Track(
+        "least training time to a validation loss of 3.28",
+        3.28,
+        "history.png",
+        whole_tokens=250e6,
+        shortened="short schedule",
+    ),
+    "medium": Track(
+        "least training time to a validation loss of 2.92, with a larger model",
+        2.92,
+        "history_medium.png",
+        options=("--preset", "medium"),
+        whole_tokens=1e9,
+    ),
+    "optimization": Track(
+        "fewest optimizer steps to a validation loss of 3.28, with model, data and batch fixed",
+        3.28,
+        "history_optimization.png",
+        folder="optimization",
+        script="records/optimization/train_gpt_simple.py",
+    ),
+}
+RACES = {  # of the optimization track, by preset
+    "speedrun": "the race, 524,288 tokens a step",
+    "proxy": "the proxy race, 131,072 tokens a step",
+}
 
 
 class ReportError(Exception):
@@ -142,8 +193,17 @@ def try_folder(folder: Path, runs: int) -> None:
         )
 
 
+@functools.cache
+def optimization_rules() -> ModuleType:
+    """The rules of the optimization track; imported late, as they take torch."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "records" / "optimization"))
+    import rules
+
+    return rules
+
+
 # ==================================================================================================
-# 1. Runs: what train_gpt.py leaves behind
+# 1. Runs: what train_gpt.py and train_gpt_simple.py leave behind
 # ==================================================================================================
 
 
@@ -160,7 +220,8 @@ class Run:
         self.validations: list[dict] = data["validations"]  # step, val_loss, train_time_s
         names = "val_loss", "steps", "train_time_s"
         self.loss, self.num_steps, self.time = (data["summary"][name] for name in names)
-        self.check_times(data["summary"]["mean_step_ms"])
+        blends = data.get("averages", {}).get("blends", ())  # scored on the clock, in the end
+        self.check_times(data["summary"]["mean_step_ms"], SLACK_S * (1 + len(blends)))
         scheduled = int(config["num_steps"]) + int(config["extension_steps"])
         self.finished = self.num_steps == scheduled
         self.steps_text = f"{self.num_steps}" + ("" if self.finished else f" of {scheduled}")
@@ -181,6 +242,11 @@ class Run:
         targets = re.search(r"^val loss .* on ([\d,]+) targets$", text, re.MULTILINE)
         self.num_targets = int(targets[1].replace(",", "") if targets else config["val_tokens"])
 
+        is_wide = int(config.get("model_dim", 0)) >= MEDIUM_WIDTH
+        self.track = config.get("track", "medium" if is_wide else "main")
+        if self.track not in TRACKS:
+            raise ValueError(f"{self.track!r} is no track")
+
         # older scripts have no lookup and no pointer, or have the pointer as an option
         matches = config.get("match_orders", "none") not in ("none", "")
         pointer = "def pointer_shares(" in source and config.get("pointer", "true") == "true"
@@ -192,6 +258,8 @@ class Run:
         counts = [end - begin for begin, end in itertools.pairwise([0, *ends, scheduled])]
         self.tokens = sum(n * int(size) for n, (_, size, *_) in zip(counts, stages, strict=True))
         names = [f"stage {i + 1}" for i in range(len(ends))] + ["extension"]
+        if ends == [scheduled]:
+            names[0] = "all steps"
         self.stage_begins = [0, *ends]
         self.stage_ms: dict[str, float] = {}  # mean milliseconds a step of the stages it reached
         for name, begin, end in zip(names, self.stage_begins, [*ends, scheduled], strict=True):
@@ -199,17 +267,16 @@ class Run:
             if times:
                 self.stage_ms[name] = statistics.fmean(times)
 
-    @property
-    def length(self) -> str:
+    def length(self, track: Track) -> str:
         """A class of runs: only those of one have losses that compare."""
         if self.gpus == 0 or self.data_name == "sample" or self.tokens < TOY_TOKENS:
             return "toy"
         if not self.finished:
             return "stopped early"
-        return "short schedule" if self.tokens < WHOLE_TOKENS else "whole schedule"
+        return track.shortened if self.tokens < track.whole_tokens else "whole schedule"
 
-    def check_times(self, mean_step_ms: float) -> None:
-        """Raise ValueError unless the times of steps, validations and summary add up."""
+    def check_times(self, mean_step_ms: float, slack_at_end: float) -> None:
+        """Raise ValueError unless the times (s) of steps, validations and summary add up."""
         if [row["step"] for row in self.steps] != [*range(1, self.num_steps + 1)]:
             raise ValueError(f"its steps are not 1 to {self.num_steps}")
         losses = [row["train_loss"] for row in self.steps] + [self.loss]
@@ -224,7 +291,8 @@ class Run:
             raise ValueError(f"mean_step_ms is {mean_step_ms}, of {self.num_steps} steps")
         for row in self.validations:  # the last is the result
             step, time = row["step"], row["train_time_s"]
-            if not abs(time - ends[step]) <= SLACK_S:
+            slack = slack_at_end if step == self.num_steps else SLACK_S
+            if not abs(time - ends[step]) <= slack:
                 found = f"step_ms add up to {ends[step]:.3f} s by step {step}"
                 raise ValueError(f"{found}, the train_time_s of its val_loss is {time:.3f}")
 
@@ -263,7 +331,7 @@ def read_run(path: Path) -> Run:
     source, separator, text = read_text(text_path).partition(SEPARATOR)
     if not separator:
         raise ReportError(
-            f"{shown(text_path)}: no line of 100 '=' behind a script: not a log of train_gpt.py"
+            f"{shown(text_path)}: no line of 100 '=' behind a script: not a log of a training run"
         )
     try:
         run = Run(json_path, source, text, json.loads(read_text(json_path)))
@@ -281,9 +349,10 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def check_runs(script: Path, runs: list[Run]) -> None:
-    """Raise ReportError unless all runs are of this script and of one config."""
-    source = read_text(script)
+def check_runs(script: Path | None, runs: list[Run]) -> None:
+    """Raise ReportError unless all runs are of this script, or of any one, and of one config."""
+    source = read_text(script) if script else runs[0].source
+    script = script or runs[0].path.with_suffix(".txt")
     for run in runs:
         if run.source != source:
             path = run.path.with_suffix(".txt")
@@ -298,6 +367,29 @@ def check_runs(script: Path, runs: list[Run]) -> None:
                 f"{shown(runs[0].path)} and {shown(run.path)} have different options: "
                 "make a record of each\n" + "\n".join(changes)
             )
+
+
+def check_rules(runs: list[Run]) -> str:
+    """The preset of these runs of one method, by the rules of the optimization track. Raise
+    ReportError for what they do not allow."""
+    rules = optimization_rules()
+    try:
+        rules.check_script(runs[0].source)
+        preset = rules.preset_of(runs[0].config)
+    except rules.RuleError as error:
+        raise ReportError(f"{shown(runs[0].path)}: {error}") from None
+    by_seed: dict[int, Run] = {}
+    for run in runs:
+        if not run.finished:
+            raise ReportError(f"{shown(run.path)}: the run is not finished: run it again")
+        if run.num_targets != int(run.config["val_tokens"]):
+            found = f"validated on {run.num_targets:,} targets: run it with a larger shard"
+            raise ReportError(f"{shown(run.path)}: {found}")
+        other = by_seed.setdefault(run.seed, run)
+        if other is not run:
+            found = f"has the seed of {other.path.name}: leave one of them out"
+            raise ReportError(f"{shown(run.path)}: {found}")
+    return preset
 
 
 def config_changes(a: Run, b: Run) -> list[str]:
@@ -336,6 +428,8 @@ class Record:
         check_runs(self.script, self.runs)
         self.first = self.runs[0]
         self.stated_memory: str | None = None
+        self.stated_track: str | None = None
+        self.preset = check_rules(self.runs) if self.in_steps else ""
 
     @property
     def title(self) -> str:
@@ -353,24 +447,58 @@ class Record:
             )
         return parts[1].strip() if self.readme else PLACEHOLDER
 
+    def kept(self, figure: str, known: Iterable[str]) -> str | None:
+        """What the README says in this row, if it is one of those known."""
+        row = re.search(rf"^\| {figure} \| (.+) \|$", self.readme, re.MULTILINE)
+        return row[1] if row and row[1] in known else None
+
     @property
     def memory(self) -> str:
         """The class of non-parametric memory: what --memory stated, or what the options say."""
-        row = re.search(r"^\| non-parametric memory \| (.+) \|$", self.readme, re.MULTILINE)
-        kept = row[1] if row and row[1] in MEMORY else None
+        kept = self.kept("non-parametric memory", MEMORY)
         return self.stated_memory or kept or self.first.memory
 
     @property
+    def track(self) -> str:
+        """By name: what --track stated, or what the log says."""
+        return self.stated_track or self.kept("track", TRACKS) or self.first.track
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether steps count, and not time: on the optimization track."""
+        return self.first.track == "optimization"
+
+    @property
+    def length(self) -> str:
+        return joined(run.length(TRACKS[self.track]) for run in self.runs)
+
+    @property
+    def is_toy(self) -> bool:
+        if self.in_steps:
+            return self.preset not in RACES
+        return self.first.length(TRACKS[self.track]) == "toy"
+
+    @property
     def kind(self) -> str:
-        """The class: machine, data, length and memory. Only within one do times and losses
-        compare."""
+        """The class: machine, data, length and memory, or race and data. Only within one do times
+        and losses compare."""
         data = CORPORA.get(self.first.data_name, f"{self.first.data_name} data")
-        machine, length = (joined(getattr(r, n) for r in self.runs) for n in ("machine", "length"))
-        return f"{machine}, {data}, {length}, non-parametric memory: {self.memory}"
+        if self.in_steps:
+            return f"{RACES.get(self.preset, self.preset)}, {data}"
+        machine = joined(run.machine for run in self.runs)
+        return f"{machine}, {data}, {self.length}, non-parametric memory: {self.memory}"
 
     @property
     def is_baseline(self) -> bool:
+        if self.in_steps:
+            return optimization_rules().is_baseline(self.first.source, self.first.config)
         return self.folder.name.endswith(BASELINE)
+
+    @property
+    def target(self) -> float | None:
+        """The target of the track, where the losses compare with it: on FineWeb."""
+        is_open = self.first.data_name == "fineweb" and self.preset in ("", "speedrun")
+        return TRACKS[self.track].target if is_open else None
 
     @property
     def time(self) -> float:
@@ -381,11 +509,29 @@ class Record:
         return statistics.fmean(run.loss for run in self.runs)
 
     @property
+    def curves(self) -> list[dict[int, float]]:
+        """Validation losses by step, a run each."""
+        return [{row["step"]: row["val_loss"] for row in run.validations} for run in self.runs]
+
+    def stop(self, target: float):
+        """The Result of the rules: where a record of the optimization track reaches the target."""
+        return optimization_rules().stop(self.curves, target)
+
+    @property
     def shortfalls(self) -> list[str]:
         """Why this is no claim; empty for one."""
-        run, reasons = self.first, []
+        run, reasons, target = self.first, [], TRACKS[self.track].target
         if run.data_name != "fineweb":
             reasons.append(f"{run.data_name} data, not FineWeb")
+        if self.in_steps:
+            least = optimization_rules().CLAIM_RUNS
+            if self.preset != "speedrun":
+                reasons.append(f"preset {self.preset}")
+            if len(self.runs) < least:
+                reasons.append(f"fewer than {least} runs")
+            if not reasons and not self.stop(target).reached:
+                reasons.append(f"mean loss not below {target} by the rules")
+            return reasons
         for count in dict.fromkeys(run.num_targets for run in self.runs):
             if run.data_name == "fineweb" and count != CLAIM_TARGETS:
                 reasons.append(f"scored on {count:,} targets, not {CLAIM_TARGETS:,}")
@@ -398,15 +544,21 @@ class Record:
             reasons.append("schedule not finished")
         if len(self.runs) < 2:
             reasons.append("one run")
-        p = p_at_most([run.loss for run in self.runs])
+        p = p_at_most([run.loss for run in self.runs], target)
         if not reasons and (p is None or not p < ALPHA):
             reasons.append(f"p not below {ALPHA}")
         return reasons
 
 
+def record_folders(pattern: str) -> list[Path]:
+    """Folders of this name, of records of all tracks."""
+    parents = dict.fromkeys(RECORDS / track.folder for track in TRACKS.values())
+    return [path for parent in parents for path in parent.glob(pattern) if path.name[0] != "."]
+
+
 def all_records(skip: bool = False) -> list[Record]:
     """By the time of their first run. One that is not whole is an error, or skipped with a line."""
-    folders = [folder for folder in RECORDS.glob("[!.]*_*") if folder.is_dir()]
+    folders = [folder for folder in record_folders("*_*") if folder.is_dir()]
     records = []
     for folder in sorted(folders):
         if DATED.fullmatch(folder.name) or (folder / "train_gpt.py").exists():
@@ -441,7 +593,8 @@ def last_of_class(record: Record, records: list[Record]) -> Record | None:
     same = [
         other
         for other in records
-        if (other.kind, other.is_baseline) == (record.kind, record.is_baseline)
+        if (other.track, other.kind, other.is_baseline)
+        == (record.track, record.kind, record.is_baseline)
         and other.first.started < record.first.started
     ]
     return same[-1] if same else None
@@ -462,14 +615,14 @@ def are_equal(losses: list[float]) -> bool:
     return max(losses) - min(losses) < 1e-9
 
 
-def p_at_most(losses: list[float]) -> float | None:
+def p_at_most(losses: list[float], target: float) -> float | None:
     """One-sided t-test: probability of losses this low if their mean were above the target. None
     for one loss, or equal ones: they allow no test."""
     from scipy import stats
 
     if are_equal(losses):
         return None
-    return float(stats.ttest_1samp(losses, TARGET, alternative="less").pvalue)
+    return float(stats.ttest_1samp(losses, target, alternative="less").pvalue)
 
 
 def p_different(a: list[float], b: list[float]) -> float | None:
@@ -486,9 +639,9 @@ def format_p(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def target_test(losses: list[float]) -> str:
-    p = p_at_most(losses)
-    what = f"one-sided t-test that the mean is at most {TARGET}"
+def target_test(losses: list[float], target: float) -> str:
+    p = p_at_most(losses, target)
+    what = f"one-sided t-test that the mean is at most {target}"
     if p is None:
         return f"{what}: {'one run allows' if len(losses) < 2 else 'equal losses allow'} no test"
     return f"{what}: p = {format_p(p)}, {'' if p < ALPHA else 'not '}under {ALPHA}"
@@ -503,6 +656,56 @@ def stage_spread(runs: list[Run]) -> dict[str, list[float]]:
 def joined(values: Iterable[object]) -> str:
     """The distinct ones, in order."""
     return " and ".join(dict.fromkeys(map(str, values)))
+
+
+# Races of the optimization track ------------------------------------------------------------------
+
+
+class Race:
+    """Records of the optimization track with one preset and data, the fewest steps last."""
+
+    def __init__(self, records: list[Record]):
+        """Records of one class, by time. Where their losses do not compare with the target of the
+        track, the target is the loss of the Muon baseline at its end, and None without that."""
+        self.kind = records[0].kind
+        self.baseline = next((record for record in records if record.is_baseline), None)
+        self.target, self.target_setter = records[0].target, None
+        if self.target is None and self.baseline:
+            self.target, self.target_setter = self.baseline.loss, self.baseline
+        self.records, self.results = records, {}
+        if self.target is not None:
+            self.results = {record: self.result(record) for record in records}
+            self.records = sorted(records, key=self.rank)
+
+    def result(self, record: Record):
+        """Where its runs stop, a Result of the rules."""
+        if record is self.target_setter:
+            losses = [run.loss for run in record.runs]
+            return optimization_rules().Result(record.first.num_steps, losses, True)
+        return record.stop(self.target)
+
+    def rank(self, record: Record) -> tuple:
+        result = self.results[record]
+        return result.reached, -result.step, -result.mean
+
+    def steps(self, record: Record) -> str:
+        result = self.results[record]
+        return f"{result.step}" if result.reached else f"not by {result.step}"
+
+    def against(self, old: Record, new: Record) -> tuple[str, str]:
+        """The statistic of the rules' test of two methods, and whether the new one is better."""
+        rules = optimization_rules()
+        value = rules.pairwise_statistic(self.results[old], self.results[new])
+        return signed(value), "yes" if value >= rules.MARGIN else "no"
+
+
+def all_races(records: Iterable[Record]) -> list[Race]:
+    """Of those records that are of the optimization track, in the order of RACES."""
+    groups: dict[tuple[int, str], list[Record]] = {}
+    for record in records:
+        if record.in_steps and not record.is_toy:
+            groups.setdefault(([*RACES].index(record.preset), record.kind), []).append(record)
+    return [Race(groups[key]) for key in sorted(groups)]
 
 
 # ==================================================================================================
@@ -596,7 +799,8 @@ def options_of(run: Run, script: Path) -> list[str]:
     for preset, defaults in presets.items():
         options = ["--preset", preset] if preset else []
         for name, value in run.config.items():
-            if name not in OWN_FIELDS + OUTPUT_FIELDS and value != defaults.get(name):
+            is_option = name not in OWN_FIELDS + OUTPUT_FIELDS and name in (defaults or run.config)
+            if is_option and value != defaults.get(name):
                 options += [f"--{name}", value]
         candidates.append(options)
     return min(candidates, key=len)
@@ -745,13 +949,18 @@ def part_labels(figure, labels: list, level: float | None = None) -> None:
         taken.append(box)
 
 
-def smoothed(run: Run) -> tuple:
-    """Seconds and training losses, both as moving averages over a thirtieth of the run."""
+def smoothed(run: Run, x: str = "train_time_s") -> tuple:
+    """Seconds or steps and training losses, both as moving averages over a thirtieth of the run."""
     import numpy as np
 
     width = max(1, len(run.steps) // 30)
-    columns = ([row[name] for row in run.steps] for name in ("train_time_s", "train_loss"))
+    columns = ([row[name] for row in run.steps] for name in (x, "train_loss"))
     return tuple(np.convolve(column, np.ones(width) / width, "valid") for column in columns)
+
+
+def validated(run: Run, x: str = "train_time_s") -> tuple[list, list]:
+    """Seconds or steps and validation losses."""
+    return tuple([row[name] for row in run.validations] for name in (x, "val_loss"))
 
 
 def fit_losses(axes, losses: list[float], share: float) -> None:
@@ -763,22 +972,26 @@ def fit_losses(axes, losses: list[float], share: float) -> None:
 
 
 def draw_losses(record: Record, path: Path) -> None:
-    """Losses of all runs against seconds, a color a seed."""
+    """Losses of all runs against seconds, or steps where they count, a color a seed."""
     from matplotlib import colormaps
 
     figure, axes = new_figure(8, 5)
     losses, few = [], len(record.runs) <= 10
+    x = "step" if record.in_steps else "train_time_s"
     for i, run in enumerate(record.runs):
         color = f"C{i}" if few else colormaps["turbo"](i / (len(record.runs) - 1))
-        times, means = smoothed(run)
+        times, means = smoothed(run, x)
         axes.plot(times, means, color=color, linewidth=1, alpha=0.6, zorder=1)
-        rows = [[row[name] for row in run.validations] for name in ("train_time_s", "val_loss")]
+        rows = validated(run, x)
         label = f"seed {run.seed}: {run.loss:.4f} in {run.time:.2f} s"
+        if record.in_steps:
+            label = f"seed {run.seed}: {run.loss:.4f} after {run.num_steps} steps"
         axes.plot(*rows, "oDs^v"[i % 5], linestyle="", color=color, markersize=6, label=label)
         losses += [*means, *rows[1]]
-    if record.first.data_name == "fineweb":
-        axes.axhline(TARGET, color="black", linestyle="--", linewidth=1, label=f"target {TARGET}")
-        losses.append(TARGET)
+    if record.target is not None:
+        style = {"color": "black", "linestyle": "--", "linewidth": 1}
+        axes.axhline(record.target, label=f"target {record.target}", **style)
+        losses.append(record.target)
     fit_losses(axes, losses, 0.93)
     for begin in record.first.stage_begins[1:]:
         if 0 < begin < record.first.num_steps:
@@ -786,26 +999,28 @@ def draw_losses(record: Record, path: Path) -> None:
             axes.axvline(end, color="0.85", linewidth=1, zorder=0)
     axes.set_title(f"{record.title}\n{record.kind}", fontsize=9)
     axes.set_xlabel("training time (s); vertical lines: a new stage of the schedule")
+    if record.in_steps:
+        axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     columns = 1 + (len(record.runs) - 1) // 12
     legend = "markers: validation, lines: training, smoothed"
     how = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
     axes.legend(ncols=columns, title=legend, loc="upper right", **how)
     if len(record.runs) > 1:
-        draw_end(record, axes)
+        draw_end(record, axes, x)
     figure.savefig(path, dpi=120)
 
 
-def draw_end(record: Record, axes) -> None:
+def draw_end(record: Record, axes, x: str) -> None:
     """The end of the same lines and markers once more, so large that seeds are told apart."""
     inset = axes.inset_axes((0.46, 0.3, 0.52, 0.34))
     for line in axes.get_lines():
         inset.plot(*line.get_data(), color=line.get_color(), marker=line.get_marker(),
                    linestyle=line.get_linestyle(), linewidth=1, markersize=6)  # fmt: skip
-    times, losses = zip(*((run.time, run.loss) for run in record.runs))
+    times, losses = zip(*((run.validations[-1][x], run.loss) for run in record.runs))
     begin = 0.9 * min(times)
     for run in record.runs:
-        losses += tuple(loss for second, loss in zip(*smoothed(run)) if second >= begin)
+        losses += tuple(loss for second, loss in zip(*smoothed(run, x)) if second >= begin)
     inset.set_xlim(begin, 1.01 * max(times))
     margin = 0.1 * (max(losses) - min(losses)) + 0.001
     inset.set_ylim(min(losses) - margin, max(losses) + margin)
@@ -854,9 +1069,7 @@ def draw_race(records: list[Record], path: Path) -> None:
             label = None
             losses += [*means]
         for run in record.runs:  # on top of all lines
-            points = [
-                [row[name] for row in run.validations] for name in ("train_time_s", "val_loss")
-            ]
+            points = validated(run)
             axes.plot(*points, "o", color=color, markersize=7, markeredgecolor="white", zorder=4)
             losses += points[1]
         faster = "" if record is baseline else f"\n{baseline.time / record.time:.2f}×"
@@ -872,7 +1085,7 @@ def draw_race(records: list[Record], path: Path) -> None:
     seeds = f"{len(baseline.runs)} seed{'s' * (len(baseline.runs) > 1)} each"
     data = CORPORA.get(run.data_name, run.data_name)
     axes.set_title("Loss against training time", loc="left", fontweight="bold", fontsize=13, pad=24)
-    where = f"{run.machine}, {data}, {run.length}, {seeds}"
+    where = f"{run.machine}, {data}, {baseline.length}, {seeds}"
     axes.text(0, 1.02, where, transform=axes.transAxes, fontsize=11, va="bottom")
     axes.set_xlabel("training time (s)", fontsize=12)
     axes.set_ylabel("loss (nats per token)", fontsize=12)
@@ -937,7 +1150,9 @@ def draw_public(axes) -> float:
     label_point(axes, (days[0], 1), text, xytext=(5, 8), ha="left", fontsize=9)
     axes.set_xlim(days[0], last)
     axes.set_xticks([PUBLIC[0][1], PUBLIC[1][1]], ["28 Sep", "early Oct"])
-    axes.set_title(f"modded-nanogpt, 8 × H100,\nFineWeb, to a loss of {TARGET}", fontsize=10)
+    axes.set_title(
+        f"modded-nanogpt, 8 × H100,\nFineWeb, to a loss of {TRACKS['main'].target}", fontsize=10
+    )
     return speeds[-1]
 
 
@@ -978,6 +1193,64 @@ def draw_speed_ups(records: list[Record], axes) -> list:
     return labels
 
 
+def draw_medium(records: list[Record], path: Path) -> None:
+    """Losses of the medium track's records against seconds, a color a record."""
+    figure, axes = new_figure(9, 5.5)
+    losses = []
+    for i, record in enumerate(records):
+        label = f"#{i + 1} {record.title}: {record.loss:.3f} in {record.time:.1f} s\n{record.kind}"
+        for run in record.runs:
+            times, means = smoothed(run)
+            axes.plot(times, means, color=f"C{i}", linewidth=1, alpha=0.55, label=label)
+            points = validated(run)
+            axes.plot(*points, "o", color=f"C{i}", markeredgecolor="white", zorder=4)
+            label = None
+            losses += [*means, *points[1]]
+    targets = {record.target for record in records} - {None}
+    for target in targets:
+        axes.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target}")
+    fit_losses(axes, [*losses, *targets], 0.9)
+    axes.set_title("Medium track (# as in the table)", loc="left", fontweight="bold")
+    axes.set_xlabel("training time (s)")
+    axes.set_ylabel("loss (nats per token); dots: validation, lines: training, smoothed")
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+def draw_optimization(records: list[Record], path: Path) -> None:
+    """Mean validation losses of every race's methods against steps, and where they reach the
+    target; a panel a race."""
+    from matplotlib.figure import Figure
+
+    races = all_races(records)
+    figure = Figure(figsize=(9, 5 * len(races)), layout="constrained")
+    for race, axes in zip(races, figure.subplots(len(races), squeeze=False)[:, 0], strict=True):
+        losses = []
+        for i, record in enumerate(reversed(race.records)):
+            common = sorted(set.intersection(*map(set, record.curves)))
+            means = [statistics.fmean(curve[step] for curve in record.curves) for step in common]
+            label, result = f"{record.title}, mean of {len(record.runs)}", race.results.get(record)
+            if result:
+                label += f": {race.steps(record)} steps"
+            color = BASELINE_COLOR if record is race.baseline else f"C{i}"
+            axes.plot(common, means, color=color, linewidth=1.2, label=label)
+            if result and result.reached:
+                axes.plot(result.step, result.mean, "o", color=color, markersize=7, zorder=3)
+            losses += means
+        if race.target is not None:
+            style = {"color": "black", "linestyle": "--", "linewidth": 1}
+            axes.axhline(race.target, label=f"target {race.target:.4f}", **style)
+        losses = sorted(losses)
+        fit_losses(axes, losses, 0.7)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(race.kind, fontsize=10)
+        axes.set_xlabel("optimizer step; dots: the target is reached")
+        axes.set_ylabel("validation loss (nats per token)")
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
 # ==================================================================================================
 # 6. Pages
 # ==================================================================================================
@@ -1002,13 +1275,26 @@ def signed(number: float) -> str:
     return f"{number:+.4f}".replace("-", "−")
 
 
-def difference(record: Record, old: Record | None) -> str:
-    """What the script changed against that record's, folded."""
-    if old is None:
-        return "This is the first of its class."
+def link(record: Record, page: Path) -> str:
+    """To its folder, for a page in this one."""
+    return Path(os.path.relpath(record.folder, page)).as_posix()
+
+
+def difference(record: Record, records: list[Record]) -> str:
+    """What the script changed against the last record of its class, or the baseline of its race,
+    folded."""
+    if record.in_steps:
+        same = (each for each in records if (each.track, each.kind) == (record.track, record.kind))
+        old = next((each for each in same if each.is_baseline), None)
+        if old is None or old.folder == record.folder:
+            return "This is the baseline." if old else "The baseline has no runs in this race."
+    else:
+        old = last_of_class(record, records)
+        if old is None:
+            return "This is the first of its class."
     texts = read_text(old.script), read_text(record.script)
     summary, *parts = describe_changes(*texts)
-    found = f"[{old.title}](../{old.folder.name}): {summary}"
+    found = f"[{old.title}]({link(old, record.folder)}): {summary}"
     if not parts:
         return found
     lines = short_diff(*texts, shown(old.script), shown(record.script), limit=DIFF_LINES)
@@ -1016,10 +1302,54 @@ def difference(record: Record, old: Record | None) -> str:
     return "\n\n".join([found, changes, folded("the diff", fenced(lines, "diff"))])
 
 
-def write_page(folder: Path, memory: str | None) -> Record:
-    """Write loss.png and README.md of a record, keeping title, author's words and memory class."""
+def without_links(text: str) -> str:
+    return re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", text)
+
+
+def speed_up(record: Record, records: list[Record]) -> str:
+    """Over the baseline of its session, in words."""
+    baseline = baseline_of(record, records)
+    if record.is_baseline:
+        return "this is the baseline of its session"
+    if not baseline:
+        return "no baseline in its session"
+    p = p_different(*([run.loss for run in each.runs] for each in (record, baseline)))
+    test = "" if p is None else f" (Welch's two-sided t-test: p = {format_p(p)})"
+    there = f"[the baseline of its session]({link(baseline, record.folder)})"
+    loss = signed(record.loss - baseline.loss)
+    return f"{baseline.time / record.time:.2f}× over {there}, loss {loss}{test}"
+
+
+def race_figures(record: Record, records: list[Record]) -> dict[str, str]:
+    """Of a record of the optimization track, beside the records of its race."""
+    if record.is_toy:
+        return {"race": f"none: {record.kind}"}
+    race = next(race for race in all_races(records) if race.kind == record.kind)
+    (record,) = (each for each in race.records if each.folder == record.folder)
+    figures = {"race": race.kind}
+    if race.target is None:
+        return figures | {"steps to the target": "no target: the Muon baseline has no runs here"}
+    result, rules = race.results[record], optimization_rules()
+    loss = f"loss {spread(result.losses, 4)} there, target {race.target:.4f}"
+    figures["steps to the target"] = f"{race.steps(record)}, {loss}"
+    if record is race.target_setter:
+        figures["steps to the target"] += ", which this record sets"
+    else:
+        value = signed(rules.target_statistic(result.losses, race.target))
+        figures["test"] = f"(target − loss) · √n = {value}, to be at least {rules.MARGIN}"
+    if race.baseline not in (None, record):
+        value, better = race.against(race.baseline, record)
+        there = f"[the Muon baseline]({link(race.baseline, record.folder)})"
+        sign = "≥" if better == "yes" else "<"
+        figures["pairwise test"] = f"better than {there}: {better} ({value} {sign} {rules.MARGIN})"
+    return figures
+
+
+def write_page(folder: Path, memory: str | None = None, track: str | None = None) -> Record:
+    """Write loss.png and README.md of a record, keeping title, author's words, and what was stated
+    of memory and track."""
     record = Record(folder)
-    record.stated_memory = memory
+    record.stated_memory, record.stated_track = memory, track
     words, runs, run = record.words, record.runs, record.first
     losses = [run.loss for run in runs]
     seeds = ", ".join(str(run.seed) for run in runs)
@@ -1031,33 +1361,31 @@ def write_page(folder: Path, memory: str | None) -> Record:
     corpus = CORPORA.get(run.data_name, run.data_name)
     data = f"{corpus}: `{run.config['train_files']}`; validation on {run.num_targets:,} targets"
     records = all_records(skip=True)
-    baseline = baseline_of(record, records)
-    against = "no baseline in its session"
-    if record.is_baseline:
-        against = "this is the baseline of its session"
-    elif baseline:
-        link = f"[the baseline of its session](../{baseline.folder.name})"
-        p = p_different(losses, [run.loss for run in baseline.runs])
-        test = "" if p is None else f" (Welch's two-sided t-test: p = {format_p(p)})"
-        against = f"{baseline.time / record.time:.2f}× over {link}, "
-        against += f"loss {signed(record.loss - baseline.loss)}{test}"
+    schedule = run.config["num_steps"]
+    if int(run.config["extension_steps"]):
+        schedule += f" + {run.config['extension_steps']}"
     figures = {
+        "track": record.track,
         "machine": joined(run.machine for run in runs),
         "versions": joined(run.versions for run in runs),
         "data": data,
         "non-parametric memory": record.memory,
-        "schedule": f"{run.config['num_steps']} + {run.config['extension_steps']} steps{ended}",
+        "schedule": f"{schedule} steps{ended}",
         "runs": f"{len(runs)}, seed{'s' * (len(runs) > 1)} {seeds}{marks}",
         "time": f"{spread((run.time for run in runs), 2)} s{several}",
         "validation loss": f"{spread(losses, 4)}{several}",
-        "speed-up": against,
-        "test": target_test(losses),
-        "ms a step": ", ".join(f"{name} {spread(ms, 1)}" for name, ms in stages),
     }
+    if record.in_steps:
+        del figures["non-parametric memory"]  # the model is fixed
+        figures |= race_figures(record, records)
+    else:
+        figures["speed-up"] = speed_up(record, records)
+        figures["test"] = target_test(losses, TRACKS[record.track].target)
+    figures["ms a step"] = ", ".join(f"{name} {spread(ms, 1)}" for name, ms in stages)
     rows = [
         [str(r.seed), f"{r.loss:.4f}", f"{r.time:.2f} s", f"[log]({r.run_id}.txt)"] for r in runs
     ]
-    old = last_of_class(record, records)
+    before = "baseline of its race" if record.in_steps else "last record of its class"
     on_fineweb = ""
     if run.data_name == "proxy":
         on_fineweb = (
@@ -1073,11 +1401,11 @@ def write_page(folder: Path, memory: str | None) -> Record:
 
 {markdown_table(["seed", "validation loss", "time", "log"], rows)}
 
-![loss of all runs against seconds](loss.png)
+![losses of all runs](loss.png)
 
-## Against the last record of its class
+## Against the {before}
 
-{difference(record, old)}
+{difference(record, records)}
 
 ## Command
 
@@ -1103,65 +1431,148 @@ FineWeb.
 """
 
 
+SPEED_UP = """**Speed-up** is the baseline's time over the record's, of one session on one machine
+with interleaved runs; Δ loss is the record's loss less the baseline's.
+"""
+MAIN = """The baseline is the recipe of record 89 of modded-nanogpt with this project's kernels,
+on a short schedule of its own. A result on a short schedule need not hold on a whole one.
+"""
+STEPS = """Wall clock is free, so records of all machines compare. The page of the track has its
+[rules](optimization/README.md#rules) and [methods](optimization/README.md#baselines).
+"""
+CURVES = """![loss against seconds of the newest session](loss_against_seconds.png)
+
+Lines are training losses, estimated on sampled candidates of the vocabulary; dots are validation
+losses, on the whole vocabulary.
+"""
+
+
+def class_table(members: list[tuple[int, Record]], records: list[Record]) -> str:
+    """The records of one class of the main or the medium track, and why they are no claim."""
+    first, *others = (record.shortfalls for _, record in members)
+    common = [reason for reason in first if all(reason in reasons for reasons in others)]
+    rows = []
+    for number, record in members:
+        reasons = [reason for reason in record.shortfalls if reason not in common]
+        claim = ": ".join(["no", *filter(None, ["; ".join(reasons)])])
+        if not record.shortfalls:
+            p = p_at_most([run.loss for run in record.runs], TRACKS[record.track].target)
+            claim = f"p = {format_p(p)}"
+        base = baseline_of(record, records)
+        speed, above = "baseline" if record.is_baseline else "", ""
+        if base:
+            speed, above = f"{base.time / record.time:.2f}×", signed(record.loss - base.loss)
+        rows.append(
+            [
+                str(number),
+                f"{record.first.started:%Y-%m-%d}",
+                f"[{record.title}]({link(record, RECORDS)})".replace("|", "\\|"),
+                speed,
+                spread((run.time for run in record.runs), 2),
+                spread((run.loss for run in record.runs), 4),
+                above,
+                record.first.steps_text,
+                str(len(record.runs)),
+                claim,
+            ]
+        )
+    header = ["#", "date", "record", "speed-up", "time (s)", "loss", "Δ loss", "steps", "runs"]
+    header += ["claim"]
+    used = [any(row[i] not in ("", "no") for row in rows) for i in range(len(header))]
+    table = [list(itertools.compress(row, used)) for row in [header, *rows]]
+    reasons = f"No claim: {'; '.join(common)}.\n\n" if common else ""
+    return f"{reasons}{markdown_table(table[0], table[1:])}\n"
+
+
+def race_table(race: Race, page: Path) -> str:
+    """The methods of a race, and the pairwise tests of each with the baseline and the one before
+    it, for a page in this folder."""
+    if race.target is None:
+        return "No target yet: the Muon baseline has no runs on this data.\n"
+    rules = optimization_rules()
+    rows, pairs = [], []
+    for i, record in enumerate(race.records):
+        result, title = race.results[record], record.title.replace("|", "\\|")
+        by_seed = (rules.first_below(curve, race.target) for curve in record.curves)
+        statistic = signed(rules.target_statistic(result.losses, race.target))
+        count = len(record.runs)
+        rows.append(
+            [
+                f"[{title}]({link(record, page)})" + " (baseline)" * (record is race.baseline),
+                race.steps(record),
+                " ".join("–" if step is None else str(step) for step in by_seed),
+                spread(result.losses, 4),
+                "sets the target" if record is race.target_setter else statistic,
+                f"{count}" if count >= rules.CLAIM_RUNS else f"{count}: no claim",
+            ]
+        )
+        others = [race.baseline, race.records[i - 1] if i else None]
+        for other in dict.fromkeys(others):
+            if other not in (None, record):
+                pairs.append([title, other.title.replace("|", "\\|"), *race.against(other, record)])
+    header = ["method", "steps", "steps, by seed", "loss there", "(target − loss)·√n", "runs"]
+    parts = [f"Target: {race.target:.4f}.", markdown_table(header, rows)]
+    if pairs:
+        header = ["method", "against", "statistic", f"better (at least {rules.MARGIN})"]
+        parts.append(markdown_table(header, pairs))
+    return "\n\n".join(parts) + "\n"
+
+
+def race_tables(records: list[Record], page: Path) -> str:
+    """Of all races, each with a heading."""
+    parts = [
+        f"### {race.kind[:1].upper()}{race.kind[1:]}\n\n{race_table(race, page)}"
+        for race in all_races(records)
+    ]
+    return "\n".join(parts) or f"{NO_RUNS}\n"
+
+
+def track_part(name: str, members: list[Record]) -> str:
+    """The part of a track that has records: what counts there, its picture and its tables."""
+    track = TRACKS[name]
+    title = f"## {name.capitalize()} track: {track.goal}\n"
+    picture = f"![all records of the {name} track]({track.picture})\n"
+    if name == "optimization":
+        return "\n".join([title, STEPS, picture, race_tables(members, RECORDS)])
+    claim = f"""**A claim** is a mean loss of at most {track.target} (p < {ALPHA}) at the end of the
+schedule, on FineWeb with {CLAIM_GPUS} GPUs or more. A {track.shortened} is one of fewer than
+{track.whole_tokens / 1e6:,.0f} M tokens.
+"""
+    parts = [title, SPEED_UP + MAIN * (name == "main") + claim, picture]
+    if name == "main" and newest_session(members):
+        parts.append(CURVES)
+    for kind, numbered in classes(members).items():
+        parts.append(f"### {kind}\n\n{class_table(numbered, members)}")
+    return "\n".join(parts)
+
+
 def history_page(records: list[Record]) -> str:
-    """The records by class, toy runs left out."""
-    sections = []
-    for kind, members in classes(records).items():
-        first, *others = (record.shortfalls for _, record in members)
-        common = [reason for reason in first if all(reason in reasons for reasons in others)]
-        rows = []
-        for number, record in members:
-            run, name = record.first, record.folder.name
-            reasons = [reason for reason in record.shortfalls if reason not in common]
-            p = p_at_most([run.loss for run in record.runs])
-            claim = ": ".join(["no", *filter(None, ["; ".join(reasons)])])
-            if not record.shortfalls:
-                claim = f"p = {format_p(p)}"
-            base = baseline_of(record, records)
-            speed, above = "baseline" if record.is_baseline else "", ""
-            if base:
-                speed, above = f"{base.time / record.time:.2f}×", signed(record.loss - base.loss)
-            rows.append(
-                [
-                    str(number),
-                    f"{run.started:%Y-%m-%d}",
-                    f"[{record.title}]({name})".replace("|", "\\|"),
-                    speed,
-                    spread((run.time for run in record.runs), 2),
-                    spread((run.loss for run in record.runs), 4),
-                    above,
-                    run.steps_text,
-                    str(len(record.runs)),
-                    claim,
-                ]
-            )
-        header = ["#", "date", "record", "speed-up", "time (s)", "loss", "Δ loss", "steps", "runs"]
-        header += ["claim"]
-        used = [any(row[i] not in ("", "no") for row in rows) for i in range(len(header))]
-        table = [list(itertools.compress(row, used)) for row in [header, *rows]]
-        reasons = f"No claim: {'; '.join(common)}.\n\n" if common else ""
-        sections.append(f"## {kind}\n\n{reasons}{markdown_table(table[0], table[1:])}\n")
+    """The records by track and class, toy runs left out."""
+    groups = {name: [record for record in records if record.track == name] for name in TRACKS}
+    rows = [
+        [name, track.goal, str(len(groups[name]) or "none yet")] for name, track in TRACKS.items()
+    ]
     count = sum(record.first.data_name == "proxy" for record in records)
     proxy = PROXY.format(count="All" if count == len(records) else count) if count else ""
-    race = "![loss against seconds of the newest session](loss_against_seconds.png)\n\n"
-    race += "Lines are training losses, estimated on sampled candidates of the vocabulary; dots\n"
-    race += "are validation losses, on the whole vocabulary.\n\n"
+    parts = [track_part(name, members) for name, members in groups.items() if members]
     return f"""# Records
 
-Written by `./run.sh history` from the records' logs, with a section for each class: machine, data,
-length of the schedule and non-parametric memory. A record's own page has its logs. Runs on a CPU
-and toy schedules are left out. All are on the main track, the least training time to a validation
-loss of {TARGET}.
+Written by `./run.sh history` from the records' logs: a part for each track, and in it a section for
+each class: machine, data, length of the schedule and non-parametric memory, or the race of the
+optimization track. A record's own page has its logs. Runs on a CPU and toy schedules are left out.
 
-{proxy}**Speed-up** is the baseline's time over the record's, of one session on one machine with
-interleaved runs; Δ loss is the record's loss less the baseline's. The baseline is the recipe of
-record 89 of modded-nanogpt with this project's kernels, on a short schedule of its own. A
-result on a short schedule need not hold on a whole one. **A claim** is a mean loss of at most
-{TARGET} (p < {ALPHA}) after a whole schedule on FineWeb with {CLAIM_GPUS} GPUs or more.
+{markdown_table(["track", "goal", "records"], rows)}
 
-![speed-up over the baseline by date](history.png)
+{proxy}{chr(10).join(parts)}"""
 
-{race if newest_session(records) else ""}{chr(10).join(sections)}"""
+
+def with_table(page: str, text: str) -> str:
+    """records/optimization/README.md with this in place of its table."""
+    if page.count(TABLE) != 1 or page.count(TABLE_END) != 1:
+        found = f"needs the lines {TABLE!r} and {TABLE_END!r}, once each: put them back"
+        raise ReportError(f"records/optimization/README.md: {found}")
+    before, rest = page.split(TABLE)
+    return f"{before}{TABLE}\n\n{text}\n{TABLE_END}{rest.split(TABLE_END)[1]}"
 
 
 # ==================================================================================================
@@ -1175,18 +1586,22 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     if args.logs and (options or args.runs is not None):
         raise OptionError("record: --logs takes runs that there are: leave out --runs and options")
     num_runs = 0 if args.logs else 1 if args.runs is None else args.runs
-    script, same = ROOT / "train_gpt.py", re.compile(rf"\d{{4}}-\d\d-\d\d_{re.escape(args.name)}")
-    folder = next((path for path in RECORDS.glob("*") if same.fullmatch(path.name)), None)
+    same = re.compile(rf"\d{{4}}-\d\d-\d\d_{re.escape(args.name)}")
+    folder = next((path for path in record_folders("*") if same.fullmatch(path.name)), None)
     try_folder(folder or RECORDS, num_runs + 1)
-    runs, seed = [], default_seed(script)
-    if folder:
-        old = Record(folder)
+    old = Record(folder) if folder else None
+    track = TRACKS[args.track or (old.track if old else "main")]
+    script = args.script or ROOT / track.script
+    runs, seed = [], default_seed(script) if num_runs else None
+    if num_runs and (options or not old):
+        options = [*track.options, *options]
+    if old:
         _ = old.words  # or an error, before anything is run
         check_replaceable(folder / "README.md")
-        changes = describe_changes(read_text(old.script), read_text(script))
+        changes = num_runs and describe_changes(read_text(old.script), read_text(script))
         if num_runs and len(changes) > 1:
             raise ReportError(
-                f"{shown(folder)} has another script than train_gpt.py: choose another name, or "
+                f"{shown(folder)} has another script than {shown(script)}: choose another name, or "
                 "put its script back\n" + "\n".join(changes)
             )
         script, runs, seed = old.script, old.runs, max(run.seed for run in old.runs) + 1
@@ -1206,18 +1621,30 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     runs = list(by_id.values())
     if not runs:
         raise OptionError("record: a new record needs runs: --runs N, or --logs FILE ...")
-    check_runs(script, runs)
+    by_log = runs[0].track
+    if args.track not in (None, by_log) and "optimization" in (args.track, by_log):
+        found = f"a log of the {by_log} track: give --track {by_log}, or other logs"
+        raise ReportError(f"{shown(runs[0].path)}: {found}")
+    any_script = args.logs and not old and by_log == "optimization"  # each method has its own
+    check_runs(None if any_script else script, runs)
+    if by_log == "optimization":
+        check_rules(runs)
     started = min(run.started for run in runs)
-    folder = folder or RECORDS / f"{started:%Y-%m-%d}_{args.name}"
+    parent = RECORDS / TRACKS[by_log].folder
+    folder = folder or parent / f"{started:%Y-%m-%d}_{args.name}"
     for run in new:
         copy_logs(run.path, folder)
     if not (folder / "train_gpt.py").exists():
         write_text(folder / "train_gpt.py", runs[0].source)
-    record = write_page(folder, args.memory)
+    record = write_page(folder, args.memory, args.track)
     print(f"\n{shown(folder)}: {len(runs)} run{'s' * (len(runs) > 1)}, {runs[0].machine}")
     print(f"time {spread((run.time for run in runs), 2)} s")
     print(f"validation loss {spread((run.loss for run in runs), 4)}")
-    print(target_test([run.loss for run in runs]))
+    if record.in_steps:
+        for name, value in race_figures(record, all_records(skip=True)).items():
+            print(f"{name}: {without_links(value)}")
+    else:
+        print(target_test([run.loss for run in runs], TRACKS[record.track].target))
     if record.words == PLACEHOLDER:
         print(f"now say what changed in {shown(folder / 'README.md')}, then ./run.sh history")
 
@@ -1241,6 +1668,8 @@ def beside(heads: tuple[str, str], a: list[Run], b: list[Run]) -> tuple[list[lis
         ("time (s)", 3): [[run.time for run in runs] for runs in (a, b)],
         ("validation loss", 4): [[run.loss for run in runs] for runs in (a, b)],
     }
+    if a[0].track == b[0].track == "optimization":
+        figures["steps", 0] = [[run.num_steps for run in runs] for runs in (a, b)]
     stages = stage_spread(a), stage_spread(b)
     for name in stages[0] | stages[1]:
         figures[f"ms a step, {name}", 2] = [table.get(name, []) for table in stages]
@@ -1318,6 +1747,24 @@ def logs_of(path: Path) -> list[Run]:
     return runs
 
 
+def compare_methods(a: list[Run], b: list[Run]) -> list[str]:
+    """A line for the pairwise test of the optimization track, at the ends of the runs, if these are
+    of one race."""
+    if not a[0].track == b[0].track == "optimization":
+        return []
+    rules, name = optimization_rules(), "test of two methods, at the ends of their runs"
+    try:
+        presets = {rules.preset_of(run.config) for run in (a[0], b[0])}
+    except rules.RuleError as error:
+        return [f"{name}: none ({error})"]
+    if len(presets) > 1 or a[0].data_name != b[0].data_name:
+        return [f"{name}: none, as preset or data differ"]
+    ends = [rules.Result(r[0].num_steps, [run.loss for run in r], True) for r in (a, b)]
+    value = rules.pairwise_statistic(*ends)
+    better = "better" if value >= rules.MARGIN else "not better"
+    return [f"{name}: {value:+.4f}, B is {better} than A (at least {rules.MARGIN})"]
+
+
 def compare_command(args: argparse.Namespace, options: list[str]) -> None:
     if args.logs and (options or args.runs is not None or args.fineweb):
         found = "--logs takes runs that there are: leave out --runs, --fineweb and options"
@@ -1366,6 +1813,7 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         )
     found = [f"time B / A, pair by pair: {spread(ratios, 4)}"]
     found += [f"loss B - A: {difference:+.4f}; Welch's two-sided t-test: {test}"]
+    found += compare_methods(*results)
     options = config_changes(results[0][0], results[1][0])
     changes, diff = describe_changes(*texts), short_diff(*texts, *names, limit=DIFF_LINES)
 
@@ -1400,15 +1848,27 @@ def history_command(args: argparse.Namespace, options: list[str]) -> None:
     records = all_records()
     if not records:
         raise ReportError(f"{shown(RECORDS)}: has no record: make one with ./run.sh record NAME")
-    listed = [record for record in records if record.first.length != "toy"]
+    listed = [record for record in records if not record.is_toy]
+    groups = {name: [record for record in listed if record.track == name] for name in TRACKS}
     write_text(RECORDS / "README.md", history_page(listed))
-    pictures = {"history.png": draw_history}
-    if newest_session(listed):
-        pictures["loss_against_seconds.png"] = draw_race
-    for name, picture in pictures.items():
-        draw(functools.partial(picture, listed), RECORDS / name)
+    page = RECORDS / TRACKS["optimization"].folder / "README.md"
+    if page.exists():
+        tables = race_tables(groups["optimization"], page.parent)
+        write_text(page, with_table(read_text(page), tables))
+    drawn = []
+
+    def picture(function: Callable, members: list[Record], name: str) -> None:
+        draw(functools.partial(function, members), RECORDS / name)
+        drawn.append(name)
+
+    functions = {"main": draw_history, "medium": draw_medium, "optimization": draw_optimization}
+    for name, members in groups.items():
+        if members:
+            picture(functions[name], members, TRACKS[name].picture)
+    if newest_session(groups["main"]):
+        picture(draw_race, groups["main"], "loss_against_seconds.png")
     left = f", {len(records) - len(listed)} toy runs left out" if len(listed) < len(records) else ""
-    files = " and ".join(["README.md", *pictures])
+    files = ", ".join(["README.md", *drawn])
     print(f"{shown(RECORDS)}: {files}: {len(listed)} records{left}")
 
 
@@ -1437,6 +1897,13 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     record.add_argument("--logs", nargs="+", type=Path, metavar="FILE", help=logs)
     memory = "class of non-parametric memory [by the options]; kept when written again"
     record.add_argument("--memory", choices=MEMORY, help=memory)
+    track = (
+        "what it competes in, and so what is trained [by the logs; main for a new record without "
+    )
+    track += f"logs]; of those, a model {MEDIUM_WIDTH} wide or wider is of the medium track"
+    record.add_argument("--track", choices=TRACKS, help=track)
+    script = "to train, as a submission of the optimization track [that of the track]"
+    record.add_argument("--script", type=Path, metavar="FILE", help=script)
     reproduce = command("reproduce", reproduce_command, "run a record's script again")
     reproduce.add_argument("folder", type=Path, metavar="FOLDER", help="of the record")
     compare = command("compare", compare_command, "run two scripts or records, interleaved")
@@ -1451,7 +1918,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     fineweb = "train on FineWeb in place of a record's data, where that is not on this machine"
     for parser_with_it in (reproduce, compare):
         parser_with_it.add_argument("--fineweb", action="store_true", help=fineweb)
-    command("history", history_command, "write records/README.md and records/history.png")
+    command("history", history_command, "write records/README.md and the tracks' pictures")
     return parser.parse_args(arguments)
 
 

@@ -4,8 +4,7 @@ Track:     model, data and batch are fixed, wall clock is free. A submission rep
            nothing else; README.md in this folder has the rules and the table.
 Launch:    ./run.sh optimization [NAME] [--option value ...], or by itself
            torchrun --nproc_per_node=8 train_gpt_simple.py [--option value ...], 1 to 8 GPUs.
-Lineage:   the task, the shape of the model and the numbers of the Muon baseline are those of the
-           optimization track of modded-nanogpt's speedrun.
+Lineage:   task, model and the numbers of the Muon baseline: modded-nanogpt's optimization track.
 """
 
 import argparse
@@ -190,16 +189,15 @@ def check_config(c: Config, world_size: int) -> None:
     fits = c.head_dim % 4 == 0 and c.model_dim % c.head_dim == 0
     require(fits, f"--head_dim {c.head_dim}: give a multiple of 4 that divides --model_dim")
     count, length, size = c.sequences_per_step, c.sequence_tokens, c.micro_batch_tokens
-    require(
-        count % world_size == 0, f"--sequences_per_step {count}: not for {world_size} processes"
-    )
+    fits = count % world_size == 0
+    require(fits, f"--sequences_per_step {count}: not for {world_size} processes")
     part = count * length // world_size  # tokens of a step on a GPU
     fits = size % length == 0 and part % min(size, part) == 0
     require(fits, f"--micro_batch_tokens {size}: give a multiple of {length} that divides {part}")
+    require(Path(c.checkpoint).parent.is_dir(), f"--checkpoint {c.checkpoint}: make its folder")
 
 
 # --- 3. Model, in shapes of B sequences of T tokens, H heads of D dimensions, width C = H D -------
-
 IGNORED_TARGET = -1  # a target that is not scored: padding behind the last validation token
 
 
@@ -247,11 +245,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config: Config, runtime: "Runtime"):
         super().__init__()
-        dim, dtype, self.length = (
-            config.model_dim,
-            getattr(torch, config.dtype),
-            config.sequence_tokens,
-        )
+        dim, dtype = config.model_dim, getattr(torch, config.dtype)
+        self.length = config.sequence_tokens
         self.embedding = nn.Embedding(config.vocab_size, dim, dtype=dtype)
         self.embedding_norm, self.head_norm = RMSNorm(dim), RMSNorm(dim)
         self.blocks = nn.ModuleList(Block(dim, config.head_dim) for _ in range(config.layers))
@@ -263,14 +258,18 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         self.to(runtime.device)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Cross-entropy of all targets in nats, their sum and not their mean, fp32."""
-        x = self.embedding_norm(self.embedding(batch.tokens.view(-1, self.length)))  # (B, T, C)
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of the next token, for each of (B T,) tokens: (B T, vocabulary), fp32, from -15 to 15."""
+        x = self.embedding_norm(self.embedding(tokens.view(-1, self.length)))  # (B, T, C)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
-        z = self.head(self.head_norm(x)).float().flatten(0, 1)  # (B T, vocabulary)
-        logits = 15 * z * torch.rsqrt(z.square() + 15**2)  # from -15 to 15
-        return F.cross_entropy(logits, batch.targets, ignore_index=IGNORED_TARGET, reduction="sum")
+        z = self.head(self.head_norm(x)).float().flatten(0, 1)
+        return 15 * z * torch.rsqrt(z.square() + 15**2)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy of all targets in nats, their sum and not their mean, fp32."""
+        logits, targets = self.logits(batch.tokens), batch.targets
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
 
 
 # --- 4. Data --------------------------------------------------------------------------------------
@@ -325,9 +324,8 @@ class Runtime:
 
 def start_runtime(config: Config) -> Runtime:
     """Join the processes that torchrun started, and choose this one's device."""
-    environment = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0} | dict(os.environ)
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    local_rank = int(environment["LOCAL_RANK"])
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_config(config, world_size)
     device, count = torch.device("cpu"), torch.cuda.device_count()
     if count > 0:
@@ -394,15 +392,17 @@ def train(config: Config, runtime: Runtime) -> None:
             log.loss("validations", step, val_loss, seconds)
 
     if config.checkpoint and runtime.rank == 0:
+        head = data.read(0, 100_000)
+        are_bytes = ((head < 256) | (head == 50_256)).all().item()  # then prompts are bytes too
         with optimizer.validation_weights():
-            torch.save({"config": vars(config), "weights": model.state_dict()}, config.checkpoint)
+            saved = {"config": vars(config), "byte_tokens": are_bytes}
+            torch.save(saved | {"weights": model.state_dict()}, config.checkpoint)
     log.end(num_targets)
 
 
 # --- 6. Log ---------------------------------------------------------------------------------------
 class Log:
-    """Writes <run id>.txt line by line, <run id>.json and .png at the end. Only rank 0 has a log
-    that writes; on the others, whose folder is None, every method does nothing."""
+    """Writes <run id>.txt line by line, .json and .png at the end; nothing where folder is None."""
 
     def __init__(self, folder: str | None):
         run_id = f"{datetime.now(UTC):%Y-%m-%d_%H%M%S_%f}"
@@ -429,7 +429,10 @@ class Log:
             "devices": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
             "world_size": runtime.world_size,
         }
-        tables = {"environment": environment, "config": config_as_text(config)}
+        # for the tools: a table of one stage, which is the whole run, and no extension
+        row = f"1:{config.sequences_per_step * config.sequence_tokens}"
+        more = {"track": "optimization", "stages": row, "extension": row, "extension_steps": "0"}
+        tables = {"environment": environment, "config": config_as_text(config) | more}
         self.data |= tables
         self.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
         self.line(json.dumps(tables, indent=1), screen=False)
@@ -464,22 +467,19 @@ class Log:
 
 # --- 7. Command line ------------------------------------------------------------------------------
 def config_as_text(config: Config) -> dict[str, str]:
-    """Every field as on the command line, and the batch as the tools read it: one stage, which is
-    the whole run, and no extension."""
-    batch = f"1:{config.sequences_per_step * config.sequence_tokens}"
-    tools = {"stages": batch, "extension": batch, "extension_steps": "0"}
-    return {name: str(value) for name, value in vars(config).items()} | tools
+    """Every field as on the command line."""
+    return {name: str(value) for name, value in vars(config).items()}
 
 
 def parse_args(arguments: list[str] | None) -> Config:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **how)
     parser.error = lambda text: parser.exit(2, f"error: {text}; --help lists the options\n")
     preset = "speedrun" if torch.cuda.is_available() else "tiny"
     parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"[{preset}]")
     for field in dataclasses.fields(Config):
-        how = {"type": field.type, "default": argparse.SUPPRESS, "metavar": "X"}
-        how["help"] = f"{field.metadata['help']} [{field.default}]"
-        parser.add_argument(f"--{field.name}", **how)
+        text = f"{field.metadata['help']} [{field.default}]"
+        parser.add_argument(f"--{field.name}", type=field.type, metavar="X", help=text)
     given = vars(parser.parse_args(arguments))
     return dataclasses.replace(PRESETS[given.pop("preset")], **given)
 
