@@ -2701,10 +2701,10 @@ class GPT(nn.Module):
 
     From the records of modded-nanogpt, up to number 89, it has ReLU² MLPs, RMS norms without
     weights, rotary positions on half of a head, windowed attention to packed documents, a key
-    offset in long layers, value embeddings, hashed bigrams in the stream, factors on everything
+    offset in long layers, value embeddings, hashed n-grams in the stream, factors on everything
     that is added to it, made token by token by an MLP in the last layer, attention of late layers
     to the stream of an earlier one, softcapped logits, and early on a loss on the token after the
-    next one. Ours are seven layers and four heads in place of eleven and six, one tied table for
+    next one. Ours are nine layers and four heads in place of eleven and six, one tied table for
     head and embedding throughout, row-wise Adagrad for a large table of n-grams, a loss on sampled
     candidates, a pointer to earlier tokens, QKV, MLP and head in fp8 forward and backward, and one
     option: the n-gram lookup.
