@@ -27,6 +27,7 @@ from conftest import (
     trained_like,
     write_shard,
 )
+from transcription import target_losses
 
 from train_gpt import (
     GPT,
@@ -314,9 +315,7 @@ def validation_loss(folder: Path, window_short: int, window_long: int) -> float:
         batch = Batch(inputs.int(), targets, torch.tensor(sorted(starts), dtype=torch.int32), 64)
         with torch.no_grad():
             hidden = model.hidden(batch, Windows(window_short, window_long))
-        logits = hidden.double() @ model.head.double().T
-        losses = -(23 * torch.sigmoid((logits + 5) / 7.5)).log_softmax(dim=1)
-        total += losses[torch.arange(len(targets)), targets].sum().item()
+            total += target_losses(model, batch, hidden)[:, 0].sum().item()
     return total / 1000
 
 
