@@ -112,7 +112,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     made_up_record(folder / "records" / "2026-01-01_older", [3.3], source=older, **like)
     repository = Repository(folder)
     options = [f"--{name}={value}" for name, value in TRAINING.items()]
-    out = repository.start("record", "real", "--memory", "none", "--", *options)
+    out = repository.start("record", "real", "--", *options)
     assert "1 run, 1 × CPU" in out
     return repository
 
@@ -283,7 +283,7 @@ def test_record_of_a_real_run(recorded):
     assert table["test"].endswith("one run allows no test")
     assert table["runs"] == "1, seed 5 (sample data, not FineWeb; no GPU, not 8; one run: no claim)"
     assert table["data"].endswith("validation on 200 targets")
-    assert table["non-parametric memory"] == "none"
+    assert table["non-parametric memory"] == "document"
     assert table["speed-up"] == "no baseline in its session"
     assert "attention by plain" in table["versions"]
     means = [

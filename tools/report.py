@@ -454,7 +454,7 @@ class Record:
 
     @property
     def memory(self) -> str:
-        """The class of non-parametric memory: what --memory stated, or what the options say."""
+        """The class of non-parametric memory: what --memory stated, or script and options say."""
         kept = self.kept("non-parametric memory", MEMORY)
         return self.stated_memory or kept or self.first.memory
 
@@ -1895,7 +1895,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     record.add_argument("--runs", type=number, help="with seeds in a row [1, with --logs none]")
     logs = "take these runs (.txt or .json) instead of training"
     record.add_argument("--logs", nargs="+", type=Path, metavar="FILE", help=logs)
-    memory = "class of non-parametric memory [by the options]; kept when written again"
+    memory = "class of non-parametric memory [by script and options]; kept when written again"
     record.add_argument("--memory", choices=MEMORY, help=memory)
     track = (
         "what it competes in, and so what is trained [by the logs; main for a new record without "
