@@ -390,9 +390,10 @@ def test_preparing_leaves_nothing_behind(monkeypatch):
         match_orders=(2, 3),
         match_slots=2**12,
         num_steps=2,
+        extension_steps=1,
         stages=(stage,),
         extension=(stage,),
-        average_shares=(1.0,),
+        average_shares=(1.0,),  # from the first step on
     )
     runtime = Runtime(0, 1, torch.device("cuda", 0), Log(None))
     trainer = Trainer(GPT(config, runtime), runtime)
