@@ -1,8 +1,8 @@
 """Train a GPT to 3.28 validation loss on FineWeb in the least wall-clock time.
 
-Claim:     none on 8 x H100 and FineWeb yet. On 2 x H100 and the proxy corpus: validation loss
-           3.3721 after 580 + 10 steps (--preset short), 33.5 s, three runs, 2026-11-28,
-           records/2026-11-28_three_runs_two_gpus.
+Claim:     none on 8 x H100 and FineWeb yet. On 2 x H200 and the proxy corpus: validation loss
+           3.2253 after 800 + 10 steps (--preset half), 52.1 s, three runs, 2026-11-30,
+           records/2026-11-30_half_race_two_gpus.
 Launch:    ./run.sh, or torchrun --nproc_per_node=8 train_gpt.py [--option value ...], or --help.
 Lineage:   the task, its data and most techniques are those of modded-nanogpt's speedrun (Jordan et
            al. 2024), which began with llm.c's GPT-2. GPT says which, and what differs.

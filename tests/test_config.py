@@ -106,17 +106,16 @@ def test_the_largest_pass_of_any_stage_must_fit_the_kernels():
     check_config(dataclasses.replace(config, tokens_per_pass=500_000), 1, kernels=True)
 
 
-def test_short_preset_is_the_schedule_of_the_claim():
+def test_half_preset_is_the_schedule_of_the_claim():
     """Of the record that the script's first lines name, in each of its runs."""
-    folder = re.search(r"\(--preset short\).*?(records/[\w-]+)", train_gpt.__doc__, re.DOTALL)[1]
+    folder = re.search(r"\(--preset half\).*?(records/[\w-]+)", train_gpt.__doc__, re.DOTALL)[1]
     runs = sorted((ROOT / folder).glob("*.json"))
-    short = config_as_text(PRESETS["short"])
-    same = "num_steps extension_steps stages extension layers muon_lr adam_lr lr_end ngram_rows"
+    half = config_as_text(PRESETS["half"])
+    others = {"train_files", "val_file", "val_every", "seed", "log_dir"}
     for run in runs:
         recorded = json.loads(run.read_text(encoding="utf-8"))["config"]
-        assert {name: recorded[name] for name in same.split()} == {
-            name: short[name] for name in same.split()
-        }
+        assert recorded.keys() == half.keys()
+        assert {name for name in half if recorded[name] != half[name]} <= others
     assert len(runs) == 3
 
 

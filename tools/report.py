@@ -308,7 +308,7 @@ class Run:
         return (
             tables == {"environment": self.environment, "config": self.config}
             and self.run_id == self.path.stem
-            and self.validations[-1] == last
+            and {name: self.validations[-1][name] for name in last} == last
             and all(
                 re.findall(rf"^step \d+ {name} .*$", text, re.MULTILINE)
                 == [f"step {row['step']} {name} {form.format(**row)}" for row in rows]
