@@ -263,10 +263,10 @@ def test_byte_order_mark_and_brackets_in_names_are_accepted(call):
 def test_variants_of_the_real_script(tmp_path, monkeypatch, capsys):
     """A change of the text and one of an option reach the training; the script is not touched."""
     monkeypatch.chdir(tmp_path)
-    options = command(write_data(tmp_path), 1, val_every=0)[2:]
+    options = command(write_data(tmp_path), 1, val_every=0, stop_step=4)[2:]
     Path("two.toml").write_text(
         """[flat]
-options = ["--lr_end", "1"]
+options = ["--muon_lr", "0.1"]
 [silent]
 replace = [["(rms_norm(lookups.embedded), ", "(rms_norm(lookups.embedded).detach(), "]]
 """
@@ -286,12 +286,15 @@ def test_the_example_of_the_help_fits_this_script(tmp_path):
         ablate.make(ROOT / "train_gpt.py", name, variants, ["--preset", "tiny"], tmp_path)
 
 
-def test_kept_variants_fit_this_script(tmp_path):
-    """Each changes the text or an option, and gives a config that can be run."""
-    variants = ablate.read_variants(ROOT / "tools" / "variants.toml")
+@pytest.mark.parametrize("file", ["tools/variants.toml", "records/ablations/half_race_recipe.toml"])
+def test_kept_variants_fit_this_script(tmp_path, file):
+    """Each changes the text or an option, and gives a config that can be run, as do the changes
+    together that the file lists."""
+    variants = ablate.read_variants(ROOT / file)
     script, options = ROOT / "train_gpt.py", ["--preset", "speedrun"]
     base = ablate.make(script, "base", variants, options, tmp_path)[1]
-    for name in [*variants][1:]:
+    listed = re.findall(r"^#   (\w+\+[\w+]+)$", (ROOT / file).read_text(), re.MULTILINE)
+    for name in [*[*variants][1:], *listed]:
         config = ablate.make(script, name, variants, options, tmp_path)[1]
         changed = (tmp_path / f"{name}.py").read_text() != script.read_text()
         assert changed or vars(config) != vars(base), name

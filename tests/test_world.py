@@ -27,6 +27,7 @@ CHANGES = {
     "stages": "1/2:256:48:8:16:1:.25:0,1/2:512:64:16:32:1.2:.15:0",
     "extension_steps": 0,
     "val_every": 4,
+    "average_shares": "none",
 }
 
 
