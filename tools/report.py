@@ -897,7 +897,7 @@ def copy_logs(path: Path, folder: Path) -> Path:
     """Copy a run's files where they are not there yet, without its curve to a record, whose picture
     has those of all runs; returns the .json's new path."""
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in (".txt", ".json", ".png")[: None if folder == LOGS else 2]:
+    for suffix in (".txt", ".json", ".png") if folder == LOGS else (".txt", ".json"):
         source = path.with_suffix(suffix)
         if source.exists() and source.resolve().parent != folder.resolve():
             replace(folder / source.name, functools.partial(shutil.copyfile, source))
