@@ -286,7 +286,7 @@ def test_the_example_of_the_help_fits_this_script(tmp_path):
         ablate.make(ROOT / "train_gpt.py", name, variants, ["--preset", "tiny"], tmp_path)
 
 
-@pytest.mark.parametrize("file", ["tools/variants.toml", "records/ablations/half_race_recipe.toml"])
+@pytest.mark.parametrize("file", ["tools/variants.toml", "records/ablations/recipe.toml"])
 def test_kept_variants_fit_this_script(tmp_path, file):
     """Each changes the text or an option, and gives a config that can be run, as do the changes
     together that the file lists."""

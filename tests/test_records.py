@@ -26,6 +26,7 @@ from test_train import environment, write_data
 sys.path.insert(0, str(ROOT / "tools"))
 import console
 import report
+import slim
 
 STEPS, EXTENSION = 4, 2
 TRAINING = {
@@ -98,7 +99,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     (folder / "records").mkdir(parents=True)
     (folder / "data").mkdir()
     (folder / "tools").mkdir()
-    for name in ("train_gpt.py", "run.sh", "tools/report.py", "tools/console.py"):
+    tools = (f"tools/{name}.py" for name in ("report", "console", "slim"))
+    for name in ("train_gpt.py", "run.sh", *tools):
         shutil.copy(ROOT / name, folder / name)
     write_data(folder / "data")
     for i in range(2):
@@ -437,6 +439,29 @@ def test_doctored_log_is_refused(call, suffix, old, new, message):
     error = call("record", "claim", "--logs", *Path("new").glob("*.txt"), code=1)
     assert re.search(r"^error: .*" + message, error, re.MULTILINE), error
     assert not list(Path("records").iterdir())
+
+
+def test_a_short_log_counts_like_the_full_one(call):
+    """And comes back in full where it is copied to; with another script it is refused."""
+    call("record", "a", "--logs", *Path("new").glob("*.txt"))
+    (folder,) = Path("records").iterdir()
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    script, logs = folder / "train_gpt.py", sorted(folder.glob("*.txt"))
+    full = [log.read_text(encoding="utf-8") for log in logs]
+    for log, text in zip(logs, full, strict=True):
+        log.write_text(slim.slim(log, [script]), encoding="utf-8")
+        assert len(log.read_text(encoding="utf-8")) < len(text) - len(SCRIPT) / 2
+    call("record", "a", "--logs", *Path("new").glob("*.txt"))  # the same runs
+    assert (folder / "README.md").read_text(encoding="utf-8") == page
+    assert slim.HEAD.match(logs[0].read_text(encoding="utf-8"))
+    call("record", "b", "--logs", *logs)
+    copies = sorted(Path("records").glob("*_b/*.txt"))
+    assert [copy.read_text(encoding="utf-8") for copy in copies] == full
+
+    script.write_text(CHANGED, encoding="utf-8")
+    error = call("record", "c", "--logs", *logs, code=1)
+    assert f"error: {logs[0]}: is a short log and not restored: " in error
+    assert "put both back as they were" in error
 
 
 def test_the_choice_of_averages_may_take_time_behind_the_last_step(call):
@@ -864,7 +889,7 @@ wait
 def started(*arguments: str, **how: object) -> subprocess.Popen:
     """The tool in the current folder, in the background."""
     Path("tools").mkdir(exist_ok=True)
-    for name in ("report.py", "console.py"):
+    for name in ("report.py", "console.py", "slim.py"):
         shutil.copy(ROOT / "tools" / name, Path("tools") / name)
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
     command = [sys.executable, "tools/report.py", *arguments]

@@ -44,6 +44,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import console
+import slim
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, LOGS = ROOT / "records", ROOT / "logs"
@@ -317,8 +318,17 @@ class Run:
         )
 
     def is_copy_of(self, other: "Run") -> bool:
-        files = [[run.path, run.path.with_suffix(".txt")] for run in (self, other)]
-        return [*map(read_text, files[0])] == [*map(read_text, files[1])]
+        files = [[read_text(run.path), read_log(run.path)] for run in (self, other)]
+        return files[0] == files[1]
+
+
+def read_log(path: Path) -> str:
+    """The log of a run from any of its files, in full where tools/slim.py has shortened it."""
+    text_path = path.with_suffix(".txt")
+    try:
+        return slim.restore(read_text(text_path), text_path.parent)
+    except (slim.SlimError, OSError) as error:
+        raise ReportError(f"{shown(text_path)}: is a short log and not restored: {error}") from None
 
 
 def read_run(path: Path) -> Run:
@@ -328,7 +338,7 @@ def read_run(path: Path) -> Run:
         if not needed.is_file():
             found = "no such file, but a run has a .txt and a .json"
             raise ReportError(f"{shown(needed)}: {found}: put it back, or leave the run out")
-    source, separator, text = read_text(text_path).partition(SEPARATOR)
+    source, separator, text = read_log(path).partition(SEPARATOR)
     if not separator:
         raise ReportError(
             f"{shown(text_path)}: no line of 100 '=' behind a script: not a log of a training run"
@@ -894,13 +904,18 @@ def launch(folder: Path, options: list[str], seed: int) -> Run:
 
 
 def copy_logs(path: Path, folder: Path) -> Path:
-    """Copy a run's files where they are not there yet, without its curve to a record, whose picture
-    has those of all runs; returns the .json's new path."""
+    """Copy a run's files where they are not there yet, a short log in full, without its curve to a
+    record, whose picture has those of all runs; returns the .json's new path."""
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in (".txt", ".json", ".png") if folder == LOGS else (".txt", ".json"):
         source = path.with_suffix(suffix)
-        if source.exists() and source.resolve().parent != folder.resolve():
-            replace(folder / source.name, functools.partial(shutil.copyfile, source))
+        target = folder / source.name
+        if not source.exists() or source.resolve().parent == folder.resolve():
+            continue
+        if suffix != ".txt":
+            replace(target, functools.partial(shutil.copyfile, source))
+        elif not (target.is_file() and read_log(target) == read_log(source)):  # it may be short
+            write_text(target, read_log(source))
     return folder / path.with_suffix(".json").name
 
 
@@ -1738,7 +1753,7 @@ def logs_of(path: Path) -> list[Run]:
     source, runs = read_text(path) + SEPARATOR, []
     for log in sorted(LOGS.glob("[!.]*.txt")):
         try:
-            if read_text(log).startswith(source):
+            if read_log(log).startswith(source):
                 runs.append(read_run(log))
         except (ReportError, OSError) as error:
             warn(f"left out: {error}")
