@@ -83,6 +83,7 @@ def tiny_config(**changes: object) -> Config:
         "momentum_warmup_steps": 4,
         "momentum_cooldown_steps": 2,
         "val_sequence_tokens": 64,
+        "canonical_mask": False,
     }
     return Config(**{**fields, **changes})
 

@@ -286,12 +286,22 @@ def test_the_example_of_the_help_fits_this_script(tmp_path):
         ablate.make(ROOT / "train_gpt.py", name, variants, ["--preset", "tiny"], tmp_path)
 
 
-@pytest.mark.parametrize("file", ["tools/variants.toml", "records/ablations/recipe.toml"])
-def test_kept_variants_fit_this_script(tmp_path, file):
+@pytest.mark.parametrize(
+    ("file", "script"),
+    [
+        ("tools/variants.toml", "train_gpt.py"),
+        ("records/ablations/eleven_changes.toml", "train_gpt.py"),
+        (
+            "records/ablations/four_grams_and_mask.toml",
+            "records/2026-11-30_half_race_one_gpu/train_gpt.py",
+        ),
+    ],
+)
+def test_kept_variants_fit_their_script(tmp_path, file, script):
     """Each changes the text or an option, and gives a config that can be run, as do the changes
     together that the file lists."""
     variants = ablate.read_variants(ROOT / file)
-    script, options = ROOT / "train_gpt.py", ["--preset", "speedrun"]
+    script, options = ROOT / script, ["--preset", "speedrun"]
     base = ablate.make(script, "base", variants, options, tmp_path)[1]
     listed = re.findall(r"^#   (\w+\+[\w+]+)$", (ROOT / file).read_text(), re.MULTILINE)
     for name in [*[*variants][1:], *listed]:

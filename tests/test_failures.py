@@ -163,7 +163,7 @@ def test_a_run_that_does_not_learn_is_warned_of_once(runtime, tmp_path, last, wa
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({}, r"lower --ngram_rows 16777216, which take 48\.1 GiB a process, or start more"),
+        ({}, r"lower --ngram_rows 16777216, which take 72\.2 GiB a process, or start more"),
         ({"match_orders": (*range(1, 9),), "ngram_rows": 999}, r"lower --match_slots .* 8\.0 GiB"),
         ({"ngram_rows": 2**10}, r"lower --model_dim 768, --mlp_dim 3840 or --layers"),
     ],
