@@ -1,15 +1,19 @@
 """What the tests share: a small config, shards and sequences of random documents, one CPU
 process."""
 
+import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,6 +59,36 @@ def cpu_runtime(rank: int = 0, world_size: int = 1) -> Runtime:
 @pytest.fixture
 def runtime() -> Runtime:
     return cpu_runtime()
+
+
+def on_rank(job: Callable, rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    where = f"file://{folder}/store{world_size}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size)
+    torch.save(job(cpu_runtime(rank, world_size), folder), f"{folder}/{world_size}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(job: Callable, world_size: int, folder: Path, timeout: float = 120) -> list:
+    """What job(runtime, folder) gives on each of several processes of one gloo group. They are
+    forks of this one, which spares them the imports; where there is a GPU they are not, as autograd
+    refuses to work in a fork. pickle must be able to write the job and its results."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes = [
+        context.Process(target=on_rank, args=(job, rank, world_size, folder), daemon=True)
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert [process.exitcode for process in processes] == [0] * world_size
+    finally:
+        for process in filter(multiprocessing.Process.is_alive, processes):
+            process.kill()
+    return [torch.load(folder / f"{world_size}_{rank}.pt") for rank in range(world_size)]
 
 
 def tiny_config(**changes: object) -> Config:

@@ -19,7 +19,7 @@ import regex
 import tiktoken
 import torch
 from conftest import ROOT, random_batch, tiny_config, trained_like, write_shard
-from test_train import command, environment, log_of, read_shard, run, write_data
+from test_train import command, environment, fork, log_of, read_shard, write_data
 from torch import Tensor
 
 import train_gpt
@@ -565,7 +565,7 @@ def test_run_with_the_mask(tmp_path, gpt2, pairs):
     losses, trained = {}, {}
     for name, ranks, on in (("plain", 1, "false"), ("one", 1, "true"), ("two", 2, "true")):
         folder = write_texts(tmp_path / name, gpt2)
-        result = run(folder, ranks, canonical_mask=on, stop_step=3, val_every=2)
+        result = fork(folder, ranks, canonical_mask=on, stop_step=3, val_every=2)
         assert result.returncode == 0, result.stderr
         text, record = log_of(folder)
         found = r"\nfound the impossible pairs of tokens in \d+\.\d s of training\n"
@@ -581,7 +581,7 @@ def test_run_with_the_mask(tmp_path, gpt2, pairs):
 def test_text_of_another_tokenizer_ends_in_one_line(tmp_path):
     """Letters as byte tokens, which GPT-2's would have merged; the message names the first pair."""
     folder = write_data(tmp_path)
-    result = run(folder, canonical_mask="true", stop_step=2, val_every=0)
+    result = fork(folder, canonical_mask="true", stop_step=2, val_every=0)
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line and "step" not in line]
     tokens = read_shard(folder / "val.bin")
