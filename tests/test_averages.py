@@ -356,7 +356,7 @@ def test_stopped_run_keeps_its_last_weights(tmp_path):
 def test_two_ranks_end_with_the_same_weights(tmp_path):
     """To the bit; tests/test_world.py notes these, and what each rank has read."""
     folder = write_data(tmp_path)
-    result = fork(folder, 2, script=test_world, **CHANGES)
+    result = fork(folder, 2, script=test_world, **CHANGES, num_steps=8, val_every=4)
     assert result.returncode == 0, result.stderr
     _, data = log_of(folder)
     rows = data["averages"]["blends"]
@@ -365,7 +365,7 @@ def test_two_ranks_end_with_the_same_weights(tmp_path):
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert ranks[0]["val_losses"] == ranks[1]["val_losses"]
-    assert [len(rank["rows"]) for rank in ranks] == [26 + 1] * 2
+    assert [len(rank["rows"]) for rank in ranks] == [8 + 2 + 1] * 2
 
 
 def test_data_must_last_for_the_choice(monkeypatch, tmp_path):

@@ -209,10 +209,16 @@ def fork_main(
 
 
 def fork(
-    folder: Path, ranks: int = 1, timeout: float = 120, script: ModuleType = train_gpt, **changes
+    folder: Path,
+    ranks: int = 1,
+    timeout: float = 120,
+    script: ModuleType = train_gpt,
+    prepare: Callable[[], object] = lambda: None,
+    **changes: object,
 ) -> subprocess.CompletedProcess:
     """Run to the end like run(), by forks of this process, which spares them the imports; where
-    there is a GPU by run(), for a fork cannot use one. When a rank fails, the others are killed."""
+    there is a GPU by run(), for a fork cannot use one. When a rank fails, the others are killed.
+    What prepare() does in the forks must be for speed alone."""
     if torch.cuda.is_available():
         return run(folder, ranks, timeout, script=Path(script.__file__), **changes)
     variables = environment()
@@ -222,7 +228,7 @@ def fork(
     deadline, processes = time.monotonic() + timeout, []
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         how = {"stdout": out.fileno(), "stderr": err.fileno(), "script": script}
-        how |= {"val_file": folder / "val.bin", **changes}
+        how |= {"prepare": prepare, "val_file": folder / "val.bin", **changes}
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             processes.append(fork_main(folder, variables=variables | place, **how))
