@@ -144,7 +144,7 @@ launch() {  # a script, on the GPUs there are, with the data it needs
 
 case ${1:-} in
   help | -h) echo "$usage" ;;
-  test) set_up; shift; cd "$root"; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile tests "$@" ;;
+  test) set_up; shift; cd "$root"; "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests "$@" ;;
   record | reproduce | compare | history) set_up; exec "$python" "$root"/tools/report.py "$@" ;;
   ablate) set_up; shift; exec "$python" "$root"/tools/ablate.py "$@" ;;
   check) set_up; shift; exec "$python" "$root"/tools/check.py "$@" ;;

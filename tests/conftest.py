@@ -1,15 +1,22 @@
 """What the tests share: a small config, shards and sequences of random documents, one CPU
 process."""
 
+import inspect
+import linecache
+import multiprocessing
 import os
+import re
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +38,22 @@ from train_gpt import (
 )
 
 
+def quick_source(thing: object, getsource: Callable[..., str] = inspect.getsource) -> str:
+    """What inspect.getsource gives. Before Python 3.13 it parses the whole file to find a class: a
+    quarter of a second for train_gpt.py, in every call of parse_args()."""
+    if not isinstance(thing, type):
+        return getsource(thing)
+    linecache.checkcache(path := inspect.getsourcefile(thing))
+    lines = linecache.getlines(path)
+    starts = [i for i, line in enumerate(lines) if re.match(rf"class {thing.__name__}\b", line)]
+    if len(starts) != 1:
+        return getsource(thing)
+    (start,) = starts
+    while lines[start - 1].startswith("@"):  # decorators
+        start -= 1
+    return "".join(inspect.getblock(lines[start:]))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
     # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
@@ -38,9 +61,20 @@ def pytest_configure(config: pytest.Config) -> None:
     # Both a good deal faster: threads that share a core with another process wait for each other.
     torch.set_num_threads(1)
     keep_freed_memory()
+    inspect.getsource = quick_source
+
+
+# The files whose tests take longest, the longest first. They begin first, so that what is left for
+# the end is short and none of the processes waits long for the others.
+LONGEST = """
+    check train kernels_compile records averages token_tables sharded_table matches self_check
+    optimization_track world ending tools run_sh optimizer generate pointer ablate ngrams
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -55,6 +89,36 @@ def cpu_runtime(rank: int = 0, world_size: int = 1) -> Runtime:
 @pytest.fixture
 def runtime() -> Runtime:
     return cpu_runtime()
+
+
+def on_rank(job: Callable, rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    where = f"file://{folder}/store{world_size}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size)
+    torch.save(job(cpu_runtime(rank, world_size), folder), f"{folder}/{world_size}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(job: Callable, world_size: int, folder: Path, timeout: float = 120) -> list:
+    """What job(runtime, folder) gives on each of several processes of one gloo group. They are
+    forks of this one, which spares them the imports; where there is a GPU they are not, as autograd
+    refuses to work in a fork. pickle must be able to write the job and its results."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes = [
+        context.Process(target=on_rank, args=(job, rank, world_size, folder), daemon=True)
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert [process.exitcode for process in processes] == [0] * world_size
+    finally:
+        for process in filter(multiprocessing.Process.is_alive, processes):
+            process.kill()
+    return [torch.load(folder / f"{world_size}_{rank}.pt") for rank in range(world_size)]
 
 
 def tiny_config(**changes: object) -> Config:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_world
 import torch
-import torch.distributed as dist
 from conftest import (
     ROOT,
     cpu_runtime,
+    on_ranks,
     random_batch,
     random_documents,
     split_sequences,
@@ -25,7 +26,7 @@ from test_compiled import COMPILED, OPTIONS
 from test_data import reference_rows, row_of
 from test_kernels import relative_error
 from test_optimizer import model_with_copies
-from test_train import command, load, log_of, read_shard, run, write_data
+from test_train import command, fork, load, log_of, read_shard, write_data
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -221,15 +222,16 @@ def test_the_least_loss_is_taken(monkeypatch, losses, chosen):
         assert row["chosen"] == (candidate == chosen)
 
 
-def choose_after_noise(rank: int, world_size: int) -> tuple[dict, dict[str, Tensor]]:
+def choose_after_noise(runtime: Runtime, folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Of a choice by four sequences, after steps on random gradients, which averages undo in part:
     what the log has, and the weights."""
     config = tiny_config(average_shares=(0.2, 1.0), dtype="bfloat16", ngram_rows=64, muon_lr=0.3)
-    runtime, log = cpu_runtime(rank, world_size), Log(None)
+    log = Log(None)
     trainer = Trainer(trained_like(config, runtime), runtime)
     for step in range(10):
         for i, param in enumerate(trainer.model.parameters()):
-            for part in range(4)[rank::world_size]:  # whose sum is exact, in whatever order
+            # whose sum is exact, in whatever order
+            for part in range(4)[runtime.rank :: runtime.world_size]:
                 generator = torch.Generator().manual_seed(1000 * step + 10 * i + part)
                 grad = torch.randint(-8, 9, param.shape, generator=generator)
                 param.grad += grad.to(param.dtype)
@@ -242,18 +244,11 @@ def choose_after_noise(rank: int, world_size: int) -> tuple[dict, dict[str, Tens
     return log.data["averages"], weights
 
 
-def rank_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(choose_after_noise(rank, 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_ranks_choose_what_one_process_does(tmp_path):
     """Norms and losses are of all ranks' rows and sequences."""
-    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
-    (first, weights), (second, of_second) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
-    alone, expected = choose_after_noise(0, 1)
+    ranks = on_ranks(choose_after_noise, 2, tmp_path)
+    (first, weights), (second, of_second) = ranks
+    alone, expected = choose_after_noise(cpu_runtime(), tmp_path)
     assert first == second and first["tokens"] == alone["tokens"] == 256
     for x, y in zip(first["blends"], alone["blends"], strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=2e-3)
@@ -362,7 +357,7 @@ def test_stopped_run_keeps_its_last_weights(tmp_path):
 def test_two_ranks_end_with_the_same_weights(tmp_path):
     """To the bit; tests/test_world.py notes these, and what each rank has read."""
     folder = write_data(tmp_path)
-    result = run(folder, 2, script=ROOT / "tests" / "test_world.py", **CHANGES)
+    result = fork(folder, 2, script=test_world, **CHANGES, num_steps=8, val_every=4)
     assert result.returncode == 0, result.stderr
     _, data = log_of(folder)
     rows = data["averages"]["blends"]
@@ -371,7 +366,7 @@ def test_two_ranks_end_with_the_same_weights(tmp_path):
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert ranks[0]["val_losses"] == ranks[1]["val_losses"]
-    assert [len(rank["rows"]) for rank in ranks] == [26 + 1] * 2
+    assert [len(rank["rows"]) for rank in ranks] == [8 + 2 + 1] * 2
 
 
 def test_data_must_last_for_the_choice(monkeypatch, tmp_path):

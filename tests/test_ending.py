@@ -10,12 +10,10 @@ import pty
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import termios
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
-from test_train import command, environment, log_of, write_data
+from test_train import command, environment, fork_main, free_port, log_of, write_data
 
 import train_gpt
 from train_gpt import Log, UserError, check_output, replacing, show
@@ -51,41 +49,6 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.05)
-
-
-def fork_main(
-    folder: Path,
-    prepare: Callable[[], object] = lambda: None,
-    encoding: str = "utf-8",
-    stdout: int | None = None,
-    stderr: int | None = None,
-    variables: dict[str, str] | None = None,
-    **changes: object,
-) -> multiprocessing.Process:
-    """train_gpt.main() in a process of its own, after `prepare`. What it prints goes to the files
-    out and err of the folder, or to these descriptors."""
-
-    def child() -> None:
-        for number, name, given in ((1, "out", stdout), (2, "err", stderr)):
-            if given is None:
-                given = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
-            os.dup2(given, number)
-            setattr(sys, f"std{name}", open(number, "w", encoding=encoding, closefd=False))  # noqa: SIM115
-        os.chdir(folder)
-        os.environ.update(variables or {})
-        try:
-            prepare()
-            arguments = command(folder, 1, **{"val_file": "val.bin", **changes})[2:]
-            code = train_gpt.main(arguments)
-            sys.stdout.flush()
-        except BaseException:  # noqa: BLE001 (what main lets through)
-            traceback.print_exc()
-            code = 99
-        os._exit(code)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    return process
 
 
 def end_of(process: multiprocessing.Process, timeout: float = 60) -> int:
@@ -341,10 +304,7 @@ def test_a_signal_ends_a_run_with_its_log(data, number):
 
 def test_a_rank_that_waits_for_another_ends_too(data):
     """The main thread waits in a collective, where no exception can be raised."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [fork_main(data, variables=world | {"RANK": str(r)}, **ENDLESS) for r in range(2)]
     try:
         wait_until(lambda: has_steps(data))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config
 from test_eval import simple_alphabet
-from test_train import BYTE_TO_ID, environment, load, run, write_data
+from test_train import BYTE_TO_ID, environment, fork, load, write_data
 
 import train_gpt
 from train_gpt import START_TOKEN, Batch, Windows, config_as_text
@@ -42,7 +42,7 @@ def generate(
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_data(tmp_path_factory.mktemp("trained"))
-    result = run(folder, checkpoint=folder / "weights.pt", val_every=0)
+    result = fork(folder, checkpoint=folder / "weights.pt", val_every=0)
     assert result.returncode == 0, result.stderr
     return folder / "weights.pt"
 

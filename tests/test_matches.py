@@ -3,7 +3,7 @@ on."""
 
 import copy
 import dataclasses
-import datetime
+import functools
 import itertools
 import math
 from collections import Counter
@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import (
     cpu_runtime,
+    on_ranks,
     random_batch,
     random_documents,
     tiny_config,
@@ -664,18 +664,12 @@ def seen_by(
     return {function.__name__: function(folder, rank, world_size) for function in functions}
 
 
-def worker(rank: int, folder: str, world_size: int, functions: tuple[Callable, ...]) -> None:
-    torch.set_num_threads(1)
-    how = {"init_method": f"file://{folder}/store{world_size}", "rank": rank}
-    how |= {"world_size": world_size, "timeout": datetime.timedelta(seconds=60)}
-    dist.init_process_group("gloo", **how)
-    torch.save(seen_by(folder, rank, world_size, functions), f"{folder}/{world_size}_{rank}.pt")
-    dist.destroy_process_group()
+def seen_by_rank(functions: tuple[Callable, ...], runtime: Runtime, folder: Path) -> dict:
+    return seen_by(str(folder), runtime.rank, runtime.world_size, functions)
 
 
 def seen_by_ranks(folder: Path, world_size: int, *functions: Callable) -> list[dict]:
-    torch.multiprocessing.spawn(worker, (str(folder), world_size, functions), nprocs=world_size)
-    return [torch.load(folder / f"{world_size}_{rank}.pt") for rank in range(world_size)]
+    return on_ranks(functools.partial(seen_by_rank, functions), world_size, folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, cpu_runtime, random_batch, tiny_config, trained_like
 from test_check import check
-from test_train import log_of, run, write_data
+from test_train import fork, log_of, write_data
 from torch import Tensor
 from transcription import ngram_rows
 
@@ -344,7 +344,7 @@ def test_run_and_its_checkpoint(tmp_path):
     """The rows go with the weights: they score the same, and continue a text."""
     path = tmp_path / "model.pt"
     options = {"ngram_orders": "3:4", "ngram_lr": 0.3}
-    result = run(write_data(tmp_path), **options, stop_step=6, checkpoint=path)
+    result = fork(write_data(tmp_path), **options, stop_step=6, checkpoint=path)
     assert result.returncode == 0, result.stderr
     text, record = log_of(tmp_path)
     assert "8,192 rows of hashed n-grams, 32 wide: 0.3 M weights" in text

@@ -2,17 +2,15 @@
 
 import dataclasses
 import math
-import multiprocessing
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import (
     cpu_runtime,
     fp32_for_fp8,
+    on_ranks,
     random_batch,
     random_documents,
     tiny_config,
@@ -502,34 +500,9 @@ def train_on_exact_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
     return results
 
 
-def worker(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    results = train_on_four_rows(rank, world_size), train_on_exact_gradients(rank, world_size)
-    torch.save(results, f"{folder}/{rank}.part")
-    Path(f"{folder}/{rank}.part").rename(f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run_ranks(world_size: int, folder: Path, timeout: float = 120) -> list[tuple[dict, dict]]:
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=worker, args=(rank, world_size, str(folder)), daemon=True)
-        for rank in range(world_size)
-    ]
-    deadline = time.monotonic() + timeout
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        assert [process.exitcode for process in processes] == [0] * world_size
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+def train_both_ways(runtime: Runtime, folder: Path) -> tuple[dict, dict]:
+    place = runtime.rank, runtime.world_size
+    return train_on_four_rows(*place), train_on_exact_gradients(*place)
 
 
 @pytest.fixture(scope="module")
@@ -540,7 +513,7 @@ def single_process() -> tuple[dict, dict]:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_end_with_the_weights_of_one_process(world_size, single_process, tmp_path):
     real, exact = single_process
-    ranks = run_ranks(world_size, tmp_path)
+    ranks = on_ranks(train_both_ways, world_size, tmp_path)
     for name in real:
         for rank in range(1, world_size if name != "ngrams.table" else 1):  # rank 0 has it whole
             assert torch.equal(ranks[rank][0][name], ranks[0][0][name]), f"ranks differ in {name}"

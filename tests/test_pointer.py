@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import fp32_for_fp8, random_batch, tiny_config, trained_like, write_shard
 from test_kernels import cases, head_inputs, in_fp8, interpreted, relative_error, scale_of
-from test_train import run, validation_losses
+from test_train import fork, validation_losses
 from torch import Tensor
 
 import train_gpt
@@ -290,7 +290,7 @@ def trained(folder) -> float:
     write_shard(folder / "train_0.bin", repeating(1, 60_000))
     write_shard(folder / "train_1.bin", repeating(2, 1000))
     write_shard(folder / "val.bin", repeating(3, 1001))
-    result = run(folder, **REPEATS)
+    result = fork(folder, **REPEATS)
     assert result.returncode == 0, result.stderr
     return validation_losses(folder)[-1]
 

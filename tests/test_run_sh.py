@@ -99,7 +99,7 @@ def test_paths_are_the_callers_from_any_folder_and_through_links(copy):
     assert calls[-1][-1] == f"{root}/train_gpt.py --num_steps 3", "as in the records' commands"
     calls, _, _ = copy.run("test", "-x", cwd=copy.caller)
     assert {call[0] for call in calls} == {str(root)}
-    assert calls[-1][-1].endswith("pytest -n 2 --dist loadfile tests -x")
+    assert calls[-1][-1].endswith("pytest -n 2 --dist loadfile --no-loadscope-reorder tests -x")
 
 
 @pytest.mark.parametrize(("program", "code"), [("ruff", 1), ("pytest", 1), ("pytest", 5)])

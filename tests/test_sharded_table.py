@@ -2,27 +2,24 @@
 training, validation and checkpoints on several ranks against one process."""
 
 import dataclasses
-import multiprocessing
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import (
     ROOT,
     cpu_runtime,
+    on_ranks,
     random_documents,
     split_sequences,
     tiny_config,
     trained_like,
 )
 from test_kernels import DEVICE, single
-from test_train import OPTIONS, SCRIPT, environment, log_of, run, write_data
+from test_train import command, environment, fork, free_port, log_of, write_data
 from torch import Tensor
 from transcription import ngram_rows
 
@@ -197,26 +194,6 @@ def test_kernels_take_the_gradient_of_a_token_for_each_of_its_rows(monkeypatch):
 # Ranks -------------------------------------------------------------------------------------------
 
 
-def on_ranks(job: Callable, world_size: int, folder: Path) -> list:
-    """What job(runtime, folder) gives on each of several processes of one gloo group."""
-    store = folder / f"{job.__name__}{world_size}"
-
-    def work(rank: int) -> None:
-        where = f"file://{store}"
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size)
-        torch.save(job(cpu_runtime(rank, world_size), folder), f"{store}_{rank}.pt")
-        dist.destroy_process_group()
-
-    fork = multiprocessing.get_context("fork")  # spares them the imports
-    processes = [fork.Process(target=work, args=(rank,), daemon=True) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * world_size
-    return [torch.load(f"{store}_{rank}.pt") for rank in range(world_size)]
-
-
 # Of each of eight sequences, the ids that it draws from.
 TEXTS = {
     "few n-grams": [range(3)] * 8,
@@ -332,51 +309,43 @@ def test_ranks_train_like_one_process(world_size, tmp_path):
 # Runs --------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def test_two_nodes_leave_the_checkpoint_of_one_process(tmp_path):
-    """Launchers of one process each, with a table that two cannot share evenly and one validation
-    sequence more than they can."""
+def test_two_nodes_of_two_ranks_leave_the_checkpoint_of_one_process(tmp_path):
+    """Through run.sh, as a user of several machines starts it; here both are this one. The ranks
+    cannot share the table evenly, and there is one validation sequence more than they can."""
     alone, together = (tmp_path / name for name in ("alone", "together"))
-    changes = {"ngram_orders": "2:3", "ngram_rows": 2001, "stop_step": 6, "val_tokens": 600}
-    changes |= {"val_every": 3}
+    changes = {"ngram_orders": "2:3", "ngram_rows": 2001, "stop_step": 6, "val_tokens": 560}
+    changes |= {"val_every": 3, "sequences_per_step": 4}
     for folder in (alone, together):
         folder.mkdir()
         write_data(folder)
-    result = run(alone, **changes, checkpoint=alone / "model.pt")
+    result = fork(alone, **changes, checkpoint=alone / "model.pt")
     assert result.returncode == 0, result.stderr
-    options = OPTIONS | {"train_files": together / "train_*.bin", "val_file": together / "val.bin"}
-    options |= {"log_dir": together / "logs", "checkpoint": together / "model.pt", **changes}
-    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    commands = [
-        [sys.executable, *launcher, f"--node_rank={node}", str(SCRIPT)]
-        + [f"--{name}={value}" for name, value in options.items()]
+    variables = environment() | {"NNODES": "2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables |= {"MASTER_PORT": str(free_port()), "PYTHON": sys.executable}
+    options = command(together, 1, **changes, checkpoint=together / "model.pt")[2:]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [
+        subprocess.Popen(
+            [str(ROOT / "run.sh"), *options], env=variables | {"NODE_RANK": str(node)}, **pipes
+        )
         for node in range(2)
     ]
-    nodes = [
-        subprocess.Popen(words, cwd=together, env=environment(), stderr=subprocess.PIPE, text=True)
-        for words in commands
-    ]
     try:
-        for node in nodes:
-            _, errors = node.communicate(timeout=150)
-            assert node.returncode == 0, errors
+        results = [node.communicate(timeout=150) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], results
+    assert [out.count("val loss") for out, _ in results] == [1, 0]
     records = [log_of(folder)[1] for folder in (alone, together)]
-    assert records[1]["environment"]["world_size"] == 2
+    assert records[1]["environment"]["world_size"] == 4
     scores = [[row["val_loss"] for row in record["validations"]] for record in records]
     assert len(scores[0]) == 2 and scores[1] == pytest.approx(scores[0], abs=1e-4)
     tables = []
     for folder, record in zip((alone, together), records):
         model, config, _ = check.load_checkpoint(train_gpt, str(folder / "model.pt"), "cpu")
         windows = Windows(config.stages[0].window_short, config.stages[0].window_long)
-        loss = validate(model, config, cpu_runtime(), 600, windows)
+        loss = validate(model, config, cpu_runtime(), 560, windows)
         assert loss == pytest.approx(record["summary"]["val_loss"], abs=1e-5)
         assert model.ngrams.table.shape == (4002, 32)
         tables.append(model.ngrams.table)

@@ -1,5 +1,5 @@
-"""Eight processes over gloo train what one process trains: torchrun starts this file on them, which
-runs train_gpt.py's own main() and records what each rank reads, computes and ends with."""
+"""Eight processes over gloo train what one process trains: main() runs that of train_gpt.py and
+records what each rank reads, computes and ends with."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_data import reference_rows, row_of
-from test_train import log_of, read_shard, run, validation_losses, write_data
+from test_train import fork, log_of, read_shard, validation_losses, write_data
 
 sys.path.insert(0, str(ROOT))
 import train_gpt
@@ -39,7 +39,7 @@ def digest(model: train_gpt.GPT) -> str:
     return whole.hexdigest()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """train_gpt.main(); when it went well, the records of this rank go to rank<n>.json."""
     seen: dict[str, list] = {"rows": [], "losses": [], "val_losses": [], "weights": []}
     ahead, launched = train_gpt.prefetch, train_gpt.Progress.launched
@@ -64,7 +64,7 @@ def main() -> int:
     train_gpt.prefetch = note_rows
     train_gpt.Progress.launched = note_loss
     train_gpt.validate = note_validation
-    code = train_gpt.main()
+    code = train_gpt.main(arguments)
     if code == 0:
         Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
     return code
@@ -72,9 +72,9 @@ def main() -> int:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The log of one process, started as a user does."""
+    """The log of one process."""
     folder = write_data(tmp_path_factory.mktemp("alone"))
-    result = run(folder, **CHANGES)
+    result = fork(folder, **CHANGES)
     assert result.returncode == 0, result.stderr
     return log_of(folder)[1]
 
@@ -83,7 +83,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of eight, with its log and the records of every rank."""
     folder = write_data(tmp_path_factory.mktemp("together"))
-    result = run(folder, RANKS, timeout=240, script=Path(__file__), **CHANGES)
+    result = fork(folder, RANKS, timeout=240, script=sys.modules[__name__], **CHANGES)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("val loss") == 1
     return folder
