@@ -1,11 +1,8 @@
 """What the tests share: a small config, shards and sequences of random documents, one CPU
 process."""
 
-import inspect
-import linecache
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
@@ -38,22 +35,6 @@ from train_gpt import (
 )
 
 
-def quick_source(thing: object, getsource: Callable[..., str] = inspect.getsource) -> str:
-    """What inspect.getsource gives. Before Python 3.13 it parses the whole file to find a class: a
-    quarter of a second for train_gpt.py, in every call of parse_args()."""
-    if not isinstance(thing, type):
-        return getsource(thing)
-    linecache.checkcache(path := inspect.getsourcefile(thing))
-    lines = linecache.getlines(path)
-    starts = [i for i, line in enumerate(lines) if re.match(rf"class {thing.__name__}\b", line)]
-    if len(starts) != 1:
-        return getsource(thing)
-    (start,) = starts
-    while lines[start - 1].startswith("@"):  # decorators
-        start -= 1
-    return "".join(inspect.getblock(lines[start:]))
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
     # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
@@ -61,7 +42,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Both a good deal faster: threads that share a core with another process wait for each other.
     torch.set_num_threads(1)
     keep_freed_memory()
-    inspect.getsource = quick_source
 
 
 # The files whose tests take longest, the longest first. They begin first, so that what is left for
