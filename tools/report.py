@@ -294,7 +294,7 @@ class Run:
         for row in self.validations:  # the last is the result
             step, time = row["step"], row["train_time_s"]
             slack = slack_at_end if step == self.num_steps else SLACK_S
-            if not abs(time - ends[step]) <= slack:
+            if not -SLACK_S <= time - ends[step] <= slack:
                 found = f"step_ms add up to {ends[step]:.3f} s by step {step}"
                 raise ValueError(f"{found}, the train_time_s of its val_loss is {time:.3f}")
 
