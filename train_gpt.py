@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -4708,8 +4709,6 @@ def validate(
     if kept is not None:
         model.matches.copy_(kept)
     loss = runtime.all_reduce(total).item() / num_targets
-    if model.impossible is not None and loss == math.inf:
-        check_canonical(model.impossible, config, num_targets)
     if not math.isfinite(loss):
         raise not_finite_error(model, f"the validation loss is {loss}, training losses were finite")
     return loss
@@ -4764,26 +4763,27 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     log.line(f"loss on {num_tokens:,} tokens of unread training text: {table}")
 
 
-def check_canonical(impossible: Tensor, config: Config, num_targets: int) -> None:
-    """Raise UserError if the validation file has a pair of tokens that cannot be."""
-    path = find_files("--val_file", config.val_file)[0]
-    tokens = read_tokens(path, num_targets + 1, config.vocab_size).astype(np.int64)
-    first, second = torch.from_numpy(tokens).to(impossible.device).unfold(0, 2, 1).unbind(1)
-    found = cannot_follow(impossible, first, second).nonzero()
-    if len(found):
-        i = found[0].item()
-        raise UserError(
-            f"{path}: token {first[i]} and behind it {second[i]}, at position {i}, are no tokens "
-            "that GPT-2's tokenizer makes of any text: tokenize it by data/tokenize_text.py, or "
-            "pass --canonical_mask false"
-        )
+def first_impossible(pairs: np.ndarray, tokens: np.ndarray) -> tuple[int, ...]:
+    """The first of these tokens (n,) that cannot stand in front of the next one, that next one, and
+    the position of the first; () if all can. pairs: as impossible_pairs gives them."""
+    for begin in range(0, len(tokens) - 1, 2**20):
+        part = tokens[begin : begin + 2**20 + 1]
+        first, second = part[:-1], part[1:]
+        found = np.flatnonzero(pairs[first, second // 8] >> second % 8 & 1)
+        if len(found):
+            return int(first[found[0]]), int(second[found[0]]), begin + int(found[0])
+    return ()
 
 
 class PairFinder:
-    """Finds the impossible pairs of tokens in a process of its own with the lowest priority: a
-    thread would hold up the launches of training, which need the interpreter as well."""
+    """Finds the impossible pairs of tokens, and whether validation has one, in a process of its own
+    with the lowest priority: a thread would hold up the launches of training, which need the
+    interpreter as well."""
 
-    def __init__(self, table: TokenTable, vocab: int):
+    def __init__(self, table: TokenTable, config: Config, num_targets: int):
+        self.path, self.seconds = find_files("--val_file", config.val_file)[0], None
+        tokens = read_tokens(self.path, num_targets + 1, config.vocab_size)
+        vocab = config.padded_vocab_size
         memory = mmap.mmap(-1, vocab * vocab // 8)  # of both processes
         self.pairs = np.frombuffer(memory, np.uint8).reshape(vocab, vocab // 8)
         (told, tell), (answer, say) = os.pipe(), os.pipe()
@@ -4793,7 +4793,7 @@ class PairFinder:
         if self.process == 0:
             try:
                 os.close(tell)  # so that read ends when the main process does
-                self._find(table, told, say)
+                self._find(table, tokens, told, say)
             finally:
                 os._exit(1)
         os.close(told)
@@ -4801,7 +4801,7 @@ class PairFinder:
         # they close with this object, and then the process ends if it was not told to start
         self.tell, self.answer = open(tell, "wb", 0), open(answer, "rb", 0)  # noqa: SIM115
 
-    def _find(self, table: TokenTable, told: int, say: int) -> None:
+    def _find(self, table: TokenTable, tokens: np.ndarray, told: int, say: int) -> None:
         """In the other process. It has one thread and takes no lock of torch's."""
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -4810,22 +4810,39 @@ class PairFinder:
         if os.read(told, 1):
             begin = time.perf_counter()
             self.pairs[:] = impossible_pairs(table, len(self.pairs))
-            os.write(say, f"{time.perf_counter() - begin}".encode())
+            seconds = time.perf_counter() - begin
+            answer = seconds, *first_impossible(self.pairs, tokens)
+            os.write(say, json.dumps(answer).encode())
 
     def start(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # fill() says that the process is gone
+        with contextlib.suppress(BrokenPipeError):  # check() says that the process is gone
             self.tell.write(b"1")
+
+    def check(self, wait: bool = False) -> None:
+        """Raise UserError if the process was ended, or has found a pair in the validation text."""
+        is_ready = wait or select.select([self.answer], [], [], 0)[0]
+        if self.seconds is not None or not is_ready:
+            return
+        answer = self.answer.read()
+        os.waitpid(self.process, 0)
+        require(
+            len(answer) > 0,
+            "the process that finds the impossible pairs of tokens was ended: free some memory, or "
+            "pass --canonical_mask false",
+        )
+        self.seconds, *found = json.loads(answer)
+        if found:
+            first, second, position = found
+            raise UserError(
+                f"{self.path}: token {first} and behind it {second}, at position {position}, are "
+                "no tokens that GPT-2's tokenizer makes of any text: tokenize it by "
+                "data/tokenize_text.py, or pass --canonical_mask false"
+            )
 
     def fill(self, impossible: Tensor) -> float:
         """Wait for the pairs and copy them there, beside what the device has to do; gives the
         seconds that finding them took."""
-        seconds = self.answer.read()
-        os.waitpid(self.process, 0)
-        require(
-            len(seconds) > 0,
-            "the process that finds the impossible pairs of tokens was ended: free some memory, or "
-            "pass --canonical_mask false",
-        )
+        self.check(wait=True)
         pairs = torch.from_numpy(self.pairs)
         if impossible.is_cuda:
             stream = torch.cuda.Stream(impossible.device)
@@ -4834,7 +4851,7 @@ class PairFinder:
             stream.synchronize()
         else:
             impossible.copy_(pairs)
-        return float(seconds)
+        return self.seconds
 
 
 @contextlib.contextmanager
@@ -4891,7 +4908,7 @@ def train(config: Config, runtime: Runtime) -> None:
     num_targets = check_data(config, all_shapes + unread * config.sequences_per_step)
     finder = None
     if config.canonical_mask:
-        finder = PairFinder(read_token_table(), config.padded_vocab_size)
+        finder = PairFinder(read_token_table(), config, num_targets)
     check_outputs(config, log, len(shapes))
     environment = describe_environment(runtime)
     tables = {"environment": environment, "config": config_as_text(config)}
@@ -4932,6 +4949,8 @@ def train(config: Config, runtime: Runtime) -> None:
         step_batches, following = following, next(batches, None)
         loss = trainer.run_step(step, step_batches, following=following)
         progress.launched(step, loss)
+        if finder is not None and runtime.is_main:
+            finder.check()  # so that a run does not end in its first validation
 
         done = step + 1
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):

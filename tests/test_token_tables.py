@@ -27,12 +27,14 @@ from train_gpt import (
     FIRST_KINDS,
     SEAMS,
     START_TOKEN,
+    Config,
     PairFinder,
     TokenTable,
     UserError,
     Windows,
     check_config,
     expand,
+    first_impossible,
     impossible_pairs,
     next_token_loss,
     pieces_at_edge,
@@ -435,19 +437,28 @@ def test_pieces_at_edge_and_expand():
 # In the loss -------------------------------------------------------------------------------------
 
 
-def test_finder_works_in_another_process(table, pairs):
-    finder = PairFinder(table, 50_304)
+@pytest.fixture
+def masked(tmp_path) -> Config:
+    """A config with validation text that GPT-2's tokenizer can have made."""
+    write_shard(tmp_path / "val.bin", [START_TOKEN] * 9)
+    return tiny_config(canonical_mask=True, val_file=str(tmp_path / "val.bin"))
+
+
+def test_finder_works_in_another_process(table, pairs, masked):
+    finder = PairFinder(table, masked, 8)
+    finder.check()  # nothing is known yet
     finder.start()
     found = torch.ones(50_304, 6288, dtype=torch.uint8)
     assert 0.1 < finder.fill(found) < 300
+    finder.check()
     assert np.array_equal(found.numpy(), pairs)
     with pytest.raises(ChildProcessError):  # nobody is left to wait for
         os.waitpid(finder.process, 0)
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_finder_that_was_ended(table, started):
-    finder = PairFinder(table, 50_304)
+def test_finder_that_was_ended(table, masked, started):
+    finder = PairFinder(table, masked, 8)
     if started:
         finder.start()
     os.kill(finder.process, signal.SIGKILL)
@@ -458,9 +469,22 @@ def test_finder_that_was_ended(table, started):
         finder.fill(found)
 
 
-def test_finder_ends_with_whoever_made_it(table):
+@pytest.mark.parametrize("place", [0, 7, 2**20 - 1, 2**20, 2**20 + 5])
+def test_first_impossible_pair(pairs, place):
+    """Wherever it is, and not the second one."""
+    bits = np.unpackbits(pairs[:300], axis=1, bitorder="little")
+    first, second = map(int, np.argwhere(bits)[-1])
+    tokens = np.full(2**20 + 9, START_TOKEN, np.uint16)
+    assert first_impossible(pairs, tokens) == ()
+    tokens[place : place + 2] = first, second
+    tokens[-2:] = first, second
+    assert first_impossible(pairs, tokens) == (first, second, place)
+    assert first_impossible(pairs, tokens[: place + 1]) == ()
+
+
+def test_finder_ends_with_whoever_made_it(table, masked):
     """Without a start, and without a signal."""
-    finder = PairFinder(table, 50_304)
+    finder = PairFinder(table, masked, 8)
     process = finder.process
     assert os.waitpid(process, os.WNOHANG) == (0, 0)
     del finder
@@ -592,9 +616,10 @@ def test_run_with_the_mask(tmp_path, gpt2, known_pairs):
 
 
 def test_text_of_another_tokenizer_ends_in_one_line(tmp_path, known_pairs):
-    """Letters as byte tokens, which GPT-2's would have merged; the message names the first pair."""
+    """Letters as byte tokens, which GPT-2's would have merged; the message names the first pair,
+    and the run does not wait for its validation."""
     folder = write_data(tmp_path)
-    options = {"canonical_mask": "true", "stop_step": 2, "val_every": 0}
+    options = {"canonical_mask": "true", "val_every": 0, "num_steps": 600, "repeat_data": "true"}
     result = fork(folder, **options, prepare=known_pairs)
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line and "step" not in line]
@@ -607,3 +632,4 @@ def test_text_of_another_tokenizer_ends_in_one_line(tmp_path, known_pairs):
     )
     first, second, position = map(int, found.groups())
     assert [first, second] == tokens[position : position + 2].tolist()
+    assert len(log_of(folder)[1]["steps"]) < 600
