@@ -4730,7 +4730,6 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     batches = [to_device(batch, runtime.device) for batch in batches]
     num_tokens = runtime.world_size * sum(len(batch.tokens) for batch in batches)
     losses: dict[tuple[int, float], float] = {}  # by number of the time constant, and blend
-    begin = time.perf_counter()
 
     def score(number: int, blend: float) -> float:
         if (number, blend) not in losses:
@@ -4752,8 +4751,7 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
         {"share": shares[number], "blend": blend, "loss": loss, "chosen": (number, blend) == chosen}
         for (number, blend), loss in losses.items()
     ]
-    seconds = time.perf_counter() - begin
-    log.data["averages"] = {"tokens": num_tokens, "blends": rows, "seconds": seconds}
+    log.data["averages"] = {"tokens": num_tokens, "blends": rows}
 
     def describe(share: float, blend: float, loss: float, chosen: bool) -> str:
         name = f"{blend:g} of the {share:g} average" if blend else "last weights"
@@ -4954,11 +4952,13 @@ def train(config: Config, runtime: Runtime) -> None:
 
         done = step + 1
         if done == schedule.end_step or (config.val_every and done % config.val_every == 0):
+            begin = time.perf_counter()
             if finder is not None:
                 seconds, finder = finder.fill(model.impossible), None
                 log.line(f"found the impossible pairs of tokens in {seconds:.1f} s of training")
             if done == schedule.total_steps and unread:  # on the clock
                 choose_weights(trainer, following, schedule.windows(step), log)
+            behind_step = time.perf_counter() - begin  # on the clock, beside steps under way
             clock.stop()
             progress.report()
             windows = schedule.windows(step)
@@ -4969,6 +4969,7 @@ def train(config: Config, runtime: Runtime) -> None:
             with memory_for("validation", smaller):
                 val_loss = validate(model, config, runtime, num_targets, windows)
             row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
+            row["behind_step_s"] = behind_step
             log.data["validations"].append(row)
             log.line(f"step {done} val_loss {val_loss:.4f} train_time {clock.total:.3f} s")
             if model.fp8 is not None:

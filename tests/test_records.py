@@ -462,17 +462,26 @@ def test_a_short_log_counts_like_the_full_one(call):
     error = call("record", "c", "--logs", *logs, code=1)
     assert f"error: {logs[0]}: is a short log and not restored: " in error
     assert "put both back as they were" in error
+    script.write_bytes(b"\xff")
+    error = call("record", "c", "--logs", *logs, code=1)
+    assert f"error: {logs[0]}: is a short log, and what it names cannot be read (" in error
+    script.unlink()
+    assert "put the script back beside it" in call("record", "c", "--logs", *logs, code=1)
 
 
-def test_the_choice_of_averages_may_take_time_behind_the_last_step(call):
-    """On the clock: as long as the log says; in older logs, which do not say it, a quarter of a
-    second for each blend that was scored."""
-    newer = ({"seconds": 0.7}, 80.9, 0), ({"seconds": 0.6}, 80.9, 1), ({"seconds": 9.9}, 79.1, 1)
+def test_what_is_on_the_clock_behind_a_step_may_take_time(call):
+    """As long as the log says; in older logs, which do not say it, a quarter of a second for each
+    average that was scored in the end."""
+    newer = ({"behind_step_s": 0.7}, 80.9, 0), ({"behind_step_s": 0.6}, 80.9, 1)
+    cheat = ({"behind_step_s": 9.9}, 79.1, 1)
     older = ({"blends": [{}] * 3}, 80.9, 0), ({"blends": [{}] * 2}, 80.9, 1)
-    for i, (averages, end, code) in enumerate((*newer, *older)):
+    for i, (fields, end, code) in enumerate((*newer, cheat, *older)):
         path = made_up_run(Path("new"), 3)
         text, data = path.with_suffix(".txt").read_text(), json.loads(path.read_text())
-        data["averages"] = {"blends": []} | averages
+        if "blends" in fields:
+            data["averages"] = fields
+        else:
+            data["validations"][-1] |= fields
         for row in data["validations"][-1], data["summary"]:
             row["train_time_s"] = end
         data["summary"]["mean_step_ms"] = 1000 * end / 8

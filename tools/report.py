@@ -221,9 +221,8 @@ class Run:
         self.validations: list[dict] = data["validations"]  # step, val_loss, train_time_s
         names = "val_loss", "steps", "train_time_s"
         self.loss, self.num_steps, self.time = (data["summary"][name] for name in names)
-        averages = data.get("averages", {})  # scored on the clock, in the end
-        seconds = averages.get("seconds", SLACK_S * len(averages.get("blends", ())))
-        self.check_times(data["summary"]["mean_step_ms"], SLACK_S + seconds)
+        blends = data.get("averages", {}).get("blends", ())  # scored on the clock, in the end
+        self.check_times(data["summary"]["mean_step_ms"], SLACK_S * len(blends))
         scheduled = int(config["num_steps"]) + int(config["extension_steps"])
         self.finished = self.num_steps == scheduled
         self.steps_text = f"{self.num_steps}" + ("" if self.finished else f" of {scheduled}")
@@ -277,8 +276,10 @@ class Run:
             return "stopped early"
         return track.shortened if self.tokens < track.whole_tokens else "whole schedule"
 
-    def check_times(self, mean_step_ms: float, slack_at_end: float) -> None:
-        """Raise ValueError unless the times (s) of steps, validations and summary add up."""
+    def check_times(self, mean_step_ms: float, behind_last: float) -> None:
+        """Raise ValueError unless the times (s) of steps, validations and summary add up.
+        behind_last: seconds on the clock behind the last step, of older logs, which do not say it.
+        """
         if [row["step"] for row in self.steps] != [*range(1, self.num_steps + 1)]:
             raise ValueError(f"its steps are not 1 to {self.num_steps}")
         losses = [row["train_loss"] for row in self.steps] + [self.loss]
@@ -293,8 +294,8 @@ class Run:
             raise ValueError(f"mean_step_ms is {mean_step_ms}, of {self.num_steps} steps")
         for row in self.validations:  # the last is the result
             step, time = row["step"], row["train_time_s"]
-            slack = slack_at_end if step == self.num_steps else SLACK_S
-            if not -SLACK_S <= time - ends[step] <= slack:
+            behind = row.get("behind_step_s", behind_last if step == self.num_steps else 0.0)
+            if not -SLACK_S <= time - ends[step] <= SLACK_S + behind:
                 found = f"step_ms add up to {ends[step]:.3f} s by step {step}"
                 raise ValueError(f"{found}, the train_time_s of its val_loss is {time:.3f}")
 
@@ -328,8 +329,11 @@ def read_log(path: Path) -> str:
     text_path = path.with_suffix(".txt")
     try:
         return slim.restore(read_text(text_path), text_path.parent)
-    except (slim.SlimError, OSError) as error:
+    except slim.SlimError as error:
         raise ReportError(f"{shown(text_path)}: is a short log and not restored: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"is a short log, and what it names cannot be read ({error})"
+        raise ReportError(f"{shown(text_path)}: {found}: put the script back beside it") from None
 
 
 def read_run(path: Path) -> Run:
