@@ -188,7 +188,7 @@ LAST_LAYER_GATES = {
     "value": 2.0,  # on the value embedding
     # three streams whose sum the layer takes as its input
     "x_first": 0.0,  # the stream entering layer 0
-    "x_attend": 0.0,  # the output of the layer in attend_from (3)
+    "x_attend": 0.0,  # the output of the layer in attend_from (5)
     "x_last": 1.0,  # the stream arriving here
     # in place of the learned scalars of the other layers
     "residual": math.sqrt(1.1),

@@ -466,7 +466,9 @@ def test_a_short_log_counts_like_the_full_one(call):
     error = call("record", "c", "--logs", *logs, code=1)
     assert f"error: {logs[0]}: is a short log, and what it names cannot be read (" in error
     script.unlink()
-    assert "put the script back beside it" in call("record", "c", "--logs", *logs, code=1)
+    logs[0].write_text(f"script: {logs[0].name} sha256: {'0' * 64}\n", encoding="utf-8")
+    assert "is a short log, and what it names" in call("record", "c", "--logs", logs[0], code=1)
+    assert "put the script back beside it" in call("record", "c", "--logs", logs[1], code=1)
 
 
 def test_what_is_on_the_clock_behind_a_step_may_take_time(call):

@@ -121,14 +121,19 @@ def variants(script: ModuleType) -> list[dict]:
     return [plain, extras] if extras else [{}]
 
 
+def token_table(script: ModuleType):
+    """GPT-2's tokens as the script reads them; Unjudgeable if it cannot."""
+    try:
+        return script.read_token_table()
+    except script.UserError as error:
+        raise Unjudgeable(str(error)) from None
+
+
 @functools.cache
 def impossible_pairs(script: ModuleType) -> Tensor:
     """Of tokens, in bits, as a script with the canonical mask finds them in training."""
-    try:
-        table = script.read_token_table()
-    except script.UserError as error:
-        raise Unjudgeable(str(error)) from None
-    return torch.from_numpy(script.impossible_pairs(table, script.Config().padded_vocab_size))
+    table, vocab = token_table(script), script.Config().padded_vocab_size
+    return torch.from_numpy(script.impossible_pairs(table, vocab))
 
 
 def fill_mask(script: ModuleType, model: torch.nn.Module) -> None:
@@ -144,7 +149,7 @@ def free_tokens(script: ModuleType) -> np.ndarray:
     with a blank before it."""
     if "canonical_mask" not in field_names(script):
         return np.arange(START_TOKEN)
-    tokens = script.read_token_table().tokens
+    tokens = token_table(script).tokens
     return np.array([i for i, token in enumerate(tokens) if re.fullmatch(rb" [A-Za-z]+", token)])
 
 

@@ -331,7 +331,7 @@ def read_log(path: Path) -> str:
         return slim.restore(read_text(text_path), text_path.parent)
     except slim.SlimError as error:
         raise ReportError(f"{shown(text_path)}: is a short log and not restored: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         found = f"is a short log, and what it names cannot be read ({error})"
         raise ReportError(f"{shown(text_path)}: {found}: put the script back beside it") from None
 

@@ -134,7 +134,7 @@ def main() -> int:
             scripts = sorted(RECORDS.glob("*/train_gpt.py"))
             bases = args.base or [*scripts, *sorted(log.parent.glob("*.txt"))]
             log.write_bytes(slim(log, filter(is_base, bases)).encode())
-    except (SlimError, OSError, UnicodeDecodeError) as error:
+    except (SlimError, OSError, UnicodeDecodeError, RecursionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
