@@ -4818,8 +4818,7 @@ class PairFinder:
 
     def check(self, wait: bool = False) -> None:
         """Raise UserError if the process was ended, or has found a pair in the validation text."""
-        is_ready = wait or select.select([self.answer], [], [], 0)[0]
-        if self.seconds is not None or not is_ready:
+        if self.seconds is not None or not (wait or select.select([self.answer], [], [], 0)[0]):
             return
         answer = self.answer.read()
         os.waitpid(self.process, 0)
@@ -4968,8 +4967,12 @@ def train(config: Config, runtime: Runtime) -> None:
             smaller += f"or {tables_remedy(config, runtime.world_size)}"
             with memory_for("validation", smaller):
                 val_loss = validate(model, config, runtime, num_targets, windows)
-            row = {"step": done, "val_loss": val_loss, "train_time_s": clock.total}
-            row["behind_step_s"] = behind_step
+            row = {
+                "step": done,
+                "val_loss": val_loss,
+                "train_time_s": clock.total,
+                "behind_step_s": behind_step,
+            }
             log.data["validations"].append(row)
             log.line(f"step {done} val_loss {val_loss:.4f} train_time {clock.total:.3f} s")
             if model.fp8 is not None:

@@ -245,8 +245,7 @@ def choose_after_noise(runtime: Runtime, folder: Path) -> tuple[dict, dict[str, 
 
 def test_two_ranks_choose_what_one_process_does(tmp_path):
     """Norms and losses are of all ranks' rows and sequences."""
-    ranks = on_ranks(choose_after_noise, 2, tmp_path)
-    (first, weights), (second, of_second) = ranks
+    (first, weights), (second, of_second) = on_ranks(choose_after_noise, 2, tmp_path)
     alone, expected = choose_after_noise(cpu_runtime(), tmp_path)
     assert first == second and first["tokens"] == alone["tokens"] == 256
     for x, y in zip(first["blends"], alone["blends"], strict=True):

@@ -327,8 +327,9 @@ class Run:
 def read_log(path: Path) -> str:
     """The log of a run from any of its files, in full where tools/slim.py has shortened it."""
     text_path = path.with_suffix(".txt")
+    text = read_text(text_path)
     try:
-        return slim.restore(read_text(text_path), text_path.parent)
+        return slim.restore(text, text_path.parent)
     except slim.SlimError as error:
         raise ReportError(f"{shown(text_path)}: is a short log and not restored: {error}") from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
@@ -919,8 +920,10 @@ def copy_logs(path: Path, folder: Path) -> Path:
             continue
         if suffix != ".txt":
             replace(target, functools.partial(shutil.copyfile, source))
-        elif not (target.is_file() and read_log(target) == read_log(source)):  # it may be short
-            write_text(target, read_log(source))
+            continue
+        log = read_log(source)
+        if not target.is_file() or read_log(target) != log:  # what is there may be short
+            write_text(target, log)
     return folder / path.with_suffix(".json").name
 
 
