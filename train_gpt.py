@@ -115,9 +115,9 @@ class Layer:
 # fmt: off
 SPEEDRUN_STAGES = (
     #     share tokens  seq_len  short  long    lr    second candidates
-    Stage(0.30,  65_536,    896,   128,  384, 0.75, 0.42,  6_656),
+    Stage(0.30,  65_536,    640,   128,  384, 0.75, 0.42,  6_656),
     Stage(0.25, 131_072,    896,   128,  384, 1.00, 0.30,  5_888),
-    Stage(0.15, 196_608,   2048,   384,  896, 1.30, 0.12,  7_168),
+    Stage(0.15, 196_608,    896,   384,  896, 1.30, 0.12,  7_168),
     Stage(0.20, 262_144,   2048,   640, 1408, 1.52, 0.0,   8_192),
     Stage(0.10, 262_144,   2048,   640, 1408, 1.52, 0.0,  12_800),
 )
@@ -245,6 +245,9 @@ class Config:
     momentum_peak: float = 0.95  # and in between
     momentum_warmup_steps: int = 300  # steps from start to peak
     momentum_cooldown_steps: int = 50  # steps back at the end
+    slow_start: float = 0.43  # share of num_steps after which Muon takes a slow mean as well
+    slow_share: float = 0.5615  # its part; the other part then has the decay of momentum_start
+    slow_decay: float = 0.98  # of the slow mean, which is kept from the first step on
     adam_lr: float = 0.008  # Adam, embeddings and gates
     adam_weight_decay: float = 0.005  # times lr²; cautious
     adam_eps: float = 1e-10  # added to the root of Adam's second moment, and of n-grams' Adagrad
@@ -336,11 +339,13 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
         require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
     for name in not_negative.split():
         require(getattr(c, name) >= 0, f"--{name} {getattr(c, name)} must not be negative")
-    for name in ("muon_beta2", "momentum_start", "momentum_peak"):
+    for name in ("muon_beta2", "momentum_start", "momentum_peak", "slow_decay"):
         require(0 <= getattr(c, name) < 1, f"--{name} {getattr(c, name)} must be from 0 to below 1")
     require(c.num_steps + c.extension_steps <= 10**6,
             f"--num_steps {c.num_steps} and --extension_steps {c.extension_steps} are more than a "
             "million steps: lower them")
+    for name in ("slow_start", "slow_share"):
+        require(0 <= getattr(c, name) <= 1, f"--{name} {getattr(c, name)} must be from 0 to 1")
     require(0 <= c.lr_decay_start < 1,
             f"--lr_decay_start {c.lr_decay_start} must be a share of num_steps below 1")
     require(count % world_size == 0,
@@ -1201,12 +1206,27 @@ class Combine(torch.autograd.Function):
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def rotary_tables(head_dim: int, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position times frequency, each (num_positions, 1, head_dim / 4) fp32; in
-    radians a position the frequencies go from 1 down to 1/1024."""
-    frequencies = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """(head_dim / 4,) fp64, from 1 down to 1/1024 radians a position."""
+    return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+
+
+def rotary_tables(
+    frequencies: Tensor, num_positions: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times frequency, each (num_positions, 1, head_dim / 4) fp32."""
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def stretch_rotary(frequencies: Tensor, old: int, new: int) -> tuple[Tensor, float]:
+    """Frequencies for a window of `new` tokens after one of `old`, and a factor on the softmax
+    scale. What makes 32 turns or more in the old window stays, what makes one or fewer is slowed
+    down by old / new, the rest is in between.
+    Source: YaRN, Peng et al. 2023, arXiv 2309.00071; ours has 0.2 in place of 0.1 in the factor."""
+    turns = old * frequencies / (2 * math.pi)
+    kept = ((turns - 1) / 31).clamp(0, 1)
+    return frequencies * (old / new + kept * (1 - old / new)), 1 + 0.2 * math.log(new / old)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2761,7 +2781,19 @@ class GPT(nn.Module):
         stages = (*config.stages, *config.extension)
         longest = max(stage.tokens_per_step for stage in stages) // config.sequences_per_step
         longest = max(longest, config.tokens_per_pass, config.val_sequence_tokens)
-        self.rotary = rotary_tables(config.head_dim, longest, device)
+        frequencies, scale = rotary_frequencies(config.head_dim), config.attention_scale
+        self.rotary = rotary_tables(frequencies, longest, device)
+        # of long layers by their window: cosines, sines, softmax scale
+        self.long_rotary = {stages[0].window_long: (*self.rotary, scale)}
+        for before, stage in itertools.pairwise(stages):
+            old, new = before.window_long, stage.window_long
+            frequencies, factor = stretch_rotary(frequencies, old, new)
+            scale *= factor
+            if new not in self.long_rotary:
+                tables = rotary_tables(frequencies, longest, device)
+                self.long_rotary[new] = *tables, scale
+        last = self.long_rotary[stages[-1].window_long]
+        self.long_rotary.setdefault(config.final_window_long, last)
         self.fp8 = None
         if config.fp8 and dtype == torch.bfloat16 and has_kernels(device):
             banks = self.mlp_bank, self.attention_bank, self.head
@@ -2954,10 +2986,13 @@ class GPT(nn.Module):
         config, is_long = self.config, self.config.layers[i].window == "long"
         w_qkv, w_o = self.attention_weights[i]
         offset = len(normed) // batch.sequences if is_long else 0
+        cos, sin, scale = *self.rotary, config.attention_scale
+        if is_long:
+            cos, sin, scale = self.long_rotary[windows.long]
         # (T, num_heads, head_dim) each
-        q, k, v = prepare_qkv(normed, w_qkv, *self.rotary, value, fp8, offset, config.head_dim)
+        q, k, v = prepare_qkv(normed, w_qkv, cos, sin, value, fp8, offset, config.head_dim)
         lengths = batch.cu_seqlens, batch.max_seq_len, windows.long if is_long else windows.short
-        y = attention(q, k, v, *lengths, config.attention_scale, self.backend)
+        y = attention(q, k, v, *lengths, scale, self.backend)
         return y.flatten(1) @ w_o
 
     def pointer_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -3089,15 +3124,25 @@ PARAM_GROUPS = (
     ParamGroup("small",          "adam",    False,   2),  # numbers are in small_params
 )
 
-# (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; Amsel et al. 2025, arXiv 2505.16932
+# (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ, those of record 92 of modded-nanogpt. Singular
+# values from 0.003 to 1/1.05 end between 0.995 and 1.0004. Method: Amsel et al. 2025, 2505.16932
 POLAR_EXPRESS = (
-    (8.1566, -22.4833, 15.8788),
-    (4.0429,  -2.8089,  0.5000),
-    (3.8917,  -2.7725,  0.5061),
-    (3.2858,  -2.3681,  0.4645),
-    (2.3465,  -1.7098,  0.4232),
+    (3.923798038567, -6.095026865488, 3.905234618423),
+    (3.278126713798, -3.328923386476, 0.989127286973),
+    (3.505298394150, -5.137358782410, 1.968325560615),
+    (2.815058591845, -3.685181239622, 1.417196497642),
+    (2.245503932403, -2.443826979899, 0.963091710461),
+    (2.256537145403, -2.166840097229, 0.929501253245),
 )
 # fmt: on
+
+
+class Momentum(NamedTuple):
+    """Muon's in one step."""
+
+    decay: float | Tensor  # of the mean of the gradients
+    slow_share: float | Tensor  # of the slow mean, when the two are mixed
+    look_ahead: float | Tensor  # share of these in the update, beside the gradient
 
 
 class MuonBlock(NamedTuple):
@@ -3128,7 +3173,7 @@ def muon_blocks(config: Config) -> dict[str, tuple[MuonBlock, ...]]:
 def polar_express(x: Tensor) -> Tensor:
     """Nearly the polar factor UVᵀ of each matrix USVᵀ in x, (batch, rows, cols)."""
     norm, tall = widen(x).norm(dim=(1, 2), keepdim=True), x.size(1) > x.size(2)
-    x = x / (1.02 * norm + 1e-7).type_as(x)
+    x = x / (1.05 * norm + 1e-6).type_as(x)
     for a, b, c in POLAR_EXPRESS:
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -3149,20 +3194,24 @@ def apply_update_(
 
 @compiled
 def normuon_update_(
-    weights: Tensor, copy: Tensor | None, grad: Tensor, momentum: Tensor, mean_square: Tensor,
-    step_scale: Tensor, mu: Tensor, beta2: float, lr: Tensor, decay: Tensor,
+    weights: Tensor, copy: Tensor | None, grad: Tensor, mean: Tensor, slow_mean: Tensor,
+    mean_square: Tensor, step_scale: Tensor, momentum: Momentum, slow_decay: float, beta2: float,
+    lr: Tensor, decay: Tensor,
 ) -> None:  # fmt: skip
     """One step of NorMuon, in place, for a bank's matrices of one kind.
 
-    weights and momentum in fp32, their copy that the model reads, if it has another dtype, and
+    weights and means in fp32, the weights' copy that the model reads, if it has another dtype, and
     grad: (entries, matrices of an entry, rows, cols). mean_square: fp32, (matrices, rows, 1), or
-    (matrices, 1, cols) to even out columns. step_scale: fp32, (entries,), of the direction. mu, lr,
-    decay: 0-d.
-    Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1.
+    (matrices, 1, cols) to even out columns. step_scale: fp32, (entries,), of the direction.
+    momentum: of 0-d tensors, as are lr and decay.
+    Source: NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1. The slow mean is that of record
+    92 of modded-nanogpt.
     """
     grad = grad.float()
-    momentum.lerp_(grad, 1 - mu)
-    update = grad.lerp(momentum, mu).flatten(0, 1)  # Nesterov's look ahead
+    mean.lerp_(grad, 1 - momentum.decay)
+    slow_mean.lerp_(grad, 1 - slow_decay)
+    mixed = mean.lerp(slow_mean, momentum.slow_share)
+    update = grad.lerp(mixed, momentum.look_ahead).flatten(0, 1)  # Nesterov's
     update = update.bfloat16() if update.is_cuda else update
     direction = polar_express(update).float()
     # Even out the rows, and keep the norm.
@@ -3223,6 +3272,7 @@ class ParamState:
         self.average_begins = [max(0.0, end - max(group.every, 3 * steps)) for steps in constants]
         self.average_rates = [-math.expm1(-group.every / steps) for steps in constants]
         self.mean = torch.zeros_like(self.weights)
+        self.slow_mean = torch.zeros_like(self.weights) if group.rule == "normuon" else None
         self.mean_squares: list[Tensor] = []
         self.blocks: tuple[MuonBlock, ...] = ()
         self.step_scales: list[Tensor] = []  # of each block, one an entry
@@ -3253,7 +3303,8 @@ class ParamState:
 
     def tensors(self) -> list[Tensor]:
         weights = [] if self.copy is None else [self.weights]  # else they are the parameter's
-        return [*weights, self.mean, *self.mean_squares, *self.averages]
+        means = [self.mean] if self.slow_mean is None else [self.mean, self.slow_mean]
+        return [*weights, *means, *self.mean_squares, *self.averages]
 
     def average(self, step: int) -> None:
         """Bring the averages on, behind the update of this step."""
@@ -3294,7 +3345,7 @@ class Optimizer:
     @recorded("optimizer")
     @torch.no_grad()
     def step(
-        self, step: int, lr_scale: float, momentum: float, following: RowExchange | None = None
+        self, step: int, lr_scale: float, momentum: Momentum, following: RowExchange | None = None
     ) -> None:
         """Update with the gradients in .grad, summed over ranks here. Parameters with every = 2
         keep theirs on even steps and are updated on odd ones. following: of the next step, whose
@@ -3341,7 +3392,7 @@ class Optimizer:
         return finish
 
     def _update(
-        self, state: ParamState, grad: Tensor, step: int, lr_scale: float, momentum: float
+        self, state: ParamState, grad: Tensor, step: int, lr_scale: float, momentum: Momentum
     ) -> None:
         config, group = self.config, state.group
 
@@ -3358,14 +3409,15 @@ class Optimizer:
                 eps=config.adam_eps, lr=lr, decay=decay,
             )  # fmt: skip
             return
-        mu = torch.full((), momentum, device=grad.device)
+        momentum = Momentum(*(torch.full((), x, device=grad.device) for x in momentum))
         lr, decay = rates(config.muon_lr, config.muon_weight_decay)
         blocks = zip(state.blocks, state.mean_squares, state.step_scales, strict=True)
         for block, mean_square, step_scale in blocks:
             normuon_update_(
                 block.cut(state.weights), copy=block.cut(state.copy), grad=block.cut(grad),
-                momentum=block.cut(state.mean), mean_square=mean_square, step_scale=step_scale,
-                mu=mu, beta2=config.muon_beta2, lr=lr, decay=decay,
+                mean=block.cut(state.mean), slow_mean=block.cut(state.slow_mean),
+                mean_square=mean_square, step_scale=step_scale, momentum=momentum,
+                slow_decay=config.slow_decay, beta2=config.muon_beta2, lr=lr, decay=decay,
             )  # fmt: skip
 
     @torch.no_grad()
@@ -3897,7 +3949,7 @@ class Schedule:
         counted = f", {stage.candidates:,} candidates" if stage.candidates else ""
         return f"windows {stage.window_short} and {stage.window_long}{counted}"
 
-    def rates(self, step: int) -> tuple[float, float]:
+    def rates(self, step: int) -> tuple[float, Momentum]:
         """The learning rate's multiplier and Muon's momentum."""
         return self.lr_scale(step), self.momentum(step)
 
@@ -3907,12 +3959,17 @@ class Schedule:
         remaining = max(0.0, 1 - step / config.num_steps) / (1 - config.lr_decay_start)
         return lr if remaining >= 1 else lr * remaining + config.lr_end * (1 - remaining)
 
-    def momentum(self, step: int) -> float:
-        """Linear warm-up, plateau, linear cool-down over the last steps."""
-        start, peak = self.config.momentum_start, self.config.momentum_peak
-        up, cooldown = step / self.config.momentum_warmup_steps, self.config.momentum_cooldown_steps
+    def momentum(self, step: int) -> Momentum:
+        """Linear warm-up, plateau, linear cool-down over the last steps; from slow_start on the
+        decay of the mean is that of the start again, and the slow mean has its share."""
+        config = self.config
+        start, cooldown = config.momentum_start, config.momentum_cooldown_steps
+        up = step / config.momentum_warmup_steps
         down = (self.total_steps - step) / cooldown if cooldown else 1.0
-        return start + min(up, down, 1.0) * (peak - start)
+        look_ahead = start + min(up, down, 1.0) * (config.momentum_peak - start)
+        if step < config.slow_start * config.num_steps:
+            return Momentum(look_ahead, 0.0, look_ahead)
+        return Momentum(start, config.slow_share, look_ahead)
 
 
 # ==================================================================================================
@@ -4212,7 +4269,7 @@ class SelfCheck:
         x8, w8 = self.in_fp8(x), self.in_fp8(w)
         qkv = fp8_matmul(x8, w8)
         results = [Result("matmul", qkv, dequantized(x8) @ dequantized(w8).mT)]
-        rotary = rotary_tables(config.head_dim, self.tokens, self.device)
+        rotary = rotary_tables(rotary_frequencies(config.head_dim), self.tokens, self.device)
         eye = torch.eye(3 * width, dtype=torch.float64, device=self.device)
         shape = self.tokens, config.num_heads, config.head_dim
         for is_long, has_value in sorted(

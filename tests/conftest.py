@@ -29,6 +29,7 @@ from train_gpt import (
     Config,
     Fp8,
     Log,
+    Momentum,
     Runtime,
     Stage,
     keep_freed_memory,
@@ -131,6 +132,8 @@ def tiny_config(**changes: object) -> Config:
     }
     return Config(**{**fields, **changes})
 
+
+MOMENTUM = Momentum(0.9, 0.0, 0.9)  # of Muon before the slow mean comes in
 
 # How far trained_like moves the slices of GPT.small from their starts; the others move by 0.2.
 SPREADS = {"gate_w_1": 0.05, "gate_b_1": 0.3, "gate_w_2": 1.0, "gate_b_2": 1.5}

@@ -12,6 +12,7 @@ import pytest
 import test_world
 import torch
 from conftest import (
+    MOMENTUM,
     ROOT,
     cpu_runtime,
     on_ranks,
@@ -64,7 +65,7 @@ def random_steps(optimizer: Optimizer, steps: range) -> list[dict[str, Tensor]]:
         for i, param in enumerate(optimizer.model.parameters()):
             generator = torch.Generator().manual_seed(100 * step + i)
             param.grad += torch.randn(param.shape, generator=generator).to(param.dtype)
-        optimizer.step(step, 1.0, 0.9)
+        optimizer.step(step, 1.0, MOMENTUM)
         history.append({state.group.name: state.weights.clone() for state in optimizer.states})
     return history
 
@@ -235,7 +236,7 @@ def choose_after_noise(runtime: Runtime, folder: Path) -> tuple[dict, dict[str, 
                 generator = torch.Generator().manual_seed(1000 * step + 10 * i + part)
                 grad = torch.randint(-8, 9, param.shape, generator=generator)
                 param.grad += grad.to(param.dtype)
-        trainer.optimizer.step(step, 1.0, 0.9)
+        trainer.optimizer.step(step, 1.0, MOMENTUM)
     sequences = [(random_documents(i, [30, 35]), np.array([0, 30])) for i in range(4)]
     batches = rank_batches(sequences, 1, 64, config, runtime)
     choose_weights(trainer, batches, Windows(8, 24), log)

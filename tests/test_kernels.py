@@ -33,6 +33,7 @@ from train_gpt import (
     mlp_matmul,
     quantize,
     rms_norm,
+    rotary_frequencies,
     rotary_tables,
     sort_rows,
     update_ngrams_,
@@ -220,7 +221,7 @@ def prepare_inputs(case: tuple) -> list:
     dim = heads * head_dim
     value = random(tokens, 3, dim)[:, 1] if "value" in present else None
     inputs = [random(tokens, dim), random(3 * dim, dim, std=dim**-0.5)]
-    inputs += [*rotary_tables(head_dim, tokens + 3, DEVICE), value, None]
+    inputs += [*rotary_tables(rotary_frequencies(head_dim), tokens + 3, DEVICE), value, None]
     length = tokens // (3 if "rows" in present else 1)
     return [*inputs, length if "offset" in present else 0, head_dim]
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import ROOT, cpu_runtime, random_batch, tiny_config, trained_like
+from conftest import MOMENTUM, ROOT, cpu_runtime, random_batch, tiny_config, trained_like
 from test_check import check
 from test_train import fork, log_of, write_data
 from torch import Tensor
@@ -199,7 +199,7 @@ def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
             trainer.micro_step(batch, trainer.schedule.stage(0))
         for batch, (rows, _) in zip(batches, gathered, strict=True):
             assert rows == ngram_rows(batch.tokens.tolist(), ORDERS, 101)
-        trainer.optimizer.step(step, 1.0 + step, 0.9)
+        trainer.optimizer.step(step, 1.0 + step, MOMENTUM)
         assert ngrams.filled == 0
         rows = [of_token for rows, _ in gathered for of_token in rows]
         again += 2 * len(rows) - len({row for of_token in rows for row in of_token})
@@ -210,7 +210,7 @@ def test_steps_update_rows_as_dictionaries_do(runtime, monkeypatch):
     assert again > 500
     sums = torch.tensor([reference.sums[row] for row in range(202)])
     torch.testing.assert_close(ngrams.sum_squares, sums, rtol=1e-4, atol=1e-12)
-    trainer.optimizer.step(3, 1.0, 0.9)  # nothing was read since
+    trainer.optimizer.step(3, 1.0, MOMENTUM)  # nothing was read since
     torch.testing.assert_close(ngrams.table.double(), expected, rtol=1e-3, atol=1e-5)
 
 

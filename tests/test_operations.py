@@ -11,8 +11,10 @@ from train_gpt import (
     attention,
     attention_backend,
     rms_norm,
+    rotary_frequencies,
     rotary_tables,
     softcap,
+    stretch_rotary,
 )
 
 CPU = torch.device("cpu")
@@ -104,7 +106,7 @@ def test_rotary_is_complex_multiplication(head_dim):
     """Adjacent pairs of the first half turn by t·f, f from 1 down to 1/1024; the rest stays."""
     num_tokens, heads = 50, 3
     x = random_qkv(num_tokens, heads, head_dim, seed=head_dim)[0]
-    turned = apply_rotary(x.float(), *rotary_tables(head_dim, num_tokens, CPU))
+    turned = apply_rotary(x.float(), *rotary_tables(rotary_frequencies(head_dim), num_tokens, CPU))
     count = head_dim // 4
     frequencies = [1024 ** (-i / (count - 1)) for i in range(count)]
     assert frequencies[0] == 1
@@ -126,7 +128,7 @@ def test_rotary_products_depend_on_the_distance_alone():
     q, k = (
         x[:1].float().expand(num_tokens, 1, head_dim) for x in random_qkv(1, 1, head_dim, 5)[:2]
     )
-    tables = rotary_tables(head_dim, num_tokens, CPU)
+    tables = rotary_tables(rotary_frequencies(head_dim), num_tokens, CPU)
     products = (apply_rotary(q, *tables) @ apply_rotary(k, *tables).permute(1, 2, 0)).squeeze()
     assert products.shape == (num_tokens, num_tokens)
     for distance in range(-40, 40):
@@ -135,9 +137,22 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert products.diagonal(0)[0] - products.diagonal(-3)[0] != pytest.approx(0, abs=0.1)
 
 
+def test_stretched_rotary():
+    """From a window of 100 to one of 400: 32 turns or more in 100 tokens stay as fast, one or fewer
+    become four times slower, 16.5 lie in the middle; the softmax scale grows by 0.2 ln 4."""
+    turns = torch.tensor([1000.0, 32.0, 16.5, 1.0, 0.1], dtype=torch.float64)
+    frequencies = turns * 2 * math.pi / 100
+    stretched, factor = stretch_rotary(frequencies, 100, 400)
+    expected = torch.tensor([1, 1, (1 + 1 / 4) / 2, 1 / 4, 1 / 4], dtype=torch.float64)
+    torch.testing.assert_close(stretched / frequencies, expected)
+    assert factor == pytest.approx(1 + 0.2 * math.log(4))
+    same, one = stretch_rotary(frequencies, 300, 300)
+    assert torch.equal(same, frequencies) and one == 1
+
+
 def test_rotary_keeps_dtype_and_length():
     x = random_qkv(40, 2, 16, seed=9)[0]
-    tables = rotary_tables(16, 40, CPU)
+    tables = rotary_tables(rotary_frequencies(16), 40, CPU)
     assert apply_rotary(x.bfloat16(), *tables).dtype == torch.bfloat16
     turned = apply_rotary(x.float(), *tables)
     torch.testing.assert_close(turned.norm(dim=-1).double(), x.norm(dim=-1), rtol=1e-5, atol=1e-5)

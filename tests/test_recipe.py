@@ -34,9 +34,12 @@ from train_gpt import (
     next_token_loss,
     prepare_qkv,
     read_proposal,
+    rotary_frequencies,
+    rotary_tables,
     sample_candidates,
     shift,
     small_params,
+    stretch_rotary,
 )
 
 WINDOWS = Windows(8, 24)
@@ -113,6 +116,31 @@ def test_rotary_tables_cover_the_longest_sequence(runtime):
     extension = dataclasses.replace(tiny_config().extension[0], tokens_per_step=448)
     cos, _ = GPT(tiny_config(extension=(extension,)), runtime).rotary
     assert len(cos) == 112
+
+
+def test_long_layers_stretch_their_rotary_with_the_window(runtime, monkeypatch):
+    """From window to window of the stages, in their order; short layers never do. The final
+    validation has a longer window, with frequencies and scale of the extension."""
+    first = tiny_config().stages[0]
+    stages = [dataclasses.replace(first, share=1 / 3, window_long=w) for w in (16, 16, 32)]
+    extension = dataclasses.replace(first, window_long=48)
+    model = trained_like(tiny_config(stages=tuple(stages), extension=(extension,)), runtime)
+    batch = random_batch(1, [40, 24])
+    expected, scale = rotary_frequencies(8), 0.1
+    for old, new, final in ((16, 16, 16), (16, 32, 32), (32, 48, 48), (48, 48, 64)):
+        expected, factor = stretch_rotary(expected, old, new)
+        scale *= factor
+        tables = rotary_tables(expected, 64, runtime.device)
+        monkeypatch.undo()
+        turns, scales = recorded(monkeypatch, "prepare_qkv"), recorded(monkeypatch, "attention")
+        model.validation_loss(batch, Windows(8, final))
+        for layer, (args, _), (attended, _) in zip(model.config.layers, turns, scales, strict=True):
+            is_long = layer.window == "long"
+            for found, table in zip(args[2:4], tables if is_long else model.rotary, strict=True):
+                assert torch.equal(found, table)
+            assert attended[-2] == pytest.approx(scale if is_long else 0.1)
+    assert scale > 0.12
+    assert (expected < rotary_frequencies(8)).any()
 
 
 def prepared(model: GPT, n: Tensor, layer: int, **changes: object) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,16 +66,18 @@ def test_learning_rate():
 
 
 def test_momentum():
-    """Linear from start to peak, flat, and back to start over the last steps of all."""
-    plan = schedule(momentum_start=0.85, momentum_peak=0.95)
+    """Linear from start to peak, flat, and back to start over the last steps of all; the decay of
+    the mean is that of the start again when the slow mean comes in."""
+    plan = schedule(momentum_start=0.85, momentum_peak=0.95, slow_start=0.4, slow_share=0.6)
     for step in range(110):
-        expected = 0.95
+        look_ahead = 0.95
         if step < 20:
-            expected = 0.85 + 0.1 * step / 20
+            look_ahead = 0.85 + 0.1 * step / 20
         if step > 105:
-            expected = 0.85 + 0.1 * (110 - step) / 5
+            look_ahead = 0.85 + 0.1 * (110 - step) / 5
+        expected = (look_ahead, 0, look_ahead) if step < 40 else (0.85, 0.6, look_ahead)
         assert plan.momentum(step) == pytest.approx(expected, abs=1e-12), step
-    assert schedule(momentum_cooldown_steps=0).momentum(109) == 0.95
+    assert schedule(momentum_cooldown_steps=0).momentum(109).look_ahead == 0.95
 
 
 def test_tokens():

@@ -297,7 +297,9 @@ class Pass:
         yield Case("combine, 4 terms", inputs, call, **moved)
 
     def prepare_qkv(self) -> Iterator[Case]:
-        tables = train_gpt.rotary_tables(HEAD_DIM, self.T, self.device)
+        tables = train_gpt.rotary_tables(
+            train_gpt.rotary_frequencies(HEAD_DIM), self.T, self.device
+        )
         w_qkv = self.random(3 * WIDTH, DIM, std=0.02, grad=True)
         inputs, value = [self.wide(), w_qkv], [self.wide(WIDTH)]
         bank = torch.cat([w_qkv, w_qkv[:WIDTH]]).detach()  # rows of O behind
@@ -463,12 +465,13 @@ def normuon(bench: Bench) -> Iterator[Case]:
         products = [(count, size, size, max(height, DIM)), (count, size, size, size)]
         products.append((count, height, DIM, size))
         kept = (height, 1) if height >= DIM else (1, DIM)
-        inputs = [bench.random(*bank, dtype=dtype) for dtype in (FP32, BF16, BF16, FP32)]
+        inputs = [bench.random(*bank, dtype=dtype) for dtype in (FP32, BF16, BF16, FP32, FP32)]
         inputs += [bench.random(count, *kept, dtype=FP32).abs(), bench.random(entries, dtype=FP32)]
-        mu, *rates = numbers(bench, 0.95, 1e-3, 1e-6)
+        *momentum, lr, decay = numbers(bench, 0.85, 0.56, 0.95, 1e-3, 1e-6)
+        momentum = train_gpt.Momentum(*momentum)
 
-        def call(op, *x, mu=mu, rates=rates):
-            return op(*x, mu, CONFIG.muon_beta2, *rates)
+        def call(op, *x, rest=(momentum, CONFIG.slow_decay, CONFIG.muon_beta2, lr, decay)):
+            return op(*x, *rest)
 
         need = Need(matmuls=products * len(train_gpt.POLAR_EXPRESS))
         yield Case(f"normuon_update_, {name}", inputs, call, forward=need)
