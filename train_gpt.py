@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import glob
 import importlib.metadata
 import itertools
@@ -4787,49 +4788,66 @@ class PairFinder:
         (told, tell), (answer, say) = os.pipe(), os.pipe()
         # newer versions of Python warn of forks: a thread may hold a lock that the child wants
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        self.process = os.fork()
-        if self.process == 0:
-            try:
-                os.close(tell)  # so that read ends when the main process does
-                self._find(table, tokens, told, say)
-            finally:
-                os._exit(1)
+        # No collection in the child: it would destroy the parent's unreachable objects as well, and
+        # those of CUDA end a process that did not make them. Off before the fork, as hooks that run
+        # in the child before anything else could set one off.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self.process = os.fork()
+            if self.process == 0:
+                try:
+                    os.close(tell)  # so that read ends when the main process does
+                    self._find(table, tokens, told, say)
+                finally:
+                    os._exit(1)
+        finally:
+            if collects:
+                gc.enable()
         os.close(told)
         os.close(say)
         # they close with this object, and then the process ends if it was not told to start
         self.tell, self.answer = open(tell, "wb", 0), open(answer, "rb", 0)  # noqa: SIM115
 
     def _find(self, table: TokenTable, tokens: np.ndarray, told: int, say: int) -> None:
-        """In the other process. It has one thread and takes no lock of torch's."""
+        """In the other process. It has one thread and takes no lock of torch's. It says in JSON how
+        long finding the pairs took (s) and what first_impossible gives, or else how it failed."""
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.nice(19)
-        if os.read(told, 1):
+        if not os.read(told, 1):
+            return
+        try:
             begin = time.perf_counter()
             self.pairs[:] = impossible_pairs(table, len(self.pairs))
             seconds = time.perf_counter() - begin
-            answer = seconds, *first_impossible(self.pairs, tokens)
-            os.write(say, json.dumps(answer).encode())
+            answer = {"seconds": seconds, "found": first_impossible(self.pairs, tokens)}
+        except Exception as error:  # noqa: BLE001 (check() raises it)
+            answer = {"error": f"failed with {error!r}"}
+        os.write(say, json.dumps(answer).encode())
 
     def start(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # check() says that the process is gone
             self.tell.write(b"1")
 
     def check(self, wait: bool = False) -> None:
-        """Raise UserError if the process was ended, or has found a pair in the validation text."""
+        """Raise UserError if the process was ended or failed, or has found a pair in the validation
+        text."""
         if self.seconds is not None or not (wait or select.select([self.answer], [], [], 0)[0]):
             return
-        answer = self.answer.read()
-        os.waitpid(self.process, 0)
-        require(
-            len(answer) > 0,
-            "the process that finds the impossible pairs of tokens was ended: free some memory, or "
-            "pass --canonical_mask false",
-        )
-        self.seconds, *found = json.loads(answer)
-        if found:
-            first, second, position = found
+        text, (_, status) = self.answer.read(), os.waitpid(self.process, 0)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+        answer = json.loads(text) if text else {"error": f"was ended by {how}"}
+        if "error" in answer:
+            raise UserError(
+                f"the process that finds the impossible pairs of tokens {answer['error']}: free "
+                "some memory, or pass --canonical_mask false"
+            )
+        self.seconds = answer["seconds"]
+        if answer["found"]:
+            first, second, position = answer["found"]
             raise UserError(
                 f"{self.path}: token {first} and behind it {second}, at position {position}, are "
                 "no tokens that GPT-2's tokenizer makes of any text: tokenize it by "

@@ -1,5 +1,6 @@
 """GPT-2's tokens: the table in data/, and the pairs of tokens that validation leaves out."""
 
+import gc
 import hashlib
 import importlib
 import itertools
@@ -465,8 +466,76 @@ def test_finder_that_was_ended(table, masked, started):
     time.sleep(0.2)
     finder.start()
     found = torch.zeros(50_304, 6288, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"was ended: free some memory, or pass --canonical_mask f"):
+    message = (
+        r"tokens was ended by signal 9 \(Killed\): free some memory, or pass --canonical_mask f"
+    )
+    with pytest.raises(UserError, match=message):
         finder.fill(found)
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (lambda *_: os._exit(3), r"tokens was ended by exit code 3: free some memory, or pass --"),
+        (
+            lambda *_: [0] * 2**60,
+            r"tokens failed with MemoryError\(\): free some memory, or pass --",
+        ),
+        (lambda *_: 1 // 0, r"tokens failed with ZeroDivisionError\(.* by zero'\): free s"),
+    ],
+    ids=["end", "lack of memory", "fault"],
+)
+def test_finder_that_fails_says_how(table, masked, monkeypatch, end, message):
+    monkeypatch.setattr(train_gpt, "impossible_pairs", end)
+    finder = PairFinder(table, masked, 8)
+    finder.start()
+    with pytest.raises(UserError, match=message):
+        finder.check(wait=True)
+
+
+class EndsItsFork:
+    """An object in a reference cycle, so that only the garbage collector destroys it. Destroyed in
+    another process than the one that made it, it ends that one, as those of CUDA do."""
+
+    def __init__(self):
+        self.cycle, self.made_by = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.made_by:
+            os.kill(os.getpid(), signal.SIGABRT)
+
+
+def test_finder_destroys_no_garbage_of_its_parent(table, pairs, masked, monkeypatch):
+    """What a failed train() leaves behind is such garbage, if it was not collected until the fork.
+    What the finder makes here would have any collector run."""
+
+    def find(table: TokenTable, vocab: int) -> np.ndarray:
+        assert len([[] for _ in range(10_000)]) == 10_000
+        return pairs
+
+    def fork() -> int:
+        """With garbage that nobody has collected."""
+        enabled = gc.isenabled()
+        gc.disable()
+        EndsItsFork()
+        process = os_fork()
+        if enabled:
+            gc.enable()
+        return process
+
+    os_fork, threshold = os.fork, gc.get_threshold()
+    monkeypatch.setattr(train_gpt, "impossible_pairs", find)
+    monkeypatch.setattr(os, "fork", fork)
+    assert gc.isenabled()
+    gc.set_threshold(1)
+    try:
+        finder = PairFinder(table, masked, 8)
+        assert gc.isenabled()  # here it goes on
+        finder.start()
+        finder.check(wait=True)
+    finally:
+        gc.set_threshold(*threshold)
+    assert np.array_equal(finder.pairs, pairs)
 
 
 @pytest.mark.parametrize("place", [0, 7, 2**20 - 1, 2**20, 2**20 + 5])
