@@ -4850,8 +4850,9 @@ class PairFinder:
             first, second, position = answer["found"]
             raise UserError(
                 f"{self.path}: token {first} and behind it {second}, at position {position}, are "
-                "no tokens that GPT-2's tokenizer makes of any text: tokenize it by "
-                "data/tokenize_text.py, or pass --canonical_mask false"
+                "no tokens that GPT-2's tokenizer makes of any text: tokenize its text by "
+                "data/tokenize_text.py, or, if its tokens are single bytes or another tokenizer's, "
+                "pass --canonical_mask false"
             )
 
     def fill(self, impossible: Tensor) -> float:
