@@ -4720,7 +4720,8 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     """Replace the weights by a blend of them and one of their averages where that has a lower
     next-token loss on these batches of all ranks: text behind all that was trained on, which only
     --repeat_data can have read before. Validation text has no part in it. Every rank chooses the
-    same, as the losses are summed over ranks.
+    same, as the losses are summed over ranks. Targets that the canonical mask calls impossible,
+    whose loss is infinite, are left out with a warning, so that a trained model is not lost.
 
     Every time constant is scored at the middle one of --average_blends, and the best one at the
     others too. In the speedrun a score takes 8 sequences of 32,768 tokens, a fortieth of a
@@ -4730,13 +4731,25 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     shares, blends = trainer.config.average_shares, trainer.config.average_blends
     batches = [to_device(batch, runtime.device) for batch in batches]
     num_tokens = runtime.world_size * sum(len(batch.tokens) for batch in batches)
+    if model.impossible is not None:
+        left_out = [cannot_follow(model.impossible, x.tokens, x.targets) for x in batches]
+        count = int(runtime.all_reduce(sum(mask.sum() for mask in left_out)).item())
+        if count:
+            targets = [x.targets.masked_fill(m, IGNORED_TARGET) for x, m in zip(batches, left_out)]
+            batches = [x._replace(targets=own) for x, own in zip(batches, targets)]
+            log.line(
+                f"warning: {count:,} of {num_tokens:,} tokens of unread training text are not "
+                "scored, as GPT-2's tokenizer never makes them behind the token before: tokenize "
+                "the text of --train_files by data/tokenize_text.py, or pass --canonical_mask false"
+            )
+            num_tokens -= count
     losses: dict[tuple[int, float], float] = {}  # by number of the time constant, and blend
 
     def score(number: int, blend: float) -> float:
         if (number, blend) not in losses:
             optimizer.write_blend(number, blend)
             total = sum(model.validation_loss(batch, windows).double() for batch in batches)
-            losses[number, blend] = runtime.all_reduce(total).item() / num_tokens
+            losses[number, blend] = runtime.all_reduce(total).item() / max(num_tokens, 1)
         return losses[number, blend]
 
     optimizer.keep_last_weights()

@@ -20,7 +20,7 @@ import regex
 import tiktoken
 import torch
 from conftest import ROOT, random_batch, tiny_config, trained_like, write_shard
-from test_train import command, environment, fork, log_of, read_shard, write_data
+from test_train import command, environment, fork, letters, log_of, read_shard, write_data
 from torch import Tensor
 
 import train_gpt
@@ -703,3 +703,26 @@ def test_text_of_another_tokenizer_ends_in_one_line(tmp_path, known_pairs):
     first, second, position = map(int, found.groups())
     assert [first, second] == tokens[position : position + 2].tolist()
     assert len(log_of(folder)[1]["steps"]) < 600
+
+
+def test_training_text_of_another_tokenizer_loses_no_trained_run(tmp_path, gpt2, known_pairs):
+    """Letters as byte tokens to train on, GPT-2's to validate on: what the mask calls impossible
+    has no part in the choice of weights, which the log says."""
+    folder = write_texts(tmp_path / "run", gpt2)
+    write_shard(folder / "train_0.bin", letters(1, 8000))
+    options = {"canonical_mask": "true", "average_shares": "0.05:0.2", "val_every": 0}
+    result = fork(folder, **options, prepare=known_pairs)
+    assert result.returncode == 0, result.stderr
+    text, record = log_of(folder)
+    text = text.split("=" * 100)[-1]
+    found = re.search(
+        r"\nwarning: (\d+) of 128 tokens of unread training text are not scored, as GPT-2's "
+        r"tokenizer never makes them behind the token before: tokenize the text of --train_files "
+        r"by data/tokenize_text.py, or pass --canonical_mask false\n",
+        text,
+    )
+    assert 0 < int(found[1]) < 128
+    assert record["averages"]["tokens"] == 128 - int(found[1])
+    losses = [row["loss"] for row in record["averages"]["blends"]]
+    assert np.isfinite(losses).all() and len({*losses}) > 1
+    assert np.isfinite(record["summary"]["val_loss"])
