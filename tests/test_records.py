@@ -458,13 +458,20 @@ def test_a_short_log_counts_like_the_full_one(call):
     copies = sorted(Path("records").glob("*_b/*.txt"))
     assert [copy.read_text(encoding="utf-8") for copy in copies] == full
 
+    short = logs[0].read_bytes()
+    logs[0].write_bytes(short.replace(b"\n", b"\r\n"))
+    error = call("record", "c", "--logs", *logs, code=1)
+    assert f"error: {logs[0]}: is a short log and not restored: " in error and "CRLF" in error
+    logs[0].write_bytes(short)
+
     script.write_text(CHANGED, encoding="utf-8")
     error = call("record", "c", "--logs", *logs, code=1)
     assert f"error: {logs[0]}: is a short log and not restored: " in error
     assert "put both back as they were" in error
     script.write_bytes(b"\xff")
     error = call("record", "c", "--logs", *logs, code=1)
-    assert f"error: {logs[0]}: is a short log, and what it names cannot be read (" in error
+    found = f"error: {logs[0]}: is a short log and not restored: {script}: no text in UTF-8"
+    assert found in error
     script.unlink()
     logs[0].write_text(f"script: {logs[0].name} sha256: {'0' * 64}\n", encoding="utf-8")
     assert "is a short log, and what it names" in call("record", "c", "--logs", logs[0], code=1)

@@ -328,11 +328,13 @@ def read_log(path: Path) -> str:
     """The log of a run from any of its files, in full where tools/slim.py has shortened it."""
     text_path = path.with_suffix(".txt")
     text = read_text(text_path)
+    if not text.startswith(slim.FIRST_WORD):
+        return text
     try:
-        return slim.restore(text, text_path.parent)
+        return slim.restore(slim.read(text_path), text_path)
     except slim.SlimError as error:
         raise ReportError(f"{shown(text_path)}: is a short log and not restored: {error}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, RecursionError) as error:
         found = f"is a short log, and what it names cannot be read ({error})"
         raise ReportError(f"{shown(text_path)}: {found}: put the script back beside it") from None
 
