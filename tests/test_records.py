@@ -454,6 +454,8 @@ def test_a_short_log_counts_like_the_full_one(call):
     call("record", "a", "--logs", *Path("new").glob("*.txt"))  # the same runs
     assert (folder / "README.md").read_text(encoding="utf-8") == page
     assert slim.HEAD.match(logs[0].read_text(encoding="utf-8"))
+    folder = folder.rename("a")  # whose runs can be those of another record now
+    script, logs = folder / script.name, [folder / log.name for log in logs]
     call("record", "b", "--logs", *logs)
     copies = sorted(Path("records").glob("*_b/*.txt"))
     assert [copy.read_text(encoding="utf-8") for copy in copies] == full
@@ -476,6 +478,32 @@ def test_a_short_log_counts_like_the_full_one(call):
     logs[0].write_text(f"script: {logs[0].name} sha256: {'0' * 64}\n", encoding="utf-8")
     assert "is a short log, and what it names" in call("record", "c", "--logs", logs[0], code=1)
     assert "put the script back beside it" in call("record", "c", "--logs", logs[1], code=1)
+
+
+def test_a_run_counts_in_one_record(call):
+    """A copy, short or full, is refused with both names; runs of other content that have its name
+    are other ones."""
+    logs = sorted(Path("new").glob("*.txt"))
+    call("record", "a", "--logs", *logs)
+    call("record", "a", "--logs", *logs)  # again is no copy
+    (folder,) = Path("records").iterdir()
+    made_up_run(Path("other"), 1, 3.2)
+    call("record", "b", "--logs", *Path("other").glob("*.txt"))
+    call("history")
+    found = "are one run, and would count twice: leave it out of one record"
+    for copy in (logs[1], Path("short", logs[1].name)):
+        if copy != logs[1]:
+            shutil.copytree(folder, copy.parent)
+            copy.write_text(slim.slim(copy, [folder / "train_gpt.py"]), encoding="utf-8")
+        both = f"{folder / copy.stem}.json and {copy.with_suffix('.json')}"
+        assert call("record", "c", "--logs", copy, code=1) == f"\nerror: {both}: {found}\n"
+        assert not list(Path("records").glob("*_c"))
+    twin = Path("records/2026-01-02_twin")
+    shutil.copytree(folder, twin)
+    both = f"{folder / logs[0].stem}.json and {twin / logs[0].stem}.json"
+    page = Path("records/README.md").read_text(encoding="utf-8")
+    assert call("history", code=1) == f"\nerror: {both}: {found}\n"
+    assert Path("records/README.md").read_text(encoding="utf-8") == page
 
 
 def test_what_is_on_the_clock_behind_a_step_may_take_time(call):

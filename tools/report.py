@@ -589,6 +589,18 @@ def all_records(skip: bool = False) -> list[Record]:
     return sorted(records, key=lambda record: record.first.started)
 
 
+def check_apart(runs: Iterable[Run]) -> None:
+    """Raise ReportError if one of these runs, of all records, is there twice."""
+    by_id: dict[str, Run] = {}
+    for run in runs:
+        first = by_id.setdefault(run.run_id, run)
+        if first is not run and run.is_copy_of(first):
+            both = f"{shown(first.path)} and {shown(run.path)}"
+            raise ReportError(
+                f"{both}: are one run, and would count twice: leave it out of one record"
+            )
+
+
 def baseline_of(record: Record, records: list[Record]) -> Record | None:
     """The baseline of its session, where machine, data and targets are the same."""
 
@@ -1655,6 +1667,9 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     check_runs(None if any_script else script, runs)
     if by_log == "optimization":
         check_rules(runs)
+    if args.logs:
+        others = [record for record in all_records(skip=True) if record.folder != folder]
+        check_apart([*(run for record in others for run in record.runs), *runs])
     started = min(run.started for run in runs)
     parent = RECORDS / TRACKS[by_log].folder
     folder = folder or parent / f"{started:%Y-%m-%d}_{args.name}"
@@ -1874,6 +1889,7 @@ def history_command(args: argparse.Namespace, options: list[str]) -> None:
     records = all_records()
     if not records:
         raise ReportError(f"{shown(RECORDS)}: has no record: make one with ./run.sh record NAME")
+    check_apart(run for record in records for run in record.runs)
     listed = [record for record in records if not record.is_toy]
     groups = {name: [record for record in listed if record.track == name] for name in TRACKS}
     write_text(RECORDS / "README.md", history_page(listed))
