@@ -167,15 +167,19 @@ def test_a_long_text_keeps_its_end(rigged):
     assert model.given == [tokens[-19:-3], tokens[-18:-2], tokens[-17:-1]]
 
 
-@pytest.mark.parametrize(("mask", "expected"), [(False, "...."), (True, "a.a.")])
+@pytest.mark.parametrize(("mask", "expected"), [(False, "...."), (True, "a.a."), (None, "....")])
 def test_pointer_and_mask_take_part(tmp_path, mask, expected):
     """With all weights zero the logits are alike, and the pointer's shares of earlier tokens too.
     So the most frequent token of the text is likeliest; with the mask no "." behind another, which
-    would be the token "..".
+    would be the token "..". None: of a script that had no mask yet, so that it is off as it was in
+    training, though it is on by default.
     """
-    config = tiny_config(canonical_mask=mask)
+    config = tiny_config(canonical_mask=bool(mask))
     weights = train_gpt.GPT(config, cpu_runtime()).state_dict()
     saved = {"config": config_as_text(config), "byte_tokens": True}
+    if mask is None:
+        del saved["config"]["canonical_mask"]
+        assert train_gpt.Config().canonical_mask
     saved["weights"] = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     torch.save(saved, tmp_path / "model.pt")
     text = tool.continue_text(train_gpt, str(tmp_path / "model.pt"), "a...a.", 4, 0, seed=1)
