@@ -1318,9 +1318,11 @@ def test_speed_up_is_over_the_baseline_of_the_same_session(call):
     assert "loss_against_seconds.png" in call("history")
     for name in ("history", "loss_against_seconds"):
         assert Path(f"records/{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    rows = [
-        row for rows in sections(Path("records/README.md").read_text()).values() for row in rows
-    ]
+    page = Path("records/README.md").read_text(encoding="utf-8")
+    rows = [row for rows in sections(page).values() for row in rows]
+    links = (f"[{n.replace('_', ' ')}](2026-01-01_{n})" for n in ("a_later_reference", "a_later"))
+    assert f"The newest session with a baseline: {'; '.join(links)}; [a later matching](" in page
+    assert page.index("](history.png)") < page.index("The two sides have other machines")
     speeds = {row["record"]: (row.get("speed-up"), row.get("Δ loss")) for row in rows}
     assert speeds["[a](2026-01-01_a)"] == ("2.00×", "−0.0100")
     assert speeds["[a matching](2026-01-01_a_matching)"] == ("3.00×", "+0.0100")
@@ -1330,6 +1332,14 @@ def test_speed_up_is_over_the_baseline_of_the_same_session(call):
     link = "[the baseline of its session](../2026-01-01_a_reference)"
     assert table["speed-up"].startswith(f"3.00× over {link}, loss +0.0100 (Welch's two-")
     assert table["non-parametric memory"] == "n-gram lookup"
+
+
+def test_classes_of_memory_are_explained_before_the_first_section(call):
+    made_up_record(Path("records/2026-01-01_a"), [3.3])
+    call("history")
+    intro = Path("records/README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    for memory in ("none", "document", "n-gram lookup"):
+        assert re.search(rf"^\| {memory} \| .{{20,}} \|$", intro, re.MULTILINE)
 
 
 def test_a_script_with_a_pointer_has_the_document_as_memory(tmp_path):

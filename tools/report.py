@@ -51,7 +51,12 @@ RECORDS, LOGS = ROOT / "records", ROOT / "logs"
 ALPHA = 0.01  # a claim's p is below this
 CLAIM_GPUS, CLAIM_TARGETS = 8, 10_485_760
 BASELINE = "_reference"  # what the name of a session's baseline ends with
-MEMORY = "none", "document", "n-gram lookup"  # classes of non-parametric memory
+MEMORY = {  # classes of non-parametric memory: what is looked up while a token is predicted
+    "none": "nothing: embeddings and rows of hashed n-grams are weights, learned by gradients",
+    "document": "the tokens before it in its document, which the pointer can copy",
+    "n-gram lookup": "tables of which token followed which n-gram, in all text that was trained on "
+    "and in the validation text scored before it (`match_orders`)",
+}
 CORPORA = {"fineweb": "FineWeb", "proxy": "proxy corpus"}
 TOY_TOKENS = 30e6  # a schedule of fewer is a toy
 MEDIUM_WIDTH = 1024  # a model at least as wide is one of the medium track, unless --track says else
@@ -1478,10 +1483,22 @@ on a short schedule of its own. A result on a short schedule need not hold on a 
 STEPS = """Wall clock is free, so records of all machines compare. The page of the track has its
 [rules](optimization/README.md#rules) and [methods](optimization/README.md#baselines).
 """
+HISTORY = """Speed-ups over the baseline against the date. Right: the records of this project that
+have a baseline in their session, by the # of the tables below, a color a class; hollow points have
+a loss above the baseline's. Left: the public records of modded-nanogpt as multiples of record 89,
+hollow where proposed and not merged. The two sides have other machines, data and schedules.
+"""
 CURVES = """![loss against seconds of the newest session](loss_against_seconds.png)
 
-Lines are training losses, estimated on sampled candidates of the vocabulary; dots are validation
-losses, on the whole vocabulary.
+The newest session with a baseline: {names}.
+
+A line is the training loss of one run, averaged over a thirtieth of its steps, and on sampled
+candidates where a stage has these. All runs read the same shards in the same order, so that lines
+rise where text of another kind begins. Dots are validation losses, on the whole vocabulary; the
+dotted line is that of the baseline.
+"""
+MEMORIES = """**Non-parametric memory** is what a model looks up while it predicts a token, besides
+the weights that it has learned. A record belongs to the last of these classes that applies:
 """
 
 
@@ -1577,8 +1594,11 @@ schedule, on FineWeb with {CLAIM_GPUS} GPUs or more. A {track.shortened} is one 
 {track.whole_tokens / 1e6:,.0f} M tokens.
 """
     parts = [title, SPEED_UP + MAIN * (name == "main") + claim, picture]
-    if name == "main" and newest_session(members):
-        parts.append(CURVES)
+    if name == "main":
+        parts.append(HISTORY)
+    if name == "main" and (session := newest_session(members)):
+        links = (f"[{record.title}]({record.folder.name})" for record in session)
+        parts.append(CURVES.format(names="; ".join(links)))
     for kind, numbered in classes(members).items():
         parts.append(f"### {kind}\n\n{class_table(numbered, members)}")
     return "\n".join(parts)
@@ -1600,6 +1620,9 @@ each class: machine, data, length of the schedule and non-parametric memory, or 
 optimization track. A record's own page has its logs. Runs on a CPU and toy schedules are left out.
 
 {markdown_table(["track", "goal", "records"], rows)}
+
+{MEMORIES}
+{markdown_table(["non-parametric memory", "looks up"], MEMORY.items())}
 
 {proxy}{chr(10).join(parts)}"""
 
