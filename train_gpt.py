@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import glob
 import importlib.metadata
 import itertools
@@ -4776,7 +4777,8 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     """Replace the weights by a blend of them and one of their averages where that has a lower
     next-token loss on these batches of all ranks: text behind all that was trained on, which only
     --repeat_data can have read before. Validation text has no part in it. Every rank chooses the
-    same, as the losses are summed over ranks.
+    same, as the losses are summed over ranks. Targets that the canonical mask calls impossible,
+    whose loss is infinite, are left out with a warning, so that a trained model is not lost.
 
     Every time constant is scored at the middle one of --average_blends, and the best one at the
     others too. In the speedrun a score takes 8 sequences of 32,768 tokens, a fortieth of a
@@ -4786,13 +4788,25 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     shares, blends = trainer.config.average_shares, trainer.config.average_blends
     batches = [to_device(batch, runtime.device) for batch in batches]
     num_tokens = runtime.world_size * sum(len(batch.tokens) for batch in batches)
+    if model.impossible is not None:
+        left_out = [cannot_follow(model.impossible, x.tokens, x.targets) for x in batches]
+        count = int(runtime.all_reduce(sum(mask.sum() for mask in left_out)).item())
+        if count:
+            targets = [x.targets.masked_fill(m, IGNORED_TARGET) for x, m in zip(batches, left_out)]
+            batches = [x._replace(targets=own) for x, own in zip(batches, targets)]
+            log.line(
+                f"warning: {count:,} of {num_tokens:,} tokens of unread training text are not "
+                "scored, as GPT-2's tokenizer never makes them behind the token before: tokenize "
+                "the text of --train_files by data/tokenize_text.py, or pass --canonical_mask false"
+            )
+            num_tokens -= count
     losses: dict[tuple[int, float], float] = {}  # by number of the time constant, and blend
 
     def score(number: int, blend: float) -> float:
         if (number, blend) not in losses:
             optimizer.write_blend(number, blend)
             total = sum(model.validation_loss(batch, windows).double() for batch in batches)
-            losses[number, blend] = runtime.all_reduce(total).item() / num_tokens
+            losses[number, blend] = runtime.all_reduce(total).item() / max(num_tokens, 1)
         return losses[number, blend]
 
     optimizer.keep_last_weights()
@@ -4844,53 +4858,71 @@ class PairFinder:
         (told, tell), (answer, say) = os.pipe(), os.pipe()
         # newer versions of Python warn of forks: a thread may hold a lock that the child wants
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        self.process = os.fork()
-        if self.process == 0:
-            try:
-                os.close(tell)  # so that read ends when the main process does
-                self._find(table, tokens, told, say)
-            finally:
-                os._exit(1)
+        # No collection in the child: it would destroy the parent's unreachable objects as well, and
+        # those of CUDA end a process that did not make them. Off before the fork, as hooks that run
+        # in the child before anything else could set one off.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self.process = os.fork()
+            if self.process == 0:
+                try:
+                    os.close(tell)  # so that read ends when the main process does
+                    self._find(table, tokens, told, say)
+                finally:
+                    os._exit(1)
+        finally:
+            if collects:
+                gc.enable()
         os.close(told)
         os.close(say)
         # they close with this object, and then the process ends if it was not told to start
         self.tell, self.answer = open(tell, "wb", 0), open(answer, "rb", 0)  # noqa: SIM115
 
     def _find(self, table: TokenTable, tokens: np.ndarray, told: int, say: int) -> None:
-        """In the other process. It has one thread and takes no lock of torch's."""
+        """In the other process. It has one thread and takes no lock of torch's. It says in JSON how
+        long finding the pairs took (s) and what first_impossible gives, or else how it failed."""
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.nice(19)
-        if os.read(told, 1):
+        if not os.read(told, 1):
+            return
+        try:
             begin = time.perf_counter()
             self.pairs[:] = impossible_pairs(table, len(self.pairs))
             seconds = time.perf_counter() - begin
-            answer = seconds, *first_impossible(self.pairs, tokens)
-            os.write(say, json.dumps(answer).encode())
+            answer = {"seconds": seconds, "found": first_impossible(self.pairs, tokens)}
+        except Exception as error:  # noqa: BLE001 (check() raises it)
+            answer = {"error": f"failed with {error!r}"}
+        os.write(say, json.dumps(answer).encode())
 
     def start(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # check() says that the process is gone
             self.tell.write(b"1")
 
     def check(self, wait: bool = False) -> None:
-        """Raise UserError if the process was ended, or has found a pair in the validation text."""
+        """Raise UserError if the process was ended or failed, or has found a pair in the validation
+        text."""
         if self.seconds is not None or not (wait or select.select([self.answer], [], [], 0)[0]):
             return
-        answer = self.answer.read()
-        os.waitpid(self.process, 0)
-        require(
-            len(answer) > 0,
-            "the process that finds the impossible pairs of tokens was ended: free some memory, or "
-            "pass --canonical_mask false",
-        )
-        self.seconds, *found = json.loads(answer)
-        if found:
-            first, second, position = found
+        text, (_, status) = self.answer.read(), os.waitpid(self.process, 0)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+        answer = json.loads(text) if text else {"error": f"was ended by {how}"}
+        if "error" in answer:
+            raise UserError(
+                f"the process that finds the impossible pairs of tokens {answer['error']}: free "
+                "some memory, or pass --canonical_mask false"
+            )
+        self.seconds = answer["seconds"]
+        if answer["found"]:
+            first, second, position = answer["found"]
             raise UserError(
                 f"{self.path}: token {first} and behind it {second}, at position {position}, are "
-                "no tokens that GPT-2's tokenizer makes of any text: tokenize it by "
-                "data/tokenize_text.py, or pass --canonical_mask false"
+                "no tokens that GPT-2's tokenizer makes of any text: tokenize its text by "
+                "data/tokenize_text.py, or, if its tokens are single bytes or another tokenizer's, "
+                "pass --canonical_mask false"
             )
 
     def fill(self, impossible: Tensor) -> float:

@@ -223,6 +223,48 @@ def test_the_least_loss_is_taken(monkeypatch, losses, chosen):
         assert row["chosen"] == (candidate == chosen)
 
 
+def choose_masked(runtime: Runtime, folder: Path) -> tuple[dict, str, list[Tensor]]:
+    """Of a choice by four sequences, of which the mask calls some tokens impossible: what the log
+    has as data and as text, and the targets that were scored."""
+    config = tiny_config(average_shares=(0.2,), canonical_mask=True, ngram_rows=64)
+    log, scored = Log(str(folder), f"choice{runtime.rank}_of_{runtime.world_size}"), []
+    trainer = Trainer(trained_like(config, runtime), runtime)
+    sequences = [(random_documents(i, [30, 35]), np.array([0, 30])) for i in range(4)]
+    for tokens, _ in sequences[1:3]:  # 4 is impossible behind the first tokens of both
+        tokens[[3, 4, 50]] = 3, 4, 4
+        trainer.model.impossible[tokens[[3, 49]], 0] = 1 << 4
+    batches = rank_batches(sequences, 1, 64, config, runtime)
+    given, loss = [batch.targets.clone() for batch in batches], trainer.model.validation_loss
+
+    def note(batch: train_gpt.Batch, windows: Windows) -> Tensor:
+        scored.append(batch.targets)
+        return loss(batch, windows)
+
+    trainer.model.validation_loss = note
+    choose_weights(trainer, batches, Windows(8, 24), log)
+    assert all(map(torch.equal, given, [batch.targets for batch in batches]))
+    return log.data["averages"], log.path.read_text(), scored[: len(batches)]
+
+
+def test_impossible_tokens_of_training_text_are_left_out_of_the_choice(tmp_path):
+    """Their infinite losses would have every candidate lose to the last weights. The log says so,
+    with the number of all ranks."""
+    (first, text, of_first), (second, _, of_second) = on_ranks(choose_masked, 2, tmp_path)
+    alone, text_alone, scored = choose_masked(cpu_runtime(), tmp_path)
+    assert [int((targets < 0).sum()) for targets in scored] == [0, 2, 2, 0]
+    for targets in scored[1:3]:
+        assert (targets < 0).nonzero()[:, 0].tolist() == [3, 49]
+    assert all(map(torch.equal, [of_first[0], of_second[0], of_first[1], of_second[1]], scored))
+    assert alone["tokens"] == first["tokens"] == second["tokens"] == 256 - 4
+    assert all(math.isfinite(row["loss"]) for row in alone["blends"])
+    for x, y in zip(first["blends"], alone["blends"], strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], abs=2e-3)
+    for log in text, text_alone:
+        (line,) = [line for line in log.splitlines() if line.startswith("warning: ")]
+        assert line.startswith("warning: 4 of 256 tokens of unread training text are not scored")
+        assert "--train_files" in line and "loss on 252 tokens of unread training text: " in log
+
+
 def choose_after_noise(runtime: Runtime, folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Of a choice by four sequences, after steps on random gradients, which averages undo in part:
     what the log has, and the weights."""

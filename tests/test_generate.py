@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, cpu_runtime, tiny_config
 from test_eval import simple_alphabet
+from test_token_tables import downloaded_gpt2
 from test_train import BYTE_TO_ID, environment, fork, load, write_data
 
 import train_gpt
@@ -166,15 +167,19 @@ def test_a_long_text_keeps_its_end(rigged):
     assert model.given == [tokens[-19:-3], tokens[-18:-2], tokens[-17:-1]]
 
 
-@pytest.mark.parametrize(("mask", "expected"), [(False, "...."), (True, "a.a.")])
+@pytest.mark.parametrize(("mask", "expected"), [(False, "...."), (True, "a.a."), (None, "....")])
 def test_pointer_and_mask_take_part(tmp_path, mask, expected):
     """With all weights zero the logits are alike, and the pointer's shares of earlier tokens too.
     So the most frequent token of the text is likeliest; with the mask no "." behind another, which
-    would be the token "..".
+    would be the token "..". None: of a script that had no mask yet, so that it is off as it was in
+    training, though it is on by default.
     """
-    config = tiny_config(canonical_mask=mask)
+    config = tiny_config(canonical_mask=bool(mask))
     weights = train_gpt.GPT(config, cpu_runtime()).state_dict()
     saved = {"config": config_as_text(config), "byte_tokens": True}
+    if mask is None:
+        del saved["config"]["canonical_mask"]
+        assert train_gpt.Config().canonical_mask
     saved["weights"] = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     torch.save(saved, tmp_path / "model.pt")
     text = tool.continue_text(train_gpt, str(tmp_path / "model.pt"), "a...a.", 4, 0, seed=1)
@@ -254,8 +259,48 @@ def test_a_panic_of_the_tokenizer_is_one_line(monkeypatch):
         def encode_ordinary(self, text: str) -> list[int]:
             raise Panic("stack overflow")
 
-    import tiktoken
-
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: Library())
+    monkeypatch.setattr(tool, "gpt2_encoding", Library)
     with pytest.raises(tool.Unjudgeable, match="cannot read 'a{40}' ...: stack overflow"):
         tool.Tokenizer(byte_tokens=False).encode("a" * 99)
+
+
+# Ids of GPT-2's tokens, as they are known.
+KNOWN = {
+    "Hello world": [15496, 995],
+    "The quick brown fox": [464, 2068, 7586, 21831],
+    "it's  42\n\n": [270, 338, 220, 5433, 628],
+}
+
+
+def test_gpt2s_tokens_need_no_network(monkeypatch):
+    """Not even once. A token that ends within a character is no failure."""
+    import tiktoken
+
+    def unreachable(name: str) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    tokenizer = tool.Tokenizer(byte_tokens=False)
+    for text, tokens in KNOWN.items():
+        assert tokenizer.encode(text) == tokens and tokenizer.decode(tokens) == text
+    text = "Naïve 日本語, and <|endoftext|> as text."
+    tokens = tokenizer.encode(text)
+    assert START_TOKEN not in tokens and tokenizer.decode(tokens) == text
+    japanese = tokenizer.encode("本")
+    assert tokenizer.decode(japanese[:-1]) == "\ufffd"
+
+
+def test_gpt2s_tokens_are_those_of_tiktoken():
+    downloaded = downloaded_gpt2()
+    tokenizer = tool.Tokenizer(byte_tokens=False)
+    text = (ROOT / "README.md").read_text(encoding="utf-8") + "  \n\t é ½ 日本 \xa0 'll'LL 's\n \n"
+    assert tokenizer.encode(text) == downloaded.encode_ordinary(text)
+    ids = range(START_TOKEN)
+    assert all(tokenizer.decode([i]) == downloaded.decode([i]) for i in ids)
+
+
+def test_a_missing_table_of_tokens_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tool.Unjudgeable, match=r"gpt2_tokens\.npz: cannot be read \(No such file"):
+        tool.Tokenizer(byte_tokens=False)

@@ -109,6 +109,7 @@ def run_config(folder: Path, **changes: object) -> Config:
         "extension_steps": 2,
         "extension": (Stage(1.0, 32_768, 512, 256, 512, 1.0, 0.0, 3072),),
         "final_window_long": 512,
+        "canonical_mask": False,  # GPT-2's tokenizer makes no such text
         "log_dir": str(folder / "logs"),
     }
     return Config(**{**fields, **changes})

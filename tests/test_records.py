@@ -454,9 +454,17 @@ def test_a_short_log_counts_like_the_full_one(call):
     call("record", "a", "--logs", *Path("new").glob("*.txt"))  # the same runs
     assert (folder / "README.md").read_text(encoding="utf-8") == page
     assert slim.HEAD.match(logs[0].read_text(encoding="utf-8"))
+    folder = folder.rename("a")  # whose runs can be those of another record now
+    script, logs = folder / script.name, [folder / log.name for log in logs]
     call("record", "b", "--logs", *logs)
     copies = sorted(Path("records").glob("*_b/*.txt"))
     assert [copy.read_text(encoding="utf-8") for copy in copies] == full
+
+    short = logs[0].read_bytes()
+    logs[0].write_bytes(short.replace(b"\n", b"\r\n"))
+    error = call("record", "c", "--logs", *logs, code=1)
+    assert f"error: {logs[0]}: is a short log and not restored: " in error and "CRLF" in error
+    logs[0].write_bytes(short)
 
     script.write_text(CHANGED, encoding="utf-8")
     error = call("record", "c", "--logs", *logs, code=1)
@@ -464,11 +472,38 @@ def test_a_short_log_counts_like_the_full_one(call):
     assert "put both back as they were" in error
     script.write_bytes(b"\xff")
     error = call("record", "c", "--logs", *logs, code=1)
-    assert f"error: {logs[0]}: is a short log, and what it names cannot be read (" in error
+    found = f"error: {logs[0]}: is a short log and not restored: {script}: no text in UTF-8"
+    assert found in error
     script.unlink()
     logs[0].write_text(f"script: {logs[0].name} sha256: {'0' * 64}\n", encoding="utf-8")
     assert "is a short log, and what it names" in call("record", "c", "--logs", logs[0], code=1)
     assert "put the script back beside it" in call("record", "c", "--logs", logs[1], code=1)
+
+
+def test_a_run_counts_in_one_record(call):
+    """A copy, short or full, is refused with both names; runs of other content that have its name
+    are other ones."""
+    logs = sorted(Path("new").glob("*.txt"))
+    call("record", "a", "--logs", *logs)
+    call("record", "a", "--logs", *logs)  # again is no copy
+    (folder,) = Path("records").iterdir()
+    made_up_run(Path("other"), 1, 3.2)
+    call("record", "b", "--logs", *Path("other").glob("*.txt"))
+    call("history")
+    found = "are one run, and would count twice: leave it out of one record"
+    for copy in (logs[1], Path("short", logs[1].name)):
+        if copy != logs[1]:
+            shutil.copytree(folder, copy.parent)
+            copy.write_text(slim.slim(copy, [folder / "train_gpt.py"]), encoding="utf-8")
+        both = f"{folder / copy.stem}.json and {copy.with_suffix('.json')}"
+        assert call("record", "c", "--logs", copy, code=1) == f"\nerror: {both}: {found}\n"
+        assert not list(Path("records").glob("*_c"))
+    twin = Path("records/2026-01-02_twin")
+    shutil.copytree(folder, twin)
+    both = f"{folder / logs[0].stem}.json and {twin / logs[0].stem}.json"
+    page = Path("records/README.md").read_text(encoding="utf-8")
+    assert call("history", code=1) == f"\nerror: {both}: {found}\n"
+    assert Path("records/README.md").read_text(encoding="utf-8") == page
 
 
 def test_what_is_on_the_clock_behind_a_step_may_take_time(call):
@@ -1283,9 +1318,11 @@ def test_speed_up_is_over_the_baseline_of_the_same_session(call):
     assert "loss_against_seconds.png" in call("history")
     for name in ("history", "loss_against_seconds"):
         assert Path(f"records/{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    rows = [
-        row for rows in sections(Path("records/README.md").read_text()).values() for row in rows
-    ]
+    page = Path("records/README.md").read_text(encoding="utf-8")
+    rows = [row for rows in sections(page).values() for row in rows]
+    links = (f"[{n.replace('_', ' ')}](2026-01-01_{n})" for n in ("a_later_reference", "a_later"))
+    assert f"The newest session with a baseline: {'; '.join(links)}; [a later matching](" in page
+    assert page.index("](history.png)") < page.index("The two sides have other machines")
     speeds = {row["record"]: (row.get("speed-up"), row.get("Δ loss")) for row in rows}
     assert speeds["[a](2026-01-01_a)"] == ("2.00×", "−0.0100")
     assert speeds["[a matching](2026-01-01_a_matching)"] == ("3.00×", "+0.0100")
@@ -1295,6 +1332,14 @@ def test_speed_up_is_over_the_baseline_of_the_same_session(call):
     link = "[the baseline of its session](../2026-01-01_a_reference)"
     assert table["speed-up"].startswith(f"3.00× over {link}, loss +0.0100 (Welch's two-")
     assert table["non-parametric memory"] == "n-gram lookup"
+
+
+def test_classes_of_memory_are_explained_before_the_first_section(call):
+    made_up_record(Path("records/2026-01-01_a"), [3.3])
+    call("history")
+    intro = Path("records/README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    for memory in ("none", "document", "n-gram lookup"):
+        assert re.search(rf"^\| {memory} \| .{{20,}} \|$", intro, re.MULTILINE)
 
 
 def test_a_script_with_a_pointer_has_the_document_as_memory(tmp_path):

@@ -52,7 +52,7 @@ def edited(source: str, edits: int, seed: int) -> str:
 def test_a_log_is_restored_to_the_byte(tmp_path: Path, script: Path, seed: int) -> None:
     source, log = edited(BASE, seed % 8, seed), tmp_path / "log.txt"
     short = shorten(log, source, [script])
-    assert slim.restore(short, tmp_path) == source + SEPARATOR + BODY
+    assert slim.restore(short, log) == source + SEPARATOR + BODY
     if source == BASE:
         head, _, body = short.partition(SEPARATOR)
         assert head.count("\n") == 1 and head.startswith("script: script.py sha256: ")
@@ -74,7 +74,7 @@ def test_the_closest_of_scripts_and_short_logs_is_taken(tmp_path: Path, script: 
 def test_a_head_that_is_no_script_stays(tmp_path: Path, script: Path) -> None:
     short = shorten(log := tmp_path / "log.txt", "The script is that of base.txt.\n", [script])
     assert short.startswith("script: none ") and "\nThe script is that of base.txt.\n===" in short
-    assert slim.restore(short, tmp_path).startswith("The script") and not slim.is_base(log)
+    assert slim.restore(short, log).startswith("The script") and not slim.is_base(log)
 
 
 def test_a_log_that_cannot_be_restored_is_an_error(tmp_path: Path, script: Path) -> None:
@@ -89,8 +89,32 @@ def test_a_log_that_cannot_be_restored_is_an_error(tmp_path: Path, script: Path)
     with pytest.raises(slim.SlimError, match="does not begin with a script"):
         slim.slim(log, [script])  # again
     script.write_text(BASE + "\n")
-    with pytest.raises(slim.SlimError, match=r"script\.py, or a log that names it, has changed"):
-        slim.restore(short, tmp_path)
+    changed = rf"{log}: .* it or {script} has changed since: put both back as they were$"
+    with pytest.raises(slim.SlimError, match=changed):
+        slim.restore(short, log)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seven", "eight", "{log}: this short log cannot be restored: it or {script} has changed"),
+        ("0.090", "0.080", "{log}: this short log cannot be restored: it or {script} has changed"),
+        ("=" * 100, "=" * 99, "{log}: this short log cannot be restored: it or {script} has ch"),
+        ("sha256: ", "sha256: x", "{log}: the first line of a short log, but damaged: put it back"),
+        ("\n", "\r\n", "{log}: a short log whose lines end in CRLF: check it out again with core"),
+    ],
+)
+def test_a_damaged_short_log_is_named(tmp_path, script, old, new, message) -> None:
+    """By itself, and where the script of another log is taken from it."""
+    shorten(log := tmp_path / "log.txt", BASE.replace("line 7\n", "seven\n"), [script])
+    shorten(other := tmp_path / "other.txt", BASE.replace("line 7\n", "seven\n"), [log])
+    text = slim.read(other)
+    assert text.startswith("script: log.txt ")
+    log.write_bytes(slim.read(log).replace(old, new).encode())
+    for damaged, path in ((slim.read(log), log), (text, other)):
+        with pytest.raises(slim.SlimError) as error:
+            slim.restore(damaged, path)
+        assert str(error.value).startswith(message.format(log=log, script=script))
 
 
 def test_the_command(tmp_path: Path, script: Path) -> None:
@@ -104,13 +128,25 @@ def test_the_command(tmp_path: Path, script: Path) -> None:
     failed = call("slim", log)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and str(log) in failed.stderr
     assert call("restore", tmp_path / "none.txt").returncode == 1
+    (fresh := tmp_path / "fresh.txt").write_text(full)
+    for wrong in (fresh, ROOT / "README.md"):  # a full log, and no log
+        failed = call("slim", fresh, "--base", script, wrong)
+        assert failed.returncode == 1 and fresh.read_text() == full
+        expected = f"error: --base {wrong}: is no script (.py), and no short log that leads to one"
+        assert failed.stderr == f"{expected}: shorten it first, or leave it out\n"
+    log.write_text(f"script: {log.name} sha256: {'0' * 64}\n")
+    failed = call("restore", log)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"error: {log}: short logs lead to one another: ")
+    log.write_bytes(b"\xff")
+    assert call("restore", log).stderr.startswith(f"error: {log}: no text in UTF-8: ")
     assert call("mend", log).returncode == 2
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_an_ablation_keeps_a_short_log(path: Path) -> None:
     text = slim.read(path)
-    full = slim.restore(text, path.parent)  # compares it with the digest
+    full = slim.restore(text, path)  # compares it with the digest
     assert SEPARATOR not in text or (slim.HEAD.match(text) and full != text)
 
 

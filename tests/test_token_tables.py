@@ -1,5 +1,6 @@
 """GPT-2's tokens: the table in data/, and the pairs of tokens that validation leaves out."""
 
+import gc
 import hashlib
 import importlib
 import itertools
@@ -19,7 +20,7 @@ import regex
 import tiktoken
 import torch
 from conftest import ROOT, random_batch, tiny_config, trained_like, write_shard
-from test_train import command, environment, fork, log_of, read_shard, write_data
+from test_train import command, environment, fork, letters, log_of, read_shard, write_data
 from torch import Tensor
 
 import train_gpt
@@ -465,8 +466,76 @@ def test_finder_that_was_ended(table, masked, started):
     time.sleep(0.2)
     finder.start()
     found = torch.zeros(50_304, 6288, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"was ended: free some memory, or pass --canonical_mask f"):
+    message = (
+        r"tokens was ended by signal 9 \(Killed\): free some memory, or pass --canonical_mask f"
+    )
+    with pytest.raises(UserError, match=message):
         finder.fill(found)
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (lambda *_: os._exit(3), r"tokens was ended by exit code 3: free some memory, or pass --"),
+        (
+            lambda *_: [0] * 2**60,
+            r"tokens failed with MemoryError\(\): free some memory, or pass --",
+        ),
+        (lambda *_: 1 // 0, r"tokens failed with ZeroDivisionError\(.* by zero'\): free s"),
+    ],
+    ids=["end", "lack of memory", "fault"],
+)
+def test_finder_that_fails_says_how(table, masked, monkeypatch, end, message):
+    monkeypatch.setattr(train_gpt, "impossible_pairs", end)
+    finder = PairFinder(table, masked, 8)
+    finder.start()
+    with pytest.raises(UserError, match=message):
+        finder.check(wait=True)
+
+
+class EndsItsFork:
+    """An object in a reference cycle, so that only the garbage collector destroys it. Destroyed in
+    another process than the one that made it, it ends that one, as those of CUDA do."""
+
+    def __init__(self):
+        self.cycle, self.made_by = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.made_by:
+            os.kill(os.getpid(), signal.SIGABRT)
+
+
+def test_finder_destroys_no_garbage_of_its_parent(table, pairs, masked, monkeypatch):
+    """What a failed train() leaves behind is such garbage, if it was not collected until the fork.
+    What the finder makes here would have any collector run."""
+
+    def find(table: TokenTable, vocab: int) -> np.ndarray:
+        assert len([[] for _ in range(10_000)]) == 10_000
+        return pairs
+
+    def fork() -> int:
+        """With garbage that nobody has collected."""
+        enabled = gc.isenabled()
+        gc.disable()
+        EndsItsFork()
+        process = os_fork()
+        if enabled:
+            gc.enable()
+        return process
+
+    os_fork, threshold = os.fork, gc.get_threshold()
+    monkeypatch.setattr(train_gpt, "impossible_pairs", find)
+    monkeypatch.setattr(os, "fork", fork)
+    assert gc.isenabled()
+    gc.set_threshold(1)
+    try:
+        finder = PairFinder(table, masked, 8)
+        assert gc.isenabled()  # here it goes on
+        finder.start()
+        finder.check(wait=True)
+    finally:
+        gc.set_threshold(*threshold)
+    assert np.array_equal(finder.pairs, pairs)
 
 
 @pytest.mark.parametrize("place", [0, 7, 2**20 - 1, 2**20, 2**20 + 5])
@@ -627,9 +696,33 @@ def test_text_of_another_tokenizer_ends_in_one_line(tmp_path, known_pairs):
     assert len(lines) == 1
     found = re.fullmatch(
         rf"error: {folder}/val.bin: token (\d+) and behind it (\d+), at position (\d+), are no "
-        r"tokens that .*: tokenize it by data/tokenize_text.py, or pass --canonical_mask false",
+        r"tokens that .*: tokenize its text by data/tokenize_text.py, or, if its tokens are single "
+        r"bytes or another tokenizer's, pass --canonical_mask false",
         lines[0],
     )
     first, second, position = map(int, found.groups())
     assert [first, second] == tokens[position : position + 2].tolist()
     assert len(log_of(folder)[1]["steps"]) < 600
+
+
+def test_training_text_of_another_tokenizer_loses_no_trained_run(tmp_path, gpt2, known_pairs):
+    """Letters as byte tokens to train on, GPT-2's to validate on: what the mask calls impossible
+    has no part in the choice of weights, which the log says."""
+    folder = write_texts(tmp_path / "run", gpt2)
+    write_shard(folder / "train_0.bin", letters(1, 8000))
+    options = {"canonical_mask": "true", "average_shares": "0.05:0.2", "val_every": 0}
+    result = fork(folder, **options, prepare=known_pairs)
+    assert result.returncode == 0, result.stderr
+    text, record = log_of(folder)
+    text = text.split("=" * 100)[-1]
+    found = re.search(
+        r"\nwarning: (\d+) of 128 tokens of unread training text are not scored, as GPT-2's "
+        r"tokenizer never makes them behind the token before: tokenize the text of --train_files "
+        r"by data/tokenize_text.py, or pass --canonical_mask false\n",
+        text,
+    )
+    assert 0 < int(found[1]) < 128
+    assert record["averages"]["tokens"] == 128 - int(found[1])
+    losses = [row["loss"] for row in record["averages"]["blends"]]
+    assert np.isfinite(losses).all() and len({*losses}) > 1
+    assert np.isfinite(record["summary"]["val_loss"])

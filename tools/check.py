@@ -183,6 +183,8 @@ def load_checkpoint(script: ModuleType, path: str, device: str):
         saved = torch.load(path, map_location=device, weights_only=True)
         fields = renamed(script, saved["config"]) | {"compile": "none"}
         fields = {name: text for name, text in fields.items() if name in known or name not in GONE}
+        if "canonical_mask" in known:  # without the field it was trained and scored without a mask
+            fields = {"canonical_mask": "false"} | fields
         read = getattr(script, "config_from_text", lambda values: script.Config(**values))
         config, byte_tokens = read(fields), saved.get("byte_tokens", False)
         model, weights = script.GPT(config, start_runtime(script, device)), saved["weights"]

@@ -21,27 +21,35 @@ from check import (
     longest_sequence,
     probabilities,
     script_of,
+    token_table,
 )
 
-sys.path.insert(0, str(ROOT / "data"))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from shards import BYTE_TO_ID
+
+import train_gpt
+
+# What GPT-2's tokenizer cuts a text by, before it makes tokens of each part.
+PRE_TOKENS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def gpt2_encoding():
+    """GPT-2's tokenizer, a tiktoken.Encoding, made without the network: of the table of its tokens
+    that this repository has. Raises Unjudgeable if that cannot be read."""
+    import tiktoken
+
+    tokens = token_table(train_gpt).tokens
+    ranks, special = {token: i for i, token in enumerate(tokens)}, {"<|endoftext|>": START_TOKEN}
+    names = {"pat_str": PRE_TOKENS, "mergeable_ranks": ranks, "special_tokens": special}
+    return tiktoken.Encoding("gpt2", **names)
 
 
 class Tokenizer:
     """Text to tokens and back, as the model has learnt them: single bytes, or GPT-2's."""
 
     def __init__(self, byte_tokens: bool):
-        self.gpt2 = None
-        if not byte_tokens:
-            import tiktoken
-
-            try:
-                self.gpt2 = tiktoken.get_encoding("gpt2")
-            except Exception as error:  # noqa: BLE001 (whatever the missing network makes it raise)
-                raise Unjudgeable(
-                    f"GPT-2's vocabulary cannot be had, which tiktoken fetches once: {error}"
-                ) from None
+        self.gpt2 = None if byte_tokens else gpt2_encoding()
 
     def encode(self, text: str) -> list[int]:
         if self.gpt2 is not None:

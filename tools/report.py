@@ -51,7 +51,12 @@ RECORDS, LOGS = ROOT / "records", ROOT / "logs"
 ALPHA = 0.01  # a claim's p is below this
 CLAIM_GPUS, CLAIM_TARGETS = 8, 10_485_760
 BASELINE = "_reference"  # what the name of a session's baseline ends with
-MEMORY = "none", "document", "n-gram lookup"  # classes of non-parametric memory
+MEMORY = {  # classes of non-parametric memory: what is looked up while a token is predicted
+    "none": "nothing: embeddings and rows of hashed n-grams are weights, learned by gradients",
+    "document": "the tokens before it in its document, which the pointer can copy",
+    "n-gram lookup": "tables of which token followed which n-gram, in all text that was trained on "
+    "and in the validation text scored before it (`match_orders`)",
+}
 CORPORA = {"fineweb": "FineWeb", "proxy": "proxy corpus"}
 TOY_TOKENS = 30e6  # a schedule of fewer is a toy
 MEDIUM_WIDTH = 1024  # a model at least as wide is one of the medium track, unless --track says else
@@ -328,11 +333,13 @@ def read_log(path: Path) -> str:
     """The log of a run from any of its files, in full where tools/slim.py has shortened it."""
     text_path = path.with_suffix(".txt")
     text = read_text(text_path)
+    if not text.startswith(slim.FIRST_WORD):
+        return text
     try:
-        return slim.restore(text, text_path.parent)
+        return slim.restore(slim.read(text_path), text_path)
     except slim.SlimError as error:
         raise ReportError(f"{shown(text_path)}: is a short log and not restored: {error}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, RecursionError) as error:
         found = f"is a short log, and what it names cannot be read ({error})"
         raise ReportError(f"{shown(text_path)}: {found}: put the script back beside it") from None
 
@@ -585,6 +592,18 @@ def all_records(skip: bool = False) -> list[Record]:
                     raise
                 warn(f"left out: {error}")
     return sorted(records, key=lambda record: record.first.started)
+
+
+def check_apart(runs: Iterable[Run]) -> None:
+    """Raise ReportError if one of these runs, of all records, is there twice."""
+    by_id: dict[str, Run] = {}
+    for run in runs:
+        first = by_id.setdefault(run.run_id, run)
+        if first is not run and run.is_copy_of(first):
+            both = f"{shown(first.path)} and {shown(run.path)}"
+            raise ReportError(
+                f"{both}: are one run, and would count twice: leave it out of one record"
+            )
 
 
 def baseline_of(record: Record, records: list[Record]) -> Record | None:
@@ -1464,10 +1483,22 @@ on a short schedule of its own. A result on a short schedule need not hold on a 
 STEPS = """Wall clock is free, so records of all machines compare. The page of the track has its
 [rules](optimization/README.md#rules) and [methods](optimization/README.md#baselines).
 """
+HISTORY = """Speed-ups over the baseline against the date. Right: the records of this project that
+have a baseline in their session, by the # of the tables below, a color a class; hollow points have
+a loss above the baseline's. Left: the public records of modded-nanogpt as multiples of record 89,
+hollow where proposed and not merged. The two sides have other machines, data and schedules.
+"""
 CURVES = """![loss against seconds of the newest session](loss_against_seconds.png)
 
-Lines are training losses, estimated on sampled candidates of the vocabulary; dots are validation
-losses, on the whole vocabulary.
+The newest session with a baseline: {names}.
+
+A line is the training loss of one run, averaged over a thirtieth of its steps, and on sampled
+candidates where a stage has these. All runs read the same shards in the same order, so that lines
+rise where text of another kind begins. Dots are validation losses, on the whole vocabulary; the
+dotted line is that of the baseline.
+"""
+MEMORIES = """**Non-parametric memory** is what a model looks up while it predicts a token, besides
+the weights that it has learned. A record belongs to the last of these classes that applies:
 """
 
 
@@ -1563,8 +1594,11 @@ schedule, on FineWeb with {CLAIM_GPUS} GPUs or more. A {track.shortened} is one 
 {track.whole_tokens / 1e6:,.0f} M tokens.
 """
     parts = [title, SPEED_UP + MAIN * (name == "main") + claim, picture]
-    if name == "main" and newest_session(members):
-        parts.append(CURVES)
+    if name == "main":
+        parts.append(HISTORY)
+    if name == "main" and (session := newest_session(members)):
+        links = (f"[{record.title}]({record.folder.name})" for record in session)
+        parts.append(CURVES.format(names="; ".join(links)))
     for kind, numbered in classes(members).items():
         parts.append(f"### {kind}\n\n{class_table(numbered, members)}")
     return "\n".join(parts)
@@ -1586,6 +1620,9 @@ each class: machine, data, length of the schedule and non-parametric memory, or 
 optimization track. A record's own page has its logs. Runs on a CPU and toy schedules are left out.
 
 {markdown_table(["track", "goal", "records"], rows)}
+
+{MEMORIES}
+{markdown_table(["non-parametric memory", "looks up"], MEMORY.items())}
 
 {proxy}{chr(10).join(parts)}"""
 
@@ -1653,6 +1690,9 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     check_runs(None if any_script else script, runs)
     if by_log == "optimization":
         check_rules(runs)
+    if args.logs:
+        others = [record for record in all_records(skip=True) if record.folder != folder]
+        check_apart([*(run for record in others for run in record.runs), *runs])
     started = min(run.started for run in runs)
     parent = RECORDS / TRACKS[by_log].folder
     folder = folder or parent / f"{started:%Y-%m-%d}_{args.name}"
@@ -1872,6 +1912,7 @@ def history_command(args: argparse.Namespace, options: list[str]) -> None:
     records = all_records()
     if not records:
         raise ReportError(f"{shown(RECORDS)}: has no record: make one with ./run.sh record NAME")
+    check_apart(run for record in records for run in record.runs)
     listed = [record for record in records if not record.is_toy]
     groups = {name: [record for record in listed if record.track == name] for name in TRACKS}
     write_text(RECORDS / "README.md", history_page(listed))

@@ -11,7 +11,8 @@ A log begins with the source of its script, up to a line of 100 '='. A short log
 and a unified diff from that script to its own, which is empty where the two are equal. The path is
 relative to the log. It names a script, or another short log for the script of that one; `none`
 stands for a head that is shorter than any diff and stays. Below, lines of training steps have lost
-their words and stand as a table. Everything else stays.
+their words and stand as a table. Everything else stays. Lines end in LF: a short log whose lines
+end in CRLF is refused, as the scripts beside it will then have that too.
 """
 
 import argparse
@@ -29,6 +30,7 @@ RECORDS = Path(__file__).resolve().parent.parent / "records"
 SEPARATOR = "=" * 100 + "\n"
 NO_BASE = "none"
 HEAD = re.compile(r"script: (?P<base>.+) sha256: (?P<digest>[0-9a-f]{64})\n")
+FIRST_WORD = "script: "  # of a short log, and of no script
 HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@")
 STEP = "step {} train_loss {} train_time {} s step {} ms\n"
 COLUMNS = "step train_loss train_time_s step_ms\n"
@@ -43,7 +45,12 @@ class SlimError(Exception):
 
 def read(path: Path) -> str:
     """The text with its line ends as they are."""
-    return path.read_bytes().decode()
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise SlimError(
+            f"{path}: no text in UTF-8: put it back as it was, or leave it out"
+        ) from None
 
 
 def digest(text: str) -> str:
@@ -68,21 +75,33 @@ def apply_diff(base: str, diff: str) -> str:
 def source_of(path: Path) -> str:
     """The source of a script, or of the script at the head of a log, short or full."""
     text = read(path)
-    return text if path.suffix == ".py" else restore(text, path.parent).partition(SEPARATOR)[0]
+    return text if path.suffix == ".py" else restore(text, path).partition(SEPARATOR)[0]
 
 
-def restore(text: str, folder: Path) -> str:
-    """The full log from the text of a short one that lies in this folder; a full one as it is."""
+def restore(text: str, path: Path) -> str:
+    """The full log from the text of a short one that has this path; a full one as it is. Raises
+    SlimError, and OSError where a script is missing."""
+    if not text.startswith(FIRST_WORD):
+        return text
+    if text.partition("\n")[0].endswith("\r"):
+        found = "a short log whose lines end in CRLF"
+        raise SlimError(f"{path}: {found}: check it out again with core.autocrlf=false")
     head = HEAD.match(text)
     if not head:
-        return text
+        raise SlimError(
+            f"{path}: the first line of a short log, but damaged: put it back as it was"
+        )
     diff, _, body = text[head.end() :].partition(SEPARATOR)
     body = TABLE.sub(lambda m: "".join(STEP.format(*r.split()) for r in m[1].splitlines()), body)
-    source = diff if head["base"] == NO_BASE else apply_diff(source_of(folder / head["base"]), diff)
+    if head["base"] == NO_BASE:
+        changed, source = "it has changed since: put it back as it was", diff
+    else:
+        base = Path(os.path.normpath(path.parent / head["base"]))
+        changed = f"it or {base} has changed since: put both back as they were"
+        source = apply_diff(source_of(base), diff)
     full = source + SEPARATOR + body
     if digest(full) != head["digest"]:
-        names = f"{folder}: {head['base']}, or a log that names it, has"
-        raise SlimError(f"{names} changed since: put both back as they were")
+        raise SlimError(f"{path}: this short log cannot be restored: {changed}")
     return full
 
 
@@ -109,7 +128,7 @@ def slim(path: Path, bases: Iterable[Path]) -> str:
     body = STEP_LINES.sub(lambda m: COLUMNS + STEP_LINE.sub(r"\1 \2 \3 \4\n", m[0]), body)
     short = f"script: {name} sha256: {digest(full)}\n{diffs[name]}{SEPARATOR}{body}"
     try:
-        restore(short, path.parent)
+        restore(short, path)
     except SlimError:
         raise SlimError(f"{path}: would not come back to the byte: leave it as it is") from None
     return short
@@ -129,12 +148,18 @@ def main() -> int:
     try:
         for log in args.logs:
             if args.command == "restore":
-                sys.stdout.buffer.write(restore(read(log), log.parent).encode())
+                sys.stdout.buffer.write(restore(read(log), log).encode())
                 continue
             scripts = sorted(RECORDS.glob("*/train_gpt.py"))
-            bases = args.base or [*scripts, *sorted(log.parent.glob("*.txt"))]
-            log.write_bytes(slim(log, filter(is_base, bases)).encode())
-    except (SlimError, OSError, UnicodeDecodeError, RecursionError) as error:
+            bases = [*filter(is_base, args.base or [*scripts, *sorted(log.parent.glob("*.txt"))])]
+            if wrong := [str(base) for base in args.base or () if base not in bases]:
+                found = "is no script (.py), and no short log that leads to one"
+                raise SlimError(f"--base {wrong[0]}: {found}: shorten it first, or leave it out")
+            log.write_bytes(slim(log, bases).encode())
+    except RecursionError:
+        print(f"error: {log}: short logs lead to one another: restore one of them", file=sys.stderr)
+        return 1
+    except (SlimError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
