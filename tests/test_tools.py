@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, cpu_runtime, tiny_config, write_shard
+from conftest import MOMENTUM, ROOT, cpu_runtime, tiny_config, write_shard
 from test_train import OPTIONS, environment
 
 from train_gpt import (
@@ -195,7 +195,7 @@ def test_what_a_step_sends_is_computed(world_size, monkeypatch):
     optimizer, sent = Optimizer(model, config, runtime), []
     for step in range(2):
         ring.sent = 0
-        optimizer.step(step, 1.0, 0.9)
+        optimizer.step(step, 1.0, MOMENTUM)
         assert profiler.sent_bytes(model, world_size, step) == pytest.approx(ring.sent)
         sent.append(ring.sent)
     assert 0 < sent[0] < sent[1]

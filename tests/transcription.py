@@ -5,12 +5,13 @@ Of the model it reads the parameters, the names of their slices and of the last 
 the table of n-grams, and nothing else; the tests compare GPT with it, gradients too.
 """
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from train_gpt import GPT, LAST_LAYER_GATES, MIX_1, MIX_2, Batch
+from train_gpt import GPT, LAST_LAYER_GATES, MIX_1, MIX_2, Batch, Config
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -30,11 +31,29 @@ def small_slices(model: GPT) -> dict[str, Tensor]:
     return slices
 
 
-def rotate(x: Tensor) -> Tensor:
+def frequencies_and_scale(config: Config, window: int | None) -> tuple[list[float], float]:
+    """Of rotary attention in long layers with this window, and of short layers (None). With every
+    longer window a frequency that makes one turn or less in the old one becomes slower by the ratio
+    of the two, one of 32 turns stays, and the scale grows. The final window brings no change."""
+    count, scale = config.head_dim // 4, config.attention_scale
+    frequencies = [1024 ** (-i / (count - 1)) for i in range(count)]
+    windows = [stage.window_long for stage in (*config.stages, *config.extension)]
+    if window is None:
+        return frequencies, scale
+    for old, new in itertools.pairwise(windows):
+        if old == window:
+            break
+        for i, frequency in enumerate(frequencies):
+            share = min(max((old * frequency / 2 / math.pi - 1) / 31, 0), 1)  # of what stays
+            frequencies[i] = frequency * share + frequency * old / new * (1 - share)
+        scale *= 1 + 0.2 * math.log(new / old)
+    return frequencies, scale
+
+
+def rotate(x: Tensor, frequencies: list[float]) -> Tensor:
     """One head (positions, head_dim): pairs of the first half turn by position · frequency."""
-    half, count = x.size(1) // 2, x.size(1) // 4
-    frequencies = torch.tensor([1024 ** (-i / (count - 1)) for i in range(count)]).double()
-    angles = torch.arange(len(x))[:, None] * frequencies
+    half = x.size(1) // 2
+    angles = torch.arange(len(x))[:, None] * torch.tensor(frequencies).double()
     turned = torch.view_as_complex(x[:, :half].reshape(len(x), -1, 2))
     turned = torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles))
     return torch.cat([turned.reshape(len(x), half), x[:, half:]], dim=1)
@@ -113,6 +132,7 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
         if i < last:
             r_mlp, p_mlp = small["mlp_residual"][i], small["mlp_project"][i]
         window = {"short": short, "long": long}[row.window]
+        frequencies, scale = frequencies_and_scale(config, {"long": long}.get(row.window))
         weights = model.attention_bank[i].double()
         n = rms(x if row.attend_from is None else after[row.attend_from])
         added = 0 * values[0] if row.value_table is None else values[row.value_table]
@@ -133,7 +153,8 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
             q, k, v = rms(n @ w_q.T), rms(n @ w_k.T), n @ w_v.T + added[:, rows]
             if row.window == "long":  # the half that does not turn is the previous position's
                 k = torch.cat([k[:, :half], k[[0, *range(num_tokens - 1)], half:]], 1)
-            seen = probabilities(rotate(q), rotate(k), document, window, config.attention_scale)
+            q, k = rotate(q, frequencies), rotate(k, frequencies)
+            seen = probabilities(q, k, document, window, scale)
             y.append(seen @ v)
         x = r * x + p * (torch.cat(y, dim=1) @ w_o)
         if i == last:
