@@ -2720,14 +2720,14 @@ class GPT(nn.Module):
     """Decoder-only transformer.
 
     From the records of modded-nanogpt, up to number 89, it has ReLU² MLPs, RMS norms without
-    weights, rotary positions on half of a head, windowed attention to packed documents, a key
-    offset in long layers, value embeddings, hashed n-grams in the stream, factors on everything
-    that is added to it, made token by token by an MLP in the last layer, attention of late layers
-    to the stream of an earlier one, softcapped logits, and early on a loss on the token after the
-    next one. Ours are nine layers and four heads in place of eleven and six, one tied table for
-    head and embedding throughout, row-wise Adagrad for a large table of n-grams, a loss on sampled
-    candidates, a pointer to earlier tokens, QKV, MLP and head in fp8 forward and backward, and one
-    option: the n-gram lookup.
+    weights, rotary positions on half of a head, stretched in long layers as their window grows,
+    windowed attention to packed documents, a key offset in long layers, value embeddings, hashed
+    n-grams in the stream, factors on everything that is added to it, made token by token by an MLP
+    in the last layer, attention of late layers to the stream of an earlier one, softcapped logits,
+    and early on a loss on the token after the next one. Ours are nine layers and four heads in
+    place of eleven and six, one tied table for head and embedding throughout, row-wise Adagrad for
+    a large table of n-grams, a loss on sampled candidates, a pointer to earlier tokens, QKV, MLP
+    and head in fp8 forward and backward, and one option: the n-gram lookup.
 
     Weights of one kind are stacked in a bank, so that the optimizer can share a whole kind out over
     the ranks at once; banks are padded with zeros to a multiple of the ranks.
@@ -3125,8 +3125,9 @@ PARAM_GROUPS = (
     ParamGroup("small",          "adam",    False,   2),  # numbers are in small_params
 )
 
-# (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ, those of record 92 of modded-nanogpt. Singular
-# values from 0.003 to 1/1.05 end between 0.995 and 1.0004. Method: Amsel et al. 2025, 2505.16932
+# (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; Amsel et al. 2025, arXiv 2505.16932. The numbers
+# are those of record 92 of modded-nanogpt: singular values from 0.003 to 1/1.05 end between 0.995
+# and 1.0004.
 POLAR_EXPRESS = (
     (3.923798038567, -6.095026865488, 3.905234618423),
     (3.278126713798, -3.328923386476, 0.989127286973),
@@ -3139,11 +3140,11 @@ POLAR_EXPRESS = (
 
 
 class Momentum(NamedTuple):
-    """Muon's in one step."""
+    """Muon's in one step: update = grad + look_ahead · (mixed - grad)."""
 
     decay: float | Tensor  # of the mean of the gradients
-    slow_share: float | Tensor  # of the slow mean, when the two are mixed
-    look_ahead: float | Tensor  # share of these in the update, beside the gradient
+    slow_share: float | Tensor  # of the slow mean in the mixed mean
+    look_ahead: float | Tensor  # of Nesterov's momentum
 
 
 class MuonBlock(NamedTuple):
@@ -3212,7 +3213,7 @@ def normuon_update_(
     mean.lerp_(grad, 1 - momentum.decay)
     slow_mean.lerp_(grad, 1 - slow_decay)
     mixed = mean.lerp(slow_mean, momentum.slow_share)
-    update = grad.lerp(mixed, momentum.look_ahead).flatten(0, 1)  # Nesterov's
+    update = grad.lerp(mixed, momentum.look_ahead).flatten(0, 1)  # Nesterov's look ahead
     update = update.bfloat16() if update.is_cuda else update
     direction = polar_express(update).float()
     # Even out the rows, and keep the norm.
