@@ -2385,19 +2385,19 @@ def ngram_hash(tokens: Tensor, orders: tuple[int, ...], num_rows: int, parts: in
 
 def ngram_hash_on_host(tokens: np.ndarray, orders: tuple[int, ...], num_rows: int) -> np.ndarray:
     """ngram_hash of one sequence (T,), bit for bit, in numpy: for the thread that makes batches, in
-    a third of the time that torch takes on a CPU."""
+    a quarter of the time that torch takes on a CPU."""
     tokens = tokens.astype(np.int64) + 1
-    key, rows = np.zeros_like(tokens), np.empty((len(tokens), len(orders)), np.int32)
+    key, rows = np.zeros_like(tokens), np.empty((len(orders), len(tokens)), np.int32)
     for back in range(orders[-1]):
         later = key[back:]
         later[:] = mix(tokens[: len(later)] ^ later)
         if back + 1 in orders:
             i = orders.index(back + 1)
-            slot = (key * MIX_2 >> 20) & (2**44 - 1)
-            row = slot % (num_rows - 1)
+            slot = (key * MIX_2).view(np.uint64) >> 20
+            row = slot - slot // (num_rows - 1) * (num_rows - 1)  # faster than % in numpy
             row[:back] = num_rows - 1
-            rows[:, i] = row * len(orders) + i
-    return rows
+            rows[i] = row * len(orders) + i
+    return rows.T
 
 
 def sort_ngrams(rows: Tensor) -> SortedRows:
@@ -2475,9 +2475,10 @@ def plan_exchange(rows: np.ndarray, rank: int, share: int) -> tuple[RowExchange,
     first ones, says what they exchange. Also gives, for each of the n, where this rank's row is in
     what it receives."""
     received, places = np.unique(rows[rank], return_inverse=True)
-    first = rank * share
-    asked = [np.sort(x[(x >= first) & (x < first + share)]) - first for x in rows]
-    asked = [x[np.diff(x, prepend=-1) > 0] for x in asked]  # np.unique, but faster
+    first, asked = rank * share, []
+    for x in np.sort(rows):  # faster than to choose first
+        own = x[slice(*np.searchsorted(x, (first, first + share)))] - first
+        asked.append(own[np.diff(own, prepend=-1) > 0])  # np.unique, but faster
     from_each = np.diff(np.searchsorted(received, share * np.arange(len(rows) + 1)))
     exchange = from_each.tolist(), [*map(len, asked)], torch.from_numpy(np.concatenate(asked))
     return RowExchange(*exchange), places.astype(np.int32)
