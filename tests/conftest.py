@@ -38,8 +38,11 @@ from train_gpt import (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
-    # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+    # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C,
+    # and nohup has them ignore SIGHUP. A handler, even one that does nothing, is not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     # Both a good deal faster: threads that share a core with another process wait for each other.
     torch.set_num_threads(1)
     keep_freed_memory()

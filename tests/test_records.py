@@ -1002,6 +1002,32 @@ def test_a_run_that_will_not_end_is_killed(tmp_path, monkeypatch):
     wait_until(lambda: not is_alive(Path("pid").read_text().strip()))
 
 
+# Interrupted in a hook around a fork, whose exceptions Python only reports.
+FORKS = """
+import os, signal, sys, time, console
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def main(arguments):
+    os.register_at_fork(after_in_parent=interrupted)
+    if os.fork() == 0:
+        os._exit(0)
+    time.sleep(60)
+    return 1
+
+sys.exit(console.run_tool(main))
+"""
+
+
+def test_no_interruption_is_lost(tmp_path):
+    env = environment() | {"PYTHONPATH": str(ROOT / "tools")}
+    command = [sys.executable, "-c", FORKS]
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "timeout": 30}
+    done = subprocess.run(command, check=False, **how)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"\ninterrupted\n")
+
+
 # With PYTHONIOENCODING=ascii: says "·", waits to be read no more, and goes on.
 SAYS = """
 import sys, console

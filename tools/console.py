@@ -69,6 +69,16 @@ def end_on_signals() -> None:
     listen(end)
 
 
+def interrupt_again(lost: object) -> None:
+    """In place of sys.unraisablehook: an interruption within what lets no exception through, as a
+    hook around a fork, comes once more when that is over."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def run_tool(main: Callable[[list[str]], int]) -> int:
     """main with the command line's arguments. What is printed never ends it; SIGTERM and SIGHUP do
     as Ctrl-C does."""
@@ -80,6 +90,7 @@ def run_tool(main: Callable[[list[str]], int]) -> int:
             raw = io.BufferedWriter(Screen(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", **how))
     listen(signal.default_int_handler)
+    sys.unraisablehook = interrupt_again
     try:
         return main(sys.argv[1:])
     except KeyboardInterrupt as stop:
