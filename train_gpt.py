@@ -246,8 +246,8 @@ class Config:
     momentum_peak: float = 0.95  # and in between
     momentum_warmup_steps: int = 300  # steps from start to peak
     momentum_cooldown_steps: int = 50  # steps back at the end
-    slow_start: float = 0.43  # share of num_steps after which Muon takes a slow mean as well
-    slow_share: float = 0.5615  # its part; the other part then has the decay of momentum_start
+    slow_start: float = 0.43  # share of num_steps after which a slow mean joins the momentum
+    slow_share: float = 0.5615  # its weight; the other mean then decays by momentum_start
     slow_decay: float = 0.98  # of the slow mean, which is kept from the first step on
     adam_lr: float = 0.008  # Adam, embeddings and gates
     adam_weight_decay: float = 0.005  # times lr²; cautious
@@ -1224,7 +1224,7 @@ def stretch_rotary(frequencies: Tensor, old: int, new: int) -> tuple[Tensor, flo
     """Frequencies for a window of `new` tokens after one of `old`, and a factor on the softmax
     scale. What makes 32 turns or more in the old window stays, what makes one or fewer is slowed
     down by old / new, the rest is in between.
-    Source: YaRN, Peng et al. 2023, arXiv 2309.00071; ours has 0.2 in place of 0.1 in the factor."""
+    Source: YaRN, Peng et al. 2023, arXiv 2309.00071, whose 1 + 0.1 ln is a factor on q and on k."""
     turns = old * frequencies / (2 * math.pi)
     kept = ((turns - 1) / 31).clamp(0, 1)
     return frequencies * (old / new + kept * (1 - old / new)), 1 + 0.2 * math.log(new / old)
@@ -3141,7 +3141,7 @@ POLAR_EXPRESS = (
 
 
 class Momentum(NamedTuple):
-    """Muon's in one step: update = grad + look_ahead · (mixed - grad)."""
+    """Muon's momentum in one step: update = grad + look_ahead · (mixed - grad)."""
 
     decay: float | Tensor  # of the mean of the gradients
     slow_share: float | Tensor  # of the slow mean in the mixed mean
