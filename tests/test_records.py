@@ -498,9 +498,9 @@ def test_a_run_counts_in_one_record(call):
         both = f"{folder / copy.stem}.json and {copy.with_suffix('.json')}"
         assert call("record", "c", "--logs", copy, code=1) == f"\nerror: {both}: {found}\n"
         assert not list(Path("records").glob("*_c"))
-    twin = Path("records/2026-01-02_twin")
-    shutil.copytree(folder, twin)
-    both = f"{folder / logs[0].stem}.json and {twin / logs[0].stem}.json"
+    second = Path("records/2026-01-02_second")
+    shutil.copytree(folder, second)
+    both = f"{folder / logs[0].stem}.json and {second / logs[0].stem}.json"
     page = Path("records/README.md").read_text(encoding="utf-8")
     assert call("history", code=1) == f"\nerror: {both}: {found}\n"
     assert Path("records/README.md").read_text(encoding="utf-8") == page

@@ -28,8 +28,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from shards import BYTE_TO_ID
 
-import train_gpt
-
 # What GPT-2's tokenizer cuts a text by, before it makes tokens of each part.
 PRE_TOKENS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -38,6 +36,8 @@ def gpt2_encoding():
     """GPT-2's tokenizer, a tiktoken.Encoding, made without the network: of the table of its tokens
     that this repository has. Raises Unjudgeable if that cannot be read."""
     import tiktoken
+
+    import train_gpt  # a third of a second, which bytes do not need
 
     tokens = token_table(train_gpt).tokens
     ranks, special = {token: i for i, token in enumerate(tokens)}, {"<|endoftext|>": START_TOKEN}
