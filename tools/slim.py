@@ -8,11 +8,12 @@ A log begins with the source of its script, up to a line of 100 '='. A short log
 
     script: ../2026-11-24_rows_at_once_two_gpus/train_gpt.py sha256: <of the full log>
 
-and a unified diff from that script to its own, which is empty where the two are equal. The path is
-relative to the log. It names a script, or another short log for the script of that one; `none`
-stands for a head that is shorter than any diff and stays. Below, lines of training steps have lost
-their words and stand as a table. Everything else stays. Lines end in LF: a short log whose lines
-end in CRLF is refused, as the scripts beside it will then have that too.
+and a unified diff from that script to its own with one line of context, which is empty where the
+two are equal. The path is relative to the log. It names a script, or another short log for the
+script of that one; `none` stands for a head that is shorter than any diff and stays. Below, lines
+of training steps have lost their words and stand as a table. Everything else stays. Lines end in
+LF: a short log whose lines end in CRLF is refused, as the scripts beside it will then have that
+too.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def slim(path: Path, bases: Iterable[Path]) -> str:
     for base in bases:
         name = os.path.relpath(base, path.parent)
         base_lines = source_of(base).splitlines(keepends=True)
-        diffs[name] = "".join(difflib.unified_diff(base_lines, lines, name, path.name))
+        diffs[name] = "".join(difflib.unified_diff(base_lines, lines, name, path.name, n=1))
     name = min(diffs, key=lambda name: len(diffs[name]))
     body = STEP_LINES.sub(lambda m: COLUMNS + STEP_LINE.sub(r"\1 \2 \3 \4\n", m[0]), body)
     short = f"script: {name} sha256: {digest(full)}\n{diffs[name]}{SEPARATOR}{body}"
