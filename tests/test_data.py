@@ -1,5 +1,6 @@
 """Section 7: the loader against a walk over the documents in plain Python."""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -265,6 +266,9 @@ def test_own_data_goes_with_own_data(runtime):
             with pytest.raises(UserError, match="one is a default, the other is not: give both"):
                 train(config, runtime)
         check_pair(preset)
+        folder = Path(preset.val_file).parent
+        for name in ("train_files", "val_file"):  # another file of the preset's folder
+            check_pair(dataclasses.replace(preset, **{name: str(folder / "own.bin")}))
 
 
 def test_cu_seqlens_grow_beyond_the_expected_documents():

@@ -55,7 +55,8 @@ MEMORY = {  # classes of non-parametric memory: what is looked up while a token 
     "none": "nothing: embeddings and rows of hashed n-grams are weights, learned by gradients",
     "document": "the tokens before it in its document, which the pointer can copy",
     "n-gram lookup": "tables of which token followed which n-gram, in all text that was trained on "
-    "and in the validation text scored before it (`match_orders`)",
+    "and in the validation text scored before it (`match_orders`); near-duplicates between what is "
+    "read and what is scored count towards its loss, and `data/near_duplicates.py` counts them",
 }
 CORPORA = {"fineweb": "FineWeb", "proxy": "proxy corpus"}
 TOY_TOKENS = 30e6  # a schedule of fewer is a toy
