@@ -126,7 +126,7 @@ launch() {  # a script, on the GPUs there are, with the data it needs
     [[ ! " $* " =~ .*" --preset"[=\ ]([^ ]*) ]] || preset=${BASH_REMATCH[1]}
     if [ -z "$preset" ] && [ "$gpus" -eq 0 ]; then
       preset=tiny
-      echo "no GPU: training the small preset on the built-in sample of bytes, on the CPU"
+      echo "no GPU: training the small preset on the built-in sample, on the CPU"
     fi
     if [ "$preset" = tiny ]; then
       shards=$root/data/sample/sample

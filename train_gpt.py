@@ -3697,11 +3697,11 @@ def read_proposal(config: Config) -> Tensor:
 def check_pair(config: Config) -> None:
     """Refuse to train on the user's data and validate on a preset's, or the reverse. Files of one
     folder go together."""
-    same_folder = Path(config.train_files).parent == Path(config.val_file).parent
+    folders = [Path(name).resolve().parent for name in (config.train_files, config.val_file)]
     for preset in PRESETS.values():
         both = (config.train_files == preset.train_files) == (config.val_file == preset.val_file)
         require(
-            both or same_folder,
+            both or folders[0] == folders[1],
             f"--train_files {config.train_files} and --val_file {config.val_file}: one is a "
             "default, the other is not: give both, or files of one folder",
         )

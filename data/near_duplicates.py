@@ -3,7 +3,8 @@
 Tells how many documents of a validation shard are near-duplicates of text in training shards, and
 with `--out` writes a validation shard without them. A run is `--run` consecutive tokens of one
 document, its start token left out. A validation document is a near-duplicate if at least `--runs`
-of its runs, no two of which overlap, occur anywhere in the training shards.
+of its runs, no two of which overlap, occur anywhere in the training shards. Documents shorter than
+`--runs` runs never count. 16 is meant for GPT-2's tokens; of bytes take 64 or more.
 
 The training shards are read as one stream, in parts, so memory does not grow with them; a
 validation token takes at most 40 bytes. Runs are compared by hashes of 64 bits: two different runs
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     command.begin()
 
 import argparse
+import fnmatch
 import glob
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -222,8 +224,15 @@ def near_duplicates(args: argparse.Namespace) -> None:
             f"--train_files {args.train_files}: {args.val_file}, the validation shard, is among "
             "them; choose a pattern without it"
         )
+    if sum(sizes) == 0:
+        raise DataError(f"--train_files {args.train_files}: no tokens; choose other shards")
     if args.out is not None:
         check_new(args.out)
+        if fnmatch.fnmatch(str(args.out.absolute()), str(Path(args.train_files).absolute())):
+            raise DataError(
+                f"--out {args.out}: --train_files {args.train_files} has this name too, so that a "
+                "run would train on it; choose another"
+            )
         check_room(args.out.parent, HEADER_BYTES + 2 * len(val))
     ends = np.append(begins[1:], len(val))
     lengths = ends - begins
@@ -238,7 +247,10 @@ def near_duplicates(args: argparse.Namespace) -> None:
         print(f"{args.val_file}, compared with {sum(sizes):,} tokens of {shards}")
         print(format_table(lengths, counts, args.run, args.runs))
         share = f"{len(hits) / len(val):.2%}"
-        print(f"positions that end such a run: {len(hits):,} of {len(val):,}, {share}")
+        print(
+            f"positions that end a run that occurs, overlaps counted: {len(hits):,} of "
+            f"{len(val):,}, {share}"
+        )
         if args.out is None:
             return
 

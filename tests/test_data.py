@@ -268,7 +268,8 @@ def test_own_data_goes_with_own_data(runtime):
         check_pair(preset)
         folder = Path(preset.val_file).parent
         for name in ("train_files", "val_file"):  # another file of the preset's folder
-            check_pair(dataclasses.replace(preset, **{name: str(folder / "own.bin")}))
+            for own in (folder / "own.bin", folder.resolve() / "own.bin"):
+                check_pair(dataclasses.replace(preset, **{name: str(own)}))
 
 
 def test_cu_seqlens_grow_beyond_the_expected_documents():

@@ -175,7 +175,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         "4 or more 1 20.00% 41 46.59%",
         "8 or more 1 20.00% 41 46.59%",
     ]
-    assert lines[-1] == "positions that end such a run: 51 of 88, 57.95%"
+    assert lines[-1] == "positions that end a run that occurs, overlaps counted: 51 of 88, 57.95%"
     assert len({len(line) for line in lines[1:-1]}) == 1
 
 
@@ -187,7 +187,7 @@ def test_first_tokens_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert tool(tmp_path, "--run", RUN, "--val_tokens", cut, f"--out={tmp_path}/new.bin") == 0
     first = capsys.readouterr().out
     hits, counts = reference(train, val[:cut], RUN)
-    assert f"such a run: {len(hits):,} of {cut:,}, {len(hits) / cut:.2%}" in first
+    assert f"overlaps counted: {len(hits):,} of {cut:,}, {len(hits) / cut:.2%}" in first
     kept = [d for d, count in zip(split(val[:cut]), counts, strict=True) if count < 2]
     np.testing.assert_array_equal(read_tokens(tmp_path / "new.bin"), np.concatenate(kept))
 
@@ -316,17 +316,21 @@ def test_bad_files(
 def test_bad_choices(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_shard(tmp_path / "train.bin", random_documents(0, [30, 40]))
     write_shard(tmp_path / "val.bin", random_documents(1, [20, 17, 1]))
+    write_shard(tmp_path / "empty.bin", [])
+    empty = {"train_files": tmp_path / "empty.bin"}
     for options, files, message in (
         ([], {"train_files": tmp_path / "gone*.bin"}, "gone*.bin: no such file; fetch or make"),
+        ([], empty, "empty.bin: no tokens; choose other shards"),
         ([], {"train_files": tmp_path / "*.bin"}, "val.bin, the validation shard, is among them"),
         (["--val_tokens", 39], {}, "--val_tokens 39: more than the 38 tokens of"),
+        (["--out", tmp_path / "train_2.bin"], {}, "train*.bin has this name too"),
         (["--run", 20], {}, "--run 20: every validation document is shorter; lower it"),
         (["--run", 17, "--val_tokens", 17], {}, "--run 17: every validation document is shorter"),
     ):
         assert tool(tmp_path, *options, **files) == 2
         assert message in error_line(capsys)
     assert tool(tmp_path, "--run", 19) == 0  # the longest has just one
-    assert "such a run: 0 of 38, 0.00%" in capsys.readouterr().out
+    assert "overlaps counted: 0 of 38, 0.00%" in capsys.readouterr().out
 
     for option, message in (
         ("--run=0", "--run 0: expected 1 to 1024"),

@@ -1183,6 +1183,8 @@ def test_history_lists_records_by_class(call):
     made_up_record(records / "2026-01-13_proxy", [3.3], 13, **PROXY)
     edu = {"train_files": "data/finewebedu10B/finewebedu_train_*.bin"}
     made_up_record(records / "2026-01-14_edu", [3.3], 14, **edu)
+    part = {"val_file": "data/fineweb10B/fineweb_val_part.bin"}  # no whole validation shard
+    made_up_record(records / "2026-01-14_part", [3.3], 14, **part)
     made_up_record(records / "2026-01-15_long", [3.3], 15, num_steps="1000")
     made_up_record(records / "2026-01-16_lookup", [3.3], 16, match_orders="3:4")
     made_up_record(records / "2026-01-17_cpu", [3.3], 17, cuda=None, devices="CPU", world_size=1)
@@ -1193,7 +1195,7 @@ def test_history_lists_records_by_class(call):
     made_up_record(records / "2026-01-19_short", [3.3], 19, **short)
     by_hand = "# By | hand\n\nWords.\n\n| | |\n|---|---|\n| memory | hashed |\n"
     (records / "2026-01-01_first" / "README.md").write_text(by_hand)
-    assert "9 records, 2 toy runs left out" in call("history")
+    assert "10 records, 2 toy runs left out" in call("history")
     assert (records / "2026-01-01_first" / "README.md").read_text() == by_hand
     assert (records / "history.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     page = (records / "README.md").read_text(encoding="utf-8").replace("\\|", "¦")
@@ -1207,7 +1209,7 @@ def test_history_lists_records_by_class(call):
         (f"{machine}, FineWeb, short schedule, non-parametric memory: none", ["short"]),
         (f"{whole}: n-gram lookup", ["lookup"]),
         (f"{machine}, FineWeb, stopped early, non-parametric memory: none", ["long"]),
-        (f"{machine}, other data, whole schedule, non-parametric memory: none", ["edu"]),
+        (f"{machine}, other data, whole schedule, non-parametric memory: none", ["edu", "part"]),
         (f"{machine}, proxy corpus, whole schedule, non-parametric memory: none", ["proxy"]),
         ("4 × H100 80GB HBM3, FineWeb, whole schedule, non-parametric memory: none", ["four"]),
         (f"{whole}: none", ["first", "second", "high"]),

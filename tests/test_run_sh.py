@@ -135,7 +135,7 @@ def test_data_is_that_of_the_preset(copy, gpus, arguments, prepared):
     assert [call[-1].split("/")[-1] for call in calls[:-1]] == ([prepared] if prepared else [])
     assert calls[-1][-1] == f"{copy.root}/train_gpt.py {arguments}".strip()
     says = gpus == 0 and arguments == ""
-    line = "no GPU: training the small preset on the built-in sample of bytes, on the CPU\n"
+    line = "no GPU: training the small preset on the built-in sample, on the CPU\n"
     assert out == line * says
     assert err == ""
 

@@ -241,10 +241,11 @@ class Run:
         self.versions = f"torch {self.torch}, Python {environment['python']}"
         self.versions += f", attention by {backend[1]}" if backend else ""
 
-        # fineweb, proxy, sample, …: what the names of the shards begin with, if they agree
-        files = [Path(config[name]).name for name in ("train_files", "val_file")]
-        names = [re.split(r"_(?:train|val)_", file)[:-1] for file in files]
-        self.data_name = names[0][0] if names[0] and names[0] == names[1] else "other"
+        # fineweb, proxy, sample, …: what the names of the shards begin with, if they agree; a part
+        # of a validation shard has no number behind that
+        train, val = (Path(config[name]).name for name in ("train_files", "val_file"))
+        train, val = re.match(r"(.+)_train_", train), re.fullmatch(r"(.+)_val_\d+\.bin", val)
+        self.data_name = train[1] if train and val and train[1] == val[1] else "other"
         # targets scored, which are fewer than val_tokens where the shard has no more
         targets = re.search(r"^val loss .* on ([\d,]+) targets$", text, re.MULTILINE)
         self.num_targets = int(targets[1].replace(",", "") if targets else config["val_tokens"])
