@@ -133,8 +133,9 @@ def count_runs(
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The files of a glob pattern, sorted. What exists is taken by its name, be it the whole path
-    or the folders it begins with: a name may have [ ] in it. Raises DataError if there are none."""
+    """The files of a glob pattern, sorted, as find_files of train_gpt.py finds them, which would
+    load PyTorch: what exists is taken by its name, be it the whole path or the folders it begins
+    with, so a name may have [ ] in it. Raises DataError if there are none."""
     path = Path(pattern)
     named = next(part for part in (path, *path.parents) if part.exists())
     files = sorted(glob.glob(str(Path(glob.escape(str(named)), path.relative_to(named)))))

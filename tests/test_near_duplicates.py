@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, START_TOKEN, random_documents, write_shard
+from test_data_tools import is_one_error_line, read_tokens
 
 sys.path.insert(0, str(ROOT / "data"))
 
 import near_duplicates
-import shards
 
 import train_gpt
 
@@ -28,17 +28,10 @@ def tool(tmp_path: Path, *options: object, **files: object) -> int:
     return near_duplicates.main([*given, *map(str, options)])
 
 
-def read_tokens(path: Path) -> np.ndarray:
-    num_tokens = shards.verify_shard(path)
-    tokens = np.fromfile(path, "<u2", offset=1024)
-    assert len(tokens) == num_tokens
-    return tokens
-
-
 def error_line(capsys: pytest.CaptureFixture) -> str:
     """The one line on stderr, an error."""
     text = capsys.readouterr().err
-    assert text.startswith("error: ") and text.count("\n") == 1
+    assert is_one_error_line(text)
     return text
 
 
