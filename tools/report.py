@@ -1619,7 +1619,8 @@ def history_page(records: list[Record]) -> str:
 
 Written by `./run.sh history` from the records' logs: a part for each track, and in it a section for
 each class: machine, data, length of the schedule and non-parametric memory, or the race of the
-optimization track. A record's own page has its logs. Runs on a CPU and toy schedules are left out.
+optimization track. A record's own page has its logs; `python tools/slim.py restore LOG` prints one
+whole that is shortened and begins with `script:`. Runs on a CPU and toy schedules are left out.
 
 {markdown_table(["track", "goal", "records"], rows)}
 
