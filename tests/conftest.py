@@ -1,6 +1,7 @@
 """What the tests share: a small config, shards and sequences of random documents, one CPU
 process."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,23 @@ def pytest_configure(config: pytest.Config) -> None:
     # Both a good deal faster: threads that share a core with another process wait for each other.
     torch.set_num_threads(1)
     keep_freed_memory()
+    spare_forks_our_garbage()
+
+
+def spare_forks_our_garbage() -> None:
+    """Keep forks of this process, and forks of those, from collecting what was garbage here when
+    they began. It may have threads, which a fork has not: torchrun for instance leaves a TCPStore
+    in a cycle. Its destructor joins the thread, and aborts a fork in which another thread has taken
+    that one's stack (std::system_error: Invalid argument)."""
+    tests = os.getpid()
+
+    def unfreeze() -> None:
+        if os.getpid() == tests:  # a fork that forks keeps our garbage frozen
+            gc.unfreeze()
+
+    # gc.freeze hides all that there is from the collectors of both processes; a test replaces it,
+    # hence the lambda
+    os.register_at_fork(before=lambda: gc.freeze(), after_in_parent=unfreeze)
 
 
 # The files whose tests take longest, the longest first. They begin first, so that what is left for

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, cpu_runtime, tiny_config
 from test_eval import simple_alphabet
 from test_token_tables import downloaded_gpt2
-from test_train import BYTE_TO_ID, environment, load, run, write_data
+from test_train import BYTE_TO_ID, environment, fork, load, write_data
 
 import train_gpt
 from train_gpt import START_TOKEN, Batch, Windows, config_as_text
@@ -43,8 +43,7 @@ def generate(
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_data(tmp_path_factory.mktemp("trained"))
-    # no fork of this process: behind the tests of other files two were aborted at their very end
-    result = run(folder, checkpoint=folder / "weights.pt", val_every=0)
+    result = fork(folder, checkpoint=folder / "weights.pt", val_every=0)
     assert result.returncode == 0, result.stderr
     return folder / "weights.pt"
 
