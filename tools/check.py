@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -506,9 +507,12 @@ def check_fixed_part(script: ModuleType, folder: Path) -> str:
 # Training -----------------------------------------------------------------------------------------
 
 
-def start_training(script: ModuleType, folder: Path) -> list[multiprocessing.Process]:
+def start_training(
+    script: ModuleType, folder: Path, processes: list[multiprocessing.Process]
+) -> None:
     """Two runs of the script, with the validation files a.bin and b.bin; two more with EXTRAS, or
-    of the optimization track one more, on two ranks."""
+    of the optimization track one more, on two ranks. Every process that has been started is in the
+    list, whenever a signal comes."""
     rng = np.random.default_rng(6)
     for name in ("train", "a", "b"):
         tokens = rng.choice(free_tokens(script)[:256], 2000)
@@ -527,10 +531,14 @@ def start_training(script: ModuleType, folder: Path) -> list[multiprocessing.Pro
             place |= {"MASTER_ADDR": "localhost"}
             runs.append((script, folder / f"rank{rank}", folder / "a.bin", {}, place))
     fork = multiprocessing.get_context("fork")  # spares them the imports
-    processes = [fork.Process(target=train_watched, args=run, daemon=True) for run in runs]
-    for process in processes:
-        process.start()
-    return processes
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, console.SIGNALS)
+    try:
+        for run in runs:
+            process = fork.Process(target=train_watched, args=run, daemon=True)
+            process.start()
+            processes.append(process)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_training(script: ModuleType, folder: Path, runs: list[multiprocessing.Process]) -> str:
@@ -650,6 +658,7 @@ def train_watched(
     is what torchrun tells one of several ranks; of the optimization track, <run>.weights gets the
     weights of each."""
     console.end_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, console.SIGNALS)
     with open(f"{run}.out", "w") as out:
         os.dup2(out.fileno(), sys.stdout.fileno())
         os.dup2(out.fileno(), sys.stderr.fileno())
@@ -734,10 +743,12 @@ def judge(path: Path, names: list[str] | None = None) -> dict[str, tuple[bool, s
     names = names or [*CHECKS, *(["fixed part"] if is_simple(script) else []), "training"]
     with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
         folder = Path(name)
-        runs = start_training(script, folder) if "training" in names else []
+        runs: list[multiprocessing.Process] = []
         training = functools.partial(check_training, runs=runs)
         all_checks = CHECKS | {"fixed part": check_fixed_part, "training": training}
         try:
+            if "training" in names:
+                start_training(script, folder, runs)
             for name in names:
                 check = all_checks[name]
                 try:
