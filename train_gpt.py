@@ -283,9 +283,24 @@ class Config:
     def ngram_rows_per_rank(self, world_size: int) -> int:
         return -(-len(self.ngram_orders) * self.ngram_rows // world_size)
 
+    @property
+    def all_stages(self) -> tuple[Stage, ...]:
+        return *self.stages, *self.extension
+
+    @property
+    def sequence_lengths(self) -> set[int]:
+        """Of training, in tokens."""
+        return {stage.tokens_per_step // self.sequences_per_step for stage in self.all_stages}
+
+    def longest_pass(self, world_size: int) -> int:
+        """Tokens of a GPU's largest micro-batch, or of a validation sequence if that has more."""
+        lengths = self.sequence_lengths
+        passes = (self.sequences_per_pass(length, world_size) * length for length in lengths)
+        return max(*passes, self.val_sequence_tokens)
+
     def sequences_per_pass(self, num_tokens: int, world_size: int) -> int:
         """How many sequences of as many tokens make a micro-batch: a divisor of those a GPU has."""
-        per_rank = self.sequences_per_step // world_size
+        per_rank = max(1, self.sequences_per_step // world_size)
         most = max(1, self.tokens_per_pass // num_tokens)
         counts = range(1, min(per_rank, most) + 1)
         return max(count for count in counts if per_rank % count == 0)
@@ -332,10 +347,10 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
     c, count, vocab = config, config.sequences_per_step, config.padded_vocab_size
     positive = ("num_steps sequences_per_step tokens_per_pass tokens_per_sampling "
                 "final_window_long momentum_warmup_steps val_tokens val_sequence_tokens "
-                "min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim ngram_rows")
+                "min_mean_doc_len model_dim num_heads head_dim mlp_dim gate_dim ngram_rows "
+                "adam_eps")
     not_negative = ("extension_steps stop_step val_every momentum_cooldown_steps ngram_lr "
-                    "match_shards muon_lr muon_weight_decay adam_lr adam_weight_decay adam_eps "
-                    "lr_end")
+                    "match_shards muon_lr muon_weight_decay adam_lr adam_weight_decay lr_end")
     for name in positive.split():
         require(getattr(c, name) > 0, f"--{name} {getattr(c, name)} must be positive")
     for name in not_negative.split():
@@ -378,6 +393,14 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
             f"--average_shares and --average_blends: more than {MAX_CHOICES} numbers, each of "
             "which is scored on the clock: give fewer")
     require(len(c.extension) == 1, f"--extension takes one row, found {len(c.extension)}")
+    # a long window has one rotary table, which follows from that of the window before
+    long = tuple(window for window, _ in itertools.groupby(s.window_long for s in c.all_stages))
+    require(len(long) == len({*long}),
+            f"--stages and --extension: of the long windows {format_value(long)} one comes twice, "
+            "with another between: change one")
+    require(c.final_window_long not in long[:-1],
+            f"--final_window_long {c.final_window_long} is the long window of an earlier stage: "
+            f"give {long[-1]} or more")
     require(c.head_dim % 8 == 0, f"--head_dim {c.head_dim} is no multiple of 8")
     require(c.num_heads % 2 == 0,  # Muon takes query and key heads in pairs
             f"--num_heads {c.num_heads} must be even")
@@ -410,10 +433,7 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
 
 def check_kernel_sizes(c: Config, world_size: int) -> None:
     """Raise UserError for sizes that the kernels cannot take."""
-    stages = (*c.stages, *c.extension)
-    lengths = {stage.tokens_per_step // c.sequences_per_step for stage in stages}
-    passes = (c.sequences_per_pass(length, world_size) * length for length in lengths)
-    tokens = max(*passes, c.val_sequence_tokens)
+    tokens = c.longest_pass(world_size)
     width = max(c.model_dim, c.mlp_dim, 3 * c.attention_dim)
     require(tokens * width < 2**31,
             f"a pass of {tokens} tokens, {width} numbers wide, is beyond the 2^31 numbers that the "
@@ -2527,7 +2547,7 @@ class Ngrams(nn.Module):
         self.register_buffer("table", table)
         self.sum_squares = zeros(len(table))
         # of the tokens of this rank in a step, pass behind pass
-        most = max(stage.tokens_per_step for stage in (*config.stages, *config.extension)) // ranks
+        most = max(stage.tokens_per_step for stage in config.all_stages) // ranks
         self.rows = zeros(most, len(self.orders), dtype=torch.int32)
         self.grads = zeros(most, dim, dtype=table.dtype)
         self.filled = 0  # of how many tokens these are so far
@@ -2780,9 +2800,7 @@ class GPT(nn.Module):
 
         self.side_stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.backend = attention_backend(device, dtype)
-        stages = (*config.stages, *config.extension)
-        longest = max(stage.tokens_per_step for stage in stages) // config.sequences_per_step
-        longest = max(longest, config.tokens_per_pass, config.val_sequence_tokens)
+        stages, longest = config.all_stages, config.longest_pass(runtime.world_size)
         frequencies, scale = rotary_frequencies(config.head_dim), config.attention_scale
         self.rotary = rotary_tables(frequencies, longest, device)
         # of long layers by their window: cosines, sines, softmax scale
@@ -3483,7 +3501,10 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
 
 GET_DATA = "data/cached_fineweb.py fetches one, data/tokenize_text.py or data/sample.py makes one"
 GPT2_TOKENS = "data/gpt2_tokens.npz"  # GPT-2's vocabulary, made by data/token_table.py
-MORE_DATA = "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true"
+MORE_DATA = (
+    "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true, which is "
+    "not for runs with --match_orders"
+)
 
 
 def read_shard_header(path: str) -> int:
@@ -3526,6 +3547,12 @@ def find_files(option: str, pattern: str) -> list[str]:
     files = sorted(glob.glob(str(Path(glob.escape(str(named)), path.relative_to(named)))))
     require(len(files) > 0, f"{option} {pattern}: no such file: {GET_DATA}")
     return files
+
+
+def find_val_file(config: Config) -> str:
+    files, pattern = find_files("--val_file", config.val_file), config.val_file
+    require(len(files) == 1, f"--val_file {pattern}: {len(files)} files have such a name: give one")
+    return files[0]
 
 
 def find_train_files(config: Config) -> tuple[list[str], list[str]]:
@@ -3694,19 +3721,6 @@ def read_proposal(config: Config) -> Tensor:
     return torch.from_numpy(counts + 2).float().sqrt()
 
 
-def check_pair(config: Config) -> None:
-    """Refuse to train on the user's data and validate on a preset's, or the reverse. Files of one
-    folder go together."""
-    folders = [Path(name).resolve().parent for name in (config.train_files, config.val_file)]
-    for preset in PRESETS.values():
-        both = (config.train_files == preset.train_files) == (config.val_file == preset.val_file)
-        require(
-            both or folders[0] == folders[1],
-            f"--train_files {config.train_files} and --val_file {config.val_file}: one is a "
-            "default, the other is not: give both, or files of one folder",
-        )
-
-
 def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
     """See that the data lasts, and is whole wherever it will be read, before anything is compiled;
     gives the number of targets that validation scores. shapes: (T, max_seq_len) of every sequence
@@ -3726,7 +3740,7 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
         "--train_files, which the lookup would predict when they are repeated: add shards or lower "
         "--num_steps",
     )
-    path = find_files("--val_file", config.val_file)[0]
+    path = find_val_file(config)
     num_targets = min(config.val_tokens, read_shard_header(path) - 1)
     require(num_targets > 0, f"{path}: too short to validate on: make a longer one")
     read_tokens(path, num_targets + 1, config.vocab_size)
@@ -3745,7 +3759,7 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
 def validation_batches(config: Config, runtime: Runtime, num_targets: int) -> Iterator[Batch]:
     """This rank's sequences of the validation stream as it is; every target once, documents
     masked. All ranks have as many: at the end some have one without a target."""
-    path, size = find_files("--val_file", config.val_file)[0], config.val_sequence_tokens
+    path, size = find_val_file(config), config.val_sequence_tokens
     tokens = read_tokens(path, num_targets + 1, config.vocab_size)
 
     def sequence(begin: int) -> tuple[np.ndarray, np.ndarray]:
@@ -4328,7 +4342,7 @@ class SelfCheck:
 
     def head(self) -> list[Result]:
         """On sampled candidates, with offsets, and on all tokens, as the stages have it."""
-        counts, results = {s.candidates for s in (*self.config.stages, *self.config.extension)}, []
+        counts, results = {stage.candidates for stage in self.config.all_stages}, []
         for count in sorted({min(counts), max(counts)}):
             vocab = count or self.config.padded_vocab_size
             offsets = self.random(vocab, dtype=torch.float32) if count else None
@@ -4506,7 +4520,7 @@ class Trainer:
         self.schedule = Schedule(self.config)
         self.loss_weights = {  # of the next token and of the one after it
             stage: torch.tensor([1.0, stage.second], device=runtime.device)
-            for stage in (*self.config.stages, *self.config.extension)
+            for stage in self.config.all_stages
         }
         self.uses_graphs = self.config.cuda_graphs and runtime.device.type == "cuda"
         self.graphs: dict[Stage, CapturedPass] = {}
@@ -4618,6 +4632,7 @@ class Trainer:
             if config.average_shares:
                 choose_weights(self, [batch], visited[-1].windows, Log(None))
             report(f"warmed up validation sequences of {config.val_sequence_tokens:,} tokens")
+        self.passes, self.passes_without_graph = 0, 0  # of training alone
 
     def compile_side_by_side(self, report: Callable[[str], None]) -> None:
         """Check the kernels, which compiles them, while torch compiles its functions: the updates,
@@ -4855,7 +4870,7 @@ class PairFinder:
     interpreter as well."""
 
     def __init__(self, table: TokenTable, config: Config, num_targets: int):
-        self.path, self.seconds = find_files("--val_file", config.val_file)[0], None
+        self.path, self.seconds = find_val_file(config), None
         tokens = read_tokens(self.path, num_targets + 1, config.vocab_size)
         vocab = config.padded_vocab_size
         memory = mmap.mmap(-1, vocab * vocab // 8)  # of both processes
@@ -4980,8 +4995,7 @@ def tables_remedy(config: Config, world_size: int = 1) -> str:
 
 def passes_remedy(config: Config, world_size: int) -> str:
     """What makes a pass smaller: fewer sequences at once or, where there is one, shorter ones."""
-    stages = (*config.stages, *config.extension)
-    lengths = {stage.tokens_per_step // config.sequences_per_step for stage in stages}
+    lengths = config.sequence_lengths
     if any(config.sequences_per_pass(length, world_size) > 1 for length in lengths):
         return f"lower --tokens_per_pass {config.tokens_per_pass}, to {max(lengths)} at the least"
     more, smaller = 2 * config.sequences_per_step, tables_remedy(config, world_size)
@@ -4995,7 +5009,6 @@ def train(config: Config, runtime: Runtime) -> None:
     if config.average_shares and schedule.end_step == schedule.total_steps:
         unread = [(config.val_sequence_tokens, config.val_sequence_tokens)]
     all_shapes = [shape for shape in shapes for _ in range(config.sequences_per_step)]
-    check_pair(config)
     num_targets = check_data(config, all_shapes + unread * config.sequences_per_step)
     finder = None
     if config.canonical_mask:
@@ -5301,7 +5314,14 @@ def parse_args(arguments: list[str] | None = None) -> Config:
                 help=f"{comment} [{default}]".replace("%", "%%"),
             )
     given = vars(parser.parse_args(arguments))
-    return dataclasses.replace(PRESETS[given.pop("preset")], **given)
+    config = dataclasses.replace(PRESETS[given.pop("preset")], **given)
+    folders = {Path(name).resolve().parent for name in (config.train_files, config.val_file)}
+    alone = {"train_files", "val_file"} & given.keys()
+    if len(alone) == 1 and len(folders) == 2:  # the user's data with a preset's
+        (name,), (other,) = alone, {"train_files", "val_file"} - alone
+        found = f"--{name} {given[name]} is given without --{other}, whose default is elsewhere"
+        parser.error(f"{found}: give both")
+    return config
 
 
 def open_streams() -> None:

@@ -162,6 +162,7 @@ def test_warm_up_leaves_weights_and_averages_as_they_are(monkeypatch):
     trainer.prepare()
     assert called.count("average") >= 4 and called.count("write_blend") == 2 + 3 + 1
     assert all(map(torch.equal, tensors, before))
+    assert trainer.passes == 0  # those of the warm-up are no part of the run
 
 
 def test_choosing_compiles_nothing(monkeypatch, tmp_path):

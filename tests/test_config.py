@@ -67,7 +67,8 @@ def test_every_field_is_an_option_and_survives_its_text(name):
     assert set(text) == set(FIELDS)
     assert all(isinstance(part, str) for part in text.values())
     assert config_from_text(text) == config
-    assert parse_args(["--preset", "speedrun", f"--{name}", text[name]]) == config
+    data = [f"--{option}={text[option]}" for option in ("train_files", "val_file")]  # go together
+    assert parse_args(["--preset", "speedrun", *data, f"--{name}", text[name]]) == config
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -302,6 +303,22 @@ def layers(index: int, **changes: object) -> tuple[Layer, ...]:
         ({"stages": stage(max_seq_len=0)}, "--stages.*max_seq_len, windows and lr"),
         ({"stages": stage(window_short=0)}, "--stages.*max_seq_len, windows and lr"),
         ({"extension": stage(window_long=-1)}, "--extension.*max_seq_len, windows and lr"),
+        (
+            {
+                "stages": stage(share=0.5, window_long=16) + stage(share=0.5, window_long=32),
+                "extension": stage(window_long=16),
+            },
+            "long windows 16:32:16 one comes twice, with another between: change one",
+        ),
+        (
+            {
+                "stages": stage(window_long=16),
+                "extension": stage(window_long=32),
+                "final_window_long": 16,
+            },
+            "--final_window_long 16 is the long window of an earlier stage: give 32 or more",
+        ),
+        ({"adam_eps": 0.0}, r"--adam_eps 0.0 must be positive"),
         ({"stages": stage(lr=0.0)}, "--stages.*max_seq_len, windows and lr"),
         ({"head_dim": 4}, "--head_dim 4 is no multiple of 8"),
         ({"num_heads": 3}, "--num_heads 3 must be even"),

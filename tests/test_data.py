@@ -20,14 +20,14 @@ from train_gpt import (
     TokenStream,
     UserError,
     check_data,
-    check_pair,
     find_files,
+    find_val_file,
     make_batch,
+    parse_args,
     prefetch,
     read_shard_header,
     read_tokens,
     sort_rows,
-    train,
     training_batches,
     validation_batches,
 )
@@ -256,20 +256,25 @@ def test_check_data_reads_what_training_will_read(tmp_path):
             check_data(tiny_config(**files, match_orders=(3,), match_shards=1), few)
 
 
-def test_own_data_goes_with_own_data(runtime):
-    """One message before any file is looked for."""
-    check_pair(tiny_config(train_files="own.bin", val_file="own.bin"))
-    for preset in PRESETS.values():
-        for name in ("train_files", "val_file"):
-            files = {"train_files": "own.bin", "val_file": "own.bin", name: getattr(preset, name)}
-            config = tiny_config(**files)
-            with pytest.raises(UserError, match="one is a default, the other is not: give both"):
-                train(config, runtime)
-        check_pair(preset)
-        folder = Path(preset.val_file).parent
-        for name in ("train_files", "val_file"):  # another file of the preset's folder
+def test_own_data_goes_with_own_data(capsys):
+    """Each is given alone for the folder of the other's default, and both for any two folders."""
+    for preset, config in PRESETS.items():
+        folder = Path(config.val_file).parent
+        for name, other in (("train_files", "val_file"), ("val_file", "train_files")):
+            with pytest.raises(SystemExit) as end:
+                parse_args(["--preset", preset, f"--{name}", "own.bin"])
+            assert end.value.code == 2
+            found = (
+                f"error: --{name} own.bin is given without --{other}, whose default is elsewhere"
+            )
+            assert f"{found}: give both" in capsys.readouterr().err
             for own in (folder / "own.bin", folder.resolve() / "own.bin"):
-                check_pair(dataclasses.replace(preset, **{name: str(own)}))
+                given = parse_args(["--preset", preset, f"--{name}", str(own)])
+                assert given == dataclasses.replace(config, **{name: str(own)})
+            both = ["--preset", preset, "--train_files", "own.bin", "--val_file", "own/val.bin"]
+            assert parse_args(both).val_file == "own/val.bin"
+            default = [f"--{other}", getattr(config, other), f"--{name}", "own.bin"]
+            assert getattr(parse_args(["--preset", preset, *default]), name) == "own.bin"
 
 
 def test_cu_seqlens_grow_beyond_the_expected_documents():
@@ -390,6 +395,17 @@ def test_broken_shard_after_a_good_one_is_named(tmp_path):
 def test_missing_files_name_the_option(tmp_path):
     with pytest.raises(UserError, match=r"--val_file .*none_\*\.bin: no such file.*sample\.py"):
         find_files("--val_file", str(tmp_path / "none_*.bin"))
+
+
+def test_validation_file_is_one(tmp_path):
+    """A pattern that two files match is refused, in place of scoring the first."""
+    for name in ("val_0.bin", "val_1.bin"):
+        write_shard(tmp_path / name, [START_TOKEN, 5])
+    assert find_val_file(tiny_config(val_file=f"{tmp_path}/*_1.bin")) == f"{tmp_path}/val_1.bin"
+    with pytest.raises(
+        UserError, match=r"--val_file .*val_\*\.bin: 2 files have such a name: give"
+    ):
+        find_val_file(tiny_config(val_file=f"{tmp_path}/val_*.bin"))
 
 
 def test_files_come_in_the_order_of_their_names(tmp_path):
