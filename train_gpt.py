@@ -3122,7 +3122,7 @@ class ParamGroup:
     name: str  # of the parameter in GPT
     rule: str  # normuon or adam
     sharded: bool  # each rank updates its own rows and sends them round; else every rank all rows
-    every: int  # steps whose gradients make one update
+    every: int  # steps whose gradients make one update; those of a last odd step make none
     lr: float = 1.0  # multiplier of muon_lr or adam_lr
     weight_decay: float = 1.0  # multiplier
     betas: tuple[float, float] = (0.9, 0.99)  # Adam only
