@@ -5305,12 +5305,15 @@ def parse_args(arguments: list[str] | None = None) -> Config:
 
 
 def open_streams() -> None:
-    """Make stdout and stderr take all that is printed: characters that they lack become ?."""
+    """Make stdout and stderr take all that is printed: characters that they lack become ?, and a
+    slow reader is waited for."""
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has not
             getattr(sys, name).reconfigure(errors="replace")
+        with contextlib.suppress(OSError):  # not every stream has a file descriptor
+            os.set_blocking(getattr(sys, name).fileno(), True)
 
 
 def end_with_launcher() -> None:

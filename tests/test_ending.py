@@ -265,6 +265,23 @@ def test_writing_to_a_closed_stream_is_no_error(capfd):
     assert capfd.readouterr() == ("this is read\n", "")
 
 
+def test_a_slow_reader_gets_every_line(monkeypatch):
+    """Of more than a pipe holds, and from a stream that whoever started the run made non-blocking:
+    terminals and pipes are shared with it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    lines = [f"line {i}".ljust(99) for i in range(2000)]
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader) as pipe:
+        monkeypatch.setattr(sys, "stdout", stream)
+        train_gpt.open_streams()
+        writing = threading.Thread(target=lambda: [*map(show, lines)])
+        writing.start()
+        writing.join(0.2)
+        assert writing.is_alive(), "the pipe must be full, or this shows little"
+        assert [pipe.readline().rstrip("\n") for _ in lines] == lines
+        writing.join()
+
+
 def test_missing_streams_and_narrow_encodings_lose_no_run(monkeypatch, tmp_path):
     (poor := tmp_path / "poor").touch()
     with poor.open("w", encoding="latin-1") as stream:
