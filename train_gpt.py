@@ -4868,10 +4868,13 @@ class PairFinder:
         # in the child before anything else could set one off.
         collects = gc.isenabled()
         gc.disable()
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
         try:
             self.process = os.fork()
             if self.process == 0:
                 try:
+                    if prctl is not None:  # other systems than Linux have none
+                        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: comes when the parent ends
                     os.close(tell)  # so that read ends when the main process does
                     self._find(table, tokens, told, say)
                 finally:
@@ -5344,6 +5347,8 @@ def watch_signals(end: Callable[[int], object]) -> None:
 
     for number in numbers:
         signal.signal(number, stop)
+    # whoever started this may ignore it, and then there is no exit code of a child
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.set_wakeup_fd(writer)  # is written to even while the main thread runs no Python
     threading.Thread(target=watch, name="signals", daemon=True).start()
 

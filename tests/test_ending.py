@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -321,6 +323,40 @@ def test_a_signal_ends_a_run_with_its_log(data, number):
     assert text.splitlines()[-1] == line
     assert len(record["steps"]) >= 3
     assert not (data / "w.pt").exists() and not list(data.rglob("*.part"))
+
+
+def test_nothing_holds_stdout_after_an_interruption(data):
+    """Nor does the process that finds the impossible pairs, which may take minutes: a pipe to tee
+    ends with the run."""
+
+    def prepare() -> None:
+        def find(*_: object) -> None:
+            Path("finding").touch()
+            time.sleep(60)
+
+        train_gpt.impossible_pairs = find
+
+    reader, writer = os.pipe()
+    process = fork_main(data, prepare, stdout=writer, canonical_mask="true", **ENDLESS)
+    os.close(writer)
+    wait_until((data / "finding").exists)
+    os.kill(process.pid, signal.SIGINT)
+    assert end_of(process, 5) == 130
+    with os.fdopen(reader, "rb", 0) as pipe:
+        while select.select([pipe], [], [], 5)[0] and (text := pipe.read(2**16)):
+            pass
+    assert text == b"", "somebody still has the other end"
+
+
+def test_ignored_signals_of_children_hide_no_exit_code(data):
+    """Whoever started the run ignores SIGCHLD, so that nobody would have to wait for a child."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        train_gpt.impossible_pairs = lambda _, vocab: np.zeros((vocab, vocab // 8), np.uint8)
+
+    assert end_of(fork_main(data, prepare, canonical_mask="true", **SHORT)) == 0
+    assert (data / "err").read_text() == ""
 
 
 def test_a_rank_that_waits_for_another_ends_too(data):
