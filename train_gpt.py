@@ -607,12 +607,17 @@ def connect() -> dist.Store | None:
         ) from None
 
 
-def speaks_for_error(store: dist.Store | None) -> bool:
-    """True on the first rank that asks: the one that tells the user what stopped the run."""
+def first_error(store: dist.Store | None, message: str) -> tuple[bool, str]:
+    """Whether this rank is the first to say what stopped the run, and so the one that tells the
+    user; and the message of the first."""
+    rank = os.environ.get("RANK", "0")
+    if store is None:
+        return True, message
     try:
-        return store is None or store.add("speedrun/errors", 1) == 1
-    except RuntimeError:  # the store is gone with the launcher, so somebody has spoken
-        return False
+        first = json.loads(store.compare_set("speedrun/error", "", json.dumps([rank, message])))
+    except RuntimeError:  # the store is gone with the launcher
+        return rank == "0", message
+    return first[0] == rank, first[1]
 
 
 def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
@@ -5363,14 +5368,16 @@ def main(arguments: list[str] | None = None) -> int:
         ending.acquire()  # for good: one thread ends the process
         try:
             if speaks:
-                show("\n" + message, sys.stderr)
+                is_first, message = first_error(store, message)
+                if is_first:
+                    show("\n" + message, sys.stderr)
                 log.line(message, screen=False)
             log.write_json()
         finally:
             os._exit(code)
 
     def interrupted(number: int) -> typing.NoReturn:
-        """Every rank is, and the main one speaks."""
+        """Every rank is, and the main one speaks, unless a rank failed and that is why."""
         name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         so_far = f"; the log so far is {log.path}" if log.path is not None else ""
         if log.path is not None and config.checkpoint:
@@ -5384,7 +5391,8 @@ def main(arguments: list[str] | None = None) -> int:
             watch_signals(interrupted)
             end_with_launcher()
             store = connect()
-            runtime = start_runtime(config, store)
+            # end() has a connection of its own: in the other one this thread may be waiting
+            runtime = start_runtime(config, store and store.clone())
             log = runtime.log
             train(config, runtime)
             if store is not None:
@@ -5397,7 +5405,7 @@ def main(arguments: list[str] | None = None) -> int:
             if found := lack_of_memory(error):
                 remedy = passes_remedy(config, int(os.environ.get("WORLD_SIZE", "1")))
                 message = f"error: {found}, for the passes of a step: {remedy}"
-        end(1, message, speaks_for_error(store))  # which may be of one rank alone
+        end(1, message, speaks=True)
     except KeyboardInterrupt as signalled:
         interrupted(*signalled.args or [signal.SIGINT])
 

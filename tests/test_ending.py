@@ -2,6 +2,7 @@
 signal comes or its launcher dies. Most runs are forks of the tests, which spares them the imports.
 """
 
+import functools
 import gc
 import io
 import json
@@ -30,7 +31,7 @@ from matplotlib.figure import Figure
 from test_train import command, environment, fork_main, free_port, log_of, write_data
 
 import train_gpt
-from train_gpt import Log, UserError, check_output, replacing, show
+from train_gpt import Config, Log, UserError, check_output, replacing, show
 
 SMALL = {
     "model_dim": 16,
@@ -295,6 +296,38 @@ def test_missing_streams_and_narrow_encodings_lose_no_run(monkeypatch, tmp_path)
         monkeypatch.setattr(sys, "stdout", io.StringIO())  # cannot be made other
         train_gpt.open_streams()
     assert poor.read_bytes() == "ms · lr² ? ?\n".encode("latin-1")
+
+
+# Failures of one rank ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_log_has_the_error_of_another_rank(data, told):
+    """Of rank 1, which fails alone. Rank 0 finds out when it waits for that rank, or is told by
+    SIGTERM, as torchrun does."""
+
+    def begin(config: Config) -> None:  # on rank 0, with its log
+        Path("begun").touch()
+        time.sleep(60 * told)
+
+    def fail(config: Config) -> None:
+        wait_until(Path("begun").exists)
+        raise UserError("of rank 1 alone \udcff")
+
+    def prepare(rank: int) -> None:
+        train_gpt.check_pair = [begin, fail][rank]
+
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        fork_main(data, functools.partial(prepare, r), variables=world | {"RANK": str(r)}, **SHORT)
+        for r in range(2)
+    ]
+    assert end_of(ranks[1]) == 1
+    if told:
+        os.kill(ranks[0].pid, signal.SIGTERM)
+    assert end_of(ranks[0], 10) == (143 if told else 1)
+    assert (data / "err").read_text() == "\nerror: of rank 1 alone ?\n"
+    assert log_of(data)[0].splitlines()[-1] == "error: of rank 1 alone ?"
 
 
 # Signals -----------------------------------------------------------------------------------------
