@@ -589,7 +589,9 @@ class Runtime:
 
 def connect() -> dist.Store | None:
     """The key-value store that torchrun's processes share; None for a process started alone."""
-    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    if torch.cuda.is_available():
+        names.append("LOCAL_RANK")  # the number of the GPU
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return None
     found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
