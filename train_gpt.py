@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import gc
 import glob
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -622,10 +623,36 @@ def first_error(store: dist.Store | None, message: str) -> tuple[bool, str]:
     return first[0] == rank, first[1]
 
 
+def check_ranks(config: Config, store: dist.Store, rank: int, world_size: int) -> None:
+    """Raise UserError, on every rank, unless all have the same options, script and shards: they
+    would train something else or wait for each other for good. Folders may differ."""
+    options = config_as_text(config) | {"checkpoint": Path(config.checkpoint).name}
+    for name in "train_files", "val_file", "log_dir":
+        del options[name]
+    facts = {f"--{name}": text for name, text in options.items()}
+    facts["the script"] = f"SHA-256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    try:
+        paths = find_files("--val_file", config.val_file)[:1]
+        paths += find_files("--train_files", config.train_files)
+        shards = [f"{Path(path).name} with {read_shard_header(path):,} tokens" for path in paths]
+    except UserError as error:  # where all ranks have the same one, train() raises it
+        shards = [str(error)]
+    facts |= {f"shard {i} of the data": text for i, text in enumerate(shards)}
+    store.set(f"speedrun/rank {rank}", json.dumps(facts))
+    first, *others = (json.loads(store.get(f"speedrun/rank {i}")) for i in range(world_size))
+    for i, other in enumerate(others, 1):
+        for name in first | other:
+            a, b = first.get(name) or "missing", other.get(name) or "missing"
+            remedy = "start all ranks with the same options, script and data"
+            require(a == b, f"{name} is {a} on rank 0, but {b} on rank {i}: {remedy}")
+
+
 def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
     """Choose the device, join the other processes, open the log."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available()
+    if store is not None:
+        check_ranks(config, store, rank, world_size)
     check_config(config, world_size, on_gpu and has_kernels(torch.device("cuda", 0)))
     device, backend, options = torch.device("cpu"), "gloo", {}
     if on_gpu:
