@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import gc
 import glob
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -609,7 +610,9 @@ class Runtime:
 
 def connect() -> dist.Store | None:
     """The key-value store that torchrun's processes share; None for a process started alone."""
-    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    if torch.cuda.is_available():
+        names.append("LOCAL_RANK")  # the number of the GPU
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return None
     found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
@@ -627,18 +630,49 @@ def connect() -> dist.Store | None:
         ) from None
 
 
-def speaks_for_error(store: dist.Store | None) -> bool:
-    """True on the first rank that asks: the one that tells the user what stopped the run."""
+def first_error(store: dist.Store | None, message: str) -> tuple[bool, str]:
+    """Whether this rank is the first to say what stopped the run, and so the one that tells the
+    user; and the message of the first."""
+    rank = os.environ.get("RANK", "0")
+    if store is None:
+        return True, message
     try:
-        return store is None or store.add("speedrun/errors", 1) == 1
-    except RuntimeError:  # the store is gone with the launcher, so somebody has spoken
-        return False
+        first = json.loads(store.compare_set("speedrun/error", "", json.dumps([rank, message])))
+    except RuntimeError:  # the store is gone with the launcher
+        return rank == "0", message
+    return first[0] == rank, first[1]
+
+
+def check_ranks(config: Config, store: dist.Store, rank: int, world_size: int) -> None:
+    """Raise UserError, on every rank, unless all have the same options, script and shards: they
+    would train something else or wait for each other for good. Folders may differ."""
+    options = config_as_text(config) | {"checkpoint": Path(config.checkpoint).name}
+    for name in "train_files", "val_file", "log_dir":
+        del options[name]
+    facts = {f"--{name}": text for name, text in options.items()}
+    facts["the script"] = f"SHA-256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    try:
+        paths = find_files("--val_file", config.val_file)[:1]
+        paths += find_files("--train_files", config.train_files)
+        shards = [f"{Path(path).name} with {read_shard_header(path):,} tokens" for path in paths]
+    except UserError as error:  # where all ranks have the same one, train() raises it
+        shards = [str(error)]
+    facts |= {f"shard {i} of the data": text for i, text in enumerate(shards)}
+    store.set(f"speedrun/rank {rank}", json.dumps(facts))
+    first, *others = (json.loads(store.get(f"speedrun/rank {i}")) for i in range(world_size))
+    for i, other in enumerate(others, 1):
+        for name in first | other:
+            a, b = first.get(name) or "missing", other.get(name) or "missing"
+            remedy = "start all ranks with the same options, script and data"
+            require(a == b, f"{name} is {a} on rank 0, but {b} on rank {i}: {remedy}")
 
 
 def start_runtime(config: Config, store: dist.Store | None) -> Runtime:
     """Choose the device, join the other processes, open the log."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available()
+    if store is not None:
+        check_ranks(config, store, rank, world_size)
     check_config(config, world_size, on_gpu and has_kernels(torch.device("cuda", 0)))
     device, backend, options = torch.device("cpu"), "gloo", {}
     if on_gpu:
@@ -4883,10 +4917,13 @@ class PairFinder:
         # in the child before anything else could set one off.
         collects = gc.isenabled()
         gc.disable()
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
         try:
             self.process = os.fork()
             if self.process == 0:
                 try:
+                    if prctl is not None:  # other systems than Linux have none
+                        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: comes when the parent ends
                     os.close(tell)  # so that read ends when the main process does
                     self._find(table, tokens, told, say)
                 finally:
@@ -5325,12 +5362,15 @@ def parse_args(arguments: list[str] | None = None) -> Config:
 
 
 def open_streams() -> None:
-    """Make stdout and stderr take all that is printed: characters that they lack become ?."""
+    """Make stdout and stderr take all that is printed: characters that they lack become ?, and a
+    slow reader is waited for."""
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has not
             getattr(sys, name).reconfigure(errors="replace")
+        with contextlib.suppress(OSError):  # not every stream has a file descriptor
+            os.set_blocking(getattr(sys, name).fileno(), True)
 
 
 def end_with_launcher() -> None:
@@ -5361,6 +5401,8 @@ def watch_signals(end: Callable[[int], object]) -> None:
 
     for number in numbers:
         signal.signal(number, stop)
+    # whoever started this may ignore it, and then there is no exit code of a child
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.set_wakeup_fd(writer)  # is written to even while the main thread runs no Python
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
@@ -5375,14 +5417,16 @@ def main(arguments: list[str] | None = None) -> int:
         ending.acquire()  # for good: one thread ends the process
         try:
             if speaks:
-                show("\n" + message, sys.stderr)
+                is_first, message = first_error(store, message)
+                if is_first:
+                    show("\n" + message, sys.stderr)
                 log.line(message, screen=False)
             log.write_json()
         finally:
             os._exit(code)
 
     def interrupted(number: int) -> typing.NoReturn:
-        """Every rank is, and the main one speaks."""
+        """Every rank is, and the main one speaks, unless a rank failed and that is why."""
         name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         so_far = f"; the log so far is {log.path}" if log.path is not None else ""
         if log.path is not None and config.checkpoint:
@@ -5396,7 +5440,8 @@ def main(arguments: list[str] | None = None) -> int:
             watch_signals(interrupted)
             end_with_launcher()
             store = connect()
-            runtime = start_runtime(config, store)
+            # end() has a connection of its own: in the other one this thread may be waiting
+            runtime = start_runtime(config, store and store.clone())
             log = runtime.log
             train(config, runtime)
             if store is not None:
@@ -5409,7 +5454,7 @@ def main(arguments: list[str] | None = None) -> int:
             if found := lack_of_memory(error):
                 remedy = passes_remedy(config, int(os.environ.get("WORLD_SIZE", "1")))
                 message = f"error: {found}, for the passes of a step: {remedy}"
-        end(1, message, speaks_for_error(store))  # which may be of one rank alone
+        end(1, message, speaks=True)
     except KeyboardInterrupt as signalled:
         interrupted(*signalled.args or [signal.SIGINT])
 

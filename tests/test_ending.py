@@ -2,6 +2,8 @@
 signal comes or its launcher dies. Most runs are forks of the tests, which spares them the imports.
 """
 
+import dataclasses
+import functools
 import gc
 import io
 import json
@@ -10,6 +12,8 @@ import os
 import pty
 import re
 import resource
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,17 +22,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, tiny_config
 from matplotlib.figure import Figure
 from test_train import command, environment, fork_main, free_port, log_of, write_data
 
 import train_gpt
-from train_gpt import Log, UserError, check_output, replacing, show
+from train_gpt import Config, Log, UserError, check_output, check_ranks, replacing, show
 
 SMALL = {
     "model_dim": 16,
@@ -265,6 +271,23 @@ def test_writing_to_a_closed_stream_is_no_error(capfd):
     assert capfd.readouterr() == ("this is read\n", "")
 
 
+def test_a_slow_reader_gets_every_line(monkeypatch):
+    """Of more than a pipe holds, and from a stream that whoever started the run made non-blocking:
+    terminals and pipes are shared with it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    lines = [f"line {i}".ljust(99) for i in range(2000)]
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader) as pipe:
+        monkeypatch.setattr(sys, "stdout", stream)
+        train_gpt.open_streams()
+        writing = threading.Thread(target=lambda: [*map(show, lines)])
+        writing.start()
+        writing.join(0.2)
+        assert writing.is_alive(), "the pipe must be full, or this shows little"
+        assert [pipe.readline().rstrip("\n") for _ in lines] == lines
+        writing.join()
+
+
 def test_missing_streams_and_narrow_encodings_lose_no_run(monkeypatch, tmp_path):
     (poor := tmp_path / "poor").touch()
     with poor.open("w", encoding="latin-1") as stream:
@@ -276,6 +299,125 @@ def test_missing_streams_and_narrow_encodings_lose_no_run(monkeypatch, tmp_path)
         monkeypatch.setattr(sys, "stdout", io.StringIO())  # cannot be made other
         train_gpt.open_streams()
     assert poor.read_bytes() == "ms · lr² ? ?\n".encode("latin-1")
+
+
+# Ranks -------------------------------------------------------------------------------------------
+
+
+def errors_of_ranks(*configs: Config) -> list[str]:
+    """What check_ranks says on each rank: here they are threads."""
+    store, errors = dist.HashStore(), [""] * len(configs)
+
+    def check(rank: int) -> None:
+        try:
+            check_ranks(configs[rank], store, rank, len(configs))
+        except UserError as error:
+            errors[rank] = str(error)
+
+    threads = [threading.Thread(target=check, args=[rank]) for rank in range(len(configs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@pytest.fixture
+def agreed(data) -> Config:
+    """The first rank's config."""
+    files = {"train_files": f"{data}/train_*.bin", "val_file": f"{data}/val.bin"}
+    return tiny_config(**files, log_dir=str(data))
+
+
+def test_ranks_may_differ_in_folders(agreed, data):
+    """And data that no rank has is the business of those that read it."""
+    (elsewhere := data / "elsewhere").mkdir()
+    for path in data.glob("*.bin"):
+        shutil.copy(path, elsewhere)
+    files = {"train_files": f"{elsewhere}/*_?.bin", "val_file": f"{elsewhere}/v*.bin"}
+    other = dataclasses.replace(agreed, **files, log_dir=str(elsewhere))
+    assert errors_of_ranks(agreed, other, agreed) == ["", "", ""]
+    agreed, other = (
+        dataclasses.replace(config, checkpoint=folder + "/w.pt", val_file="gone.bin")
+        for config, folder in ((agreed, "a"), (other, "b"))
+    )
+    assert errors_of_ranks(agreed, other) == ["", ""]
+    assert errors_of_ranks(agreed) == [""]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 7}, "--seed is 1337 on rank 0, but 7 on rank 2"),
+        ({"checkpoint": "w.pt"}, "--checkpoint is missing on rank 0, but w.pt on rank 2"),
+        ({"stages": train_gpt.TINY_STAGES}, "--stages is 1.0:256:48:8:24:1.0:0.5:0 on rank 0, but"),
+        (
+            {"val_file": "{}/train_0.bin"},
+            "shard 0 of the data is val.bin with 1,001 tokens on rank",
+        ),
+        ({"train_files": "{}/train_0.bin"}, "train_1.bin with 4,499 tokens on rank 0, but missing"),
+        ({"train_files": "{}/*.bin"}, "shard 3 of the data is missing on rank 0, but val.bin with"),
+        ({"val_file": "gone.bin"}, "1,001 tokens on rank 0, but --val_file gone.bin: no such file"),
+    ],
+)
+def test_what_differs_between_ranks_is_named_on_all(agreed, data, changes, message):
+    changes = {
+        name: value.format(data) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    error, *others = errors_of_ranks(agreed, agreed, dataclasses.replace(agreed, **changes))
+    assert message in error and others == [error, error]
+    assert error.endswith(" on rank 2: start all ranks with the same options, script and data")
+
+
+def test_ranks_have_one_script(agreed, data, monkeypatch):
+    store = dist.HashStore()
+    rank_1 = ThreadPoolExecutor(1).submit(check_ranks, agreed, store, 1, 2)
+    wait_until(lambda: store.check(["speedrun/rank 1"]))
+    (changed := data / "changed.py").write_text("changed")
+    monkeypatch.setattr(train_gpt, "__file__", str(changed))
+    message = "the script is SHA-256 [0-9a-f]{64} on rank 0, but SHA-256 [0-9a-f]{64} on rank 1: st"
+    for check in functools.partial(check_ranks, agreed, store, 0, 2), rank_1.result:
+        with pytest.raises(UserError, match=message):
+            check()
+
+
+def test_ranks_with_two_seeds_end_before_training(data):
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [fork_main(data, variables=world | {"RANK": str(r)}, seed=r, **SHORT) for r in range(2)]
+    assert [*map(end_of, ranks)] == [1, 1]
+    (error,) = (data / "err").read_text().splitlines()[1:]
+    assert error.startswith("error: --seed is 0 on rank 0, but 1 on rank 1: start all ranks with ")
+    assert not (data / "logs").exists()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_log_has_the_error_of_another_rank(data, told):
+    """Of rank 1, which fails alone. Rank 0 finds out when it waits for that rank, or is told by
+    SIGTERM, as torchrun does."""
+
+    def begin(config: Config) -> None:  # on rank 0, with its log
+        Path("begun").touch()
+        time.sleep(60 * told)
+
+    def fail(config: Config) -> None:
+        wait_until(Path("begun").exists)
+        raise UserError("of rank 1 alone \udcff")
+
+    def prepare(rank: int) -> None:
+        train_gpt.check_pair = [begin, fail][rank]
+
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        fork_main(data, functools.partial(prepare, r), variables=world | {"RANK": str(r)}, **SHORT)
+        for r in range(2)
+    ]
+    assert end_of(ranks[1]) == 1
+    if told:
+        os.kill(ranks[0].pid, signal.SIGTERM)
+    assert end_of(ranks[0], 10) == (143 if told else 1)
+    assert (data / "err").read_text() == "\nerror: of rank 1 alone ?\n"
+    assert log_of(data)[0].splitlines()[-1] == "error: of rank 1 alone ?"
 
 
 # Signals -----------------------------------------------------------------------------------------
@@ -304,6 +446,40 @@ def test_a_signal_ends_a_run_with_its_log(data, number):
     assert text.splitlines()[-1] == line
     assert len(record["steps"]) >= 3
     assert not (data / "w.pt").exists() and not list(data.rglob("*.part"))
+
+
+def test_nothing_holds_stdout_after_an_interruption(data):
+    """Nor does the process that finds the impossible pairs, which may take minutes: a pipe to tee
+    ends with the run."""
+
+    def prepare() -> None:
+        def find(*_: object) -> None:
+            Path("finding").touch()
+            time.sleep(60)
+
+        train_gpt.impossible_pairs = find
+
+    reader, writer = os.pipe()
+    process = fork_main(data, prepare, stdout=writer, canonical_mask="true", **ENDLESS)
+    os.close(writer)
+    wait_until((data / "finding").exists)
+    os.kill(process.pid, signal.SIGINT)
+    assert end_of(process, 5) == 130
+    with os.fdopen(reader, "rb", 0) as pipe:
+        while select.select([pipe], [], [], 5)[0] and (text := pipe.read(2**16)):
+            pass
+    assert text == b"", "somebody still has the other end"
+
+
+def test_ignored_signals_of_children_hide_no_exit_code(data):
+    """Whoever started the run ignores SIGCHLD, so that nobody would have to wait for a child."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        train_gpt.impossible_pairs = lambda _, vocab: np.zeros((vocab, vocab // 8), np.uint8)
+
+    assert end_of(fork_main(data, prepare, canonical_mask="true", **SHORT)) == 0
+    assert (data / "err").read_text() == ""
 
 
 def test_a_rank_that_waits_for_another_ends_too(data):

@@ -399,6 +399,7 @@ WORLD = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
         ({"WORLD_SIZE": ""}, "has RANK=, WORLD_SIZE=, MASTER_ADDR=, MASTER_PORT=: start several "),
         ({"RANK": "1"}, "has RANK=1, WORLD_SIZE=, MASTER_ADDR=, MASTER_PORT=: start several "),
         ({**WORLD, "MASTER_ADDR": ""}, "has RANK=0, WORLD_SIZE=2, MASTER_ADDR=, MASTER_PORT=29500"),
+        ({**WORLD, "MASTER_PORT": "TAKEN", "GPUS": "2"}, r"PORT=\d+, LOCAL_RANK=: start several "),
         ({**WORLD, "RANK": "first"}, "cannot meet by RANK=first, WORLD_SIZE=2, "),
         (
             {**WORLD, "MASTER_PORT": "TAKEN"},
@@ -407,7 +408,9 @@ WORLD = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
     ],
 )
 def test_an_environment_of_no_launcher_is_one_line(monkeypatch, given, message):
-    for name in WORLD:
+    """With GPUS and no LOCAL_RANK all processes would take the first one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: "GPUS" in given)
+    for name in (*WORLD, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert connect() is None
     with socket.create_server(("0.0.0.0", 0)) as taken:

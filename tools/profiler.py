@@ -544,7 +544,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = f"error: {error}"
     except Exception:  # noqa: BLE001 (reported with its traceback)
         message = traceback.format_exc()
-    if train_gpt.speaks_for_error(store):
+    if train_gpt.first_error(store, message)[0]:
         print("\n" + message, file=sys.stderr, flush=True)
     os._exit(1)  # at once: other ranks may be waiting for this one in a collective
 
