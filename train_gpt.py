@@ -5307,8 +5307,9 @@ def option_groups() -> dict[str, dict[str, str]]:
     return groups
 
 
-def parse_args(arguments: list[str] | None = None) -> Config:
-    """Config from the command line; exits with code 2 and a message on what it cannot read."""
+def parse_args(arguments: list[str] | None = None, to_train: bool = False) -> Config:
+    """Config from the command line; exits with code 2 and a message on what it cannot read, and on
+    the user's training data with a preset's validation data or the reverse if it is to train."""
 
     class Parser(argparse.ArgumentParser):
         def _print_message(self, message: str, file=None) -> None:
@@ -5354,7 +5355,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     config = dataclasses.replace(PRESETS[given.pop("preset")], **given)
     folders = {Path(name).resolve().parent for name in (config.train_files, config.val_file)}
     alone = {"train_files", "val_file"} & given.keys()
-    if len(alone) == 1 and len(folders) == 2:  # the user's data with a preset's
+    if to_train and len(alone) == 1 and len(folders) == 2:
         (name,), (other,) = alone, {"train_files", "val_file"} - alone
         found = f"--{name} {given[name]} is given without --{other}, whose default is elsewhere"
         parser.error(f"{found}: give both")
@@ -5410,7 +5411,8 @@ def watch_signals(end: Callable[[int], object]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run, and end every failure on all ranks with one message and a non-zero exit code."""
     open_streams()
-    config, store, log, ending = parse_args(arguments), None, Log(None), threading.RLock()
+    config, store, log = parse_args(arguments, to_train=True), None, Log(None)
+    ending = threading.RLock()
 
     def end(code: int, message: str, speaks: bool) -> typing.NoReturn:
         """At once: other ranks may be waiting for this one in a collective."""

@@ -262,19 +262,22 @@ def test_own_data_goes_with_own_data(capsys):
         folder = Path(config.val_file).parent
         for name, other in (("train_files", "val_file"), ("val_file", "train_files")):
             with pytest.raises(SystemExit) as end:
-                parse_args(["--preset", preset, f"--{name}", "own.bin"])
+                parse_args(["--preset", preset, f"--{name}", "own.bin"], to_train=True)
             assert end.value.code == 2
             found = (
                 f"error: --{name} own.bin is given without --{other}, whose default is elsewhere"
             )
             assert f"{found}: give both" in capsys.readouterr().err
             for own in (folder / "own.bin", folder.resolve() / "own.bin"):
-                given = parse_args(["--preset", preset, f"--{name}", str(own)])
+                given = parse_args(["--preset", preset, f"--{name}", str(own)], to_train=True)
                 assert given == dataclasses.replace(config, **{name: str(own)})
             both = ["--preset", preset, "--train_files", "own.bin", "--val_file", "own/val.bin"]
-            assert parse_args(both).val_file == "own/val.bin"
+            assert parse_args(both, to_train=True).val_file == "own/val.bin"
             default = [f"--{other}", getattr(config, other), f"--{name}", "own.bin"]
-            assert getattr(parse_args(["--preset", preset, *default]), name) == "own.bin"
+            assert (
+                getattr(parse_args(["--preset", preset, *default], to_train=True), name)
+                == "own.bin"
+            )
 
 
 def test_cu_seqlens_grow_beyond_the_expected_documents():
