@@ -523,8 +523,8 @@ def check_output(option: str, path: str | Path, num_bytes: int) -> None:
 class Log:
     """Writes the run down as it goes: <run id>.txt line by line, <run id>.json at the end.
 
-    Only the main rank has one that writes; on the others every method does nothing. When the disk
-    is full the run goes on: that is told once, and `failed` makes it the exit code.
+    Only the main rank has one that writes; those of the others write nothing. When the disk is
+    full the run goes on: that is told once, and `failed` makes it the exit code.
     """
 
     def __init__(self, folder: str | None, run_id: str = ""):
@@ -652,8 +652,7 @@ def check_ranks(config: Config, store: dist.Store, rank: int, world_size: int) -
     facts = {f"--{name}": text for name, text in options.items()}
     facts["the script"] = f"SHA-256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
     try:
-        paths = find_files("--val_file", config.val_file)[:1]
-        paths += find_files("--train_files", config.train_files)
+        paths = [find_val_file(config), *find_files("--train_files", config.train_files)]
         shards = [f"{Path(path).name} with {read_shard_header(path):,} tokens" for path in paths]
     except UserError as error:  # where all ranks have the same one, train() raises it
         shards = [str(error)]

@@ -273,11 +273,9 @@ def test_own_data_goes_with_own_data(capsys):
                 assert given == dataclasses.replace(config, **{name: str(own)})
             both = ["--preset", preset, "--train_files", "own.bin", "--val_file", "own/val.bin"]
             assert parse_args(both, to_train=True).val_file == "own/val.bin"
-            default = [f"--{other}", getattr(config, other), f"--{name}", "own.bin"]
-            assert (
-                getattr(parse_args(["--preset", preset, *default], to_train=True), name)
-                == "own.bin"
-            )
+            with_default = [f"--{other}={getattr(config, other)}", f"--{name}=own.bin"]
+            given = parse_args(["--preset", preset, *with_default], to_train=True)
+            assert getattr(given, name) == "own.bin"
 
 
 def test_cu_seqlens_grow_beyond_the_expected_documents():
@@ -405,9 +403,8 @@ def test_validation_file_is_one(tmp_path):
     for name in ("val_0.bin", "val_1.bin"):
         write_shard(tmp_path / name, [START_TOKEN, 5])
     assert find_val_file(tiny_config(val_file=f"{tmp_path}/*_1.bin")) == f"{tmp_path}/val_1.bin"
-    with pytest.raises(
-        UserError, match=r"--val_file .*val_\*\.bin: 2 files have such a name: give"
-    ):
+    found = r"--val_file .*val_\*\.bin: 2 files have such a name: give"
+    with pytest.raises(UserError, match=found):
         find_val_file(tiny_config(val_file=f"{tmp_path}/val_*.bin"))
 
 

@@ -304,22 +304,25 @@ def test_missing_streams_and_narrow_encodings_lose_no_run(monkeypatch, tmp_path)
 # Ranks -------------------------------------------------------------------------------------------
 
 
+def variables_of_two_ranks() -> list[dict[str, str]]:
+    """What a launcher tells each of them."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [world | {"RANK": str(rank)} for rank in range(2)]
+
+
 def errors_of_ranks(*configs: Config) -> list[str]:
     """What check_ranks says on each rank: here they are threads."""
-    store, errors = dist.HashStore(), [""] * len(configs)
+    store = dist.HashStore()
 
-    def check(rank: int) -> None:
+    def check(rank: int, config: Config) -> str:
         try:
-            check_ranks(configs[rank], store, rank, len(configs))
+            check_ranks(config, store, rank, len(configs))
         except UserError as error:
-            errors[rank] = str(error)
+            return str(error)
+        return ""
 
-    threads = [threading.Thread(target=check, args=[rank]) for rank in range(len(configs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
+    with ThreadPoolExecutor(len(configs)) as ranks:
+        return [*ranks.map(check, *zip(*enumerate(configs)))]
 
 
 @pytest.fixture
@@ -383,8 +386,8 @@ def test_ranks_have_one_script(agreed, data, monkeypatch):
 
 
 def test_ranks_with_two_seeds_end_before_training(data):
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [fork_main(data, variables=world | {"RANK": str(r)}, seed=r, **SHORT) for r in range(2)]
+    variables = variables_of_two_ranks()
+    ranks = [fork_main(data, variables=own, seed=r, **SHORT) for r, own in enumerate(variables)]
     assert [*map(end_of, ranks)] == [1, 1]
     (error,) = (data / "err").read_text().splitlines()[1:]
     assert error.startswith("error: --seed is 0 on rank 0, but 1 on rank 1: start all ranks with ")
@@ -408,10 +411,9 @@ def test_the_log_has_the_error_of_another_rank(data, told):
     def prepare(rank: int) -> None:
         train_gpt.check_data = [begin, fail][rank]
 
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        fork_main(data, functools.partial(prepare, r), variables=world | {"RANK": str(r)}, **SHORT)
-        for r in range(2)
+        fork_main(data, functools.partial(prepare, rank), variables=own, **SHORT)
+        for rank, own in enumerate(variables_of_two_ranks())
     ]
     assert end_of(ranks[1]) == 1
     if told:
@@ -485,8 +487,7 @@ def test_ignored_signals_of_children_hide_no_exit_code(data):
 
 def test_a_rank_that_waits_for_another_ends_too(data):
     """The main thread waits in a collective, where no exception can be raised."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [fork_main(data, variables=world | {"RANK": str(r)}, **ENDLESS) for r in range(2)]
+    ranks = [fork_main(data, variables=own, **ENDLESS) for own in variables_of_two_ranks()]
     try:
         wait_until(lambda: has_steps(data))
         os.kill(ranks[1].pid, signal.SIGSTOP)

@@ -126,8 +126,7 @@ def test_loss_weights_of_the_speedrun():
     assert plan.total_steps == config.num_steps + config.extension_steps
     assert weights == sorted(weights, reverse=True)
     assert 0 < weights[0] < 1 and weights[-1] == 0
-    stages = (*config.stages, *config.extension)
-    assert {*weights} == {stage.second for stage in stages}
+    assert {*weights} == {stage.second for stage in config.all_stages}
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])

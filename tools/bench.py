@@ -40,7 +40,7 @@ CONFIG = Config()
 DIM, HIDDEN = CONFIG.model_dim, CONFIG.mlp_dim
 HEADS, HEAD_DIM, WIDTH = CONFIG.num_heads, CONFIG.head_dim, CONFIG.attention_dim
 VOCAB, BF16, FP32 = CONFIG.padded_vocab_size, torch.bfloat16, torch.float32
-STAGES = (*CONFIG.stages, *CONFIG.extension)
+STAGES = CONFIG.all_stages
 # NorMuon's on one GPU: entries of a bank, matrices of an entry, their rows
 LAYERS = len(CONFIG.layers)
 BLOCKS = {"q, k": (LAYERS, HEADS, 2 * HEAD_DIM), "v, o": (LAYERS, 2, WIDTH)}

@@ -161,7 +161,7 @@ def report(config: Config) -> str:
     for n in counts:
         train_gpt.check_config(config, n, kernels=True)
         memory[n], passes = memory_of(config, n), []
-        for stage in dict.fromkeys((*config.stages, *config.extension)):
+        for stage in dict.fromkeys(config.all_stages):
             length = stage.tokens_per_step // config.sequences_per_step
             sequences = config.sequences_per_pass(length, n)
             candidates = f"{stage.candidates:,} candidates" if stage.candidates else "all tokens"
