@@ -304,9 +304,13 @@ def test_missing_streams_and_narrow_encodings_lose_no_run(monkeypatch, tmp_path)
 # Ranks -------------------------------------------------------------------------------------------
 
 
-def variables_of_two_ranks() -> list[dict[str, str]]:
-    """What a launcher tells each of them."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def variables_of_two_ranks(store: dist.TCPStore | None = None) -> list[dict[str, str]]:
+    """What a launcher tells each of them. store: of the launcher, as torchrun has one; without it
+    rank 0 hosts one, and what the other asks it later fails with a warning of torch."""
+    port = store.port if store is not None else free_port()
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if store is not None:
+        world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     return [world | {"RANK": str(rank)} for rank in range(2)]
 
 
@@ -386,7 +390,8 @@ def test_ranks_have_one_script(agreed, data, monkeypatch):
 
 
 def test_ranks_with_two_seeds_end_before_training(data):
-    variables = variables_of_two_ranks()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = variables_of_two_ranks(store)
     ranks = [fork_main(data, variables=own, seed=r, **SHORT) for r, own in enumerate(variables)]
     assert [*map(end_of, ranks)] == [1, 1]
     (error,) = (data / "err").read_text().splitlines()[1:]
