@@ -49,7 +49,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-LAUNCHER = os.getppid()  # asked for before the imports that take long
+# Asked for before the imports that take long: both may change
+LAUNCHER, SOURCE = os.getppid(), Path(__file__).read_text(encoding="utf-8")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during them Ctrl-C ends without a traceback
 
@@ -650,7 +651,7 @@ def check_ranks(config: Config, store: dist.Store, rank: int, world_size: int) -
     for name in "train_files", "val_file", "log_dir":
         del options[name]
     facts = {f"--{name}": text for name, text in options.items()}
-    facts["the script"] = f"SHA-256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    facts["the script"] = f"SHA-256 {hashlib.sha256(SOURCE.encode()).hexdigest()}"
     try:
         paths = [find_val_file(config), *find_files("--train_files", config.train_files)]
         shards = [f"{Path(path).name} with {read_shard_header(path):,} tokens" for path in paths]
@@ -5053,7 +5054,7 @@ def train(config: Config, runtime: Runtime) -> None:
     environment = describe_environment(runtime)
     tables = {"environment": environment, "config": config_as_text(config)}
     log.data |= tables
-    log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
+    log.line(SOURCE + "=" * 100, screen=False)
     log.line(json.dumps(tables, indent=1), screen=False)
     hardware = f"{runtime.world_size} x {environment['devices']}"
     log.line(f"{hardware}, torch {environment['torch']}, log {log.path}")
@@ -5166,7 +5167,7 @@ def check_outputs(config: Config, log: Log, num_steps: int, model: GPT | None = 
     if log.path is None:
         return
     # a step has a line and a row of the JSON; the rest is the picture
-    log_bytes = Path(__file__).stat().st_size + 300 * num_steps + 2**18
+    log_bytes = len(SOURCE.encode()) + 300 * num_steps + 2**18
     check_output("--log_dir", log.path.with_suffix(".json"), log_bytes)
     if config.checkpoint:
         tensors = [] if model is None else [*model.state_dict().values()]
@@ -5295,8 +5296,7 @@ def option_groups() -> dict[str, dict[str, str]]:
     """The fields of Config by its headings, `# Data` for instance, with the comments behind them,
     empty where there is none."""
     # inspect.getsource would parse the whole script, which takes a quarter of a second
-    source = Path(__file__).read_text(encoding="utf-8")
-    fields = source.partition("\nclass Config:\n")[2].partition("\n    @property\n")[0]
+    fields = SOURCE.partition("\nclass Config:\n")[2].partition("\n    @property\n")[0]
     groups, heading = {}, "Options"
     for line in fields.splitlines():
         if begins := re.fullmatch(r"    # (\w+)", line):

@@ -5,6 +5,7 @@ signal comes or its launcher dies. Most runs are forks of the tests, which spare
 import dataclasses
 import functools
 import gc
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -381,8 +382,7 @@ def test_ranks_have_one_script(agreed, data, monkeypatch):
     store = dist.HashStore()
     rank_1 = ThreadPoolExecutor(1).submit(check_ranks, agreed, store, 1, 2)
     wait_until(lambda: store.check(["speedrun/rank 1"]))
-    (changed := data / "changed.py").write_text("changed")
-    monkeypatch.setattr(train_gpt, "__file__", str(changed))
+    monkeypatch.setattr(train_gpt, "SOURCE", "changed")
     message = "the script is SHA-256 [0-9a-f]{64} on rank 0, but SHA-256 [0-9a-f]{64} on rank 1: st"
     for check in functools.partial(check_ranks, agreed, store, 0, 2), rank_1.result:
         with pytest.raises(UserError, match=message):
@@ -426,6 +426,18 @@ def test_the_log_has_the_error_of_another_rank(data, told):
     assert end_of(ranks[0], 10) == (143 if told else 1)
     assert (data / "err").read_text() == "\nerror: of rank 1 alone ?\n"
     assert log_of(data)[0].splitlines()[-1] == "error: of rank 1 alone ?"
+
+
+def test_the_log_has_the_script_that_runs(data):
+    """Not what has taken its place on the disk since."""
+    path = data / "changing.py"
+    path.write_text(before := Path(train_gpt.__file__).read_text(encoding="utf-8"))
+    spec = importlib.util.spec_from_file_location("changing", path)
+    script = sys.modules["changing"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    path.write_text("changed")
+    assert end_of(fork_main(data, script=script, **SHORT)) == 0
+    assert log_of(data)[0].startswith(before + "=" * 100)
 
 
 # Signals -----------------------------------------------------------------------------------------

@@ -232,6 +232,16 @@ def test_validation_is_the_mean_over_all_targets(data):
     assert train_gpt_simple.validate(model, config, RUNTIME, 470) == pytest.approx(expected)
 
 
+def test_a_pass_of_validation_is_no_larger_than_a_step(data, monkeypatch):
+    sizes, forward = set(), GPT.forward
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, b: (sizes.add(len(b.tokens)), forward(self, b))[1]
+    )
+    config = dataclasses.replace(SMALL, **files(data), micro_batch_tokens=2**20)
+    train_gpt_simple.validate(fresh_model(), config, RUNTIME, 480)
+    assert sizes == {SMALL.sequences_per_step * SMALL.sequence_tokens}
+
+
 def test_validation_is_rare_first_and_often_near_the_end(data, tmp_path):
     log = run(train_gpt_simple, data, tmp_path, num_steps=45, val_every=2)
     steps = [row["step"] for row in log["validations"]]
@@ -288,7 +298,8 @@ def test_checkpoint_has_the_validated_weights(data, tmp_path, scripts):
         ("--num_steps 120", 1, "lower --num_steps"),
         ("--vocab_size 60", 1, "outside the vocabulary of 60"),
         ("--log_dir {data}/short.bin", 1, "short.bin"),
-        ("--checkpoint {data}/gone/weights.pt", 1, "gone/weights.pt: make its folder"),
+        ("--checkpoint {data}/gone/weights.pt", 1, "weights.pt: give a file in a folder that"),
+        ("--checkpoint {data}", 1, ": give a file in a folder that exists"),
     ],
 )
 def test_bad_options_end_in_one_line(data, tmp_path, capsys, options, code, found):
@@ -312,6 +323,54 @@ def test_loss_that_is_not_finite_ends_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt_simple, "initialize", spoil)
     with pytest.raises(train_gpt_simple.UserError, match="nan at step 1: lower the learning rates"):
         run(train_gpt_simple, data, tmp_path, num_steps=2)
+
+
+def test_validation_loss_that_is_not_finite_ends_the_run(data, tmp_path, scripts, monkeypatch):
+    """Where the last step spoils the weights, no training loss tells it."""
+    step = train_gpt_simple.Optimizer.step
+
+    def spoil(self, number):
+        step(self, number)
+        if number == 1:
+            torch.nn.init.constant_(self.rules[0].param, math.nan)
+
+    monkeypatch.setattr(train_gpt_simple.Optimizer, "step", spoil)
+    with pytest.raises(train_gpt_simple.UserError, match="val_loss is nan at step 2: lower the"):
+        run(train_gpt_simple, data, tmp_path, num_steps=2)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_log(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    words = ["--preset", "tiny", "--log_dir", str(tmp_path), "--val_tokens", "100"]
+    words += ["--num_steps", "2", "--checkpoint", str(tmp_path / "weights.pt")]
+    words += [f"--{name}={value}" for name, value in files(data).items()]
+    assert train_gpt_simple.main(words) == 1
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["summary"]["steps"] == 2
+
+
+def test_ctrl_c_ends_with_its_code_and_no_traceback(data, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt_simple, "train", interrupt)
+    assert train_gpt_simple.main(["--preset", "tiny", "--log_dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_log_has_the_script_that_runs(data, tmp_path):
+    """Not what has taken its place on the disk since."""
+    path = tmp_path / "changing.py"
+    path.write_text(before := submission.SCRIPT.read_text())
+    spec = importlib.util.spec_from_file_location("changing", path)
+    script = sys.modules["changing"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    path.write_text(before.replace("MUON_LR, ", "# "))
+    log = run(script, data, tmp_path, num_steps=1)
+    assert (tmp_path / f"{log['run_id']}.txt").read_text().startswith(before + "=" * 100)
 
 
 def test_help_explains_every_option(capsys):
@@ -526,6 +585,16 @@ def test_a_file_of_ones_own_becomes_a_script(tmp_path, capsys):
         (lambda text: text.replace("begin of the", "start of the"), "it needs this line once"),
         (lambda text: text.replace("import math", "import scipy"), "does not import scipy"),
         (lambda text: text + "    def (\n", "mine.py, line"),
+        (lambda text: text.replace("NUM_STEPS =", "STEPS ="), "its section has no NUM_STEPS"),
+        (lambda text: text.replace("def initialize(", "def begin("), "has no initialize"),
+        (lambda text: text.replace("class Optimizer:", "class Mine:"), "has no Optimizer"),
+        (lambda text: text.replace("def validation_weights(", "def rest("), "validation_weights()"),
+        (lambda text: text.replace('"proxy": 1000, ', ""), "NUM_STEPS needs a number for each"),
+        (lambda text: text.replace("1000", "1e3"), "NUM_STEPS needs a number for each preset"),
+        (
+            lambda _: submission.SCRIPT.read_text().replace("scale=0.12", "scale=0.13"),
+            "differs from train_gpt_simple.py outside the Optimizer section",
+        ),
     ],
 )
 def test_a_file_that_is_no_section_is_refused_in_words(tmp_path, capsys, change, found):
@@ -534,6 +603,30 @@ def test_a_file_that_is_no_section_is_refused_in_words(tmp_path, capsys, change,
     assert submission.main([str(mine), str(tmp_path / "script.py")]) == 1
     assert found in capsys.readouterr().err
     assert not (tmp_path / "script.py").exists()
+
+
+def test_a_script_that_a_run_may_be_about_to_read_is_not_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(submission, "ROOT", tmp_path)
+    mine, texts = tmp_path / "mine.py", []
+    for rate in "0.025", "0.03", "0.03", "0.025":
+        mine.write_text((submission.OPTIMIZERS / "muon.py").read_text().replace("0.025", rate))
+        assert submission.main([str(mine)]) == 0
+        path = Path(capsys.readouterr().out.strip())
+        texts.append((path, f"MUON_WEIGHT_DECAY = {rate}," in path.read_text()))
+    assert [good for _, good in texts] == [True] * 4
+    assert texts[0] == texts[3] == (tmp_path / "logs" / "optimization_mine.py", True)
+    assert texts[1] == texts[2] != texts[0]
+
+
+def test_records_have_the_fixed_part_as_it_is_or_was():
+    """An earlier one is listed with a record that has it; its section goes into today's script."""
+    source = submission.SCRIPT.read_text()
+    parts = {path: rules.script_parts(path.read_text())[0] for path in submission.EARLIER}
+    assert all(part != rules.our_parts()[0] for part in parts.values())
+    for path in submission.EARLIER:
+        rules.check_script(path.read_text())
+    muon = submission.HERE / "2026-11-30_muon" / "train_gpt.py"
+    assert rules.script_parts(submission.make_submission(muon)) == rules.script_parts(source)
 
 
 def test_an_unknown_name_is_told_the_known_ones(capsys):

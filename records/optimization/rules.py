@@ -91,7 +91,7 @@ def our_parts() -> tuple[str, str]:
 
 def check_script(source: str) -> None:
     """RuleError unless the code outside the Optimizer section is that of train_gpt_simple.py."""
-    if script_parts(source)[0] != our_parts()[0]:
+    if script_parts(source)[0] not in submission.fixed_parts():
         found = "its script differs from train_gpt_simple.py outside the Optimizer section"
         raise RuleError(f"{found}: run it again with the fixed part as it is")
 
@@ -108,4 +108,6 @@ def preset_of(config: dict[str, str]) -> str:
 def is_baseline(source: str, config: dict[str, str]) -> bool:
     """Whether this is the Muon baseline, run for its own number of steps."""
     num_steps = train_gpt_simple.NUM_STEPS[preset_of(config)]
-    return script_parts(source) == our_parts() and int(config["num_steps"]) == num_steps
+    fixed_part, section = script_parts(source)
+    is_ours = fixed_part in submission.fixed_parts() and section == our_parts()[1]
+    return is_ours and int(config["num_steps"]) == num_steps

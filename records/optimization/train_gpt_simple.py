@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs: the file may change later
 # --- 1. Optimizer ---------------------------------------------------------------------------------
 # What a submission gives: NUM_STEPS, the length of the run by preset; initialize(model), the first
 # weights; and Optimizer, whose step() updates the parameters from their gradients. These are means
@@ -189,12 +190,12 @@ def check_config(c: Config, world_size: int) -> None:
     fits = c.head_dim % 4 == 0 and c.model_dim % c.head_dim == 0
     require(fits, f"--head_dim {c.head_dim}: give a multiple of 4 that divides --model_dim")
     count, length, size = c.sequences_per_step, c.sequence_tokens, c.micro_batch_tokens
-    fits = count % world_size == 0
-    require(fits, f"--sequences_per_step {count}: not for {world_size} processes")
+    require(count % world_size == 0, f"--sequences_per_step {count}: not for {world_size} ranks")
     part = count * length // world_size  # tokens of a step on a GPU
     fits = size % length == 0 and part % min(size, part) == 0
     require(fits, f"--micro_batch_tokens {size}: give a multiple of {length} that divides {part}")
-    require(Path(c.checkpoint).parent.is_dir(), f"--checkpoint {c.checkpoint}: make its folder")
+    fits = Path(c.checkpoint).parent.is_dir() and not os.path.isdir(c.checkpoint)
+    require(fits, f"--checkpoint {c.checkpoint}: give a file in a folder that exists")
 
 
 # --- 3. Model, in shapes of B sequences of T tokens, H heads of D dimensions, width C = H D -------
@@ -340,7 +341,8 @@ def start_runtime(config: Config) -> Runtime:
 @torch.no_grad()
 def validate(model: nn.Module, config: Config, runtime: Runtime, num_targets: int) -> float:
     """Mean cross-entropy in nats of the first num_targets targets of the validation file."""
-    data, size = Tokens("val_file", config.val_file, config.vocab_size), config.micro_batch_tokens
+    c, data = config, Tokens("val_file", config.val_file, config.vocab_size)
+    size = min(c.micro_batch_tokens, c.sequences_per_step * c.sequence_tokens // runtime.world_size)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for batch in data.batches(runtime.rank * size, num_targets, size, runtime.world_size * size):
         total += model(Batch(*(x.to(runtime.device) for x in batch)))
@@ -351,9 +353,8 @@ def train(config: Config, runtime: Runtime) -> None:
     log, device, seconds = runtime.log, runtime.device, 0.0
     data = Tokens("train_files", config.train_files, config.vocab_size)
     step_tokens = config.sequences_per_step * config.sequence_tokens
-    found = f"--train_files {config.train_files}: {data.size:,} tokens"
-    enough = config.num_steps * step_tokens < data.size
-    require(enough, f"{found} are not {config.num_steps} steps: add shards or lower --num_steps")
+    found = f"--train_files {config.train_files}: {data.size:,} tokens are too few"
+    require(config.num_steps * step_tokens < data.size, f"{found}: add shards or lower --num_steps")
     val_size = Tokens("val_file", config.val_file, config.vocab_size).size
     num_targets = min(config.val_tokens, val_size - 1)
     log.begin(config, runtime)
@@ -381,23 +382,20 @@ def train(config: Config, runtime: Runtime) -> None:
         train_loss = runtime.all_reduce(loss).item()  # waits for the GPU
         seconds += time.perf_counter() - started
         log.loss("steps", step, train_loss, seconds)
-        found = f"the training loss is {train_loss} at step {step}"
-        require(math.isfinite(train_loss), f"{found}: lower the learning rates in section 1")
 
-        is_near_end = step > config.num_steps - 10 * config.val_every
-        every = config.val_every if is_near_end else 10 * config.val_every
+        every = config.val_every * (1 if step > config.num_steps - 10 * config.val_every else 10)
         if step % every == 0 or step == config.num_steps:
             with optimizer.validation_weights():
                 val_loss = validate(fast_model, config, runtime, num_targets)
             log.loss("validations", step, val_loss, seconds)
 
+    log.end(num_targets)  # first, as it has what took long
     if config.checkpoint and runtime.rank == 0:
         head = data.read(0, 100_000)
         are_bytes = ((head < 256) | (head == 50_256)).all().item()  # then prompts are bytes too
         with optimizer.validation_weights():
             saved = {"config": vars(config), "byte_tokens": are_bytes}
             torch.save(saved | {"weights": model.state_dict()}, config.checkpoint)
-    log.end(num_targets)
 
 
 # --- 6. Log ---------------------------------------------------------------------------------------
@@ -434,7 +432,7 @@ class Log:
         more = {"track": "optimization", "stages": row, "extension": row, "extension_steps": "0"}
         tables = {"environment": environment, "config": config_as_text(config) | more}
         self.data |= tables
-        self.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
+        self.line(SOURCE + "=" * 100, screen=False)
         self.line(json.dumps(tables, indent=1), screen=False)
 
     def loss(self, table: str, step: int, loss: float, seconds: float) -> None:
@@ -448,6 +446,7 @@ class Log:
             text += f" step {row['step_ms']:.1f} ms"
         self.data[table].append(row)
         self.line(text)
+        require(math.isfinite(loss), f"{name} is {loss} at step {step}: lower the learning rates")
 
     def end(self, num_targets: int) -> None:
         """The result, which is the last validation, and the other two files."""
@@ -491,9 +490,10 @@ def main(arguments: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        is_error = not isinstance(error, KeyboardInterrupt)
+        print(f"error: {error}" if is_error else "interrupted", file=sys.stderr)
+        return 1 if is_error else 130
 
 
 if __name__ == "__main__":

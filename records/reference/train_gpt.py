@@ -10,14 +10,15 @@ script of 23 November 2026 as these records ran it, the same in all of them, wit
 Launch:  ./run.sh reference, or torchrun --nproc_per_node=8 records/reference/train_gpt.py from the
          top of the repository [--option value ...], or --help.
 
-Changed since, so that it runs on torch 2.13 and Triton 3.7.1; not one number of the recipe is, and
-losses on a CPU are the same to the last bit:
+Changed since, nearly all of it so that it runs on torch 2.13 and Triton 3.7.1; not one number of
+the recipe is, and losses on a CPU are the same to the last bit:
 - _transposed: in _quantize_kernel, _mlp_product_kernel and _logits_gradient_kernel fp8 tiles are
   transposed as fp16. Of single bytes Triton 3.7.1 stores garbage, and the model does not learn.
 - attention_backend: flash-attn is imported, not searched for. Searching raises where none of it is
   installed, and finds one that cannot be imported.
 - Config.prefix_file, read_prefixes, PREFIX_TABLE, prefix_table: the table of prefix tokens and the
   tool that makes it stand beside this file.
+- SOURCE, train: the log has the script as it was read when it started.
 
 Sections: 1 this, 2 config and tables, 3 runtime and log, 4 operations, 5 model, 6 optimizer,
           7 data, 8 schedule, 9 train and validate, 10 command line. Later ones call earlier ones.
@@ -53,6 +54,8 @@ from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs: the file may change later
 
 import numpy as np
 import torch
@@ -4334,7 +4337,7 @@ def train(config: Config, runtime: Runtime) -> None:
             f"--checkpoint {config.checkpoint}: cannot be written, {folder} is no writable folder"
         )
     log.data |= {"environment": describe_environment(runtime), "config": config_as_text(config)}
-    log.line(Path(__file__).read_text(encoding="utf-8") + "=" * 100, screen=False)
+    log.line(SOURCE + "=" * 100, screen=False)
     log.line(
         json.dumps({key: log.data[key] for key in ("environment", "config")}, indent=1),
         screen=False,
