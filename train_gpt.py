@@ -5335,14 +5335,16 @@ def parse_args(arguments: list[str] | None = None, to_train: bool = False) -> Co
     preset = "speedrun" if torch.cuda.is_available() else "tiny"
     text = "where the options not given come from"
     parser.add_argument("--preset", choices=PRESETS, default=preset, help=text)
-    defaults, tiny = (config_as_text(PRESETS[name]) for name in ("speedrun", "tiny"))
+    defaults = config_as_text(PRESETS["speedrun"])
+    others = {name: config_as_text(PRESETS[name]) for name in ("tiny", "medium")}
     kinds = typing.get_type_hints(Config)
     for heading, comments in option_groups().items():
         group = parser.add_argument_group(heading.lower())
         for name, comment in comments.items():
             default = defaults[name] or "none"
-            if tiny[name] != defaults[name] and name not in ("layers", "stages", "extension"):
-                default += f"; tiny: {tiny[name]}"
+            for preset_name, values in others.items():
+                if values[name] != defaults[name] and METAVARS.get(kinds[name]) is not None:
+                    default += f"; {preset_name}: {values[name]}"
             group.add_argument(
                 f"--{name}",
                 default=argparse.SUPPRESS,

@@ -88,7 +88,7 @@ def test_medium_preset_is_that_of_its_page():
     schedule = Schedule(medium)
     stages = map(schedule.stage, range(schedule.total_steps))
     tokens = sum(stage.tokens_per_step for stage in stages) / 1e6
-    assert f"{tokens:,.0f} M tokens" in page
+    assert f"| {tokens:,.0f} M |" in page
     for world_size in (1, 2, 4, 8, 16):
         check_config(medium, world_size, kernels=True)
 
@@ -186,6 +186,7 @@ def test_help_shows_every_fields_comment(capsys):
         assert f"--{name}{kind}" + "".join(comment.split()) in shown
     groups = re.findall(r"^    # (\w+)$", fields, re.MULTILINE)
     assert all(f"{group.lower()}:" in shown for group in groups) and len(groups) == 5
+    assert "[1560;tiny:80;medium:6000]" in shown  # of --num_steps
     (rows,) = re.findall(r"astageis(\S+),alayer(\S+)$", shown)  # these examples can be read
     parse_args([f"--{name}={row}" for name, row in zip(("stages", "layers"), rows, strict=True)])
 

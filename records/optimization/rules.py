@@ -101,6 +101,9 @@ def preset_of(config: dict[str, str]) -> str:
     for name, preset in train_gpt_simple.PRESETS.items():
         fields = train_gpt_simple.config_as_text(preset)
         if all(config.get(key) == value for key, value in fields.items() if key not in FREE):
+            found = f"--val_every {config['val_every']} gives more chances to pass than the rules'"
+            if int(config["val_every"]) < preset.val_every:
+                raise RuleError(f"{found} {preset.val_every}: run it again with that or more")
             return name
     raise RuleError("its fixed options are those of no preset: run a preset")
 
