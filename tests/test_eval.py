@@ -182,6 +182,7 @@ def test_one_line_says_what_is_missing(loaded, alphabet, questions, tmp_path, ca
         ([alphabet, "--data", tmp_path / "no.jsonl"], 2, "no.jsonl: cannot be read (No such file"),
         ([tmp_path / "gone.pt", "--data", questions], 1, "gone.pt: cannot be read (No such file"),
         ([tmp_path / "bad.pt", "--data", questions], 1, "bad.pt: not a checkpoint of"),
+        ([tmp_path / "gone.pt"], 1, "gone.pt: cannot be read (No such file"),  # before a download
     ):
         assert hellaswag.main(list(map(str, arguments))) == code
         error = capsys.readouterr().err

@@ -196,13 +196,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--script", type=Path, help=script)
     args = parser.parse_args(arguments)
     try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        script = load_script(args.script or script_of(args.checkpoint))
+        scorer = Scorer(script, args.checkpoint, device)  # before a download, as it may be refused
         questions = read_questions(args.data or download())
         if args.data is None and len(questions) != NUM_QUESTIONS:
             found = f"{REPOSITORY} has {len(questions)} questions"
             raise Unjudgeable(f"{found}, expected {NUM_QUESTIONS}: give a copy with --data FILE")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        script = load_script(args.script or script_of(args.checkpoint))
-        scorer = Scorer(script, args.checkpoint, device)
         return show(evaluate(scorer, questions[: args.limit]))
     except (EvalError, Unjudgeable) as error:
         print(f"error: {error}", file=sys.stderr)
