@@ -805,3 +805,36 @@ def test_run_sh_starts_the_script_and_submissions(tmp_path):
     (copy.notes / "does").write_text("[[ $* != *submission.py* ]] || exit 1\n")
     calls, _, _ = copy.run("optimization", "nix", code=1)
     assert len(calls) == 1
+
+
+# --- Runs of one record ---------------------------------------------------------------------------
+
+
+def test_runs_of_one_record_may_differ_in_what_the_rules_leave_free(race):
+    """In the size of a micro-batch, the checkpoint, and where the same shards lie."""
+    path = sorted(Path("new/adamw").glob("*.json"))[1]
+    old = json.loads(path.read_text())["config"]
+    changes = {
+        "micro_batch_tokens": "128",
+        "checkpoint": "weights.pt",
+        "train_files": f"elsewhere/{Path(old['train_files']).name}",
+    }
+    for name, new in changes.items():
+        rewrite(path, lambda text: text.replace(f'"{name}": "{old[name]}"', f'"{name}": "{new}"'))
+    assert json.loads(path.read_text())["config"] == old | changes
+    record(race, "adamw")
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    assert cells((folder / "README.md").read_text())["runs"].startswith("3, seeds ")
+    before = path.read_text(), path.with_suffix(".txt").read_text()
+    for name, new in (
+        ("train_files", "proxy_train_0*.bin"),
+        ("val_file", "proxy_val_1.bin"),
+        ("val_every", "10"),
+        ("num_steps", "61"),
+    ):
+        now = json.loads(before[0])["config"][name]
+        rewrite(path, lambda text: text.replace(f'"{name}": "{now}"', f'"{name}": "{new}"'))
+        error = race("record", "other", "--logs", *Path("new/adamw").glob("*.txt"), code=1)
+        assert f"  {name}: " in error
+        path.write_text(before[0])
+        path.with_suffix(".txt").write_text(before[1])

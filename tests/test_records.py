@@ -165,6 +165,7 @@ def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object)
         "num_steps": "6",
         "match_orders": "none",
         "match_shards": "0",
+        "checkpoint": "",
         "model_dim": "768",
         "stages": "0.5:33554432:1.0, 0.5:67108864:1.0",
         "extension_steps": "2",
@@ -560,6 +561,17 @@ def test_logs_of_different_options_are_refused(call):
     assert "have different options" in error
     assert "val_tokens: '10485760' and '99'" in error
     assert not list(Path("records").iterdir())
+
+
+def test_runs_of_one_record_may_name_their_data_and_outputs_differently(call):
+    """The checkpoint changes nothing, and the folder of the same shards neither."""
+    files = {"train_files": "/else/where/fineweb_train_*.bin", "checkpoint": "weights.pt"}
+    other = made_up_run(Path("new"), 3, 3.2772, **files)
+    assert '"checkpoint": "weights.pt"' in other.with_suffix(".txt").read_text(encoding="utf-8")
+    assert "3 runs" in call("record", "claim", "--logs", *Path("new").glob("*.txt"))
+    other = made_up_run(Path("new"), 4, train_files="data/fineweb10B/fineweb_train_000001.bin")
+    error = call("record", "other", "--logs", *Path("new").glob("*.txt"), code=1)
+    assert "  train_files: " in error and other.name in error
 
 
 @pytest.mark.parametrize(

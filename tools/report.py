@@ -71,10 +71,11 @@ PUBLIC = (
 DIFF_LINES = 100  # shown at most
 SCREEN = 160  # and characters of an option
 SEPARATOR = "=" * 100 + "\n"  # between the script and the log proper
-OWN_FIELDS = ("seed", "log_dir")  # what the runs of one record may differ in
-OUTPUT_FIELDS = ("checkpoint",)  # and what repeating a run leaves out besides
+OWN_FIELDS = ("seed", "log_dir", "checkpoint")  # what the runs of one record may differ in
 OUTPUT_OPTIONS = "--log_dir", "--checkpoint"
+DATA_FIELDS = ("train_files", "val_file")  # the runs have them in any folder, by the same names
 DATA_OPTIONS = "--train_files", "--val_file"
+COUNTED_FIELDS = (*DATA_FIELDS, "num_steps", "val_every")  # of those that optimization rules free
 MOST_RUNS = 10_000
 RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{6}")  # what one begins with
 DATED = re.compile(r"\d{4}-\d\d-\d\d_(.+)", re.DOTALL)  # the folder of a record
@@ -386,7 +387,7 @@ def check_runs(script: Path | None, runs: list[Run]) -> None:
                 f"{shown(path)} was not made by {shown(script)}, it begins with another script: "
                 "leave it out, or put back the script that ran\n" + "\n".join(lines)
             )
-        changes = config_changes(runs[0], run)
+        changes = config_changes(runs[0], run, of_one_record=True)
         if changes:
             raise ReportError(
                 f"{shown(runs[0].path)} and {shown(run.path)} have different options: "
@@ -417,14 +418,20 @@ def check_rules(runs: list[Run]) -> str:
     return preset
 
 
-def config_changes(a: Run, b: Run) -> list[str]:
-    """A line for every option that differs."""
-    values = {name: [run.config.get(name) for run in (a, b)] for name in a.config | b.config}
-    return [
-        f"  {name}: {first!r} and {second!r}"
-        for name, (first, second) in values.items()
-        if name not in OWN_FIELDS and first != second
-    ]
+def config_changes(a: Run, b: Run, of_one_record: bool = False) -> list[str]:
+    """A line for every option that differs; with of_one_record, that sets two records apart: the
+    rules of the optimization track leave some options free, as the size of a micro-batch."""
+    ignored = set(OWN_FIELDS)
+    if of_one_record and a.track == b.track == "optimization":
+        ignored |= optimization_rules().FREE.difference(COUNTED_FIELDS)
+    lines = []
+    for name in a.config | b.config:
+        first, second = values = [run.config.get(name) for run in (a, b)]
+        if name in DATA_FIELDS and None not in values:
+            values = [Path(value).name for value in values]
+        if name not in ignored and values[0] != values[1]:
+            lines.append(f"  {name}: {first!r} and {second!r}")
+    return lines
 
 
 # ==================================================================================================
@@ -836,7 +843,7 @@ def options_of(run: Run, script: Path) -> list[str]:
     for preset, defaults in presets.items():
         options = ["--preset", preset] if preset else []
         for name, value in run.config.items():
-            is_option = name not in OWN_FIELDS + OUTPUT_FIELDS and name in (defaults or run.config)
+            is_option = name not in OWN_FIELDS and name in (defaults or run.config)
             if is_option and value != defaults.get(name):
                 options += [f"--{name}", value]
         candidates.append(options)
