@@ -810,6 +810,12 @@ def test_run_sh_starts_the_script_and_submissions(tmp_path):
 # --- Runs of one record ---------------------------------------------------------------------------
 
 
+def set_option(path: Path, name: str, value: str) -> None:
+    """Of one run, in both of its files."""
+    before = json.loads(path.read_text())["config"][name]
+    rewrite(path, lambda text: text.replace(f'"{name}": "{before}"', f'"{name}": "{value}"'))
+
+
 def test_runs_of_one_record_may_differ_in_what_the_rules_leave_free(race):
     """In the size of a micro-batch, the checkpoint, and where the same shards lie."""
     path = sorted(Path("new/adamw").glob("*.json"))[1]
@@ -820,7 +826,7 @@ def test_runs_of_one_record_may_differ_in_what_the_rules_leave_free(race):
         "train_files": f"elsewhere/{Path(old['train_files']).name}",
     }
     for name, new in changes.items():
-        rewrite(path, lambda text: text.replace(f'"{name}": "{old[name]}"', f'"{name}": "{new}"'))
+        set_option(path, name, new)
     assert json.loads(path.read_text())["config"] == old | changes
     record(race, "adamw")
     (folder,) = Path("records/optimization").glob("2*_adamw")
@@ -832,9 +838,74 @@ def test_runs_of_one_record_may_differ_in_what_the_rules_leave_free(race):
         ("val_every", "10"),
         ("num_steps", "61"),
     ):
-        now = json.loads(before[0])["config"][name]
-        rewrite(path, lambda text: text.replace(f'"{name}": "{now}"', f'"{name}": "{new}"'))
+        set_option(path, name, new)
         error = race("record", "other", "--logs", *Path("new/adamw").glob("*.txt"), code=1)
         assert f"  {name}: " in error
         path.write_text(before[0])
         path.with_suffix(".txt").write_text(before[1])
+
+
+def no_launch(*_: object) -> None:
+    pytest.fail("it has trained")
+
+
+def test_rules_are_applied_before_anything_is_run(race, monkeypatch, capsys):
+    """To the script, the options and the seeds; and the track is told by the script."""
+    monkeypatch.setattr(report, "clean_copy", no_launch)
+    source = submission.SCRIPT.read_text()
+    Path("ours.py").write_text(source)
+    Path("other.py").write_text(source.replace("scale=0.12", "scale=0.13"))
+    Path("plain.py").write_text("x = 1\n")
+    ours, three = ("record", "a", "--script", "ours.py"), ("--runs", 3)
+    error = race("record", "a", "--script", "other.py", *three, "--", "--preset", "proxy", code=1)
+    assert "other.py: its script differs from train_gpt_simple.py outside the Optim" in error
+    error = race("record", "a", "--script", "plain.py", "--track", "optimization", *three, code=1)
+    assert "plain.py: its script is no submission" in error
+    error = race(*ours, "--track", "main", *three, code=1)
+    assert "ours.py: a script of the optimization track: give --track optimization" in error
+    error = race(*ours, *three, "--", "--preset", "proxy", "--layers", "3", code=2)
+    assert "options after --: its fixed options are those of no preset" in error
+    for words in (["--preset", "nix"], ["--preset", "proxy", "--nix", "3"]):
+        with pytest.raises(SystemExit) as stopped:
+            report.main(["record", "a", "--script", "ours.py", "--runs", "3", "--", *words])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1 and "nix" in err
+    record(race, "adamw")
+    options = "--", "--preset", "proxy", "--seed", "2"
+    error = race("record", "adamw", "--runs", 1, *options, code=2)
+    assert "--seed after --: the record has seed 2: give another" in error
+    with pytest.raises(pytest.fail.Exception, match="it has trained"):  # what the rules allow
+        race(*ours, *three, "--", "--preset", "proxy", "--micro_batch_tokens", "32")
+
+
+def test_more_runs_of_a_record_are_of_its_own_script(race, monkeypatch):
+    """Which is not that of the track."""
+    record(race, "adamw")
+    started = []
+
+    def launch(folder: Path, options: list[str], seed: int) -> None:
+        started.append(((folder / "train_gpt.py").read_text(), options, seed))
+        raise report.ReportError("no more")
+
+    monkeypatch.setattr(report, "launch", launch)
+    Path("run.sh").write_text("")
+    assert "no more" in race("record", "adamw", "--runs", 1, code=1)
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    own = folder / "train_gpt.py"
+    assert started == [(own.read_text(), ["--preset", "proxy"], 4)]
+    error = race("record", "adamw", "--runs", 1, "--script", submission.SCRIPT, code=1)
+    assert f"has another script than {submission.SCRIPT}: choose another name" in error
+    assert f", or give --script {own}\n" in error
+
+
+def test_a_section_alone_is_no_script(race, monkeypatch):
+    monkeypatch.setattr(report, "clean_copy", no_launch)
+    shutil.copy(submission.OPTIMIZERS / "soap.py", "mine.py")
+    shutil.copy(submission.SCRIPT, "whole.py")
+    message = (
+        "\nerror: mine.py: is the Optimizer section of a submission alone: make the script by "
+        "python records/optimization/submission.py mine.py, which prints its path\n"
+    )
+    assert race("record", "a", "--script", "mine.py", "--runs", 1, code=1) == message
+    assert race("compare", "whole.py", "mine.py", code=1) == message
+    assert race("compare", "mine.py", "whole.py", "--logs", code=1) == message

@@ -598,6 +598,15 @@ cp "ROOT"/made/$side/*_00000$seed.* logs
 """
 
 
+def test_a_run_without_a_log_is_named(call):
+    """Though its exit code is 0."""
+    Path("run.sh").write_text("#!/bin/sh\n")
+    Path("run.sh").chmod(0o755)
+    error = call("record", "a", "--runs", 1, code=1)
+    assert error.startswith("\nerror: the run left no log, not one: is its script one that trains?")
+    assert error.endswith(" ./run.sh --seed 1 --log_dir logs\n")
+
+
 def write_launcher(text: str) -> None:
     """run.sh in the current folder, for which ROOT stands."""
     Path("run.sh").write_text(text.replace("ROOT", str(Path.cwd())))

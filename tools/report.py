@@ -79,6 +79,10 @@ COUNTED_FIELDS = (*DATA_FIELDS, "num_steps", "val_every")  # of those that optim
 MOST_RUNS = 10_000
 RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{6}")  # what one begins with
 DATED = re.compile(r"\d{4}-\d\d-\d\d_(.+)", re.DOTALL)  # the folder of a record
+SECTION_BEGIN, SECTION_END = (  # lines of a script of the optimization track
+    re.compile(f"^# --- {word} of the Optimizer section -", re.MULTILINE)
+    for word in ("begin", "end")
+)
 RUN_BYTES = 2**21  # more than the files of a run need
 SLACK_S = 0.25  # between a step and the clock that is stopped behind it, and to score a blend
 TABLE = "<!-- the table: written by ./run.sh history -->"  # in records/optimization/README.md
@@ -416,6 +420,39 @@ def check_rules(runs: list[Run]) -> str:
             found = f"has the seed of {other.path.name}: leave one of them out"
             raise ReportError(f"{shown(run.path)}: {found}")
     return preset
+
+
+def check_whole(script: Path) -> None:
+    """Raise ReportError for a file that is the section of a submission without the rest."""
+    text = read_text(script)
+    if SECTION_BEGIN.search(text) and not SECTION_END.search(text):
+        raise ReportError(
+            f"{shown(script)}: is the Optimizer section of a submission alone: make the script by "
+            f"python records/optimization/submission.py {shown(script)}, which prints its path"
+        )
+
+
+def check_plan(script: Path, track: str | None, options: list[str]) -> None:
+    """Raise ReportError, before anything is run, for a script and options of the optimization track
+    that its rules do not allow. The track is the one that was named, if any, and else is told by
+    the script."""
+    is_submission = SECTION_BEGIN.search(read_text(script)) is not None
+    if is_submission and track not in (None, "optimization"):
+        found = "a script of the optimization track"
+        raise ReportError(f"{shown(script)}: {found}: give --track optimization, or another script")
+    if not is_submission and track != "optimization":
+        return
+    rules = optimization_rules()
+    try:
+        rules.check_script(read_text(script))
+    except rules.RuleError as error:
+        raise ReportError(f"{shown(script)}: {error}") from None
+    simple = rules.train_gpt_simple  # the options are read in its fixed part
+    config = simple.config_as_text(simple.parse_args(options))  # or exit code 2 with a line
+    try:
+        rules.preset_of(config)
+    except rules.RuleError as error:
+        raise OptionError(f"options after --: {error}") from None
 
 
 def config_changes(a: Run, b: Run, of_one_record: bool = False) -> list[str]:
@@ -932,8 +969,13 @@ def launch(folder: Path, options: list[str], seed: int) -> Run:
         new = [copy_logs(path, LOGS) for path in set(folder.glob("logs/*.txt")) - before]
     if code == 130:
         raise KeyboardInterrupt
-    if code != 0 or len(new) != 1:
+    if code != 0:
         raise ReportError(f"the run ended with exit code {code}: {shlex.join(command)}")
+    if len(new) != 1:
+        raise ReportError(
+            f"the run left {'no log' if not new else f'{len(new)} logs'}, not one: is its script "
+            f"one that trains? {shlex.join(command)}"
+        )
     return read_run(new[0])
 
 
@@ -1662,8 +1704,11 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     try_folder(folder or RECORDS, num_runs + 1)
     old = Record(folder) if folder else None
     track = TRACKS[args.track or (old.track if old else "main")]
-    script = args.script or ROOT / track.script
+    own = old.script if old and old.in_steps else None  # there every method has its own script
+    script = args.script or own or ROOT / track.script
     runs, seed = [], default_seed(script) if num_runs else None
+    if num_runs:
+        check_whole(script)
     if num_runs and (options or not old):
         options = [*track.options, *options]
     if old:
@@ -1673,7 +1718,7 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
         if num_runs and len(changes) > 1:
             raise ReportError(
                 f"{shown(folder)} has another script than {shown(script)}: choose another name, or "
-                "put its script back\n" + "\n".join(changes)
+                f"give --script {shown(old.script)}\n" + "\n".join(changes)
             )
         script, runs, seed = old.script, old.runs, max(run.seed for run in old.runs) + 1
         if num_runs and not options:
@@ -1681,8 +1726,13 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     options, seed = take_seed(options, seed)
     new = [read_run(path) for path in args.logs or []]
     if num_runs:
+        check_plan(script, args.track or (old.track if old else None), options)
+        seeds = range(seed, seed + num_runs)
+        taken = sorted({run.seed for run in runs} & {*seeds})
+        if old and old.in_steps and taken:
+            raise OptionError(f"--seed after --: the record has seed {taken[0]}: give another")
         with clean_copy(script) as copy:
-            (new,) = run_in_turn({"": (copy, options)}, range(seed, seed + num_runs))
+            (new,) = run_in_turn({"": (copy, options)}, seeds)
     by_id: dict[str, Run] = {}
     for run in [*runs, *new]:
         first = by_id.setdefault(run.run_id, run)
@@ -1848,6 +1898,8 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         try_folder(args.page.parent, 0)
     paths = args.a, args.b
     scripts = [path / "train_gpt.py" if path.is_dir() else path for path in paths]
+    for script in scripts:
+        check_whole(script)
     texts, names = [read_text(script) for script in scripts], list(map(shown, scripts))
     if args.logs:
         results = [sorted(logs_of(path), key=lambda run: run.seed) for path in paths]
