@@ -121,6 +121,10 @@ launch() {  # a script, on the GPUs there are, with the data it needs
   read -r gpus threads <<<"$found"
   [ -n "${NPROC:-}" ] || nproc=$((gpus > 0 ? gpus : 1))
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > nproc ? threads / nproc : 1))}
+  if [ "$gpus" -eq 0 ]; then  # large buffers would else be mapped anew in every step
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
+  fi
 
   if [[ ! " $* " =~ " "(--train_files|--val_file|--volumes|--help|-h)[=\ ] ]]; then  # needs our data
     [[ ! " $* " =~ .*" --preset"[=\ ]([^ ]*) ]] || preset=${BASH_REMATCH[1]}
@@ -156,8 +160,6 @@ case ${1:-} in
   optimization)  # the baseline, or an optimizer by its name or file, made into a whole script
     shift
     folder=records/optimization script=$folder/train_gpt_simple.py
-    # on a CPU large buffers would else be mapped anew in every step
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
     if [[ -n ${1:-} && $1 != -* ]]; then
       set_up
       script=$("$python" "$root/$folder/submission.py" "$1") || exit

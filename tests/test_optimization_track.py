@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -909,3 +910,18 @@ def test_a_section_alone_is_no_script(race, monkeypatch):
     assert race("record", "a", "--script", "mine.py", "--runs", 1, code=1) == message
     assert race("compare", "whole.py", "mine.py", code=1) == message
     assert race("compare", "mine.py", "whole.py", "--logs", code=1) == message
+
+
+def test_the_command_of_a_page_makes_the_records_script_and_trains_it(race, tmp_path):
+    """From the root of the repository: run.sh makes the script of the section that is in it."""
+    record(race, "adamw")
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    page = (folder / "README.md").read_text()
+    command = re.search(r"1, 2, 3\), in the root of the repository:\n\n```bash\n(.*)\n```", page)[1]
+    launcher, track, script, *options = shlex.split(command)
+    assert (launcher, track, script) == ("./run.sh", "optimization", f"{folder}/train_gpt.py")
+    made = tmp_path / "made.py"
+    assert submission.main([script, str(made)]) == 0
+    assert made.read_text() == (folder / "train_gpt.py").read_text()
+    assert options == ["--preset", "proxy", "--seed", "SEED"]
+    assert train_gpt_simple.parse_args([*options[:-1], "3"]) == dataclasses.replace(SMALL, seed=3)

@@ -692,6 +692,22 @@ def test_a_record_of_the_proxy_corpus_offers_fineweb_in_its_place(call, proxy_re
     )
 
 
+def test_the_tiny_preset_is_not_moved_to_fineweb(call, monkeypatch):
+    """Its data is the built-in sample, with which run.sh would train it."""
+    files = {"train_files": "data/sample/sample_train_*.bin", "val_file": "data/sample/sample_val_"}
+    monkeypatch.setattr(report, "options_of", lambda run, script: ["--preset", "tiny", "--a=b"])
+    for day, end in ((1, "*.bin"), (2, "000000.bin")):
+        made = files | {"val_file": files["val_file"] + end}
+        sample = made_up_record(Path(f"records/2026-01-0{day}_a"), [3.3], day, **made)
+        error = call("reproduce", sample, "--fineweb", code=2)
+        assert "--fineweb: the record's own data is sample, which is there: leave it out" in error
+    mine = made_up_record(Path("records/2026-01-03_b"), [3.3], 3, train_files="mine_*.bin")
+    for command in (("reproduce", mine), ("compare", mine, sample)):
+        error = call(*command, "--fineweb", code=2)
+        assert f"{mine} has the tiny preset, whose data is the built-in sample: leave it" in error
+    assert not Path("logs").exists()
+
+
 def test_compare_on_fineweb_in_place_of_the_proxy_corpus(call, proxy_record):
     """Of a record and a script, in both orders, and of two records of which one is on FineWeb."""
     for side in "ab":

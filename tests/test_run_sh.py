@@ -178,6 +178,18 @@ def test_the_processes_share_the_cores(copy, gpus, settings, nproc, threads):
     assert calls[0][2] == "active"
 
 
+@pytest.mark.parametrize("command", [(), ("optimization",), ("reference",)])
+def test_buffers_stay_mapped_without_a_gpu(copy, command):
+    """A user's own setting wins."""
+    names = "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"
+    values = " ".join(f"${{{name}:-none}}" for name in names)
+    (copy.notes / "does").write_text(f'echo "{values}" >>"$NOTES/malloc"\n')
+    for settings in ({"GPUS": "0"}, {"GPUS": "1"}, {"GPUS": "0", names[0]: "9", names[1]: "8"}):
+        copy.run(*command, "--train_files", "x", **settings)
+    expected = ["0 2147483647", "none none", "9 8"]
+    assert (copy.notes / "malloc").read_text().splitlines() == expected
+
+
 def test_nodes_get_their_rank(copy):
     nodes = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "host"}
     where = "--nnodes 3 --node-rank 2 --master-addr host --master-port {} --nproc-per-node 1 {} "

@@ -247,9 +247,9 @@ class Run:
         self.versions += f", attention by {backend[1]}" if backend else ""
 
         # fineweb, proxy, sample, …: what the names of the shards begin with, if they agree; a part
-        # of a validation shard has no number behind that
+        # of a validation shard has neither a number nor * behind that
         train, val = (Path(config[name]).name for name in ("train_files", "val_file"))
-        train, val = re.match(r"(.+)_train_", train), re.fullmatch(r"(.+)_val_\d+\.bin", val)
+        train, val = re.match(r"(.+)_train_", train), re.fullmatch(r"(.+)_val_(?:\d+|\*)\.bin", val)
         self.data_name = train[1] if train and val and train[1] == val[1] else "other"
         # targets scored, which are fewer than val_tokens where the shard has no more
         targets = re.search(r"^val loss .* on ([\d,]+) targets$", text, re.MULTILINE)
@@ -913,11 +913,16 @@ def put_on_fineweb(command: str, records: Iterable[Record]) -> list[list[str]]:
             names = joined(record.first.data_name for record in records)
             found = f"the record's own data is {names}, which is there"
         raise OptionError(f"{command}: --fineweb: {found}: leave it out")
+    options = [options_of(record.first, record.script) for record in records]
+    for record, own in zip(records, options, strict=True):
+        if record in moved and own[:2] == ["--preset", "tiny"]:  # run.sh then takes the sample
+            found = "has the tiny preset, whose data is the built-in sample"
+            remedy = f"leave it out, or give shards behind --, as {' and '.join(DATA_OPTIONS)}"
+            raise OptionError(f"{command}: --fineweb: {shown(record.folder)} {found}: {remedy}")
     compares = "times compare with the record's, losses do not"
     print(f"on FineWeb in place of the record's data: {compares}")
     if any(int(record.first.config.get("match_shards", 0)) for record in moved):
         print("its shards hold more tokens, so reading some ahead takes longer than recorded")
-    options = [options_of(record.first, record.script) for record in records]
     return [take_data(own)[1] if record in moved else own for record, own in zip(records, options)]
 
 
@@ -1447,7 +1452,11 @@ def write_page(folder: Path, memory: str | None = None, track: str | None = None
     words, runs, run = record.words, record.runs, record.first
     losses = [run.loss for run in runs]
     seeds = ", ".join(str(run.seed) for run in runs)
-    command = shlex.join(["./run.sh", *options_of(run, record.script)])
+    begin, source = ["./run.sh"], "with `train_gpt.py` of this folder"
+    if record.in_steps:
+        begin += ["optimization", shown(record.script)]
+        source = "in the root of the repository"
+    command = shlex.join([*begin, *options_of(run, record.script)])
     marks = f" ({'; '.join(record.shortfalls)}: no claim)" if record.shortfalls else ""
     several = " (mean ± standard deviation)" if len(runs) > 1 else ""
     ended = "" if run.finished else f", ended after {run.num_steps}"
@@ -1503,7 +1512,7 @@ def write_page(folder: Path, memory: str | None = None, track: str | None = None
 
 ## Command
 
-For every seed ({seeds}), with `train_gpt.py` of this folder:
+For every seed ({seeds}), {source}:
 
 ```bash
 {command} --seed SEED
