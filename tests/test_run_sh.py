@@ -156,6 +156,25 @@ def test_a_failed_download_ends_it(copy):
     assert len(calls) == 1
 
 
+def test_options_are_read_before_data_are_fetched(tmp_path):
+    """By the script that is to run, as a submission of the optimization track."""
+    copy = Copy(tmp_path, f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    folder = copy.root / "records" / "optimization"
+    folder.mkdir(parents=True)
+    (copy.root / "data").mkdir()
+    (copy.root / "data" / "cached_fineweb.py").write_text("raise SystemExit(9)\n")
+    shutil.copy(ROOT / "train_gpt.py", copy.root)
+    for name in ("train_gpt_simple.py", "submission.py", "optimizers/muon.py"):
+        shutil.copy(ROOT / "records" / "optimization" / name, folder)
+    (folder / "muon.py").rename(copy.root / "mine.py")
+    for command in ((), ("optimization", "mine.py")):
+        for words in (("--preset", "nix"), ("--preset", "speedrun", "--nix", "3")):
+            _, out, err = copy.run(*command, *words, code=2)
+            assert (out, err.count("\n")) == ("", 1) and "error: " in err and "nix" in err
+        copy.run(*command, "--preset", "speedrun", code=9)
+    assert not list(copy.root.rglob("__pycache__/*train_gpt*"))
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "nproc", "threads"),
     [
