@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_shard
+from test_records import keep_figures
 from test_run_sh import Copy
 
 HERE = ROOT / "records" / "optimization"
@@ -925,3 +926,65 @@ def test_the_command_of_a_page_makes_the_records_script_and_trains_it(race, tmp_
     assert made.read_text() == (folder / "train_gpt.py").read_text()
     assert options == ["--preset", "proxy", "--seed", "SEED"]
     assert train_gpt_simple.parse_args([*options[:-1], "3"]) == dataclasses.replace(SMALL, seed=3)
+
+
+def baseline_record(name: str, seeds: list[int]) -> Path:
+    """A folder with these runs of the Muon baseline, as `record` leaves it."""
+    folder = report.RECORDS / "optimization" / name
+    folder.mkdir()
+    for path in Path("new/muon").glob("*.json"):
+        if json.loads(path.read_text())["config"]["seed"] in map(str, seeds):
+            for each in (path, path.with_suffix(".txt")):
+                shutil.copy(each, folder)
+    shutil.copy(submission.SCRIPT, folder / "train_gpt.py")
+    return folder
+
+
+def test_target_is_that_of_the_first_baseline_with_three_runs(race):
+    """A target of fewer runs is called provisional; no seed of the baseline is counted by it."""
+    one, two, three = (
+        report.Record(baseline_record(f"2026-01-0{len(seeds)}_muon_{len(seeds)}", seeds))
+        for seeds in ([1], [1, 2], [1, 2, 3])
+    )
+    for records, setter, text in (
+        ([one], one, ", provisional: 1 run."),
+        ([two, one], two, ", provisional: 2 runs."),
+        ([one, two, three], three, "."),
+    ):
+        found = report.Race(records)
+        assert found.target_setter is found.baseline is setter
+        target = sum(run.loss for run in setter.runs) / len(setter.runs)
+        table = report.race_table(found, Path("records/optimization"))
+        assert table.startswith(f"Target: {target:.4f}{text}\n")
+        (row,) = (line for line in table.splitlines() if "(baseline) |" in line)
+        assert setter.folder.name in row and "(baseline) | 30 | – |" in row
+    shutil.rmtree(two.folder)
+    shutil.rmtree(three.folder)
+    page = report.write_page(one.folder).readme
+    steps = cells(page)["steps to the target"]
+    assert steps.endswith(", which this record sets, provisional: 1 run")
+
+
+def test_toys_that_history_leaves_out_are_named(race, monkeypatch):
+    record(race, "muon")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt_simple, "PRESETS", {"tiny": SMALL})
+        patch.setattr(train_gpt_simple, "NUM_STEPS", {"tiny": 30})
+        record(race, "adamw")
+        toys = sorted(map(str, Path("records/optimization").glob("2*")))
+        assert race("history").endswith(f": 0 records, 2 toy runs left out: {', '.join(toys)}\n")
+    monkeypatch.setattr(report.Record, "is_toy", property(lambda of: "adamw" in str(of.folder)))
+    (toy,) = Path("records/optimization").glob("2*_adamw")
+    assert race("history").endswith(f": 1 record, 1 toy run left out: {toy}\n")
+
+
+def test_curves_of_the_race_have_a_marker_at_each_validation(race, monkeypatch):
+    """So that the line between two of them is not taken for measured."""
+    record(race, "adamw")
+    figures = keep_figures(monkeypatch)
+    race("history")
+    (axes,) = figures[-1].axes
+    (line,) = (line for line in axes.get_lines() if len(line.get_xdata()) > 1)
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    assert list(line.get_xdata()) == [*report.Record(folder).curves[0]]
+    assert line.get_marker() == "o" and line.get_markersize() < 5

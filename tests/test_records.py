@@ -1542,7 +1542,8 @@ def test_history_of_the_repository(call):
         shutil.copytree(folder, Path("records") / folder.name)
     left_out = {"2026-11-22_two_gpus_every_stage", "reference"}  # the former a toy of 97 steps
     names = {folder.name for folder in folders} - left_out
-    assert f"{len(names)} records, 1 toy runs left out" in call("history")
+    toy = "records/2026-11-22_two_gpus_every_stage"
+    assert f"{len(names)} records, 1 toy run left out: {toy}\n" in call("history")
     page = Path("records/README.md").read_text(encoding="utf-8")
     listed = [row for rows in sections(page).values() for row in rows]
     assert {re.search(r"\]\((.+)\)$", row["record"])[1] for row in listed} == names

@@ -734,6 +734,11 @@ def stage_spread(runs: list[Run]) -> dict[str, list[float]]:
     return {name: [table[name] for table in tables if name in table] for name in tables[0]}
 
 
+def counted(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def joined(values: Iterable[object]) -> str:
     """The distinct ones, in order."""
     return " and ".join(dict.fromkeys(map(str, values)))
@@ -742,14 +747,22 @@ def joined(values: Iterable[object]) -> str:
 # Races of the optimization track ------------------------------------------------------------------
 
 
+def race_baseline(records: Iterable[Record]) -> Record | None:
+    """Of records of one race, by time: the first Muon baseline with enough runs for a claim, or
+    else the first one."""
+    baselines = [record for record in records if record.is_baseline]
+    least = optimization_rules().CLAIM_RUNS
+    whole = (record for record in baselines if len(record.runs) >= least)
+    return next(whole, baselines[0] if baselines else None)
+
+
 class Race:
     """Records of the optimization track with one preset and data, the fewest steps last."""
 
     def __init__(self, records: list[Record]):
         """Records of one class, by time. Where their losses do not compare with the target of the
         track, the target is the loss of the Muon baseline at its end, and None without that."""
-        self.kind = records[0].kind
-        self.baseline = next((record for record in records if record.is_baseline), None)
+        self.kind, self.baseline = records[0].kind, race_baseline(records)
         self.target, self.target_setter = records[0].target, None
         if self.target is None and self.baseline:
             self.target, self.target_setter = self.baseline.loss, self.baseline
@@ -757,6 +770,13 @@ class Race:
         if self.target is not None:
             self.results = {record: self.result(record) for record in records}
             self.records = sorted(records, key=self.rank)
+
+    @property
+    def provisional(self) -> str:
+        """What to say behind a target that too few runs have set; empty for another."""
+        count = len(self.target_setter.runs) if self.target_setter else math.inf
+        few = count < optimization_rules().CLAIM_RUNS
+        return f", provisional: {counted(count, 'run')}" if few else ""
 
     def result(self, record: Record):
         """Where its runs stop, a Result of the rules."""
@@ -1332,7 +1352,8 @@ def draw_optimization(records: list[Record], path: Path) -> None:
             if result:
                 label += f": {race.steps(record)} steps"
             color = BASELINE_COLOR if record is race.baseline else f"C{i}"
-            axes.plot(common, means, color=color, linewidth=1.2, label=label)
+            style = {"linewidth": 1.2, "marker": "o", "markersize": 3}
+            axes.plot(common, means, color=color, label=label, **style)
             if result and result.reached:
                 axes.plot(result.step, result.mean, "o", color=color, markersize=7, zorder=3)
             losses += means
@@ -1344,7 +1365,7 @@ def draw_optimization(records: list[Record], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(race.kind, fontsize=10)
-        axes.set_xlabel("optimizer step; dots: the target is reached")
+        axes.set_xlabel("optimizer step; dots: validations, large where the target is reached")
         axes.set_ylabel("validation loss (nats per token)")
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
@@ -1384,7 +1405,7 @@ def difference(record: Record, records: list[Record]) -> str:
     folded."""
     if record.in_steps:
         same = (each for each in records if (each.track, each.kind) == (record.track, record.kind))
-        old = next((each for each in same if each.is_baseline), None)
+        old = race_baseline(same)
         if old is None or old.folder == record.folder:
             return "This is the baseline." if old else "The baseline has no runs in this race."
     else:
@@ -1432,7 +1453,7 @@ def race_figures(record: Record, records: list[Record]) -> dict[str, str]:
     loss = f"loss {spread(result.losses, 4)} there, target {race.target:.4f}"
     figures["steps to the target"] = f"{race.steps(record)}, {loss}"
     if record is race.target_setter:
-        figures["steps to the target"] += ", which this record sets"
+        figures["steps to the target"] += f", which this record sets{race.provisional}"
     else:
         value = signed(rules.target_statistic(result.losses, race.target))
         figures["test"] = f"(target − loss) · √n = {value}, to be at least {rules.MARGIN}"
@@ -1608,16 +1629,18 @@ def race_table(race: Race, page: Path) -> str:
     rows, pairs = [], []
     for i, record in enumerate(race.records):
         result, title = race.results[record], record.title.replace("|", "\\|")
-        by_seed = (rules.first_below(curve, race.target) for curve in record.curves)
+        by_seed = [rules.first_below(curve, race.target) for curve in record.curves]
+        by_seed = " ".join("–" if step is None else str(step) for step in by_seed)
+        sets_target = record is race.target_setter  # so that some seeds are above their own mean
         statistic = signed(rules.target_statistic(result.losses, race.target))
         count = len(record.runs)
         rows.append(
             [
                 f"[{title}]({link(record, page)})" + " (baseline)" * (record is race.baseline),
                 race.steps(record),
-                " ".join("–" if step is None else str(step) for step in by_seed),
+                "–" if sets_target else by_seed,
                 spread(result.losses, 4),
-                "sets the target" if record is race.target_setter else statistic,
+                "sets the target" if sets_target else statistic,
                 f"{count}" if count >= rules.CLAIM_RUNS else f"{count}: no claim",
             ]
         )
@@ -1626,7 +1649,7 @@ def race_table(race: Race, page: Path) -> str:
             if other not in (None, record):
                 pairs.append([title, other.title.replace("|", "\\|"), *race.against(other, record)])
     header = ["method", "steps", "steps, by seed", "loss there", "(target − loss)·√n", "runs"]
-    parts = [f"Target: {race.target:.4f}.", markdown_table(header, rows)]
+    parts = [f"Target: {race.target:.4f}{race.provisional}.", markdown_table(header, rows)]
     if pairs:
         header = ["method", "against", "statistic", f"better (at least {rules.MARGIN})"]
         parts.append(markdown_table(header, pairs))
@@ -1770,7 +1793,7 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     if not (folder / "train_gpt.py").exists():
         write_text(folder / "train_gpt.py", runs[0].source)
     record = write_page(folder, args.memory, args.track)
-    print(f"\n{shown(folder)}: {len(runs)} run{'s' * (len(runs) > 1)}, {runs[0].machine}")
+    print(f"\n{shown(folder)}: {counted(len(runs), 'run')}, {runs[0].machine}")
     print(f"time {spread((run.time for run in runs), 2)} s")
     print(f"validation loss {spread((run.loss for run in runs), 4)}")
     if record.in_steps:
@@ -2003,9 +2026,11 @@ def history_command(args: argparse.Namespace, options: list[str]) -> None:
             picture(functions[name], members, TRACKS[name].picture)
     if newest_session(groups["main"]):
         picture(draw_race, groups["main"], "loss_against_seconds.png")
-    left = f", {len(records) - len(listed)} toy runs left out" if len(listed) < len(records) else ""
+    toys, left = sorted(shown(record.folder) for record in records if record.is_toy), ""
+    if toys:
+        left = f", {counted(len(toys), 'toy run')} left out: {', '.join(toys)}"
     files = ", ".join(["README.md", *drawn])
-    print(f"{shown(RECORDS)}: {files}: {len(listed)} records{left}")
+    print(f"{shown(RECORDS)}: {files}: {counted(len(listed), 'record')}{left}")
 
 
 # Command line -------------------------------------------------------------------------------------
