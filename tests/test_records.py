@@ -119,6 +119,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return repository
 
 
+OPTIONS_OF = report.options_of  # which `call` replaces
+
+
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """The tool in a repository without records or data. Its script is SCRIPT, the logs of two runs
@@ -391,6 +394,20 @@ def test_options_that_repeat_a_run(tmp_path, source, options):
     assert report.options_of(run, script) == options
 
 
+def test_files_of_the_repository_are_named_from_its_root(call):
+    """On a page and in its command, though run.sh gave their whole paths from another folder."""
+    files = {
+        "train_files": f"{Path.cwd()}/data/proxy_train_*.bin",
+        "val_file": "/a/proxy_val_0.bin",
+    }
+    folder = made_up_record(Path("records/2026-01-01_a"), [3.3], **files)
+    assert "proxy corpus: `data/proxy_train_*.bin`; " in report.write_page(folder).readme
+    options = OPTIONS_OF(report.Record(folder).first, folder / "train_gpt.py")
+    at = options.index("--train_files")
+    assert options[at + 1] == "data/proxy_train_*.bin"
+    assert options[options.index("--val_file") + 1] == "/a/proxy_val_0.bin"
+
+
 def test_rewriting_keeps_title_words_and_memory(call):
     call("record", "claim", "--memory", "document", "--logs", *Path("new").glob("*.txt"))
     path = Path("records/2026-01-01_claim/README.md")
@@ -569,6 +586,8 @@ def test_runs_of_one_record_may_name_their_data_and_outputs_differently(call):
     other = made_up_run(Path("new"), 3, 3.2772, **files)
     assert '"checkpoint": "weights.pt"' in other.with_suffix(".txt").read_text(encoding="utf-8")
     assert "3 runs" in call("record", "claim", "--logs", *Path("new").glob("*.txt"))
+    made_up_run(Path("new"), 5, 3.2773, val_file="data/fineweb10B/fineweb_val_*.bin")
+    assert "4 runs" in call("record", "claim", "--logs", *Path("new").glob("*.txt"))
     other = made_up_run(Path("new"), 4, train_files="data/fineweb10B/fineweb_train_000001.bin")
     error = call("record", "other", "--logs", *Path("new").glob("*.txt"), code=1)
     assert "  train_files: " in error and other.name in error

@@ -23,6 +23,7 @@ UTC. Deviations are those of a sample (n - 1).
 import argparse
 import contextlib
 import difflib
+import fnmatch
 import functools
 import glob
 import itertools
@@ -464,9 +465,13 @@ def config_changes(a: Run, b: Run, of_one_record: bool = False) -> list[str]:
     lines = []
     for name in a.config | b.config:
         first, second = values = [run.config.get(name) for run in (a, b)]
+        same = first == second
         if name in DATA_FIELDS and None not in values:
-            values = [Path(value).name for value in values]
-        if name not in ignored and values[0] != values[1]:
+            names = [Path(value).name for value in values]
+            same = names[0] == names[1]
+            if name == "val_file":  # one shard, which a pattern may stand for
+                same |= any(itertools.starmap(fnmatch.fnmatchcase, (names, names[::-1])))
+        if name not in ignored and not same:
             lines.append(f"  {name}: {first!r} and {second!r}")
     return lines
 
@@ -886,6 +891,11 @@ def default_seed(script: Path) -> int:
     return int(found[1]) if found else 1
 
 
+def portable(path: str) -> str:
+    """What a page says of a file of data: relative to the repository where it lies inside."""
+    return shown(Path(path)) if os.path.isabs(path) else path
+
+
 def options_of(run: Run, script: Path) -> list[str]:
     """The options, less the seed, that make the script train with the config of this run: a preset
     and what differs from it, or everything where the script has no presets to tell."""
@@ -901,6 +911,7 @@ def options_of(run: Run, script: Path) -> list[str]:
         options = ["--preset", preset] if preset else []
         for name, value in run.config.items():
             is_option = name not in OWN_FIELDS and name in (defaults or run.config)
+            value = portable(value) if name in DATA_FIELDS else value
             if is_option and value != defaults.get(name):
                 options += [f"--{name}", value]
         candidates.append(options)
@@ -1483,7 +1494,8 @@ def write_page(folder: Path, memory: str | None = None, track: str | None = None
     ended = "" if run.finished else f", ended after {run.num_steps}"
     stages = stage_spread(runs).items()
     corpus = CORPORA.get(run.data_name, run.data_name)
-    data = f"{corpus}: `{run.config['train_files']}`; validation on {run.num_targets:,} targets"
+    data = f"{corpus}: `{portable(run.config['train_files'])}`; "
+    data += f"validation on {run.num_targets:,} targets"
     records = all_records(skip=True)
     schedule = run.config["num_steps"]
     if int(run.config["extension_steps"]):
