@@ -62,7 +62,8 @@ number() {  # a variable of the environment, or its default, if it is within a r
   echo "$value"
 }
 
-# how many GPUs to use, and how many threads torch would take
+# How many GPUs to use, and how many threads torch would take. Options that the script cannot read
+# end it here, before data are fetched.
 count='
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -71,7 +72,16 @@ try:
 except ImportError as error:
     sys.exit(f"run.sh: {error}: install requirements.txt for {sys.executable}, or unset PYTHON")
 gpus = torch.cuda.device_count()
-print(max(n for n in (0, 1, 2, 4, 8) if n <= gpus), torch.get_num_threads())'
+print(max(n for n in (0, 1, 2, 4, 8) if n <= gpus), torch.get_num_threads(), flush=True)
+_, script, *options = sys.argv
+helps = {"--help", "-h"} & {*options}  # which the script itself gives
+if options and not helps and "\ndef parse_args(" in open(script, encoding="utf-8").read():
+    import importlib.util, os
+    sys.argv[0], sys.path[0], sys.dont_write_bytecode = script, os.path.dirname(script), True
+    spec = importlib.util.spec_from_file_location("script", script)
+    sys.modules["script"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.parse_args(options)'
 
 # torchrun, but silent about processes that have said themselves why they ended
 torchrun='
@@ -117,10 +127,14 @@ launch() {  # a script, on the GPUs there are, with the data it needs
     nodes=(--nnodes "$nnodes" --node-rank "$node" --master-addr "$MASTER_ADDR" --master-port "$port")
   fi
   set_up
-  found=$("$python" -c "$count")
+  found=$("$python" -c "$count" "$script" "$@")
   read -r gpus threads <<<"$found"
   [ -n "${NPROC:-}" ] || nproc=$((gpus > 0 ? gpus : 1))
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > nproc ? threads / nproc : 1))}
+  if [ "$gpus" -eq 0 ]; then  # large buffers would else be mapped anew in every step
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
+  fi
 
   if [[ ! " $* " =~ " "(--train_files|--val_file|--volumes|--help|-h)[=\ ] ]]; then  # needs our data
     [[ ! " $* " =~ .*" --preset"[=\ ]([^ ]*) ]] || preset=${BASH_REMATCH[1]}
@@ -156,8 +170,6 @@ case ${1:-} in
   optimization)  # the baseline, or an optimizer by its name or file, made into a whole script
     shift
     folder=records/optimization script=$folder/train_gpt_simple.py
-    # on a CPU large buffers would else be mapped anew in every step
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
     if [[ -n ${1:-} && $1 != -* ]]; then
       set_up
       script=$("$python" "$root/$folder/submission.py" "$1") || exit

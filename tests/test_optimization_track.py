@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_shard
+from test_records import keep_figures
 from test_run_sh import Copy
 
 HERE = ROOT / "records" / "optimization"
@@ -904,3 +906,184 @@ def test_run_sh_starts_the_script_and_submissions(tmp_path):
     (copy.notes / "does").write_text("[[ $* != *submission.py* ]] || exit 1\n")
     calls, _, _ = copy.run("optimization", "nix", code=1)
     assert len(calls) == 1
+
+
+# --- Runs of one record ---------------------------------------------------------------------------
+
+
+def set_option(path: Path, name: str, value: str) -> None:
+    """Of one run, in both of its files."""
+    before = json.loads(path.read_text())["config"][name]
+    rewrite(path, lambda text: text.replace(f'"{name}": "{before}"', f'"{name}": "{value}"'))
+
+
+def test_runs_of_one_record_may_differ_in_what_the_rules_leave_free(race):
+    """In the size of a micro-batch, the checkpoint, and where the same shards lie."""
+    path = sorted(Path("new/adamw").glob("*.json"))[1]
+    old = json.loads(path.read_text())["config"]
+    changes = {
+        "micro_batch_tokens": "128",
+        "checkpoint": "weights.pt",
+        "train_files": f"elsewhere/{Path(old['train_files']).name}",
+    }
+    for name, new in changes.items():
+        set_option(path, name, new)
+    assert json.loads(path.read_text())["config"] == old | changes
+    record(race, "adamw")
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    assert cells((folder / "README.md").read_text())["runs"].startswith("3, seeds ")
+    before = path.read_text(), path.with_suffix(".txt").read_text()
+    for name, new in (
+        ("train_files", "proxy_train_0*.bin"),
+        ("val_file", "proxy_val_1.bin"),
+        ("val_every", "10"),
+        ("num_steps", "61"),
+    ):
+        set_option(path, name, new)
+        error = race("record", "other", "--logs", *Path("new/adamw").glob("*.txt"), code=1)
+        assert f"  {name}: " in error
+        path.write_text(before[0])
+        path.with_suffix(".txt").write_text(before[1])
+
+
+def no_launch(*_: object) -> None:
+    pytest.fail("it has trained")
+
+
+def test_rules_are_applied_before_anything_is_run(race, monkeypatch, capsys):
+    """To the script, the options and the seeds; and the track is told by the script."""
+    monkeypatch.setattr(report, "clean_copy", no_launch)
+    source = submission.SCRIPT.read_text()
+    Path("ours.py").write_text(source)
+    Path("other.py").write_text(source.replace("scale=0.12", "scale=0.13"))
+    Path("plain.py").write_text("x = 1\n")
+    ours, three = ("record", "a", "--script", "ours.py"), ("--runs", 3)
+    error = race("record", "a", "--script", "other.py", *three, "--", "--preset", "proxy", code=1)
+    assert "other.py: its script differs from train_gpt_simple.py outside the Optim" in error
+    error = race("record", "a", "--script", "plain.py", "--track", "optimization", *three, code=1)
+    assert "plain.py: its script is no submission" in error
+    error = race(*ours, "--track", "main", *three, code=1)
+    assert "ours.py: a script of the optimization track: give --track optimization" in error
+    error = race(*ours, *three, "--", "--preset", "proxy", "--layers", "3", code=2)
+    assert "options after --: its fixed options are those of no preset" in error
+    for words in (["--preset", "nix"], ["--preset", "proxy", "--nix", "3"]):
+        with pytest.raises(SystemExit) as stopped:
+            report.main(["record", "a", "--script", "ours.py", "--runs", "3", "--", *words])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1 and "nix" in err
+    record(race, "adamw")
+    options = "--", "--preset", "proxy", "--seed", "2"
+    error = race("record", "adamw", "--runs", 1, *options, code=2)
+    assert "--seed after --: the record has seed 2: give another" in error
+    with pytest.raises(pytest.fail.Exception, match="it has trained"):  # what the rules allow
+        race(*ours, *three, "--", "--preset", "proxy", "--micro_batch_tokens", "32")
+
+
+def test_more_runs_of_a_record_are_of_its_own_script(race, monkeypatch):
+    """Which is not that of the track."""
+    record(race, "adamw")
+    started = []
+
+    def launch(folder: Path, options: list[str], seed: int) -> None:
+        started.append(((folder / "train_gpt.py").read_text(), options, seed))
+        raise report.ReportError("no more")
+
+    monkeypatch.setattr(report, "launch", launch)
+    Path("run.sh").write_text("")
+    assert "no more" in race("record", "adamw", "--runs", 1, code=1)
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    own = folder / "train_gpt.py"
+    assert started == [(own.read_text(), ["--preset", "proxy"], 4)]
+    error = race("record", "adamw", "--runs", 1, "--script", submission.SCRIPT, code=1)
+    assert f"has another script than {submission.SCRIPT}: choose another name" in error
+    assert f", or give --script {own}\n" in error
+
+
+def test_a_section_alone_is_no_script(race, monkeypatch):
+    monkeypatch.setattr(report, "clean_copy", no_launch)
+    shutil.copy(submission.OPTIMIZERS / "soap.py", "mine.py")
+    shutil.copy(submission.SCRIPT, "whole.py")
+    message = (
+        "\nerror: mine.py: is the Optimizer section of a submission alone: make the script by "
+        "python records/optimization/submission.py mine.py, which prints its path\n"
+    )
+    assert race("record", "a", "--script", "mine.py", "--runs", 1, code=1) == message
+    assert race("compare", "whole.py", "mine.py", code=1) == message
+    assert race("compare", "mine.py", "whole.py", "--logs", code=1) == message
+
+
+def test_the_command_of_a_page_makes_the_records_script_and_trains_it(race, tmp_path):
+    """From the root of the repository: run.sh makes the script of the section that is in it."""
+    record(race, "adamw")
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    page = (folder / "README.md").read_text()
+    command = re.search(r"1, 2, 3\), in the root of the repository:\n\n```bash\n(.*)\n```", page)[1]
+    launcher, track, script, *options = shlex.split(command)
+    assert (launcher, track, script) == ("./run.sh", "optimization", f"{folder}/train_gpt.py")
+    made = tmp_path / "made.py"
+    assert submission.main([script, str(made)]) == 0
+    assert made.read_text() == (folder / "train_gpt.py").read_text()
+    assert options == ["--preset", "proxy", "--seed", "SEED"]
+    assert train_gpt_simple.parse_args([*options[:-1], "3"]) == dataclasses.replace(SMALL, seed=3)
+
+
+def baseline_record(name: str, seeds: list[int]) -> Path:
+    """A folder with these runs of the Muon baseline, as `record` leaves it."""
+    folder = report.RECORDS / "optimization" / name
+    folder.mkdir()
+    for path in Path("new/muon").glob("*.json"):
+        if json.loads(path.read_text())["config"]["seed"] in map(str, seeds):
+            for each in (path, path.with_suffix(".txt")):
+                shutil.copy(each, folder)
+    shutil.copy(submission.SCRIPT, folder / "train_gpt.py")
+    return folder
+
+
+def test_target_is_that_of_the_first_baseline_with_three_runs(race):
+    """A target of fewer runs is called provisional; no seed of the baseline is counted by it."""
+    one, two, three = (
+        report.Record(baseline_record(f"2026-01-0{len(seeds)}_muon_{len(seeds)}", seeds))
+        for seeds in ([1], [1, 2], [1, 2, 3])
+    )
+    for records, setter, text in (
+        ([one], one, ", provisional: 1 run."),
+        ([two, one], two, ", provisional: 2 runs."),
+        ([one, two, three], three, "."),
+    ):
+        found = report.Race(records)
+        assert found.target_setter is found.baseline is setter
+        target = sum(run.loss for run in setter.runs) / len(setter.runs)
+        table = report.race_table(found, Path("records/optimization"))
+        assert table.startswith(f"Target: {target:.4f}{text}\n")
+        (row,) = (line for line in table.splitlines() if "(baseline) |" in line)
+        assert setter.folder.name in row and "(baseline) | 30 | – |" in row
+    shutil.rmtree(two.folder)
+    shutil.rmtree(three.folder)
+    page = report.write_page(one.folder).readme
+    steps = cells(page)["steps to the target"]
+    assert steps.endswith(", which this record sets, provisional: 1 run")
+
+
+def test_toys_that_history_leaves_out_are_named(race, monkeypatch):
+    record(race, "muon")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt_simple, "PRESETS", {"tiny": SMALL})
+        patch.setattr(train_gpt_simple, "NUM_STEPS", {"tiny": 30})
+        record(race, "adamw")
+        toys = sorted(map(str, Path("records/optimization").glob("2*")))
+        assert race("history").endswith(f": 0 records, 2 toy runs left out: {', '.join(toys)}\n")
+    monkeypatch.setattr(report.Record, "is_toy", property(lambda of: "adamw" in str(of.folder)))
+    (toy,) = Path("records/optimization").glob("2*_adamw")
+    assert race("history").endswith(f": 1 record, 1 toy run left out: {toy}\n")
+
+
+def test_curves_of_the_race_have_a_marker_at_each_validation(race, monkeypatch):
+    """So that the line between two of them is not taken for measured."""
+    record(race, "adamw")
+    figures = keep_figures(monkeypatch)
+    race("history")
+    (axes,) = figures[-1].axes
+    (line,) = (line for line in axes.get_lines() if len(line.get_xdata()) > 1)
+    (folder,) = Path("records/optimization").glob("2*_adamw")
+    assert list(line.get_xdata()) == [*report.Record(folder).curves[0]]
+    assert line.get_marker() == "o" and line.get_markersize() < 5

@@ -119,6 +119,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return repository
 
 
+OPTIONS_OF = report.options_of  # which `call` replaces
+
+
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """The tool in a repository without records or data. Its script is SCRIPT, the logs of two runs
@@ -165,6 +168,7 @@ def made_up_run(folder: Path, number: int, loss: float = 3.3, **changes: object)
         "num_steps": "6",
         "match_orders": "none",
         "match_shards": "0",
+        "checkpoint": "",
         "model_dim": "768",
         "stages": "0.5:33554432:1.0, 0.5:67108864:1.0",
         "extension_steps": "2",
@@ -390,6 +394,20 @@ def test_options_that_repeat_a_run(tmp_path, source, options):
     assert report.options_of(run, script) == options
 
 
+def test_files_of_the_repository_are_named_from_its_root(call):
+    """On a page and in its command, though run.sh gave their whole paths from another folder."""
+    files = {
+        "train_files": f"{Path.cwd()}/data/proxy_train_*.bin",
+        "val_file": "/a/proxy_val_0.bin",
+    }
+    folder = made_up_record(Path("records/2026-01-01_a"), [3.3], **files)
+    assert "proxy corpus: `data/proxy_train_*.bin`; " in report.write_page(folder).readme
+    options = OPTIONS_OF(report.Record(folder).first, folder / "train_gpt.py")
+    at = options.index("--train_files")
+    assert options[at + 1] == "data/proxy_train_*.bin"
+    assert options[options.index("--val_file") + 1] == "/a/proxy_val_0.bin"
+
+
 def test_rewriting_keeps_title_words_and_memory(call):
     call("record", "claim", "--memory", "document", "--logs", *Path("new").glob("*.txt"))
     path = Path("records/2026-01-01_claim/README.md")
@@ -562,6 +580,19 @@ def test_logs_of_different_options_are_refused(call):
     assert not list(Path("records").iterdir())
 
 
+def test_runs_of_one_record_may_name_their_data_and_outputs_differently(call):
+    """The checkpoint changes nothing, and the folder of the same shards neither."""
+    files = {"train_files": "/else/where/fineweb_train_*.bin", "checkpoint": "weights.pt"}
+    other = made_up_run(Path("new"), 3, 3.2772, **files)
+    assert '"checkpoint": "weights.pt"' in other.with_suffix(".txt").read_text(encoding="utf-8")
+    assert "3 runs" in call("record", "claim", "--logs", *Path("new").glob("*.txt"))
+    made_up_run(Path("new"), 5, 3.2773, val_file="data/fineweb10B/fineweb_val_*.bin")
+    assert "4 runs" in call("record", "claim", "--logs", *Path("new").glob("*.txt"))
+    other = made_up_run(Path("new"), 4, train_files="data/fineweb10B/fineweb_train_000001.bin")
+    error = call("record", "other", "--logs", *Path("new").glob("*.txt"), code=1)
+    assert "  train_files: " in error and other.name in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -584,6 +615,15 @@ echo "$@" >> "ROOT/called"
 mkdir -p logs
 cp "ROOT"/made/$side/*_00000$seed.* logs
 """
+
+
+def test_a_run_without_a_log_is_named(call):
+    """Though its exit code is 0."""
+    Path("run.sh").write_text("#!/bin/sh\n")
+    Path("run.sh").chmod(0o755)
+    error = call("record", "a", "--runs", 1, code=1)
+    assert error.startswith("\nerror: the run left no log, not one: is its script one that trains?")
+    assert error.endswith(" ./run.sh --seed 1 --log_dir logs\n")
 
 
 def write_launcher(text: str) -> None:
@@ -669,6 +709,22 @@ def test_a_record_of_the_proxy_corpus_offers_fineweb_in_its_place(call, proxy_re
     assert "--fineweb: the record's own data is fineweb" in call(
         "reproduce", fineweb, "--fineweb", code=2
     )
+
+
+def test_the_tiny_preset_is_not_moved_to_fineweb(call, monkeypatch):
+    """Its data is the built-in sample, with which run.sh would train it."""
+    files = {"train_files": "data/sample/sample_train_*.bin", "val_file": "data/sample/sample_val_"}
+    monkeypatch.setattr(report, "options_of", lambda run, script: ["--preset", "tiny", "--a=b"])
+    for day, end in ((1, "*.bin"), (2, "000000.bin")):
+        made = files | {"val_file": files["val_file"] + end}
+        sample = made_up_record(Path(f"records/2026-01-0{day}_a"), [3.3], day, **made)
+        error = call("reproduce", sample, "--fineweb", code=2)
+        assert "--fineweb: the record's own data is sample, which is there: leave it out" in error
+    mine = made_up_record(Path("records/2026-01-03_b"), [3.3], 3, train_files="mine_*.bin")
+    for command in (("reproduce", mine), ("compare", mine, sample)):
+        error = call(*command, "--fineweb", code=2)
+        assert f"{mine} has the tiny preset, whose data is the built-in sample: leave it" in error
+    assert not Path("logs").exists()
 
 
 def test_compare_on_fineweb_in_place_of_the_proxy_corpus(call, proxy_record):
@@ -1505,7 +1561,8 @@ def test_history_of_the_repository(call):
         shutil.copytree(folder, Path("records") / folder.name)
     left_out = {"2026-11-22_two_gpus_every_stage", "reference"}  # the former a toy of 97 steps
     names = {folder.name for folder in folders} - left_out
-    assert f"{len(names)} records, 1 toy runs left out" in call("history")
+    toy = "records/2026-11-22_two_gpus_every_stage"
+    assert f"{len(names)} records, 1 toy run left out: {toy}\n" in call("history")
     page = Path("records/README.md").read_text(encoding="utf-8")
     listed = [row for rows in sections(page).values() for row in rows]
     assert {re.search(r"\]\((.+)\)$", row["record"])[1] for row in listed} == names

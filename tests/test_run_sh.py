@@ -156,6 +156,25 @@ def test_a_failed_download_ends_it(copy):
     assert len(calls) == 1
 
 
+def test_options_are_read_before_data_are_fetched(tmp_path):
+    """By the script that is to run, as a submission of the optimization track."""
+    copy = Copy(tmp_path, f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    folder = copy.root / "records" / "optimization"
+    folder.mkdir(parents=True)
+    (copy.root / "data").mkdir()
+    (copy.root / "data" / "cached_fineweb.py").write_text("raise SystemExit(9)\n")
+    shutil.copy(ROOT / "train_gpt.py", copy.root)
+    for name in ("train_gpt_simple.py", "submission.py", "optimizers/muon.py"):
+        shutil.copy(ROOT / "records" / "optimization" / name, folder)
+    (folder / "muon.py").rename(copy.root / "mine.py")
+    for command in ((), ("optimization", "mine.py")):
+        for words in (("--preset", "nix"), ("--preset", "speedrun", "--nix", "3")):
+            _, out, err = copy.run(*command, *words, code=2)
+            assert (out, err.count("\n")) == ("", 1) and "error: " in err and "nix" in err
+        copy.run(*command, "--preset", "speedrun", code=9)
+    assert not list(copy.root.rglob("__pycache__/*train_gpt*"))
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "nproc", "threads"),
     [
@@ -176,6 +195,18 @@ def test_the_processes_share_the_cores(copy, gpus, settings, nproc, threads):
     assert (f"--nproc-per-node {nproc} " in words) == (nproc > 1)
     calls, _, _ = copy.run("--train_files", "x", OMP_WAIT_POLICY="active")
     assert calls[0][2] == "active"
+
+
+@pytest.mark.parametrize("command", [(), ("optimization",), ("reference",)])
+def test_buffers_stay_mapped_without_a_gpu(copy, command):
+    """A user's own setting wins."""
+    names = "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"
+    values = " ".join(f"${{{name}:-none}}" for name in names)
+    (copy.notes / "does").write_text(f'echo "{values}" >>"$NOTES/malloc"\n')
+    for settings in ({"GPUS": "0"}, {"GPUS": "1"}, {"GPUS": "0", names[0]: "9", names[1]: "8"}):
+        copy.run(*command, "--train_files", "x", **settings)
+    expected = ["0 2147483647", "none none", "9 8"]
+    assert (copy.notes / "malloc").read_text().splitlines() == expected
 
 
 def test_nodes_get_their_rank(copy):

@@ -23,6 +23,7 @@ UTC. Deviations are those of a sample (n - 1).
 import argparse
 import contextlib
 import difflib
+import fnmatch
 import functools
 import glob
 import itertools
@@ -71,13 +72,18 @@ PUBLIC = (
 DIFF_LINES = 100  # shown at most
 SCREEN = 160  # and characters of an option
 SEPARATOR = "=" * 100 + "\n"  # between the script and the log proper
-OWN_FIELDS = ("seed", "log_dir")  # what the runs of one record may differ in
-OUTPUT_FIELDS = ("checkpoint",)  # and what repeating a run leaves out besides
+OWN_FIELDS = ("seed", "log_dir", "checkpoint")  # what the runs of one record may differ in
 OUTPUT_OPTIONS = "--log_dir", "--checkpoint"
+DATA_FIELDS = ("train_files", "val_file")  # the runs have them in any folder, by the same names
 DATA_OPTIONS = "--train_files", "--val_file"
+COUNTED_FIELDS = (*DATA_FIELDS, "num_steps", "val_every")  # of those that optimization rules free
 MOST_RUNS = 10_000
 RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{6}")  # what one begins with
 DATED = re.compile(r"\d{4}-\d\d-\d\d_(.+)", re.DOTALL)  # the folder of a record
+SECTION_BEGIN, SECTION_END = (  # lines of a script of the optimization track
+    re.compile(f"^# --- {word} of the Optimizer section -", re.MULTILINE)
+    for word in ("begin", "end")
+)
 RUN_BYTES = 2**21  # more than the files of a run need
 SLACK_S = 0.25  # between a step and the clock that is stopped behind it, and to score a blend
 TABLE = "<!-- the table: written by ./run.sh history -->"  # in records/optimization/README.md
@@ -242,9 +248,9 @@ class Run:
         self.versions += f", attention by {backend[1]}" if backend else ""
 
         # fineweb, proxy, sample, …: what the names of the shards begin with, if they agree; a part
-        # of a validation shard has no number behind that
+        # of a validation shard has neither a number nor * behind that
         train, val = (Path(config[name]).name for name in ("train_files", "val_file"))
-        train, val = re.match(r"(.+)_train_", train), re.fullmatch(r"(.+)_val_\d+\.bin", val)
+        train, val = re.match(r"(.+)_train_", train), re.fullmatch(r"(.+)_val_(?:\d+|\*)\.bin", val)
         self.data_name = train[1] if train and val and train[1] == val[1] else "other"
         # targets scored, which are fewer than val_tokens where the shard has no more
         targets = re.search(r"^val loss .* on ([\d,]+) targets$", text, re.MULTILINE)
@@ -386,7 +392,7 @@ def check_runs(script: Path | None, runs: list[Run]) -> None:
                 f"{shown(path)} was not made by {shown(script)}, it begins with another script: "
                 "leave it out, or put back the script that ran\n" + "\n".join(lines)
             )
-        changes = config_changes(runs[0], run)
+        changes = config_changes(runs[0], run, of_one_record=True)
         if changes:
             raise ReportError(
                 f"{shown(runs[0].path)} and {shown(run.path)} have different options: "
@@ -417,14 +423,57 @@ def check_rules(runs: list[Run]) -> str:
     return preset
 
 
-def config_changes(a: Run, b: Run) -> list[str]:
-    """A line for every option that differs."""
-    values = {name: [run.config.get(name) for run in (a, b)] for name in a.config | b.config}
-    return [
-        f"  {name}: {first!r} and {second!r}"
-        for name, (first, second) in values.items()
-        if name not in OWN_FIELDS and first != second
-    ]
+def check_whole(script: Path) -> None:
+    """Raise ReportError for a file that is the section of a submission without the rest."""
+    text = read_text(script)
+    if SECTION_BEGIN.search(text) and not SECTION_END.search(text):
+        raise ReportError(
+            f"{shown(script)}: is the Optimizer section of a submission alone: make the script by "
+            f"python records/optimization/submission.py {shown(script)}, which prints its path"
+        )
+
+
+def check_plan(script: Path, track: str | None, options: list[str]) -> None:
+    """Raise ReportError, before anything is run, for a script and options of the optimization track
+    that its rules do not allow. The track is the one that was named, if any, and else is told by
+    the script."""
+    is_submission = SECTION_BEGIN.search(read_text(script)) is not None
+    if is_submission and track not in (None, "optimization"):
+        found = "a script of the optimization track"
+        raise ReportError(f"{shown(script)}: {found}: give --track optimization, or another script")
+    if not is_submission and track != "optimization":
+        return
+    rules = optimization_rules()
+    try:
+        rules.check_script(read_text(script))
+    except rules.RuleError as error:
+        raise ReportError(f"{shown(script)}: {error}") from None
+    simple = rules.train_gpt_simple  # the options are read in its fixed part
+    config = simple.config_as_text(simple.parse_args(options))  # or exit code 2 with a line
+    try:
+        rules.preset_of(config)
+    except rules.RuleError as error:
+        raise OptionError(f"options after --: {error}") from None
+
+
+def config_changes(a: Run, b: Run, of_one_record: bool = False) -> list[str]:
+    """A line for every option that differs; with of_one_record, that sets two records apart: the
+    rules of the optimization track leave some options free, as the size of a micro-batch."""
+    ignored = set(OWN_FIELDS)
+    if of_one_record and a.track == b.track == "optimization":
+        ignored |= optimization_rules().FREE.difference(COUNTED_FIELDS)
+    lines = []
+    for name in a.config | b.config:
+        first, second = values = [run.config.get(name) for run in (a, b)]
+        same = first == second
+        if name in DATA_FIELDS and None not in values:
+            names = [Path(value).name for value in values]
+            same = names[0] == names[1]
+            if name == "val_file":  # one shard, which a pattern may stand for
+                same |= any(itertools.starmap(fnmatch.fnmatchcase, (names, names[::-1])))
+        if name not in ignored and not same:
+            lines.append(f"  {name}: {first!r} and {second!r}")
+    return lines
 
 
 # ==================================================================================================
@@ -690,6 +739,11 @@ def stage_spread(runs: list[Run]) -> dict[str, list[float]]:
     return {name: [table[name] for table in tables if name in table] for name in tables[0]}
 
 
+def counted(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def joined(values: Iterable[object]) -> str:
     """The distinct ones, in order."""
     return " and ".join(dict.fromkeys(map(str, values)))
@@ -698,14 +752,22 @@ def joined(values: Iterable[object]) -> str:
 # Races of the optimization track ------------------------------------------------------------------
 
 
+def race_baseline(records: Iterable[Record]) -> Record | None:
+    """Of records of one race, by time: the first Muon baseline with enough runs for a claim, or
+    else the first one."""
+    baselines = [record for record in records if record.is_baseline]
+    least = optimization_rules().CLAIM_RUNS
+    whole = (record for record in baselines if len(record.runs) >= least)
+    return next(whole, baselines[0] if baselines else None)
+
+
 class Race:
     """Records of the optimization track with one preset and data, the fewest steps last."""
 
     def __init__(self, records: list[Record]):
         """Records of one class, by time. Where their losses do not compare with the target of the
         track, the target is the loss of the Muon baseline at its end, and None without that."""
-        self.kind = records[0].kind
-        self.baseline = next((record for record in records if record.is_baseline), None)
+        self.kind, self.baseline = records[0].kind, race_baseline(records)
         self.target, self.target_setter = records[0].target, None
         if self.target is None and self.baseline:
             self.target, self.target_setter = self.baseline.loss, self.baseline
@@ -713,6 +775,13 @@ class Race:
         if self.target is not None:
             self.results = {record: self.result(record) for record in records}
             self.records = sorted(records, key=self.rank)
+
+    @property
+    def provisional(self) -> str:
+        """What to say behind a target that too few runs have set; empty for another."""
+        count = len(self.target_setter.runs) if self.target_setter else math.inf
+        few = count < optimization_rules().CLAIM_RUNS
+        return f", provisional: {counted(count, 'run')}" if few else ""
 
     def result(self, record: Record):
         """Where its runs stop, a Result of the rules."""
@@ -822,6 +891,11 @@ def default_seed(script: Path) -> int:
     return int(found[1]) if found else 1
 
 
+def portable(path: str) -> str:
+    """What a page says of a file of data: relative to the repository where it lies inside."""
+    return shown(Path(path)) if os.path.isabs(path) else path
+
+
 def options_of(run: Run, script: Path) -> list[str]:
     """The options, less the seed, that make the script train with the config of this run: a preset
     and what differs from it, or everything where the script has no presets to tell."""
@@ -836,7 +910,8 @@ def options_of(run: Run, script: Path) -> list[str]:
     for preset, defaults in presets.items():
         options = ["--preset", preset] if preset else []
         for name, value in run.config.items():
-            is_option = name not in OWN_FIELDS + OUTPUT_FIELDS and name in (defaults or run.config)
+            is_option = name not in OWN_FIELDS and name in (defaults or run.config)
+            value = portable(value) if name in DATA_FIELDS else value
             if is_option and value != defaults.get(name):
                 options += [f"--{name}", value]
         candidates.append(options)
@@ -869,11 +944,16 @@ def put_on_fineweb(command: str, records: Iterable[Record]) -> list[list[str]]:
             names = joined(record.first.data_name for record in records)
             found = f"the record's own data is {names}, which is there"
         raise OptionError(f"{command}: --fineweb: {found}: leave it out")
+    options = [options_of(record.first, record.script) for record in records]
+    for record, own in zip(records, options, strict=True):
+        if record in moved and own[:2] == ["--preset", "tiny"]:  # run.sh then takes the sample
+            found = "has the tiny preset, whose data is the built-in sample"
+            remedy = f"leave it out, or give shards behind --, as {' and '.join(DATA_OPTIONS)}"
+            raise OptionError(f"{command}: --fineweb: {shown(record.folder)} {found}: {remedy}")
     compares = "times compare with the record's, losses do not"
     print(f"on FineWeb in place of the record's data: {compares}")
     if any(int(record.first.config.get("match_shards", 0)) for record in moved):
         print("its shards hold more tokens, so reading some ahead takes longer than recorded")
-    options = [options_of(record.first, record.script) for record in records]
     return [take_data(own)[1] if record in moved else own for record, own in zip(records, options)]
 
 
@@ -925,8 +1005,13 @@ def launch(folder: Path, options: list[str], seed: int) -> Run:
         new = [copy_logs(path, LOGS) for path in set(folder.glob("logs/*.txt")) - before]
     if code == 130:
         raise KeyboardInterrupt
-    if code != 0 or len(new) != 1:
+    if code != 0:
         raise ReportError(f"the run ended with exit code {code}: {shlex.join(command)}")
+    if len(new) != 1:
+        raise ReportError(
+            f"the run left {'no log' if not new else f'{len(new)} logs'}, not one: is its script "
+            f"one that trains? {shlex.join(command)}"
+        )
     return read_run(new[0])
 
 
@@ -1278,7 +1363,8 @@ def draw_optimization(records: list[Record], path: Path) -> None:
             if result:
                 label += f": {race.steps(record)} steps"
             color = BASELINE_COLOR if record is race.baseline else f"C{i}"
-            axes.plot(common, means, color=color, linewidth=1.2, label=label)
+            style = {"linewidth": 1.2, "marker": "o", "markersize": 3}
+            axes.plot(common, means, color=color, label=label, **style)
             if result and result.reached:
                 axes.plot(result.step, result.mean, "o", color=color, markersize=7, zorder=3)
             losses += means
@@ -1290,7 +1376,7 @@ def draw_optimization(records: list[Record], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(race.kind, fontsize=10)
-        axes.set_xlabel("optimizer step; dots: the target is reached")
+        axes.set_xlabel("optimizer step; dots: validations, large where the target is reached")
         axes.set_ylabel("validation loss (nats per token)")
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
@@ -1330,7 +1416,7 @@ def difference(record: Record, records: list[Record]) -> str:
     folded."""
     if record.in_steps:
         same = (each for each in records if (each.track, each.kind) == (record.track, record.kind))
-        old = next((each for each in same if each.is_baseline), None)
+        old = race_baseline(same)
         if old is None or old.folder == record.folder:
             return "This is the baseline." if old else "The baseline has no runs in this race."
     else:
@@ -1378,7 +1464,7 @@ def race_figures(record: Record, records: list[Record]) -> dict[str, str]:
     loss = f"loss {spread(result.losses, 4)} there, target {race.target:.4f}"
     figures["steps to the target"] = f"{race.steps(record)}, {loss}"
     if record is race.target_setter:
-        figures["steps to the target"] += ", which this record sets"
+        figures["steps to the target"] += f", which this record sets{race.provisional}"
     else:
         value = signed(rules.target_statistic(result.losses, race.target))
         figures["test"] = f"(target − loss) · √n = {value}, to be at least {rules.MARGIN}"
@@ -1398,13 +1484,18 @@ def write_page(folder: Path, memory: str | None = None, track: str | None = None
     words, runs, run = record.words, record.runs, record.first
     losses = [run.loss for run in runs]
     seeds = ", ".join(str(run.seed) for run in runs)
-    command = shlex.join(["./run.sh", *options_of(run, record.script)])
+    begin, source = ["./run.sh"], "with `train_gpt.py` of this folder"
+    if record.in_steps:
+        begin += ["optimization", shown(record.script)]
+        source = "in the root of the repository"
+    command = shlex.join([*begin, *options_of(run, record.script)])
     marks = f" ({'; '.join(record.shortfalls)}: no claim)" if record.shortfalls else ""
     several = " (mean ± standard deviation)" if len(runs) > 1 else ""
     ended = "" if run.finished else f", ended after {run.num_steps}"
     stages = stage_spread(runs).items()
     corpus = CORPORA.get(run.data_name, run.data_name)
-    data = f"{corpus}: `{run.config['train_files']}`; validation on {run.num_targets:,} targets"
+    data = f"{corpus}: `{portable(run.config['train_files'])}`; "
+    data += f"validation on {run.num_targets:,} targets"
     records = all_records(skip=True)
     schedule = run.config["num_steps"]
     if int(run.config["extension_steps"]):
@@ -1454,7 +1545,7 @@ def write_page(folder: Path, memory: str | None = None, track: str | None = None
 
 ## Command
 
-For every seed ({seeds}), with `train_gpt.py` of this folder:
+For every seed ({seeds}), {source}:
 
 ```bash
 {command} --seed SEED
@@ -1550,16 +1641,18 @@ def race_table(race: Race, page: Path) -> str:
     rows, pairs = [], []
     for i, record in enumerate(race.records):
         result, title = race.results[record], record.title.replace("|", "\\|")
-        by_seed = (rules.first_below(curve, race.target) for curve in record.curves)
+        by_seed = [rules.first_below(curve, race.target) for curve in record.curves]
+        by_seed = " ".join("–" if step is None else str(step) for step in by_seed)
+        sets_target = record is race.target_setter  # so that some seeds are above their own mean
         statistic = signed(rules.target_statistic(result.losses, race.target))
         count = len(record.runs)
         rows.append(
             [
                 f"[{title}]({link(record, page)})" + " (baseline)" * (record is race.baseline),
                 race.steps(record),
-                " ".join("–" if step is None else str(step) for step in by_seed),
+                "–" if sets_target else by_seed,
                 spread(result.losses, 4),
-                "sets the target" if record is race.target_setter else statistic,
+                "sets the target" if sets_target else statistic,
                 f"{count}" if count >= rules.CLAIM_RUNS else f"{count}: no claim",
             ]
         )
@@ -1568,7 +1661,7 @@ def race_table(race: Race, page: Path) -> str:
             if other not in (None, record):
                 pairs.append([title, other.title.replace("|", "\\|"), *race.against(other, record)])
     header = ["method", "steps", "steps, by seed", "loss there", "(target − loss)·√n", "runs"]
-    parts = [f"Target: {race.target:.4f}.", markdown_table(header, rows)]
+    parts = [f"Target: {race.target:.4f}{race.provisional}.", markdown_table(header, rows)]
     if pairs:
         header = ["method", "against", "statistic", f"better (at least {rules.MARGIN})"]
         parts.append(markdown_table(header, pairs))
@@ -1655,8 +1748,11 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     try_folder(folder or RECORDS, num_runs + 1)
     old = Record(folder) if folder else None
     track = TRACKS[args.track or (old.track if old else "main")]
-    script = args.script or ROOT / track.script
+    own = old.script if old and old.in_steps else None  # there every method has its own script
+    script = args.script or own or ROOT / track.script
     runs, seed = [], default_seed(script) if num_runs else None
+    if num_runs:
+        check_whole(script)
     if num_runs and (options or not old):
         options = [*track.options, *options]
     if old:
@@ -1666,7 +1762,7 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
         if num_runs and len(changes) > 1:
             raise ReportError(
                 f"{shown(folder)} has another script than {shown(script)}: choose another name, or "
-                "put its script back\n" + "\n".join(changes)
+                f"give --script {shown(old.script)}\n" + "\n".join(changes)
             )
         script, runs, seed = old.script, old.runs, max(run.seed for run in old.runs) + 1
         if num_runs and not options:
@@ -1674,8 +1770,13 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     options, seed = take_seed(options, seed)
     new = [read_run(path) for path in args.logs or []]
     if num_runs:
+        check_plan(script, args.track or (old.track if old else None), options)
+        seeds = range(seed, seed + num_runs)
+        taken = sorted({run.seed for run in runs} & {*seeds})
+        if old and old.in_steps and taken:
+            raise OptionError(f"--seed after --: the record has seed {taken[0]}: give another")
         with clean_copy(script) as copy:
-            (new,) = run_in_turn({"": (copy, options)}, range(seed, seed + num_runs))
+            (new,) = run_in_turn({"": (copy, options)}, seeds)
     by_id: dict[str, Run] = {}
     for run in [*runs, *new]:
         first = by_id.setdefault(run.run_id, run)
@@ -1704,7 +1805,7 @@ def record_command(args: argparse.Namespace, options: list[str]) -> None:
     if not (folder / "train_gpt.py").exists():
         write_text(folder / "train_gpt.py", runs[0].source)
     record = write_page(folder, args.memory, args.track)
-    print(f"\n{shown(folder)}: {len(runs)} run{'s' * (len(runs) > 1)}, {runs[0].machine}")
+    print(f"\n{shown(folder)}: {counted(len(runs), 'run')}, {runs[0].machine}")
     print(f"time {spread((run.time for run in runs), 2)} s")
     print(f"validation loss {spread((run.loss for run in runs), 4)}")
     if record.in_steps:
@@ -1841,6 +1942,8 @@ def compare_command(args: argparse.Namespace, options: list[str]) -> None:
         try_folder(args.page.parent, 0)
     paths = args.a, args.b
     scripts = [path / "train_gpt.py" if path.is_dir() else path for path in paths]
+    for script in scripts:
+        check_whole(script)
     texts, names = [read_text(script) for script in scripts], list(map(shown, scripts))
     if args.logs:
         results = [sorted(logs_of(path), key=lambda run: run.seed) for path in paths]
@@ -1935,9 +2038,11 @@ def history_command(args: argparse.Namespace, options: list[str]) -> None:
             picture(functions[name], members, TRACKS[name].picture)
     if newest_session(groups["main"]):
         picture(draw_race, groups["main"], "loss_against_seconds.png")
-    left = f", {len(records) - len(listed)} toy runs left out" if len(listed) < len(records) else ""
+    toys, left = sorted(shown(record.folder) for record in records if record.is_toy), ""
+    if toys:
+        left = f", {counted(len(toys), 'toy run')} left out: {', '.join(toys)}"
     files = ", ".join(["README.md", *drawn])
-    print(f"{shown(RECORDS)}: {files}: {len(listed)} records{left}")
+    print(f"{shown(RECORDS)}: {files}: {counted(len(listed), 'record')}{left}")
 
 
 # Command line -------------------------------------------------------------------------------------
