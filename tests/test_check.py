@@ -1,8 +1,11 @@
 """tools/check.py on the script itself, on scripts that cheat, and on what cannot be judged. A
-cheat is a copy of the script with a few lines before its last, which wrap one of its functions."""
+cheat is a copy of the script with a few lines before its last, which wrap one of its functions, or
+of the optimization track's with other lines in its Optimizer section."""
 
+import ast
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,8 @@ from test_train import environment
 
 sys.path.insert(0, str(ROOT / "tools"))
 import check
+import submission  # of the folder that check has added to the path
+import train_gpt_simple
 
 import train_gpt
 
@@ -481,7 +486,7 @@ def step(self, number):
     honest(self, number)
 Optimizer.__init__, Optimizer.step = __init__, step
 """,
-        "the steps of 192 tokens passed over 288",
+        "the steps of 704 tokens passed over 1056",
     ),
     "ranks with weights of their own": (
         "training",
@@ -508,13 +513,20 @@ def begin(self, config, runtime):
     started(self, config, runtime)
 Optimizer.step, Log.begin = step, begin
 """,
-        "the validation file was opened 6 times in a step",
+        "the validation file was opened 22 times in a step",
     ),
 }
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Runs of the optimization track with 11 steps and not 25, for the sake of time."""
+    monkeypatch.setattr(check, "SIMPLE_STEPS", 11)
+    monkeypatch.setattr(check, "COMPARED_STEPS", (0, 10))
+
+
 @pytest.mark.parametrize("cheat", SIMPLE_CHEATS)
-def test_cheat_of_the_optimization_track_is_caught(cheat, tmp_path, monkeypatch):
+def test_cheat_of_the_optimization_track_is_caught(cheat, tmp_path, monkeypatch, few_steps):
     name, lines, expected = SIMPLE_CHEATS[cheat]
     monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
     source = check.SIMPLE_SCRIPT.read_text(encoding="utf-8")
@@ -527,10 +539,234 @@ def test_cheat_of_the_optimization_track_is_caught(cheat, tmp_path, monkeypatch)
 
 def test_the_script_of_the_optimization_track_passes_every_check():
     results = check.judge(check.SIMPLE_SCRIPT)
-    assert [*results] == [*check.CHECKS, "fixed part", "training"]
+    assert [*results] == [*check.CHECKS, "fixed part", "section", "training"]
     assert all(good for good, _ in results.values()), results
     seen = results["training"][1]
-    assert "the steps of 192 tokens passed over 192; the losses of two ranks are within" in seen
+    passes = "the model is the fixed one; the steps of 1600 tokens passed over 1600; "
+    assert passes + "the losses of two ranks are within" in seen
+
+
+# Cheats inside the Optimizer section: the place, the lines there, the first finding of the check
+# "section", by its line among these, and what the check "training" sees.
+PLACES = {
+    "the top": "NUM_STEPS = {",
+    "initialize": '    stds = {"embedding.weight": 1.0',
+    "the start": "        self.num_steps, self.rules = num_steps, []\n",
+    "a step": "        lr_factor = min(1.0, (self.num_steps - step)",
+}
+SECTION_CHEATS = {
+    "another activation": (
+        "the top",
+        "F.relu = F.gelu\n",
+        "line 1 changes F.relu",
+        "the fixed model has",
+    ),
+    "other rotary angles": (
+        "initialize",
+        "    model.sin.neg_()\n",
+        "",
+        "the buffer sin is not that of the fixed model",
+    ),
+    "a tied head": (
+        "initialize",
+        "    model.head.weight = model.embedding.weight\n",
+        "line 1 changes model.head.weight",
+        "the parameters embedding.weight and head.weight are one tensor",
+    ),
+    "one more block": (
+        "initialize",
+        """\
+    block = model.blocks[0]
+    model.blocks.append(type(block)(model.head.in_features, block.head_dim))
+""",
+        "",
+        "in the fixed model missing",
+    ),
+    "another loss in the steps alone": (
+        "the start",
+        """\
+        def smooth(module, given, loss):
+            return loss * 1.01 if torch.is_grad_enabled() else loss
+        model.register_forward_hook(smooth)
+""",
+        "line 3 uses .register_forward_hook",
+        "step 1: the gradient of embedding.weight is not that of the fixed model",
+    ),
+    "a pass more in every tenth step": (
+        "the start",
+        """\
+        honest = self.step
+        def step(number):
+            if number % 10 == 9:
+                model.logits(torch.zeros(32, dtype=torch.long))
+            honest(number)
+        self.step = step
+""",
+        "",
+        "the steps of 704 tokens passed over 736",
+    ),
+    "validation tokens by a path of their own": (
+        "the start",
+        "        self.seen = np.fromfile({file!r}, dtype='<u2')\n",
+        "line 1 uses .fromfile",
+        ", of the Optimizer section, opened {file}",
+    ),
+    "training tokens before the first step": (
+        "the start",
+        "        self.seen = sys._getframe(1).f_locals['data'].read(0, 1500)\n",
+        "line 1 uses ._getframe",
+        ", of the Optimizer section, read tokens of ",
+    ),
+    "a loss by number in long runs": (
+        "the start",
+        """\
+        if num_steps > 50:
+            global validate
+            validate = lambda *arguments: 1.23
+""",
+        "line 2 changes what validate is",
+        None,  # which has fewer steps
+    ),
+}
+
+
+def simple_script(place: str, lines: str) -> str:
+    """train_gpt_simple.py with these lines before those of PLACES."""
+    source = check.SIMPLE_SCRIPT.read_text(encoding="utf-8")
+    assert source.count(PLACES[place]) == 1
+    return source.replace(PLACES[place], lines + PLACES[place])
+
+
+def judge_and_leave(path: Path, names: list[str], results) -> None:
+    results.send(check.judge(path, names))
+
+
+@pytest.mark.parametrize("cheat", SECTION_CHEATS)
+def test_cheat_of_an_optimizer_section_is_caught(cheat, tmp_path, few_steps):
+    place, lines, fault, expected = SECTION_CHEATS[cheat]
+    file, path = tmp_path / "tokens.bin", tmp_path / "cheat.py"
+    file.write_bytes(bytes(4096))
+    lines = lines.replace("{file!r}", repr(str(file)))
+    text = simple_script(place, lines)
+    path.write_text(text, encoding="utf-8")
+    fork = multiprocessing.get_context("fork")  # a process whose torch the cheat may change
+    here, there = fork.Pipe()
+    names = ["fixed part", "section", *(["training"] if expected else [])]
+    process = fork.Process(target=judge_and_leave, args=(path, names, there))
+    process.start()
+    results = here.recv()
+    process.join()
+    assert results["fixed part"][0]
+    good, seen = results["section"]
+    if fault:
+        first = text[: text.index(lines)].count("\n")
+        what = fault.split(" ", 2)
+        assert not good and seen.startswith(f"line {first + int(what[1])} {what[2]}"), seen
+    else:
+        assert good, seen  # which the run alone shows
+    if expected:
+        good, seen = results["training"]
+        assert not good and expected.replace("{file}", str(file)) in seen, seen
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import sys",
+        "from gc import get_objects",
+        "open('data/sample')",
+        "Tokens('train_files', 'data/*', 50304)",
+        "PRESETS['tiny']",
+        "os.environ['RANK']",
+        "del F.relu",
+        "F.relu: object = F.gelu",
+        "torch.nn.functional.relu = F.gelu",
+        "(F.relu, x) = F.gelu, 1",
+        "f = F",
+        "for f in [torch.nn.functional]: f.relu = F.gelu",
+        "setattr(F, 'relu', F.gelu)",
+        "set_it = setattr",
+        "getattr(np, 'from' + 'file')",
+        "getattr(np, 'fromfile')",
+        "torch.from_file('data/val.bin')",
+        "torch.load('data/val.bin')",
+        "np.load('data/val.bin')",
+        "torch.optim.AdamW(model.parameters())",
+        "vars(F)['relu'] = F.gelu",
+        "F.__dict__['relu'] = F.gelu",
+        "contextlib.sys.modules",
+        "math.nan.__class__",
+        "nn.Module.__call__ = None",
+        "model.forward = None",
+        "type(model).logits = None",
+        "def F(): ...",
+        "class np: ...",
+        "x = lambda torch: 1",
+        "range = iter",
+        "def sum(x): ...",
+        "def f():\n    global train\n    def train(): ...",
+        "model.register_forward_hook(print)",
+    ],
+)
+def test_what_an_optimizer_section_may_not_do(line):
+    assert [*faults(line)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "class A:\n    def __init__(self): self.weight, self.load = 1, self.save(0)",
+        "x = torch.linalg.qr(F.normalize(nn.Parameter(Tensor(2, 2))))",
+        "torch._foreach_mul_([], 2)",
+        "np.random.default_rng(0); torch.trace(x); torch.select(x, 0, 0)",
+        "param.data, param.grad = average, None",
+        "getattr(self, 'lr', 0); setattr(self, 'lr', 1)",
+        "def f():\n    count = 0\n    def g():\n        nonlocal count\n        count = 1",
+        "dist.all_reduce(x); contextlib.nullcontext(); dataclasses.dataclass(int)",
+        "f = torch.compile(f)",
+    ],
+)
+def test_what_an_optimizer_section_may_do(line):
+    assert not [*faults(line)]
+
+
+def faults(section: str) -> list[tuple[int, str]]:
+    before, _, behind = submission.split(check.SIMPLE_SCRIPT.read_text(encoding="utf-8"), "it")
+    tree = ast.parse(section)
+    return sorted(check.section_faults(tree, before + behind, vars(train_gpt_simple)))
+
+
+@pytest.mark.parametrize("path", sorted(submission.OPTIMIZERS.glob("*.py")), ids=lambda x: x.stem)
+def test_every_optimizer_here_passes(path, tmp_path, few_steps):
+    script = tmp_path / "script.py"
+    script.write_text(submission.make_submission(path), encoding="utf-8")
+    # best has the parts of the others; it alone is trained, for the sake of time
+    names = ["section", "training"] if path.stem == "best" else ["section"]
+    results = check.judge(script, names)
+    assert all(good for good, _ in results.values()), results
+
+
+def test_a_run_that_has_failed_before_anyone_waits_is_told(tmp_path):
+    """What it printed is the message, and not that it left no results."""
+    path = tmp_path / "script.py"
+    path.write_text(simple_script("a step", "        raise ValueError('too steep')\n"))
+    script, runs = check.load_script(path), []
+    check.start_training(script, tmp_path, runs)
+    for run in runs:
+        run.join()
+    with pytest.raises(check.Failed, match=r"training ended with:\n(?s:.*)ValueError: too steep"):
+        check.check_training(script, tmp_path, runs, None)
+
+
+def test_weights_that_are_no_numbers_are_told(tmp_path, few_steps):
+    """Those of a token that is in no file: no loss shows them."""
+    path = tmp_path / "script.py"
+    lines = (
+        "        if step == self.num_steps - 1:\n            self.rules[0].param[500] = torch.nan\n"
+    )
+    path.write_text(simple_script("a step", lines), encoding="utf-8")
+    good, seen = check.judge(path, ["training"])["training"]
+    assert (good, seen) == (False, "embedding.weight has entries that are inf or nan at the end")
 
 
 TRAINING = """

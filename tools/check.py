@@ -5,11 +5,13 @@ that it learns, the rows that validate() makes of them. The loss of one position
 whose other targets are IGNORED_TARGET. Then the script trains a few steps, twice, with different
 validation files. What predicts by other means than the layers, such as matches in what was read
 and the canonical mask, is judged with and without it. A script of the optimization track is also
-judged by its rules: the fixed part, one pass over each batch of a step, the tokens of the stream in
-order, and the same weights on all ranks. One line a check; exit code 1 when one fails or the script
-cannot be judged.
+judged by its rules: the fixed part, what its Optimizer section uses, the model, one pass over each
+batch of a step, the tokens of the stream in order, and the same weights on all ranks. One line a
+check; exit code 1 when one fails or the script cannot be judged.
 """
 
+import ast
+import builtins
 import dataclasses
 import functools
 import glob
@@ -23,10 +25,11 @@ import re
 import signal
 import socket
 import sys
+import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +45,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"  # of the main and the medium track
 SIMPLE_SCRIPT = ROOT / "records" / "optimization" / "train_gpt_simple.py"
+sys.path.append(str(SIMPLE_SCRIPT.parent))
+import submission
+
 NAMES = "PRESETS Config Runtime Log GPT validate IGNORED_TARGET"
 START_TOKEN = 50256
 ROW, ROWS = 16, 8  # tokens of a validation row, rows of a step on all of up to 8 ranks
@@ -62,6 +68,26 @@ EXTRAS = {"match_orders": (2, 3), "match_slots": 2**12, "canonical_mask": True}
 EXTRAS |= {"average_shares": (0.5,)}
 WINDOWS = 3, 7  # short, long
 DOCUMENTS = 5, 10, 11, 20  # where documents start in the tokens of a Judge
+# A run of the optimization track is small, so that it can have many steps.
+SIMPLE_STEPS, SIMPLE_VAL_EVERY, SIMPLE_VOCAB = 25, 10, 1024
+COMPARED_STEPS = 0, 13, SIMPLE_STEPS - 1  # whose gradients are compared with the fixed model's
+
+# What an Optimizer section may use of the script's imports, and what it may not use of Python.
+USABLE = {"contextlib", "dataclasses", "math", "np", "torch", "dist", "F", "nn", "Tensor"}
+USABLE |= {"Iterator", "NamedTuple"}
+USABLE_PACKAGES = {"contextlib", "dataclasses", "math", "numpy", "torch"}
+REFUSED_NAMES = {"open", "exec", "eval", "compile", "globals", "locals", "vars"}
+REFUSED_NAMES |= {"breakpoint", "__import__", "__builtins__", "__file__", "__loader__", "__spec__"}
+REFUSED_ATTRIBUTES = {"fromfile", "from_file", "memmap", "open_memmap", "loadtxt", "genfromtxt"}
+REFUSED_ATTRIBUTES |= {"hub", "_getframe", "f_locals", "f_globals", "f_back", "tb_frame"}
+REFUSED_ATTRIBUTES |= {"gi_frame", "_modules", "_parameters", "_buffers"}
+REFUSED_PARTS = {"load", "save", "optim"}  # of torch and numpy; classes may have methods so named
+SPECIAL_METHODS = {"__init__", "__post_init__", "__enter__", "__exit__", "__call__", "__name__"}
+# Files that Python and torch may open while code of the section runs are in these folders.
+LIBRARY_FOLDERS = {*map(os.path.realpath, sysconfig.get_paths().values()), "/dev", "/proc", "/sys"}
+TORCH = os.path.dirname(os.path.realpath(torch.__file__))
+LIBRARY_FOLDERS.add(TORCH)
+COMPILERS = f"{TORCH}/_dynamo/", f"{TORCH}/_inductor/"  # of torch.compile: open sources and caches
 
 
 class Unjudgeable(Exception):
@@ -490,18 +516,136 @@ def check_normalisation(script: ModuleType, folder: Path) -> str:
 
 
 def check_fixed_part(script: ModuleType, folder: Path) -> str:
-    """Of the optimization track: outside its Optimizer section a script is train_gpt_simple.py."""
-    sys.path.append(str(SIMPLE_SCRIPT.parent))
-    import submission
-
-    texts = [Path(path).read_text(encoding="utf-8") for path in (script.__file__, SIMPLE_SCRIPT)]
+    """Of the optimization track: outside its Optimizer section a script is train_gpt_simple.py, as
+    it is or as records have it."""
+    text = Path(script.__file__).read_text(encoding="utf-8")
     try:
-        theirs, ours = (submission.fixed_part(text, "the script") for text in texts)
+        known = submission.fixed_part(text, "the script") in submission.fixed_parts()
     except submission.SubmissionError as error:
         raise Failed(str(error)) from None
     where = "train_gpt_simple.py outside the Optimizer section"
-    require(theirs == ours, f"the script differs from {where}")
+    require(known, f"the script differs from {where}")
     return f"the script is that of {where}"
+
+
+def check_section(script: ModuleType, folder: Path) -> str:
+    """Of the optimization track: the Optimizer section uses and changes nothing but its own."""
+    text = Path(script.__file__).read_text(encoding="utf-8")
+    try:
+        before, section, behind = submission.split(text, "the script")
+    except submission.SubmissionError as error:
+        raise Failed(str(error)) from None
+    faults = sorted(set(section_faults(ast.parse(section), before + behind, vars(script))))
+    first_line = before.count("\n")  # of the section, less 1
+    texts = [f"line {first_line + line} {what}" for line, what in faults]
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    require(not texts, "; ".join(texts[:3]) + more)
+    size = section.count("\n")
+    return f"{size} lines without imports, files, names of the fixed part or changes of modules"
+
+
+def section_faults(tree: ast.Module, fixed: str, namespace: dict) -> Iterator[tuple[int, str]]:
+    """Line in the section, and what is wrong there, for what an Optimizer section may not do.
+
+    tree: the section; fixed: source of the fixed part; namespace: names of the script, of which
+    those of its imports are followed through dots.
+    """
+    fixed_tree, imported = ast.parse(fixed), submission.imported_names(fixed)
+    defined = {getattr(node, "name", None) for node in fixed_tree.body}
+    names = [node for statement in fixed_tree.body for node in getattr(statement, "targets", ())]
+    defined |= {node.id for node in names if isinstance(node, ast.Name)}
+    refused = REFUSED_NAMES | defined | (imported - USABLE)
+    model_attributes = {"cos", "sin", "weight", "bias"}  # and all that the model's classes set
+    for kind in fixed_tree.body:
+        bases = map(ast.unparse, getattr(kind, "bases", ()))
+        if any(base.startswith("nn.") for base in bases):
+            model_attributes |= {x.name for x in kind.body if isinstance(x, ast.FunctionDef)}
+            set_here = (x for x in ast.walk(kind) if isinstance(x, ast.Attribute))
+            model_attributes |= {x.attr for x in set_here if isinstance(x.ctx, ast.Store)}
+
+    def resolve(node: ast.AST) -> object:
+        """The module or class that a name or names behind dots stand for; None for all else."""
+        if isinstance(node, ast.Name):
+            return namespace.get(node.id) if node.id in imported else None
+        if isinstance(node, ast.Attribute):
+            owner = resolve(node.value)
+            found = None if owner is None else getattr(owner, node.attr, None)
+            return found if isinstance(found, ModuleType | type) else None
+        return None
+
+    def is_own(node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id == "self"
+
+    def root(node: ast.AST) -> str:
+        while isinstance(node, ast.Attribute | ast.Subscript):
+            node = node.value
+        return node.id if isinstance(node, ast.Name) else ""
+
+    def is_refused(name: str) -> bool:
+        special = re.fullmatch("__.*__", name) and name not in SPECIAL_METHODS
+        return special or name in REFUSED_ATTRIBUTES or name.startswith("register_")
+
+    nodes = [*ast.walk(tree)]
+    before_dot = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        line = getattr(node, "lineno", 0)
+        match node:
+            case ast.Import() | ast.ImportFrom():
+                yield line, f"imports: {ast.unparse(node)}"
+            case ast.Name(id=name) if name in refused:
+                whose = " of the fixed part" if name in defined else ""
+                yield line, f"uses {name}{whose}"
+            case ast.Name(id="getattr" | "setattr" | "delattr") if id(node) not in called:
+                yield line, f"uses {node.id} without calling it"
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) if name in imported:
+                yield line, f"changes what {name} is"
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name) if (
+                name in imported
+            ):
+                yield line, f"changes what {name} is"
+            case ast.Global(names=names):
+                for name in {*names} & (refused | imported):
+                    yield line, f"changes what {name} is"
+            case ast.Attribute(attr=name) if is_refused(name):
+                yield line, f"uses .{name}"
+            case ast.Attribute(attr=name) if name in REFUSED_PARTS and root(node) in imported:
+                yield line, f"uses {ast.unparse(node)}"
+            case ast.Attribute() | ast.Subscript() if not isinstance(node.ctx, ast.Load):
+                of_model = isinstance(node, ast.Attribute) and node.attr in model_attributes
+                if root(node) in imported or of_model and not is_own(node.value):
+                    yield line, f"changes {ast.unparse(node)}"
+            case ast.Call(func=ast.Name(id="getattr" | "setattr" | "delattr" as how)):
+                name = node.args[1] if len(node.args) > 1 else None
+                known = isinstance(name, ast.Constant) and not is_refused(str(name.value))
+                if not known or how != "getattr" and not is_own(node.args[0]):
+                    yield line, f"uses {ast.unparse(node)}"
+        found = resolve(node) if isinstance(node, ast.Name | ast.Attribute) else None
+        if isinstance(found, ModuleType):
+            if found.__name__.partition(".")[0] not in USABLE_PACKAGES:
+                yield line, f"uses {ast.unparse(node)}"
+            elif id(node) not in before_dot:
+                yield line, f"uses the module {ast.unparse(node)} other than before a dot"
+    for statement in tree.body:  # names of the script, which the fixed part sees
+        match statement:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                bound = {name}
+            case _:
+                stored = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+                bound = {node.id for node in stored if isinstance(node.ctx, ast.Store)}
+        for name in bound & {*dir(builtins)}:
+            yield statement.lineno, f"changes what {name} is"
+
+
+def section_lines(script: ModuleType) -> range:
+    """The lines of the script that are its Optimizer section; none if it marks no section."""
+    try:
+        text = Path(script.__file__).read_text(encoding="utf-8")
+        before, section, _ = submission.split(text, "the script")
+    except submission.SubmissionError:
+        return range(0)
+    first = before.count("\n") + 1
+    return range(first, first + section.count("\n"))
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -514,9 +658,10 @@ def start_training(
     of the optimization track one more, on two ranks. Every process that has been started is in the
     list, whenever a signal comes."""
     rng = np.random.default_rng(6)
+    start_token = SIMPLE_VOCAB - 1 if is_simple(script) else START_TOKEN
     for name in ("train", "a", "b"):
         tokens = rng.choice(free_tokens(script)[:256], 2000)
-        tokens[rng.integers(0, 2000, 50)] = tokens[0] = START_TOKEN
+        tokens[rng.integers(0, 2000, 50)] = tokens[0] = start_token
         write_shard(folder / f"{name}.bin", tokens)
     runs: list[tuple] = []  # what train_watched takes
     for i, changes in enumerate(variants(script)):
@@ -541,9 +686,12 @@ def start_training(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def check_training(script: ModuleType, folder: Path, runs: list[multiprocessing.Process]) -> str:
+def check_training(
+    script: ModuleType, folder: Path, runs: list[multiprocessing.Process], fixed: Connection
+) -> str:
     """Runs with different validation files train alike, read them for scoring only, and log the
-    loss that their weights have. Of the optimization track: a step is one pass over its part of the
+    loss that their weights have. Of the optimization track: the section reads nothing, the model is
+    the fixed one (whose process answers on `fixed`), a step is one pass over its part of the
     stream, and ranks have the same weights."""
     names = [f"{name}{i}" for i in range(len(variants(script))) for name in "ab"]
     if is_simple(script):
@@ -552,23 +700,45 @@ def check_training(script: ModuleType, folder: Path, runs: list[multiprocessing.
         output = (folder / f"{name}.out").read_text(encoding="utf-8")
         raise Failed(f"a few steps of training ended with:\n{output[-2000:]}")
     for i in range(len(variants(script))):
+        for name in "ab":
+            check_finite(folder / f"{name}{i}")
+    if is_simple(script):
+        for name in names:
+            reads = json.loads((folder / f"{name}.reads").read_text())
+            require(not reads, "; ".join([*dict.fromkeys(reads)][:3]))
+        of_passes = check_passes(folder)
+        fixed.send([folder / "a0", folder / "b0"])
+        good, of_model = fixed.recv()
+        require(good, of_model)
+    for i in range(len(variants(script))):
         seen = compare_training(script, folder / f"a{i}", folder / f"b{i}")
     seen = f"equal to the bit with two files; {seen}"
     if is_simple(script):
-        seen += f"; {check_passes(folder)}; {compare_ranks(folder)}"
+        seen += f"; {of_model}; {of_passes}; {compare_ranks(folder)}"
     return seen
 
 
 def await_all(runs: dict[str, multiprocessing.Process]) -> list[str]:
     """The names of those that failed. Where one has, the others are ended: they may wait for it."""
-    while running := [run.sentinel for run in runs.values() if run.exitcode is None]:
-        wait(running)
+    while True:
+        running = [run.sentinel for run in runs.values() if run.exitcode is None]
         failed = [name for name, run in runs.items() if run.exitcode]
         if failed:
             for run in runs.values():
                 run.kill()
+        if failed or not running:
             return failed
-    return []
+        wait(running)
+
+
+def check_finite(run: Path) -> None:
+    """The losses and the saved weights of a run are numbers, without which nothing compares."""
+    result = json.loads(Path(f"{run}.json").read_text())
+    for name, text in ("train_losses", "training loss"), ("val_losses", "validation loss"):
+        for i, loss in enumerate(result[name], 1):
+            require(math.isfinite(loss), f"{text} {i} of {len(result[name])} is {loss}")
+    for name, tensor in torch.load(f"{run}.pt", weights_only=True)["weights"].items():
+        require(bool(tensor.isfinite().all()), f"{name} has entries that are inf or nan at the end")
 
 
 def compare_training(script: ModuleType, *runs: Path) -> str:
@@ -607,7 +777,8 @@ def check_passes(folder: Path) -> str:
 
 def compare_ranks(folder: Path) -> str:
     """Two ranks train as one process does, and have the same weights in the end."""
-    weights = [torch.load(folder / f"rank{rank}.weights", weights_only=True) for rank in range(2)]
+    ends = [torch.load(folder / f"rank{rank}.end", weights_only=True) for rank in range(2)]
+    weights = [end["weights"] for end in ends]
     same = all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     require(same, "two ranks have other weights, each its own")
     one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("a0", "rank0"))
@@ -617,12 +788,161 @@ def compare_ranks(folder: Path) -> str:
     return require(moved < 2e-3, seen)
 
 
-def watch_steps(script: ModuleType, when: list[str]) -> dict:
+# The fixed model of the optimization track --------------------------------------------------------
+
+
+@torch.no_grad()
+def answer(model: torch.nn.Module) -> Tensor:
+    """The logits of a model whose parameters all become random ones here, on random tokens: a
+    projection that starts at zero hides what is before it."""
+    generator = torch.Generator().manual_seed(8)
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor.size(-1)))
+    return model.logits(torch.randint(0, SIMPLE_VOCAB, (2 * ROW,), generator=generator))
+
+
+def compare_with_fixed_model(fixed: ModuleType, run: Path) -> str:
+    """The model of a run is that of `fixed`, the module of train_gpt_simple.py: names, shapes and
+    memory of its parameters, its buffers, its logits, its gradients and its losses."""
+    saved = torch.load(f"{run}.pt", weights_only=True)
+    config, runtime = fixed.Config(**saved["config"]), start_runtime(fixed, "cpu")
+    model, result = fixed.GPT(config, runtime), json.loads(Path(f"{run}.json").read_text())
+    end = torch.load(f"{run}.end", weights_only=True)
+    for weights in (end["weights"], saved["weights"]):
+        compare_parameters(model, weights)
+    buffers = dict(model.named_buffers())
+    for name, buffer in end["buffers"].items():
+        same = name in buffers and torch.equal(buffers[name], buffer)
+        require(same, f"the buffer {name} is not that of the fixed model")
+
+    validated = [
+        torch.load(f"{run}.validated{i}", weights_only=True) for i in range(end["validations"])
+    ]
+    for weights, logged in zip(
+        [*validated, saved["weights"]], [*result["val_losses"], result["val_loss"]], strict=True
+    ):
+        compare_parameters(model, weights)
+        model.load_state_dict(weights)
+        loss = fixed.validate(model, config, runtime, config.val_tokens)
+        found = f"logged loss {logged:.5f}, the fixed model has {loss:.5f} with these weights"
+        require(abs(logged - loss) < 1e-4, found)
+
+    for i in COMPARED_STEPS:
+        step = torch.load(f"{run}.step{i}", weights_only=True)
+        model.load_state_dict(step["weights"])
+        model.zero_grad()
+        batch = fixed.Batch(step["tokens"], step["targets"])
+        (model(batch) / len(step["tokens"])).backward()
+        norm = torch.stack([param.grad.norm() for param in model.parameters()]).norm()
+        for name, param in model.named_parameters():
+            grad = step["grads"][name]
+            require(grad is not None, f"step {i + 1}: {name} has no gradient")
+            size = param.grad.norm().clamp_min(1e-4 * norm)  # less is rounding
+            moved = float((grad - param.grad).norm() / size)
+            found = f"step {i + 1}: the gradient of {name} is not that of the fixed model"
+            require(moved < 1e-3, f"{found}, {moved:.2g} of its norm away")
+
+    moved = float((answer(model) - torch.load(f"{run}.answer", weights_only=True)).abs().max())
+    found = f"with random parameters its logits are up to {moved:.2g} from the fixed model's"
+    require(moved < 1e-4, found)
+    return "the model is the fixed one"
+
+
+def compare_parameters(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """weights: a state_dict, to have the names and shapes of the model's, and memory for each."""
+    wanted, found = (
+        {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
+        for tensors in (model.state_dict(), weights)
+    )
+    for name in sorted(wanted.keys() | found.keys()):
+        shapes = f"{found.get(name, 'missing')}, in the fixed model {wanted.get(name, 'missing')}"
+        require(found.get(name) == wanted.get(name), f"the parameter {name} is {shapes}")
+    owners: dict[int, str] = {}
+    for name, tensor in weights.items():
+        other = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
+        require(other == name, f"the parameters {other} and {name} are one tensor")
+
+
+def serve_fixed_model(connection: Connection) -> None:
+    """In a process that never loads the judged script, which may change torch where it is loaded.
+    It is told whether that is one of the optimization track, and then a list of runs, and says
+    whether their model is the fixed one, and what was seen."""
+    for which in console.SIGNALS:  # a terminal sends them to the parent too, which ends this one
+        signal.signal(which, signal.SIG_DFL if which == signal.SIGTERM else signal.SIG_IGN)
+    console.end_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, console.SIGNALS)
+    torch.set_num_threads(1)
+    if not connection.recv():
+        return
+    try:
+        fixed = load_script(SIMPLE_SCRIPT)
+        texts = [compare_with_fixed_model(fixed, run) for run in connection.recv()]
+        connection.send((True, texts[-1]))
+    except Failed as failure:
+        connection.send((False, str(failure)))
+    except Exception as error:  # noqa: BLE001 (whatever the script has left)
+        connection.send((False, f"cannot be compared: {type(error).__name__}: {error}"))
+
+
+def start_fixed_model() -> tuple[multiprocessing.Process, Connection]:
+    """serve_fixed_model() in a process, and the end of its connection that is for this one."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=serve_fixed_model, args=(there,), daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, console.SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    there.close()  # so that recv() ends when the process does
+    return process, here
+
+
+# In the processes that train ----------------------------------------------------------------------
+
+
+def watch_section(script: ModuleType) -> list[str]:
+    """What code of the Optimizer section opens or reads from now on, gets a line each."""
+    reads: list[str] = []
+    lines, file, read = section_lines(script), script.__spec__.origin, script.Tokens.read
+
+    def active_line() -> int | None:
+        """The innermost line of the section on the stack, unless torch compiles it."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_filename == file and frame.f_lineno in lines:
+                return frame.f_lineno
+            if os.path.realpath(frame.f_code.co_filename).startswith(COMPILERS):
+                return None
+            frame = frame.f_back
+        return None
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            path, line = os.path.realpath(os.fsdecode(arguments[0])), active_line()
+            in_library = any(path.startswith(f"{folder}/") for folder in LIBRARY_FOLDERS)
+            if line is not None and not in_library:
+                reads.append(f"line {line}, of the Optimizer section, opened {path}")
+
+    def watched_read(self, begin: int, end: int) -> Tensor:
+        line = active_line()
+        if line is not None:
+            reads.append(f"line {line}, of the Optimizer section, read tokens of {self.paths[0]}")
+        return read(self, begin, end)
+
+    sys.addaudithook(hook)
+    script.Tokens.read = watched_read
+    return reads
+
+
+def watch_steps(script: ModuleType, when: list[str], run: Path) -> dict:
     """Of a script of the optimization track that trains from now on: what its model is called with
-    in the steps, how many blocks run there, and the model. `when` gets what it does."""
-    seen = {"tokens": [], "targets": [], "blocks": 0, "blocks_of_passes": 0}
-    GPT, honest_validate = script.GPT, script.validate
+    in the steps, how many blocks run there, and the model. `when` gets what it does. Files of the
+    run get the weights of validations, and weights and gradients of some steps."""
+    seen = {"tokens": [], "targets": [], "blocks": 0, "blocks_of_passes": 0, "validations": 0}
+    GPT, honest_validate, honest_step = script.GPT, script.validate, script.Optimizer.step
     start, forward, block_forward = GPT.__init__, GPT.forward, script.Block.forward
+    step_start = [0]  # where the tokens of the step begin
 
     def watched_start(self, *arguments) -> None:
         start(self, *arguments)
@@ -642,12 +962,23 @@ def watch_steps(script: ModuleType, when: list[str]) -> dict:
 
     def watched_validate(*arguments) -> float:
         when.append("in a validation")
+        torch.save(seen["model"].state_dict(), f"{run}.validated{seen['validations']}")
+        seen["validations"] += 1
         loss = honest_validate(*arguments)
         when.append("in a step")
         return loss
 
+    def watched_step(self, step: int) -> None:
+        if step in COMPARED_STEPS:
+            parts = {n: torch.tensor(seen[n][step_start[0] :]) for n in ("tokens", "targets")}
+            params = dict(seen["model"].named_parameters(remove_duplicate=False))
+            parts |= {"grads": {name: param.grad for name, param in params.items()}}
+            torch.save(parts | {"weights": seen["model"].state_dict()}, f"{run}.step{step}")
+        step_start[0] = len(seen["tokens"])
+        honest_step(self, step)
+
     GPT.__init__, GPT.forward, script.Block.forward = watched_start, watched_forward, watched_block
-    script.validate = watched_validate
+    script.validate, script.Optimizer.step = watched_validate, watched_step
     return seen
 
 
@@ -655,8 +986,9 @@ def train_watched(
     script: ModuleType, run: Path, val_file: Path, changes: dict, place: dict | None = None
 ) -> None:
     """Train a few steps; <run>.json gets the losses, and when the validation file was opened. place
-    is what torchrun tells one of several ranks; of the optimization track, <run>.weights gets the
-    weights of each."""
+    is what torchrun tells one of several ranks. Of the optimization track, <run>.end gets the
+    weights and buffers of each rank's model, <run>.answer its answer(), <run>.reads what the
+    section read."""
     console.end_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, console.SIGNALS)
     with open(f"{run}.out", "w") as out:
@@ -678,7 +1010,7 @@ def train_watched(
     script.draw_curve = lambda log: "not drawn"  # which takes as long as the steps
     if is_simple(script):  # time does not count
         script.Figure.savefig, when = lambda *how: None, ["before the steps"]
-        seen = watch_steps(script, when)
+        seen, reads = watch_steps(script, when, run), watch_section(script)
     else:
         script.Clock.start = noting(script.Clock.start, "while the clock ran")
         script.Clock.stop = noting(script.Clock.stop, "while it stood")
@@ -699,7 +1031,10 @@ def train_watched(
     options |= {**SIZES, "num_steps": 3, "extension_steps": 1, "val_every": 2, "val_tokens": 200}
     train_file = run.parent / "train.bin"
     options |= {"val_sequence_tokens": 64, "train_files": glob.escape(str(train_file))}
-    options |= {"sequence_tokens": ROW, "micro_batch_tokens": 2 * ROW}  # of the optimization track
+    if is_simple(script):
+        options |= {"sequence_tokens": ROW, "micro_batch_tokens": 2 * ROW}
+        options |= {"num_steps": SIMPLE_STEPS, "val_every": SIMPLE_VAL_EVERY}
+        options |= {"vocab_size": SIMPLE_VOCAB}
     options |= {"val_file": glob.escape(str(val_file)), "checkpoint": f"{run}.pt"}
     options |= {name: script.format_value(value) for name, value in changes.items()}
     options = renamed(script, options | {"log_dir": f"{run}_logs"})
@@ -708,7 +1043,12 @@ def train_watched(
     if code:
         sys.exit(code)
     if seen:
-        torch.save(seen.pop("model").state_dict(), f"{run}.weights")
+        Path(f"{run}.reads").write_text(json.dumps(reads))
+        model = seen.pop("model")
+        end = {"weights": model.state_dict(), "buffers": dict(model.named_buffers())}
+        torch.save(end | {"validations": seen.pop("validations")}, f"{run}.end")
+        when.append("in a validation")  # no pass of a step
+        torch.save(answer(model), f"{run}.answer")  # which changes the weights
     logs = [*run.with_name(f"{run.name}_logs").glob("*.json")]
     if place and place["RANK"] and not logs:  # the first rank has the log
         return
@@ -734,18 +1074,34 @@ CHECKS: dict[str, Callable[[ModuleType, Path], str]] = {
     "targets": check_targets,
     "normalisation": check_normalisation,
 }
+SIMPLE_CHECKS = {"fixed part": check_fixed_part, "section": check_section}  # optimization track
 
 
 def judge(path: Path, names: list[str] | None = None) -> dict[str, tuple[bool, str]]:
     """Whether each of these checks, or of all, went well, and what was seen, printed as it comes.
     With training it takes several processes."""
+    fixed_model, connection = start_fixed_model()  # before the script can change anything
+    try:
+        return judge_with(path, names, fixed_model, connection)
+    finally:
+        fixed_model.kill()
+        fixed_model.join()
+        connection.close()
+
+
+def judge_with(
+    path: Path, names: list[str] | None, fixed_model: multiprocessing.Process, fixed: Connection
+) -> dict[str, tuple[bool, str]]:
     script, results = load_script(path), {}
-    names = names or [*CHECKS, *(["fixed part"] if is_simple(script) else []), "training"]
+    names = names or [*CHECKS, *(SIMPLE_CHECKS if is_simple(script) else []), "training"]
+    fixed.send(is_simple(script))
+    if not is_simple(script):  # of no use then, and it ends
+        fixed_model.join()
     with tempfile.TemporaryDirectory(prefix="speedrun_") as name:
         folder = Path(name)
         runs: list[multiprocessing.Process] = []
-        training = functools.partial(check_training, runs=runs)
-        all_checks = CHECKS | {"fixed part": check_fixed_part, "training": training}
+        training = functools.partial(check_training, runs=runs, fixed=fixed)
+        all_checks = CHECKS | SIMPLE_CHECKS | {"training": training}
         try:
             if "training" in names:
                 start_training(script, folder, runs)
