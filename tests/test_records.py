@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
 from test_train import environment, write_data
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -1488,8 +1489,6 @@ def test_a_records_picture_distinguishes_all_seeds(call, monkeypatch, count):
 
 def keep_figures(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures that are saved from now on."""
-    from matplotlib.figure import Figure
-
     kept, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **how: (kept.append(self), save(self, *a, **how))
@@ -1568,3 +1567,12 @@ def test_history_of_the_repository(call):
     assert {re.search(r"\]\((.+)\)$", row["record"])[1] for row in listed} == names
     assert len(listed) == len(names) and not any(f"]({name})" in page for name in left_out)
     assert max(len(row["record"].split("](")[0]) for row in listed) < 70
+
+
+@pytest.mark.parametrize(("height", "place"), [(0.5, 1), (0.05, 0)])
+def test_the_inset_hides_as_little_as_it_can(height, place):
+    """A line across the picture, through one of the two places or below both."""
+    axes = Figure().subplots()
+    axes.set(xlim=(0, 10), ylim=(2, 4))
+    axes.plot([i / 10 for i in range(100)], [2 + 2 * height] * 100)
+    assert report.free_place(axes) == report.INSETS[place]

@@ -70,6 +70,7 @@ PUBLIC = (
     ("#367, open, retrieval", date(2026, 10, 3), 21.555, "retrieval", False),
 )
 DIFF_LINES = 100  # shown at most
+INSETS = (0.46, 0.3, 0.52, 0.34), (0.09, 0.07, 0.36, 0.22)  # in a picture: left, bottom, size
 SCREEN = 160  # and characters of an option
 SEPARATOR = "=" * 100 + "\n"  # between the script and the log proper
 OWN_FIELDS = ("seed", "log_dir", "checkpoint")  # what the runs of one record may differ in
@@ -1141,9 +1142,22 @@ def draw_losses(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def free_place(axes) -> tuple[float, float, float, float]:
+    """The one of INSETS in which the fewest points of lines and markers would be hidden."""
+    axes.get_xlim(), axes.get_ylim()  # as they will be drawn
+    points = [point for line in axes.get_lines() for point in zip(*line.get_data(), strict=True)]
+    places = axes.transAxes.inverted().transform(axes.transData.transform(points))
+
+    def hidden(place: tuple[float, float, float, float]) -> int:
+        left, bottom, width, height = place
+        return sum(left <= x <= left + width and bottom <= y <= bottom + height for x, y in places)
+
+    return min(INSETS, key=hidden)
+
+
 def draw_end(record: Record, axes, x: str) -> None:
     """The end of the same lines and markers once more, so large that seeds are told apart."""
-    inset = axes.inset_axes((0.46, 0.3, 0.52, 0.34))
+    inset = axes.inset_axes(free_place(axes))
     for line in axes.get_lines():
         inset.plot(*line.get_data(), color=line.get_color(), marker=line.get_marker(),
                    linestyle=line.get_linestyle(), linewidth=1, markersize=6)  # fmt: skip
