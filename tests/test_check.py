@@ -561,6 +561,12 @@ SECTION_CHEATS = {
         "line 1 changes F.relu",
         "the fixed model has",
     ),
+    "an activation that differs only where it is large": (
+        "the top",
+        "honest = F.relu\nF.relu = lambda x: honest(x).clamp(max=6)\n",
+        "line 2 changes F.relu",
+        "with random parameters its logits are up to ",
+    ),
     "other rotary angles": (
         "initialize",
         "    model.sin.neg_()\n",

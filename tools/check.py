@@ -793,11 +793,12 @@ def compare_ranks(folder: Path) -> str:
 
 @torch.no_grad()
 def answer(model: torch.nn.Module) -> Tensor:
-    """The logits of a model whose parameters all become random ones here, on random tokens: a
-    projection that starts at zero hides what is before it."""
+    """The logits of a model whose parameters all become random ones here, on random tokens. They
+    are larger than a few steps make them, as are the values in the blocks."""
     generator = torch.Generator().manual_seed(8)
     for tensor in model.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor.size(-1)))
+        size = tensor.size(-1) if tensor.dim() > 1 else 1
+        tensor.copy_(2 * torch.randn(tensor.shape, generator=generator) / math.sqrt(size))
     return model.logits(torch.randint(0, SIMPLE_VOCAB, (2 * ROW,), generator=generator))
 
 
