@@ -12,6 +12,7 @@ check; exit code 1 when one fails or the script cannot be judged.
 
 import ast
 import builtins
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -651,6 +652,16 @@ def section_lines(script: ModuleType) -> range:
 # Training -----------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Those that end the check wait, so that none comes between a start and what notes it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, console.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_training(
     script: ModuleType, folder: Path, processes: list[multiprocessing.Process]
 ) -> None:
@@ -676,14 +687,11 @@ def start_training(
             place |= {"MASTER_ADDR": "localhost"}
             runs.append((script, folder / f"rank{rank}", folder / "a.bin", {}, place))
     fork = multiprocessing.get_context("fork")  # spares them the imports
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, console.SIGNALS)
-    try:
+    with signals_blocked():
         for run in runs:
             process = fork.Process(target=train_watched, args=run, daemon=True)
             process.start()
             processes.append(process)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_training(
@@ -890,11 +898,8 @@ def start_fixed_model() -> tuple[multiprocessing.Process, Connection]:
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe()
     process = fork.Process(target=serve_fixed_model, args=(there,), daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, console.SIGNALS)
-    try:
+    with signals_blocked():
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     there.close()  # so that recv() ends when the process does
     return process, here
 
