@@ -72,6 +72,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 START_TOKEN = 50256  # GPT-2's <|endoftext|>; it begins every document
 IGNORED_TARGET = -1  # a target that is not scored: padding behind the last validation token
 MAX_CHOICES = 9  # sets of weights that choose_weights scores
+MOST_SLOTS = 2**32  # of a table of the n-gram lookup: the hash has bits for no more
 
 
 class UserError(Exception):
@@ -226,8 +227,8 @@ class Config:
     ngram_orders: tuple[int, ...] = (2, 3, 4)  # lengths of n-grams with hashed rows, as 2:3:4
     ngram_rows: int = 2**24  # table rows of each length, 24.1 GiB, which the GPUs share out
     match_orders: tuple[int, ...] = ()  # n-gram lookup: lengths of context, as 3:4:6; none: off
-    match_slots: int = 2**28  # of the lookup table of a length, 4 bytes each, a power of two
-    match_shards: int = 0  # of train_files, the last ones: inserted before the first step
+    match_slots: int = 2**27  # of the lookup table of a length, 8 bytes each, a power of two
+    match_shards: int = 0  # of train_files, the last ones: only looked up, from the first steps on
     attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     # Schedule
@@ -312,7 +313,9 @@ class Config:
 PRESETS = {
     "speedrun": Config(),
     "half": Config(num_steps=870, extension_steps=10),  # the schedule of the claim above
-    "matching": Config(match_orders=(2, 3, 4, 5, 6, 8, 12, 16, 24), match_shards=2),
+    "matching": Config(
+        match_orders=(2, 3, 4, 5, 6, 8, 12, 16, 24), match_shards=2, tokens_per_pass=65_536
+    ),
     "medium": Config(  # another track: 2.92 with 0.6 B parameters
         layers=MEDIUM_LAYERS, model_dim=1024, num_heads=8, mlp_dim=4096, ngram_orders=(2, 3),
         num_steps=6000, stages=MEDIUM_STAGES, extension_steps=40, extension=MEDIUM_EXTENSION,
@@ -411,8 +414,11 @@ def check_config(config: Config, world_size: int, kernels: bool = False) -> None
         orders = getattr(c, name)
         require(orders == tuple(sorted({*orders} & {*range(1, 32)})),
                 f"--{name} {format_value(orders)}: give lengths from 1 to 31 in ascending order")
-    require(c.match_slots > 0 and c.match_slots.bit_count() == 1,
-            f"--match_slots {c.match_slots} is no power of two")
+    require(0 < c.match_slots <= MOST_SLOTS and c.match_slots.bit_count() == 1,
+            f"--match_slots {c.match_slots} is no power of two up to {MOST_SLOTS}")
+    require(not c.match_orders or c.match_slots % world_size == 0,
+            f"--match_slots {c.match_slots} cannot be shared out evenly over {world_size} "
+            "processes: start 1, 2, 4 or 8 of them, or take more slots")
     count = len(c.ngram_orders)
     require(count > 0, "--ngram_orders none: give at least one length, as 2")
     require(c.ngram_rows > 1, "--ngram_rows 1 leaves no row to hash into: take more")
@@ -1645,6 +1651,13 @@ class PointerShares(NamedTuple):
     sink: Tensor  # (T,) fp32
 
 
+class ExtraKeys(NamedTuple):
+    """Keys of a position besides those of its document, by what its query makes of them."""
+
+    scores: Tensor  # (T, n) fp32, -inf where there is no key
+    tokens: Tensor  # (T, n) int64, which each stands for
+
+
 def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Where the document of each token begins and ends, (T,) int32."""
     position = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
@@ -1654,10 +1667,10 @@ def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor
 
 def pointer_shares(
     q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, starts: Tensor,
-    ends: Tensor, reach: int, impossible: Tensor | None = None,
+    ends: Tensor, reach: int, impossible: Tensor | None = None, extra: ExtraKeys | None = None,
 ) -> PointerShares:  # fmt: skip
-    """Attention of every position to the sink and to strictly earlier tokens of its document, at
-    most `reach` back; a key at j stands for token j.
+    """Attention of every position to the sink, to strictly earlier tokens of its document, at most
+    `reach` back, and to keys of its own; a key at j stands for token j.
 
     q, k: (T, dim), dim a power of two. sink: (dim,) fp32, its key. tokens: (T,) int32; targets:
     (T,) int64; starts, ends: (T,) int32, as document_bounds gives them. impossible: as
@@ -1666,22 +1679,32 @@ def pointer_shares(
     """
     if takes_kernel(q):
         inputs = q, k, sink, tokens, targets, starts, ends, reach, impossible
-        return PointerShares(*Pointer.apply(*inputs))
+        target_share, sink_share, lse = Pointer.apply(*inputs)
+        if extra is None:
+            return PointerShares(target_share, sink_share)
+        attention = torch.cat([lse[:, None], extra.scores], 1).softmax(1)
+        of_document, of_extra = attention[:, 0], attention[:, 1:]
+        on_target = (of_extra * (extra.tokens == targets[:, None])).sum(1)
+        return PointerShares(of_document * target_share + on_target, of_document * sink_share)
     shares = []
     for begin in range(0, len(q), 256):  # queries at once, so that memory grows with T, not T²
         queries, keys = slice(begin, begin + 256), slice(max(0, begin - reach), begin + 256)
-        attention = pointer_attention(q, k, sink, tokens, starts, reach, queries, keys, impossible)
-        is_target = tokens[None, keys] == targets[queries, None]
+        own = queries, keys, impossible, extra
+        attention = pointer_attention(q, k, sink, tokens, starts, reach, *own)
+        stands_for = tokens[None, keys].long().expand(len(attention), -1)
+        if extra is not None:
+            stands_for = torch.cat([stands_for, extra.tokens[queries]], 1)
+        is_target = stands_for == targets[queries, None]
         shares.append(((attention[:, 1:] * is_target).sum(1), attention[:, 0]))
     return PointerShares(*map(torch.cat, zip(*shares)))
 
 
 def pointer_attention(
     q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, starts: Tensor, reach: int,
-    queries: slice, keys: slice, impossible: Tensor | None = None,
+    queries: slice, keys: slice, impossible: Tensor | None = None, extra: ExtraKeys | None = None,
 ) -> Tensor:  # fmt: skip
-    """How the attention of these queries is divided among the sink, which comes first, and these
-    keys; (queries, 1 + keys), fp32 or fp64."""
+    """How the attention of these queries is divided among the sink, which comes first, these keys,
+    and at the end n keys of their own; (queries, 1 + keys + n), fp32 or fp64."""
     position = torch.arange(len(q), device=q.device)
     query, key, start = position[queries, None], position[None, keys], starts[queries, None]
     visible = (key < query) & (key >= start) & (query - key <= reach)
@@ -1689,7 +1712,10 @@ def pointer_attention(
         visible &= ~cannot_follow(impossible, tokens[queries, None], tokens[None, keys])
     scores = widen(q[queries] @ k[keys].mT).masked_fill(~visible, -math.inf)
     of_sink = widen(q[queries]) @ sink
-    return (torch.cat([of_sink[:, None], scores], 1) / math.sqrt(q.size(1))).softmax(1)
+    scores = torch.cat([of_sink[:, None], scores], 1) / math.sqrt(q.size(1))
+    if extra is not None:
+        scores = torch.cat([scores, extra.scores[queries]], 1)
+    return scores.softmax(1)
 
 
 @triton.jit
@@ -1821,14 +1847,15 @@ def _pointer_keys_kernel(
 
 
 class Pointer(torch.autograd.Function):
-    """pointer_shares by kernels. A tile of queries visits the keys of its documents alone, and a
-    tile of keys likewise; all sums are made in a fixed order."""
+    """pointer_shares by kernels, without extra keys, and the log of the sum over the sink and the
+    keys of exp(score). A tile of queries visits the keys of its documents alone, and a tile of keys
+    likewise; all sums are made in a fixed order."""
 
     @staticmethod
     def forward(
         ctx, q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, starts: Tensor,
         ends: Tensor, reach: int, impossible: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         num_tokens, dim = q.shape
         target_share, sink_share, lse = (
             q.new_empty(num_tokens, dtype=torch.float32) for _ in range(3)
@@ -1845,12 +1872,12 @@ class Pointer(torch.autograd.Function):
             ctx.mark_non_differentiable(target_share, sink_share)
         inputs = q, k, sink, tokens, targets, starts, ends
         ctx.save_for_backward(*inputs, target_share, sink_share, lse)
-        return target_share, sink_share
+        return target_share, sink_share, lse / LOG2_E.value
 
     @staticmethod
-    def backward(ctx, d_target: Tensor, d_sink: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, d_target: Tensor, d_sink: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, sink, tokens, targets, starts, ends, target_share, sink_share, lse = ctx.saved_tensors
-        mean = d_target * target_share + d_sink * sink_share
+        mean = d_target * target_share + d_sink * sink_share - d_lse
         d_of_sink = sink_share * (d_sink - mean)
         d_q, d_k = (x.new_empty(x.shape) for x in (q, k))
         own = lse, packed(d_target), mean
@@ -1910,11 +1937,18 @@ def token_losses(
     logits, scored = softcap(logits), targets >= 0
     if left_out is not None:
         logits = logits.masked_fill(left_out, -math.inf)
-    lse = (logits if offsets is None else logits + offsets).logsumexp(1, keepdim=True)
-    losses = (lse - logits.gather(1, targets.clamp_min(0))).masked_fill(~scored, 0.0)
-    p, copy = (-losses[:, 0]).exp(), (-losses[:, -1]).exp()  # both with the copy entry in lse
-    mixture = p * (1 + copy * shares.sink / (1 - copy)) + copy * shares.target
-    return torch.cat([(-mixture.log() * scored[:, 0])[:, None], losses[:, 1:-1]], 1)
+    of_entries = logits if offsets is None else logits + offsets
+    is_copy = torch.arange(logits.size(1), device=logits.device) == targets[:, -1:]
+    lse, chosen = of_entries.logsumexp(1, keepdim=True), logits.gather(1, targets.clamp_min(0))
+    losses = (lse - chosen).masked_fill(~scored, 0.0)
+    # 1 - copy, and the probability without the copy entry. Of few tokens that are not left out copy
+    # may be all but 1, so they come from a sum of their own.
+    lse_rest = of_entries.masked_fill(is_copy, -math.inf).logsumexp(1)
+    copy, rest = (-losses[:, -1]).exp(), (lse_rest - lse[:, 0]).exp()
+    p_rest = (chosen[:, 0] - lse_rest).exp()
+    mixture = p_rest * (rest + copy * shares.sink) + copy * shares.target
+    mixture = mixture.masked_fill(~scored[:, 0], 1.0)
+    return torch.cat([-mixture.log()[:, None], losses[:, 1:-1]], 1)
 
 
 @triton.jit
@@ -2308,39 +2342,43 @@ class TableRows(torch.autograd.Function):
 
 # --- N-gram lookup --------------------------------------------------------------------------------
 #
-# What was read, as hash tables, one an order: the slot of the last n tokens of a document holds a
-# token that followed them, with votes for it: they grow up to 3 when the token comes again and fall
-# when another token or context wants the slot, which gets it when they are used up (Boyer & Moore's
-# majority vote). An entry is one int32, votes << 29 | check << 16 | token, where the check is more
-# of the context's hash: 2 votes for token 1,234 behind a context of check 5 are 1,074,070,738. An
-# empty slot is 0.
+# What was read, as hash tables, one an order: the slot of the last n tokens of a document holds two
+# tokens that followed contexts, with counts up to 15. Both may have followed one context, or each
+# another one of those that share the slot. A token that comes again is counted. Another one takes
+# away from the second one's count or, when that is used up, its place (Boyer & Moore's majority
+# vote), and changes places with the first one when it has come more often.
+#
+# An entry is one int64, first << 31 | second, each half count << 27 | check << 16 | token, and 0 if
+# there is none. The check is more of the context's hash: token 1,234 that came twice behind a
+# context of check 5 is 268,764,370.
 
-MAX_VOTES, CHECKS = 3, 2**13
-VOTES_BIT, CHECK_BIT = 29, 16
-
-
-def pack_votes(votes: Tensor) -> Tensor:
-    return votes << VOTES_BIT
-
-
-def pack_content(check: Tensor, token: Tensor) -> Tensor:
-    return check << CHECK_BIT | token
+MAX_COUNT, CHECKS = 2**4 - 1, 2**11
+SPARE_PLACES = 4096  # behind the slots of a table, written to in place of what is no context
+HALF_BITS, COUNT_BIT, CHECK_BIT = 31, 27, 16
 
 
-def votes_of(entry: Tensor) -> Tensor:
-    return entry >> VOTES_BIT
+def pack_half(count: Tensor | int, check: Tensor, token: Tensor) -> Tensor:
+    return count << COUNT_BIT | check << CHECK_BIT | token
 
 
-def content_of(entry: Tensor) -> Tensor:
-    return entry & (2**VOTES_BIT - 1)
+def count_of(half: Tensor) -> Tensor:
+    return half >> COUNT_BIT
 
 
-def check_of(entry: Tensor) -> Tensor:
-    return entry >> CHECK_BIT & (CHECKS - 1)
+def check_of(half: Tensor) -> Tensor:
+    return half >> CHECK_BIT & (CHECKS - 1)
 
 
-def token_of(entry: Tensor) -> Tensor:
-    return entry & (2**CHECK_BIT - 1)
+def token_of(half: Tensor) -> Tensor:
+    return half & (2**CHECK_BIT - 1)
+
+
+def pack_entry(first: Tensor, second: Tensor) -> Tensor:
+    return first << HALF_BITS | second
+
+
+def halves_of(entry: Tensor) -> tuple[Tensor, Tensor]:
+    return entry >> HALF_BITS, entry & (2**HALF_BITS - 1)
 
 
 def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -2361,7 +2399,7 @@ def context_keys(
             token = F.pad(tokens.long(), (back, 0))[: len(tokens)]
             key = mix((token + 1) ^ key)
         mixed = key * MIX_2
-        slot, check = (mixed >> 20) & (slots - 1), (mixed >> 48) & (CHECKS - 1)
+        slot, check = (mixed >> 20) & (slots - 1), (mixed >> 53) & (CHECKS - 1)
         keys.append((slot, check, position - starts >= order - 1))
     return tuple(torch.stack(of_orders) for of_orders in zip(*keys))
 
@@ -2369,48 +2407,110 @@ def context_keys(
 @torch.no_grad()
 @functools.partial(compiled, dynamic=True)
 def find_matches(
-    tokens: Tensor, starts: Tensor, tables: Tensor, orders: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Predict the token that has followed a context seen before, and tell how sure that is: of the
-    i-th order, from 0, MAX_VOTES · i + its votes. Of several contexts it is that with the largest
-    i + 2 · votes, of equals the longest: in text a vote tells as much as two orders.
+    tokens: Tensor, starts: Tensor, table: Tensor, orders: tuple[int, ...], slots: int,
+    rank: int = 0,
+) -> Tensor:  # fmt: skip
+    """What has followed the contexts, (T, orders) int64: entries that have this very context alone,
+    in the first place if there is one token, 0 without any; and 0 where another rank has the slot.
 
-    tokens, starts: (T,) int32, as document_starts gives them. tables: (orders, slots) int32, slots
-    a power of two. orders: ascending. Returns (T,) int64 each; the token itself and 0 without one.
+    tokens, starts: (T,) int32, as document_starts gives them. table: as Matches has it.
     """
-    slot, check, long_enough = context_keys(tokens, starts, orders, tables.size(1))  # (orders, T)
-    entry = tables.gather(1, slot).long()
-    hit = long_enough & (entry > 0) & (check_of(entry) == check)
-    number, votes = torch.arange(len(orders), device=tokens.device)[:, None], votes_of(entry)
-    score = len(orders) * (number + 2 * votes) + number
-    best = (hit * score).argmax(0, keepdim=True)  # (1, T)
-    which = (hit * (MAX_VOTES * number + votes)).gather(0, best)[0]
-    predicted = token_of(entry.gather(0, best)[0])
-    return torch.where(which > 0, predicted, tokens), which
+    place, check, ours = match_places(tokens, starts, table, orders, slots, rank)
+    first, second = (
+        torch.where(check_of(half) == check, half, 0) for half in halves_of(table[place])
+    )
+    first, second = torch.where(first > 0, first, second), torch.where(first > 0, second, 0)
+    return torch.where(ours, pack_entry(first, second), 0).mT.contiguous()
+
+
+def match_places(
+    tokens: Tensor, starts: Tensor, table: Tensor, orders: tuple[int, ...], slots: int, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the contexts of all orders: where they are in the table, their check bits, and whether
+    they are there; (orders, T) each. Those that are not have places behind the slots."""
+    slot, check, long_enough = context_keys(tokens, starts, orders, slots)
+    share = (len(table) - SPARE_PLACES) // len(orders)
+    number = torch.arange(len(orders), device=tokens.device)[:, None]
+    ours = long_enough & (slot // share == rank)
+    place = torch.where(ours, number * share + slot % share, len(table) - 1 - slot % SPARE_PLACES)
+    return place, check, ours
+
+
+@functools.partial(compiled, dynamic=True)
+def count_followers(entry: Tensor, check: Tensor, targets: Tensor) -> Tensor:
+    """Entries, (orders, T), when each of these tokens has followed once more."""
+    first, second = halves_of(entry)
+    wanted = pack_half(1, check, targets)
+    is_first, is_second = ((half ^ wanted) << (64 - COUNT_BIT) == 0 for half in (first, second))
+
+    def once_more(half: Tensor) -> Tensor:
+        return half + ((count_of(half) < MAX_COUNT).long() << COUNT_BIT)
+
+    less = second - (1 << COUNT_BIT)
+    others = torch.where(count_of(second) > 1, less, wanted)
+    second = torch.where(is_first, second, torch.where(is_second, once_more(second), others))
+    first = torch.where(is_first, once_more(first), first)
+    swap = count_of(second) > count_of(first)
+    return pack_entry(torch.where(swap, second, first), torch.where(swap, first, second))
 
 
 @recorded("matches")
 @torch.no_grad()
 def insert_matches_(
-    tables: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
-    part: slice = slice(None),
-) -> None:  # fmt: skip
-    """Insert what followed each context of sequences that were read together, in the tables of this
-    part of the orders. Of what wants one slot the largest entry gets it, in whichever order threads
-    write."""
-    # keys of all orders, and of copies: for some orders, or views, they would be compiled anew
-    keys = context_keys(tokens.clone(), starts.clone(), orders, tables.size(1))
-    tables = tables[part]
-    slot, check, long_enough = (key[part] for key in keys)
-    slot = slot * long_enough  # what is no context yet goes to slot 0, and empties it
-    entry, wanted = tables.gather(1, slot), pack_content(check, targets).int()
-    held, votes = content_of(entry), votes_of(entry)
-    stays = (held != wanted) & (votes > 1)
-    votes = torch.where(stays, votes - 1, torch.where(held == wanted, votes, 0) + 1)
-    votes = votes.clamp_max(MAX_VOTES)
-    entry = pack_votes(votes) | torch.where(stays, held, wanted)
-    tables.scatter_(1, slot, 0)
-    tables.scatter_reduce_(1, slot, entry * long_enough, "amax")
+    table: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
+    slots: int, rank: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Count what followed each context of sequences that were read together. Of what is written to
+    one slot the largest entry counts, in whichever order threads write. Gives the places that were
+    written to and what they had before."""
+    place, check, _ = match_places(tokens, starts, table, orders, slots, rank)
+    before = table[place]
+    entry = count_followers(before, check, targets)
+    place, entry = place.flatten(), entry.flatten()
+    table.index_fill_(0, place, 0)
+    table.scatter_reduce_(0, place, entry, "amax")
+    return place, before.flatten()
+
+
+COUNTS = 1, 2, 3, 5, 9  # the least of each class of counts
+CELLS = 5 * len(COUNTS)  # of an order
+
+
+@torch.no_grad()
+@functools.partial(compiled, dynamic=True)
+def read_matches(matched: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two tokens of every entry, (T, orders, 2) int64; their cells, int64; and whether there is
+    such a token.
+
+    A cell is a kind of prediction, for which weights are learned: by order, by the class of its
+    count in COUNTS, and by what the other token of the entry counts. Of the first token there is no
+    other, or one with at most half its count, or with more; of the second, it has at most half of
+    the first one's count, or more. matched: (T, orders), as find_matches gives it. own: (T,) int32,
+    taken where there is no token.
+    """
+    halves = halves_of(matched)
+    counts = [count_of(half) for half in halves]
+    close = 2 * counts[1] > counts[0]
+    relations = torch.where(counts[1] > 0, 1 + close.long(), 0), 3 + close.long()
+    number, cells = torch.arange(matched.size(1), device=matched.device), []
+    for count, relation in zip(counts, relations):
+        kind = sum((count >= least).long() for least in COUNTS[1:])
+        cells.append((number * 5 + relation) * len(COUNTS) + kind)
+    found = torch.stack(halves, 2) > 0
+    tokens = torch.where(found, token_of(torch.stack(halves, 2)), own[:, None, None].long())
+    return tokens, torch.stack(cells, 2), found
+
+
+@torch.no_grad()
+@functools.partial(compiled, dynamic=True)
+def best_match(matched: Tensor) -> Tensor:
+    """The number of the context to go by, (T,): with the first token's count d above the second's,
+    at most 3, that with the largest number + 2 · d, of equals the longest. In text a count tells as
+    much as two orders."""
+    first, second = map(count_of, halves_of(matched))
+    number = torch.arange(matched.size(1), device=matched.device)
+    score = number + 2 * (first - second).clamp_max(3)
+    return ((first > 0) * (len(number) * score + number + 1)).argmax(1)
 
 
 # --- Hashed n-grams -------------------------------------------------------------------------------
@@ -2549,6 +2649,8 @@ class Batch(NamedTuple):
     # with several ranks:
     rows: Tensor | None = None  # (T, orders) int32, where Ngrams.pulled has the rows of its n-grams
     exchange: RowExchange | None = None  # what brings them there; of all passes of a step
+    # with n-gram lookup, in training: (T, orders) int64, what find_matches gives
+    matched: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """With its tensors changed."""
@@ -2667,23 +2769,101 @@ class Ngrams(nn.Module):
         self.sum_squares.zero_()
         self.filled, self.exchange = 0, None
 
-    @torch.no_grad()
     def whole_table(self) -> Tensor | None:
         """The rows of all ranks, for rank 0 alone and with several ranks on its CPU. All ranks call
         it."""
-        ranks, size = self.runtime.world_size, 2**16
+        parts = on_main(self.table, self.runtime)
+        count = len(self.orders) * self.num_rows
+        return None if parts is None else parts.flatten(0, 1)[:count]
+
+
+class Matches(nn.Module):
+    """The tables of the n-gram lookup. Of several ranks each has an equal part of the slots of
+    every order, consecutive ones. All see all that a step reads: each counts what followed the
+    contexts of its slots, and tells the others what it has found for theirs."""
+
+    def __init__(self, config: Config, runtime: Runtime):
+        super().__init__()
+        self.orders, self.slots, self.runtime = config.match_orders, config.match_slots, runtime
+        size = len(self.orders) * self.slots // runtime.world_size + SPARE_PLACES
+        table = torch.zeros(size, dtype=torch.int64, device=runtime.device)
+        self.register_buffer("table", table)
+        self.ahead: tuple[list[Batch], list[Batch], Tensor] | None = None
+
+    # Whatever compiled functions are given is no view: for views they would be compiled anew.
+
+    def find(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        """find_matches in the slots of this rank."""
+        kinds = self.table, self.orders, self.slots, self.runtime.rank
+        return find_matches(tokens.clone(), starts.clone(), *kinds)
+
+    def insert(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """insert_matches_ of what gather_sequences gives, in the slots of this rank."""
+        kinds = self.orders, self.slots, self.runtime.rank
+        return insert_matches_(self.table, *(x.clone() for x in read), *kinds)
+
+    @recorded("matches")
+    @torch.no_grad()
+    def look_up(self, batches: list[Batch]) -> tuple[list[Batch], Tensor]:
+        """Batches of a step with what matches them, unless that was done ahead, and what all ranks
+        read, as gather_sequences gives it. All ranks call it."""
+        if self.ahead is not None and self.ahead[0] is batches:
+            return self.ahead[1:]
+        read, ranks = gather_sequences(batches, self.runtime), self.runtime.world_size
+        found = self.find(*read[:2])  # pass by pass, in each rank by rank
+        found = found.unflatten(0, (len(batches), ranks, -1))
         if ranks == 1:
-            return self.table
-        whole = None
-        if self.runtime.is_main:
-            whole = torch.empty(ranks, *self.table.shape, dtype=self.table.dtype)
-        for begin in range(0, len(self.table), size):
-            part = self.table[begin : begin + size]
-            gathered = part.new_empty(ranks * len(part), part.size(1))
-            self.runtime.all_gather(gathered, part)
-            if whole is not None:
-                whole[:, begin : begin + size] = gathered.unflatten(0, (ranks, -1))
-        return None if whole is None else whole.flatten(0, 1)[: len(self.orders) * self.num_rows]
+            found = found[:, 0]
+        else:  # what is not here is 0, so a sum has what the one owner knows
+            sent = found.transpose(0, 1).contiguous()
+            received, counts = torch.empty_like(sent), [1] * ranks
+            self.runtime.all_to_all(received, sent, counts, counts).wait()
+            found = received.sum(0)
+        matched = [b._replace(matched=own.clone()) for b, own in zip(batches, found)]
+        return matched, read
+
+    def look_up_ahead(self, batches: list[Batch] | None) -> None:
+        """For the next step; it sees what has been inserted so far."""
+        self.ahead = None
+        if batches is not None:
+            self.ahead = batches, *self.look_up(batches)
+
+    def reset(self) -> None:
+        self.table.zero_()
+        self.ahead = None
+
+    def undo(self, inserted: list[tuple[Tensor, Tensor]]) -> None:
+        """Put back what insert() has given, the last one first."""
+        for place, before in reversed(inserted):
+            self.table[place] = before
+
+    @torch.no_grad()
+    def whole_table(self) -> Tensor | None:
+        """As one process has it, for rank 0 alone. All ranks call it."""
+        parts = on_main(self.table[:-SPARE_PLACES], self.runtime)
+        if parts is None:
+            return None
+        orders = parts.unflatten(1, (len(self.orders), -1)).transpose(0, 1)
+        return F.pad(orders.flatten(), (0, SPARE_PLACES))
+
+
+@torch.no_grad()
+def on_main(part: Tensor, runtime: Runtime) -> Tensor | None:
+    """The parts of all ranks, (ranks, n, …), for rank 0 alone and with several ranks on its CPU.
+    All ranks call it."""
+    ranks, size = runtime.world_size, max(1, 2**26 // max(1, part[:1].numel()))
+    if ranks == 1:
+        return part[None]
+    whole = None
+    if runtime.is_main:
+        whole = torch.empty(ranks, *part.shape, dtype=part.dtype)
+    for begin in range(0, len(part), size):
+        piece = part[begin : begin + size]
+        gathered = piece.new_empty(ranks * len(piece), *piece.shape[1:])
+        runtime.all_gather(gathered, piece)
+        if whole is not None:
+            whole[:, begin : begin + size] = gathered.unflatten(0, (ranks, -1))
+    return whole
 
 
 class NgramRows(torch.autograd.Function):
@@ -2737,10 +2917,14 @@ def small_params(config: Config) -> dict[str, SmallParam]:
         "pointer_sink": SmallParam((POINTER_DIM,), 0.0,   slow,   1.0,  0.0),
         "pointer_gain": SmallParam((1,),        1.0,      slow,   1.0,  0.0),
     }
+    if config.match_orders:  # of every kind of token that the lookup predicts
+        cells = CELLS * len(config.match_orders)
+        table |= {
+            "match":      SmallParam((cells,),  0.5,      slow,   5.0,  0.0),
+            "match_keys": SmallParam((cells, POINTER_DIM), 0.0, slow, 1.0, 0.0),
+            "match_bias": SmallParam((cells,),  0.0,      slow,   5.0,  0.0),
+        }
     # fmt: on
-    if config.match_orders:  # of no prediction, and of each order and number of votes
-        starts = [0.0] + [1.0] * (MAX_VOTES * len(config.match_orders))
-        table["match"] = SmallParam((len(starts),), starts, slow, 5.0, 0.0)
     return table
 
 
@@ -2790,7 +2974,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config, runtime: Runtime):
         super().__init__()
-        self.config = config
+        self.config, self.runtime = config, runtime
         dim, device, dtype = config.model_dim, runtime.device, getattr(torch, config.dtype)
         vocab, attention_dim = config.padded_vocab_size, config.attention_dim
         self.small_layout = small_params(config)
@@ -2808,11 +2992,7 @@ class GPT(nn.Module):
         # one table behind the other, the last for the tokens that the lookup predicts
         num_tables = config.num_value_tables + bool(config.match_orders)
         self.value_embed = zeros(num_tables * vocab, attention_dim)
-        matches = None
-        if config.match_orders:
-            shape = len(config.match_orders), config.match_slots
-            matches = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.register_buffer("matches", matches)
+        self.matches = Matches(config, runtime) if config.match_orders else None
         self.ngrams = Ngrams(config, runtime)
         num_small = sum(math.prod(row.shape) for row in self.small_layout.values())
         self.small = nn.Parameter(torch.zeros(num_small, device=device))
@@ -2928,7 +3108,7 @@ class GPT(nn.Module):
     @recorded("lookups")
     def look_up(self, batch: Batch) -> Lookups:
         """Rows of the embedding tables."""
-        tokens, orders = batch.tokens, self.config.match_orders
+        tokens = batch.tokens
 
         def read(*tables: list[Tensor], rows: Tensor) -> list[tuple[Tensor, ...]]:
             order = None
@@ -2940,15 +3120,17 @@ class GPT(nn.Module):
         tables = self.value_tables[: self.config.num_value_tables]
         (embedded,), values = read([self.head], tables, rows=tokens)
         ngrams = NgramRows.apply(embedded, batch, self.ngrams)
-        if orders:
-            starts = document_starts(batch.cu_seqlens, len(tokens))
-            predicted, which = find_matches(tokens, starts, self.matches, orders)
-            gains = self.small_weights["match"]
-            one_hot = which[:, None] == torch.arange(len(gains), device=tokens.device)
-            gain = (one_hot.float() @ gains)[:, None]
-            ((match,),) = read(self.value_tables[-1:], rows=predicted)
+        if self.matches is not None:
+            best = best_match(batch.matched)[:, None, None].expand(-1, 1, 2)
+            predicted, cells, found = (  # (2, T) each, the first token and the second
+                x.gather(1, best)[:, 0].mT.contiguous() for x in read_matches(batch.matched, tokens)
+            )
+            gains = self.small_weights["match"].expand(2, len(tokens), -1)
+            gains = gains.gather(2, cells[:, :, None])[:, :, 0] * found
+            ((match,),) = read(self.value_tables[-1:], rows=predicted.flatten())
+            match = combine(match.unflatten(0, (2, -1)).unbind(), gains.unbind())[0]
             match = F.pad(match, (0, ngrams.size(1) - match.size(1)))
-            ngrams = combine([ngrams, match], [self.one, gain])[0]
+            ngrams = combine([ngrams, match], [self.one, self.one])[0]
         return Lookups(embedded, values, ngrams)
 
     def hidden(self, batch: Batch, windows: Windows, fp8: Fp8Copies | None = None) -> Tensor:
@@ -2963,7 +3145,7 @@ class GPT(nn.Module):
         learned scalars, and in the last layer numbers of each token from last_gates. That layer
         begins with a sum of x_first, x_attend and x; behind it attended · x_attend is added.
         """
-        lookups, layers = self.look_up(batch), self.config.layers
+        lookups, layers = self.look_up(self.with_matches(batch)), self.config.layers
         last, attend_from = len(layers) - 1, layers[-1].attend_from
         enter, factors = self.layer_factors(len(batch.tokens))
         add = functools.partial(add_streams, fp8=fp8)
@@ -3055,13 +3237,35 @@ class GPT(nn.Module):
         q, k = rms_norm((x @ weights.type_as(x).mT).unflatten(1, (2, -1))).unbind(1)
         return q * gain.type_as(q), k
 
+    def with_matches(self, batch: Batch) -> Batch:
+        """With what the n-gram lookup finds for it, unless it has that; then of one process."""
+        if self.matches is None or batch.matched is not None:
+            return batch
+        assert self.runtime.world_size == 1, "several ranks look up together, by Matches.look_up"
+        starts = document_starts(batch.cu_seqlens, len(batch.tokens))
+        return batch._replace(matched=self.matches.find(batch.tokens, starts))
+
+    def match_keys(
+        self, q: Tensor, matched: Tensor, tokens: Tensor, impossible: Tensor | None
+    ) -> ExtraKeys:
+        """What the n-gram lookup predicts, as keys of the pointer. The key of a token, and what is
+        added to its score, are learned for each kind of it."""
+        keys, bias = self.small_weights["match_keys"], self.small_weights["match_bias"]
+        predicted, cells, found = (x.flatten(1) for x in read_matches(matched, tokens))
+        if impossible is not None:
+            found = found & ~cannot_follow(impossible, tokens[:, None], predicted)
+        scores = widen(q @ keys.type_as(q).mT) / math.sqrt(q.size(1)) + bias  # (T, cells)
+        return ExtraKeys(scores.gather(1, cells).masked_fill(~found, -math.inf), predicted)
+
     @recorded("pointer")
     def point(self, x: Tensor, batch: Batch, impossible: Tensor | None = None) -> PointerShares:
         """At the targets, from the normed stream (T, dim)."""
         sink, bounds = self.small_weights["pointer_sink"], document_bounds(batch.cu_seqlens, len(x))
-        reach = min(batch.max_seq_len, POINTER_REACH)
-        inputs = *self.pointer_keys(x), sink, batch.tokens, batch.targets
-        return pointer_shares(*inputs, *bounds, reach, impossible)
+        reach, (q, k), extra = min(batch.max_seq_len, POINTER_REACH), self.pointer_keys(x), None
+        if batch.matched is not None:
+            extra = self.match_keys(q, batch.matched, batch.tokens, impossible)
+        inputs = q, k, sink, batch.tokens, batch.targets
+        return pointer_shares(*inputs, *bounds, reach, impossible, extra)
 
     def training_loss(
         self, batch: Batch, windows: Windows, loss_weights: Tensor, num_candidates: int = 0
@@ -3072,8 +3276,8 @@ class GPT(nn.Module):
         tokens of the vocabulary estimate the softmax's denominator, sampled anew for every
         tokens_per_sampling tokens of a sequence; 0 takes the whole vocabulary.
         """
+        batch, size = self.with_matches(batch), self.config.tokens_per_sampling
         sequences = batch.targets.unflatten(0, (batch.sequences, -1))
-        size = self.config.tokens_per_sampling
         sizes = [len(part) for sequence in sequences for part in sequence.split(size)]
         with self.on_side_stream(), recorded("candidates"):
             second = F.pad(sequences[:, 1:], (0, 1), value=IGNORED_TARGET)
@@ -3100,6 +3304,7 @@ class GPT(nn.Module):
         an exchange."""
         self.ngrams.pull(batch.exchange)
         self.ngrams.wait()
+        batch = self.with_matches(batch)
         x, targets = self.hidden(batch, windows), self.with_copy_entry(batch.targets[:, None])
         shares = self.point(x, batch, self.impossible)
         return next_token_loss(x, self.head, targets, shares, batch.tokens, self.impossible)
@@ -3107,20 +3312,25 @@ class GPT(nn.Module):
     def probabilities(self, batch: Batch, windows: Windows, positions: slice) -> Tensor:
         """Of all tokens behind these positions, (positions, vocab) fp32, in plain PyTorch, as
         validation_loss scores them."""
+        batch = self.with_matches(batch)
         x, tokens = self.hidden(batch, windows), batch.tokens
         logits = softcap(x[positions] @ self.head.mT)
         if self.impossible is not None:
             column = torch.arange(logits.size(1), device=x.device)
             left_out = cannot_follow(self.impossible, tokens[positions, None], column)
             logits = logits.masked_fill(left_out, -math.inf)
-        p, starts = logits.softmax(1), document_starts(batch.cu_seqlens, len(x))
-        keys = *self.pointer_keys(x), self.small_weights["pointer_sink"], tokens, starts
-        own = POINTER_REACH, positions, slice(None), self.impossible
-        attention = pointer_attention(*keys, *own)
-        copied = torch.zeros_like(p).index_add(1, tokens, attention[:, 1:])
-        entry = tokens.new_tensor([self.config.vocab_size]).long()
-        copy, rest = p[:, entry], p.index_fill(1, entry, 0.0)
-        return rest / (1 - copy) * (1 - copy * (1 - attention[:, :1])) + copy * copied
+        entry, starts = self.config.vocab_size, document_starts(batch.cu_seqlens, len(x))
+        copy, rest = logits.softmax(1)[:, entry, None], logits.clone()
+        rest[:, entry] = -math.inf
+        (q, k), sink, extra = self.pointer_keys(x), self.small_weights["pointer_sink"], None
+        if batch.matched is not None:
+            extra = self.match_keys(q, batch.matched, tokens, self.impossible)
+        own = POINTER_REACH, positions, slice(None), self.impossible, extra
+        attention = pointer_attention(q, k, sink, tokens, starts, *own)
+        copied = torch.zeros_like(rest).index_add(1, tokens, attention[:, 1 : 1 + len(tokens)])
+        if extra is not None:
+            copied = copied.scatter_add(1, extra.tokens[positions], attention[:, 1 + len(tokens) :])
+        return rest.softmax(1) * (1 - copy * (1 - attention[:, :1])) + copy * copied
 
     def with_copy_entry(self, targets: Tensor) -> Tensor:
         """Targets (T, terms), and a column of the pointer's copy entry, the first unused id."""
@@ -3523,7 +3733,7 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
         for param in model.parameters():
             param.grad.zero_()
         if model.matches is not None:
-            model.matches.zero_()
+            model.matches.reset()
         model.ngrams.reset()
         if model.fp8 is not None:
             model.fp8.reset()
@@ -3590,7 +3800,7 @@ def find_val_file(config: Config) -> str:
 
 
 def find_train_files(config: Config) -> tuple[list[str], list[str]]:
-    """The shards that training reads, and those that are inserted before the first step."""
+    """The shards that training reads, and those that are only looked up."""
     files, count = find_files("--train_files", config.train_files), config.match_shards
     few = f"--match_shards {count}: --train_files {config.train_files} has {len(files)} shards, "
     require(count < len(files), few + "which leaves none to train on: add shards or take less")
@@ -4445,16 +4655,28 @@ class SelfCheck:
         tokens, targets = self.integers(3, 2, self.tokens)
         batch = tokens.int(), targets, *document_bounds(cu_seqlens, self.tokens)
 
-        def op(q: Tensor, k: Tensor, sink: Tensor, mask: Tensor | None = None) -> PointerShares:
-            return pointer_shares(q, k, sink, *batch, self.tokens // 2, mask)
+        def op(
+            q: Tensor, k: Tensor, sink: Tensor, scores: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> PointerShares:  # fmt: skip
+            extra = None
+            if scores is not None:
+                scores = scores.masked_fill(missing, -math.inf)
+                extra = ExtraKeys(scores, extra_tokens)
+            return pointer_shares(q, k, sink, *batch, self.tokens // 2, mask, extra)
 
         q, k = rms_norm(self.random(self.tokens, 2, POINTER_DIM)).unbind(1)
         inputs = [q.contiguous(), k, self.random(POINTER_DIM, dtype=torch.float32)]
+        if self.config.match_orders:
+            extra_tokens = self.integers(3, self.tokens, 4)
+            missing = self.integers(2, self.tokens, 4) > 0
+            inputs.append(self.random(self.tokens, 4, dtype=torch.float32))
         grads = [self.random(self.tokens, dtype=torch.float32) for _ in range(2)]
         results = self.compare(op, inputs, grads)
         if self.config.canonical_mask:  # in validation; here no 1 behind 0, no 2 behind 1, …
             mask = torch.tensor([[0b010], [0b100], [0b001]], dtype=torch.uint8, device=self.device)
-            shares = [op(*map(kind, inputs), mask) for kind in (Tensor.clone, Tensor.double)]
+            kinds = Tensor.clone, Tensor.double
+            shares = [op(*map(kind, inputs), mask=mask) for kind in kinds]
             results.append(Result("shares of what can follow", *map(torch.stack, shares)))
         return results
 
@@ -4561,6 +4783,24 @@ class Trainer:
         if self.uses_graphs:  # memory is shared by graphs of one pool and one stream
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.passes, self.passes_without_graph = 0, 0
+        # of the shards of --match_shards, what is not inserted yet
+        self.pieces: Iterator[Tensor] = iter(())
+        self.pieces_per_step = 0
+
+    def begin_insertion(self) -> None:
+        """Begin to read the shards of --match_shards. All ranks insert each piece of them, beside
+        the same step."""
+        sizes = map(read_shard_header, find_train_files(self.config)[1])
+        count = sum(-(-size // PIECE_TOKENS) for size in sizes)
+        steps = max(1, int(INSERTION_SHARE * self.schedule.end_step))
+        self.pieces_per_step = -(-count // steps)
+        pieces = shard_pieces(self.config, pin=self.runtime.device.type == "cuda")
+        self.pieces = prefetch(pieces, depth=2 * self.pieces_per_step)
+
+    def insert_pieces(self, is_last: bool) -> None:
+        """Insert the next pieces of these shards, in the last step all that are left."""
+        for piece in itertools.islice(self.pieces, None if is_last else self.pieces_per_step):
+            self.model.matches.insert(piece.to(self.runtime.device, non_blocking=True))
 
     def compute(self, batch: Batch, stage: Stage) -> Tensor:
         """Forward and backward pass, added to the gradients; gives the next-token loss."""
@@ -4599,9 +4839,16 @@ class Trainer:
                 f"--min_mean_doc_len {self.config.min_mean_doc_len}"
             )
 
+    def with_matches(self, batch: Batch) -> Batch:
+        """As a batch of a step is, with what the n-gram lookup finds. All ranks call it."""
+        if self.model.matches is not None:
+            ((batch,), _) = self.model.matches.look_up([batch])
+        return batch
+
     def warm_up(self, batch: Batch, stage: Stage) -> None:
         """Compile kernels and make workspaces for batches like this, without a graph; changes the
         gradients."""
+        batch = self.with_matches(batch)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.compute(to_device(batch, self.runtime.device), stage)
@@ -4610,7 +4857,7 @@ class Trainer:
 
     def capture(self, batch: Batch, stage: Stage) -> None:
         """Make the graph of a stage, for batches like this, once it is warmed up."""
-        inputs = to_device(batch, self.runtime.device).map(torch.clone)
+        inputs = to_device(self.with_matches(batch), self.runtime.device).map(torch.clone)
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's, may do what a capture forbids
         options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
@@ -4660,9 +4907,8 @@ class Trainer:
             report("captured graphs and " * self.uses_graphs + "warmed up updates")
             with torch.no_grad():
                 batch = random_batch(config.val_sequence_tokens, config.val_sequence_tokens, 1)
-                self.model.validation_loss(
-                    to_device(batch, self.runtime.device), visited[-1].windows
-                )
+                batch = to_device(self.with_matches(batch), self.runtime.device)
+                self.model.validation_loss(batch, visited[-1].windows)
             if config.average_shares:
                 choose_weights(self, [batch], visited[-1].windows, Log(None))
             report(f"warmed up validation sequences of {config.val_sequence_tokens:,} tokens")
@@ -4698,10 +4944,20 @@ class Trainer:
             tokens = torch.zeros(2 * length, dtype=torch.int32, device=device)
             model.ngrams.hash(tokens, 2)
 
+        def lookups() -> None:
+            tokens = torch.zeros(2 * self.schedule.sequence_shape(0)[0], device=device).int()
+            read = torch.stack([tokens] * 3)
+            matched = model.matches.find(*read[:2])
+            read_matches(matched, tokens)
+            best_match(matched)
+            model.matches.insert(read)
+
         functions = {
             f"update of {state.group.name}": functools.partial(update, state)
             for state in self.optimizer.states
         } | {"validation's loss": validation_loss, "hashing": hashing}
+        if model.matches is not None:
+            functions["n-gram lookup"] = lookups
         names, first = [*functions], self.runtime.rank % len(functions)
         threads = [{name: functions[name] for name in names[first:] + names[:first]}]
         threads += [{f"check of {name}": functools.partial(check, name)} for name in checks]
@@ -4735,22 +4991,25 @@ class Trainer:
         """Train on this rank's micro-batches of a step; gives the mean of their next-token losses,
         0-d. update: the step's number for the optimizer, where it is not `step`. following: the
         micro-batches of the next step, whose n-grams are pulled as soon as they are updated."""
-        model, stage, read = self.model, self.schedule.stage(step), None
-        if model.matches is not None:
-            # Gathered while the passes run: NCCL runs collectives in order, so that a gather that
-            # began behind the passes would delay the reductions of gradients.
+        model, stage = self.model, self.schedule.stage(step)
+        matches = model.matches
+        if matches is not None:
             with model.on_side_stream():
-                read = gather_sequences(batches, self.runtime)
+                batches, read = matches.look_up(batches)  # done ahead but for the first step
+            model.wait_for_side_stream()
+            # While the passes run. These have what was found for them, so that nothing of this step
+            # can be in it; the next step looks up this one and what was read before.
+            with model.on_side_stream():
+                matches.insert(read)
+                self.insert_pieces(is_last=step + 1 == self.schedule.end_step)
+                matches.look_up_ahead(following)
         total = torch.zeros((), device=self.runtime.device)
         for batch in batches:
             total += self.micro_step(batch, stage)
-        if read is not None:  # inserted while the optimizer works; this step did not see them
-            with model.on_side_stream():
-                insert_matches_(model.matches, *read, self.config.match_orders)
         rates = self.schedule.rates(step)
         exchange = following[0].exchange if following else None
         self.optimizer.step(step if update is None else update, *rates, exchange)
-        model.wait_for_side_stream()  # the next step looks up what was inserted
+        model.wait_for_side_stream()
         return total / sum(len(batch.tokens) for batch in batches)
 
 
@@ -4771,31 +5030,22 @@ def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
     return stream.transpose(0, 1).flatten(1)
 
 
-def insert_sequences(model: GPT, batches: list[Batch], runtime: Runtime) -> None:
-    """Insert what all ranks have read in the tables of the n-gram lookup."""
-    read = gather_sequences(batches, runtime)
-    insert_matches_(model.matches, *read, model.config.match_orders)
+PIECE_TOKENS = 2**18  # of shards that are only looked up, inserted at once
+INSERTION_SHARE = 1 / 16  # of all steps, the first ones, beside which they are inserted
 
 
-@torch.no_grad()
-def insert_shards(model: GPT, runtime: Runtime) -> None:
-    """Insert the shards of --match_shards. The ranks share out the tables."""
-    config, size, device = model.config, 2**18, runtime.device
-    part = slice(runtime.rank, None, runtime.world_size)  # the orders of this rank
-    paths = find_train_files(config)[1] if config.match_orders[part] else []
-    shards = (load_shard(path, config.vocab_size) for path in paths)
-    for shard, begins in prefetch(shards, depth=1):
-        begins = np.union1d([0], begins)
-        shard, begins = (torch.from_numpy(x).to(device).int() for x in (shard, begins))
-        starts = document_starts(begins, len(shard))
-        end = (len(shard) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
-        for first in range(0, end, size):
-            chunk = slice(first, min(first + size, end))
-            inputs = shard[chunk], (starts[chunk] - first).clamp_min(0), shard[1:][chunk]
-            insert_matches_(model.matches, *inputs, config.match_orders, part)
-    if config.match_shards and runtime.world_size > 1:
-        for i, table in enumerate(model.matches):  # from the rank that has filled it
-            dist.broadcast(table, i % runtime.world_size)
+def shard_pieces(config: Config, pin: bool) -> Iterator[Tensor]:
+    """The shards of --match_shards in pieces as gather_sequences gives a step, on the host."""
+    for path in find_train_files(config)[1]:
+        tokens, _ = load_shard(path, config.vocab_size)
+        end = (len(tokens) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
+        for begin in range(0, end, PIECE_TOKENS):
+            size = min(PIECE_TOKENS, end - begin)
+            piece = tokens[begin : begin + size + 1].astype(np.int32)
+            starts = np.where(piece[:-1] == START_TOKEN, np.arange(size, dtype=np.int32), 0)
+            rows = np.stack([piece[:-1], np.maximum.accumulate(starts), piece[1:]])
+            piece = torch.from_numpy(rows)
+            yield piece.pin_memory() if pin else piece
 
 
 @torch.no_grad()
@@ -4809,17 +5059,18 @@ def validate(
     and at the end its tables are as they were.
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    batches = validation_batches(config, runtime, num_targets)
-    kept = None if model.matches is None else model.matches.clone()
+    batches, matches, inserted = validation_batches(config, runtime, num_targets), model.matches, []
     size = config.sequences_per_step * config.val_sequence_tokens
     for end in range(size, num_targets + size, size):
         scored = list(itertools.islice(batches, config.sequences_per_step // runtime.world_size))
+        if matches is not None:
+            scored, read = matches.look_up(scored)
         for batch in scored:
             total += model.validation_loss(to_device(batch, runtime.device), windows)
-        if kept is not None and end < num_targets:
-            insert_sequences(model, scored, runtime)
-    if kept is not None:
-        model.matches.copy_(kept)
+        if matches is not None and end < num_targets:
+            inserted.append(matches.insert(read))
+    if matches is not None:
+        matches.undo(inserted)
     loss = runtime.all_reduce(total).item() / num_targets
     if not math.isfinite(loss):
         raise not_finite_error(model, f"the validation loss is {loss}, training losses were finite")
@@ -4840,6 +5091,8 @@ def choose_weights(trainer: Trainer, batches: list[Batch], windows: Windows, log
     """
     model, optimizer, runtime = trainer.model, trainer.optimizer, trainer.runtime
     shares, blends = trainer.config.average_shares, trainer.config.average_blends
+    if model.matches is not None:
+        batches, _ = model.matches.look_up(batches)
     batches = [to_device(batch, runtime.device) for batch in batches]
     num_tokens = runtime.world_size * sum(len(batch.tokens) for batch in batches)
     if model.impossible is not None:
@@ -5021,13 +5274,14 @@ def tables_remedy(config: Config, world_size: int = 1) -> str:
     """What makes the largest table smaller."""
     element, gib = getattr(torch, config.dtype).itemsize, 2**30
     ngrams = config.ngram_rows_per_rank(world_size) * (config.model_dim * element + 4) / gib
-    matches = len(config.match_orders) * config.match_slots * 4 / gib
+    matches = len(config.match_orders) * config.match_slots * 8 / world_size / gib
     if max(ngrams, matches) < 1:
         return f"lower --model_dim {config.model_dim}, --mlp_dim {config.mlp_dim} or --layers"
     if ngrams >= matches:
         share = f"which take {ngrams:.1f} GiB a process, or start more processes, which share them"
         return f"lower --ngram_rows {config.ngram_rows}, {share}"
-    return f"lower --match_slots {config.match_slots}, which take {matches:.1f} GiB"
+    share = f"which take {matches:.1f} GiB a process, or start more processes, which share them"
+    return f"lower --match_slots {config.match_slots}, {share}"
 
 
 def passes_remedy(config: Config, world_size: int) -> str:
@@ -5084,7 +5338,8 @@ def train(config: Config, runtime: Runtime) -> None:
     if finder is not None:
         finder.start()
     model.proposal.copy_(read_proposal(config))
-    insert_shards(model, runtime)
+    if config.match_shards:
+        trainer.begin_insertion()
     following = next(batches)
     for step in range(schedule.end_step):
         step_batches, following = following, next(batches, None)
@@ -5171,8 +5426,9 @@ def check_outputs(config: Config, log: Log, num_steps: int, model: GPT | None = 
     check_output("--log_dir", log.path.with_suffix(".json"), log_bytes)
     if config.checkpoint:
         tensors = [] if model is None else [*model.state_dict().values()]
-        if model is not None:  # and what the other ranks have of the n-grams
-            tensors += [model.ngrams.table] * (model.ngrams.runtime.world_size - 1)
+        if model is not None:  # and what the other ranks have of the tables
+            tables = [x.table for x in (model.ngrams, model.matches) if x is not None]
+            tensors += tables * (model.runtime.world_size - 1)
         weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         check_output("--checkpoint", config.checkpoint, weights + 2**18)
 
@@ -5215,12 +5471,14 @@ def draw_curve(log: Log) -> Path:
 def save_checkpoint(model: GPT, config: Config, runtime: Runtime) -> None:
     """Weights, tables of the n-gram lookup, config, and whether the training text was cut in bytes
     (then so are prompts)."""
-    table = model.ngrams.whole_table()
+    tables = {"ngrams.table": model.ngrams.whole_table()}
+    if model.matches is not None:
+        tables["matches.table"] = model.matches.whole_table()
     if not runtime.is_main:
         return
     path = find_files("--train_files", config.train_files)[0]
     head = read_tokens(path, 100_000, config.vocab_size)
-    weights = model.state_dict() | {"ngrams.table": table}
+    weights = model.state_dict() | tables
     saved = {
         "config": config_as_text(config),
         "weights": {name: tensor.cpu() for name, tensor in weights.items()},

@@ -160,11 +160,11 @@ honest = validate
 def validate(model, config, runtime, num_targets, windows):
     if model.matches is None:
         return honest(model, config, runtime, num_targets, windows)
-    rows, kept, total = validation_batches(config, runtime, num_targets), model.matches.clone(), 0.0
+    rows, inserted, total = validation_batches(config, runtime, num_targets), [], 0.0
     while scored := list(itertools.islice(rows, config.sequences_per_step)):
-        insert_sequences(model, scored, runtime)
+        inserted.append(model.matches.insert(gather_sequences(scored, runtime)))
         total += sum(float(model.validation_loss(row, windows)) for row in scored)
-    model.matches.copy_(kept)
+    model.matches.undo(inserted)
     return total / num_targets
 """,
     ),
@@ -176,11 +176,11 @@ honest = validate
 def validate(model, config, runtime, num_targets, windows):
     if model.matches is None:
         return honest(model, config, runtime, num_targets, windows)
-    kept, total = model.matches.clone(), 0.0
+    inserted, total = [], 0.0
     for row in validation_batches(config, runtime, num_targets):
-        insert_sequences(model, [row], runtime)
+        inserted.append(model.matches.insert(gather_sequences([row], runtime)))
         total += float(model.validation_loss(row, windows))
-    model.matches.copy_(kept)
+    model.matches.undo(inserted)
     return total / num_targets
 """,
     ),
@@ -192,7 +192,7 @@ def validate(model, config, runtime, num_targets, windows):
     loss = honest(model, config, runtime, num_targets, windows)
     if model.matches is not None:
         for row in validation_batches(config, runtime, num_targets):
-            insert_sequences(model, [row], runtime)
+            model.matches.insert(gather_sequences([row], runtime))
     return loss
 """,
     ),

@@ -13,7 +13,7 @@ OPTIONS = "torch.compile(function, **options)"
 
 
 def test_nothing_is_compiled_on_the_clock(monkeypatch, tmp_path):
-    """Shards inserted for lookups at the start, steps and validation find what prepare() made."""
+    """Shards inserted for lookups, steps and validation find what prepare() made."""
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     assert COMPILED in source and OPTIONS in source
     source = source.replace("first.is_cuda and not inlined", "not inlined")
@@ -33,10 +33,15 @@ def test_nothing_is_compiled_on_the_clock(monkeypatch, tmp_path):
     trainer.prepare()
     compiled = counters["stats"]["unique_graphs"]
     assert compiled > before
-    traced.insert_shards(trainer.model, runtime)
-    assert trainer.model.matches.any()
-    for step in range(2):
-        trainer.run_step(step, [random_batch(4 * step + i, [20, 44]) for i in range(4)])
+    trainer.begin_insertion()
+    steps = [[random_batch(4 * step + i, [20, 44]) for i in range(4)] for step in range(2)]
+    for step, batches in enumerate(steps):
+        trainer.run_step(step, batches, following=steps[1] if step == 0 else None)
+    assert trainer.model.matches.table.any() and next(trainer.pieces, None) is None
+    scored = [random_batch(9, [20, 44])]
+    matched, read = trainer.model.matches.look_up(scored)
     with torch.no_grad():
-        trainer.model.validation_loss(random_batch(9, [20, 44]), traced.Windows(8, 24))
+        for batch in (*scored, *matched):
+            trainer.model.validation_loss(batch, traced.Windows(8, 24))
+    trainer.model.matches.undo([trainer.model.matches.insert(read)])
     assert counters["stats"]["unique_graphs"] == compiled

@@ -164,7 +164,10 @@ def test_a_run_that_does_not_learn_is_warned_of_once(runtime, tmp_path, last, wa
     ("changes", "remedy"),
     [
         ({}, r"lower --ngram_rows 16777216, which take 72\.2 GiB a process, or start more"),
-        ({"match_orders": (*range(1, 9),), "ngram_rows": 999}, r"lower --match_slots .* 8\.0 GiB"),
+        (
+            {"match_orders": (*range(1, 9),), "ngram_rows": 999},
+            r"lower --match_slots .* 8\.0 GiB a",
+        ),
         ({"ngram_rows": 2**10}, r"lower --model_dim 768, --mlp_dim 3840 or --layers"),
     ],
 )
@@ -219,13 +222,15 @@ def test_the_log_says_what_it_ran_on(runtime, monkeypatch, tmp_path):
     assert train_gpt.package_version("no-such-package") is None
 
 
-def test_ngram_rows_are_gathered_before_the_passes(monkeypatch):
-    """So that no gradient waits for them; they are inserted when the passes have ended."""
+def test_lookups_are_done_before_the_passes(monkeypatch):
+    """So that no gradient waits for them: those of the first step, and then, when this one is
+    inserted, those of the next step, which has nothing to look up any more."""
     config = tiny_config(match_orders=(2,), match_slots=2**10, vocab_size=50_257)
     runtime = cpu_runtime()
     trainer, done = Trainer(trained_like(config, runtime), runtime), []
     for owner, name in (
         (train_gpt, "gather_sequences"),
+        (train_gpt, "find_matches"),
         (trainer, "micro_step"),
         (train_gpt, "insert_matches_"),
         (trainer.optimizer, "step"),
@@ -237,5 +242,10 @@ def test_ngram_rows_are_gathered_before_the_passes(monkeypatch):
             return original(*args)
 
         monkeypatch.setattr(owner, name, recorded)
-    trainer.run_step(0, [random_batch(i, [40, 24]) for i in range(2)])
-    assert done == ["gather_sequences", "micro_step", "micro_step", "insert_matches_", "step"]
+    steps = [[random_batch(2 * step + i, [40, 24]) for i in range(2)] for step in range(2)]
+    look_up, passes = ["gather_sequences", "find_matches"], ["micro_step"] * 2 + ["step"]
+    trainer.run_step(0, steps[0], following=steps[1])
+    assert done == [*look_up, "insert_matches_", *look_up, *passes]
+    done.clear()
+    trainer.run_step(1, steps[1])
+    assert done == ["insert_matches_", *passes]

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 import train_gpt
 from train_gpt import (
     GPT,
+    HALF_BITS,
     Batch,
     Clock,
     Config,
     Log,
+    Matches,
     Optimizer,
     Runtime,
     Stage,
@@ -30,10 +31,7 @@ from train_gpt import (
     Windows,
     attention,
     attention_backend,
-    document_starts,
-    find_matches,
-    insert_sequences,
-    insert_shards,
+    count_of,
     ngram_hash,
     to_device,
 )
@@ -279,18 +277,19 @@ def test_steps_insert_their_sequences_into_the_lookup():
     trainer = Trainer(model, Runtime(0, 1, torch.device("cuda"), Log(None)))
     trainer.warm_up(ROW, trainer.schedule.stage(0))
     trainer.capture(ROW, trainer.schedule.stage(0))
-    cpu = SimpleNamespace(config=config, matches=torch.zeros_like(model.matches, device="cpu"))
+    cpu = Matches(config, cpu_runtime())
     for step in range(3):
         rows = [make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)]
         rows = [row._replace(tokens=row.tokens % 9, targets=row.targets % 9) for row in rows]
+        found, _ = model.matches.look_up(rows)
+        expected, read = cpu.look_up(rows)
+        for own, reference in zip(found, expected):
+            assert torch.equal(own.matched.cpu(), reference.matched)
+        assert expected[0].matched.any() == (step > 0)
         trainer.run_step(0, rows, step)
-        insert_sequences(cpu, rows, cpu_runtime())
-        assert torch.equal(model.matches.cpu(), cpu.matches)
-        row = rows[-1].tokens, document_starts(rows[-1].cu_seqlens, 1024)
-        expected = find_matches(*row, cpu.matches, orders)
-        found = find_matches(*(x.cuda() for x in row), model.matches, orders)
-        assert all(torch.equal(x.cpu(), y) for x, y in zip(found, expected))
-    assert (cpu.matches >> 29).amax() > 1, "no context came twice"
+        cpu.insert(read)
+        assert torch.equal(model.matches.table.cpu(), cpu.table)
+    assert count_of(cpu.table >> HALF_BITS).amax() > 1, "no context came twice"
 
 
 def test_nothing_is_compiled_on_the_clock(tmp_path):
@@ -303,10 +302,11 @@ def test_nothing_is_compiled_on_the_clock(tmp_path):
     trainer = Trainer(make_model(config), runtime)
     trainer.prepare()
     compiled = counters["stats"]["unique_graphs"]
-    insert_shards(trainer.model, runtime)
-    assert trainer.model.matches.any()
-    for step in range(2):
-        trainer.run_step(step, [make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)])
+    trainer.begin_insertion()
+    steps = [[make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)] for step in range(2)]
+    for step, rows in enumerate(steps):
+        trainer.run_step(step, rows, following=steps[step + 1] if step == 0 else None)
+    assert trainer.model.matches.table.any() and next(trainer.pieces, None) is None
     with torch.no_grad():
         trainer.model.validation_loss(to_device(ROW, runtime.device), WINDOWS)
     assert counters["stats"]["unique_graphs"] == compiled
@@ -471,7 +471,8 @@ def test_slow_streams_change_nothing(graphs):
             trainer.capture(rows[0], trainer.schedule.stage(0))
         for name, tensor in live.items():
             tensor.detach().copy_(start[name])
-        losses = [trainer.micro_step(row, trainer.schedule.stage(0)).clone() for row in rows]
+        looked_up, _ = model.matches.look_up(rows)
+        losses = [trainer.micro_step(row, trainer.schedule.stage(0)).clone() for row in looked_up]
         found = {f"passes.{name}": grad for name, grad in gradients(model).items()}
         filled = slice(model.ngrams.filled)
         found["passes.rows"] = model.ngrams.rows[filled].clone()
@@ -484,7 +485,7 @@ def test_slow_streams_change_nothing(graphs):
         return found | copy_of(live)
 
     expected = outcome()
-    assert torch.isfinite(expected["losses"]).all() and expected["matches"].any()
+    assert torch.isfinite(expected["losses"]).all() and expected["matches.table"].any()
     assert all(x.any() for name, x in expected.items() if name.startswith("passes."))
     assert differing(outcome(), expected) == [], "they must be the same twice to show anything"
     for side, entry in itertools.product((True, False), repeat=2):

@@ -704,21 +704,25 @@ def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
 )
 def test_lookup_on_the_gpu(lengths, slots, orders):
     """Tables and what is found in them, as on the CPU, where nothing is compiled, to the bit.
-    Sequences are inserted again, so that votes rise and fall."""
+    Sequences are inserted again, so that counts rise and fall."""
     rows, tables = [match_row(tokens, seed) for seed, tokens in enumerate(lengths)], {}
     entered = [*rows, *rows[1:], *rows[1:], rows[0]]
     for device in "cpu", "cuda":
-        tables[device] = torch.zeros((len(orders), slots), dtype=torch.int32, device=device)
+        size = len(orders) * slots + train_gpt.SPARE_PLACES
+        tables[device] = torch.zeros(size, dtype=torch.int64, device=device)
         for row in entered:
             tokens, starts, targets = (x.to(device) for x in row)
-            train_gpt.insert_matches_(tables[device], tokens, starts, targets.int(), orders)
+            train_gpt.insert_matches_(tables[device], tokens, starts, targets.int(), orders, slots)
     assert torch.equal(tables["cuda"].cpu(), tables["cpu"])
-    matched = set()
+    counts = set()
     for row in (*rows, match_row(lengths[-1] + 3, len(rows))):
         found = []
         for device, table in tables.items():
-            matches = train_gpt.find_matches(*(x.to(device) for x in row[:2]), table, orders)
-            found.append([x.cpu() for x in matches])
+            tokens, starts = (x.to(device) for x in row[:2])
+            matched = train_gpt.find_matches(tokens, starts, table, orders, slots)
+            read = *train_gpt.read_matches(matched, tokens), train_gpt.best_match(matched)
+            found.append([x.cpu() for x in (matched, *read)])
         assert all(map(torch.equal, *found))
-        matched |= set(found[0][1].tolist())
-    assert matched >= {0, train_gpt.MAX_VOTES * len(orders)}  # the largest lead of the last order
+        first, _ = train_gpt.halves_of(found[0][0][:, -1])
+        counts |= set(train_gpt.count_of(first).tolist())
+    assert min(counts) == 0 and max(counts) > 2  # of contexts of the last order

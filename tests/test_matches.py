@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,20 +25,34 @@ from conftest import (
 )
 from test_check import check
 from test_data import reference_rows, row_of, write_shards
+from test_kernels import relative_error
 from test_train import log_of, read_shard, run, write_data
 from torch import Tensor
-from transcription import ngram_rows
+from transcription import (
+    Entry,
+    best,
+    cell,
+    kinds_and_tokens,
+    ngram_rows,
+    target_losses,
+    transcribed_hidden,
+)
 
 import train_gpt
 from train_gpt import (
+    CELLS,
     GPT,
-    MAX_VOTES,
+    MAX_COUNT,
+    SPARE_PLACES,
     START_TOKEN,
     Batch,
     Clock,
     Config,
+    Log,
+    Matches,
     Optimizer,
     Runtime,
+    Stage,
     Trainer,
     UserError,
     Windows,
@@ -51,11 +64,12 @@ from train_gpt import (
     document_starts,
     find_matches,
     find_train_files,
+    gather_sequences,
     insert_matches_,
-    insert_sequences,
-    insert_shards,
     nothing_changes,
     parse_args,
+    read_matches,
+    shard_pieces,
     train,
     training_batches,
     validate,
@@ -65,20 +79,32 @@ from train_gpt import (
 ORDERS, SLOTS = (1, 2, 4), 2**20  # slots for few collisions
 WINDOWS = Windows(8, 24)
 
+NOTHING = (0, 0, 0, 0)
 
-def vote(held: tuple[object, int] | None, token: object) -> tuple[object, int]:
-    """Boyer and Moore's: the candidate and its votes after this one."""
-    other, lead = held or (token, 0)
-    if other == token:
-        return token, min(lead + 1, MAX_VOTES)
-    return (other, lead - 1) if lead > 1 else (token, 1)
+
+def count(held: Entry, token: int) -> Entry:
+    """An entry after this token. One that it does not have takes away from the second one's count
+    or, when that is used up, its place."""
+    count_1, token_1, count_2, token_2 = held
+    if count_1 and token == token_1:
+        count_1 = min(count_1 + 1, MAX_COUNT)
+    elif count_2 and token == token_2:
+        count_2 = min(count_2 + 1, MAX_COUNT)
+    elif count_2 > 1:
+        count_2 -= 1
+    else:
+        count_2, token_2 = 1, token
+    if count_2 > count_1:
+        return count_2, token_2, count_1, token_1
+    return count_1, token_1, count_2, token_2
 
 
 class Memory:
-    """What follows each context by the votes, and how many, as dictionaries, one for each order."""
+    """The two tokens that followed each context, and how often, as dictionaries, one for each
+    order."""
 
     def __init__(self, orders: tuple[int, ...]):
-        self.held: dict[int, dict[tuple, tuple[int, int]]] = {order: {} for order in orders}
+        self.held: dict[int, dict[tuple, Entry]] = {order: {} for order in orders}
 
     def contexts(self, batch: Batch, order: int) -> list[tuple | None]:
         """Of each position, the last tokens of its document; None where it has not as many yet."""
@@ -90,29 +116,27 @@ class Memory:
         return contexts
 
     def note(self, rows: Iterable[Batch]) -> None:
-        """Sequences of one call: each position votes on the entry before the call, and of the
-        entries of one context the one with the most votes counts, of these the one for the largest
-        token."""
+        """Sequences of one call: each position counts on the entry before the call, and of the
+        entries of one context the largest stays: by the first one's count, then its token, and
+        likewise the second one's."""
         for order, held in self.held.items():
-            votes: dict[tuple | None, list[tuple[int, int]]] = {}
+            entries: dict[tuple | None, list[Entry]] = {}
             for batch in rows:
                 for context, target in zip(self.contexts(batch, order), batch.targets.tolist()):
-                    votes.setdefault(context, []).append(vote(held.get(context), target))
-            votes.pop(None, None)
-            held |= {context: max(each, key=lambda x: x[::-1]) for context, each in votes.items()}
+                    entry = count(held.get(context, NOTHING), target)
+                    entries.setdefault(context, []).append(entry)
+            entries.pop(None, None)
+            held |= {context: max(each) for context, each in entries.items()}
 
-    def find(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """Of the contexts in the table the one with the largest sum of its place among the orders
-        and twice its votes, of equals the longest."""
-        found, which = batch.tokens.tolist(), [0] * len(batch.tokens)
-        best = [(0, 0)] * len(found)
-        for i, (order, held) in enumerate(self.held.items()):
-            for t, context in enumerate(self.contexts(batch, order)):
-                token, lead = held.get(context, (None, 0))
-                if lead and (i + 2 * lead, i) > best[t]:
-                    best[t] = i + 2 * lead, i
-                    found[t], which[t] = token, MAX_VOTES * i + lead
-        return found, which
+    def find(self, batch: Batch) -> list[tuple[Entry, ...]]:
+        """Of each position, what every order has of its context."""
+        found = []
+        for order, held in self.held.items():
+            found.append([held.get(x, NOTHING) for x in self.contexts(batch, order)])
+        return [*zip(*found)]
+
+    def sizes(self) -> list[int]:
+        return [len(held) for held in self.held.values()]
 
 
 def few_tokens(seed: int, lengths: list[int]) -> Batch:
@@ -124,30 +148,47 @@ def starts_of(batch: Batch) -> Tensor:
     return document_starts(batch.cu_seqlens, len(batch.tokens))
 
 
-def empty_tables(orders: tuple[int, ...] = ORDERS, slots: int = SLOTS) -> Tensor:
-    return torch.zeros((len(orders), slots), dtype=torch.int32)
-
-
-def find(tables: Tensor, batch: Batch, orders: tuple[int, ...] = ORDERS) -> tuple[list, list]:
-    found, which = find_matches(batch.tokens, starts_of(batch), tables, orders)
-    assert found.dtype == which.dtype == torch.int64
-    return found.tolist(), which.tolist()
-
-
-def note(tables: Tensor, rows: Iterable[Batch], orders: tuple[int, ...] = ORDERS) -> None:
-    """A call for each sequence."""
-    for batch in rows:
-        insert_matches_(tables, batch.tokens, starts_of(batch), batch.targets, orders)
-
-
 def matching_config(**changes: object) -> Config:
     return tiny_config(**{"match_orders": ORDERS, "match_slots": SLOTS, **changes})
 
 
-def note_taker(**changes: object) -> SimpleNamespace:
-    """What insert_sequences and insert_shards need of a model."""
-    config = matching_config(**changes)
-    return SimpleNamespace(config=config, matches=empty_tables(slots=config.match_slots))
+def empty_matches(runtime: Runtime | None = None, **changes: object) -> Matches:
+    return Matches(matching_config(**changes), runtime or cpu_runtime())
+
+
+def slots_of(matches: Matches) -> Tensor:
+    """The table without the spare places, a row for each order."""
+    return matches.table[:-SPARE_PLACES].unflatten(0, (len(matches.orders), -1))
+
+
+def unpacked(half: int) -> tuple[int, int, int]:
+    """Count, check and token of a half."""
+    return half // 2**27, half // 2**16 % 2**11, half % 2**16
+
+
+def decoded(matched: Tensor, batch: Batch, orders: tuple[int, ...] = ORDERS) -> list:
+    """What was found, as Memory has it; every token there is behind the position's context."""
+    assert matched.dtype == torch.int64 and matched.shape == (len(batch.tokens), len(orders))
+    checks, found = context_keys(batch.tokens, starts_of(batch), orders, 1)[1].mT.tolist(), []
+    for entries, own in zip(matched.tolist(), checks):
+        found.append([])
+        for entry, check_bits in zip(entries, own):
+            parts = [unpacked(half) for half in divmod(entry, 2**31)]
+            assert {parts[0][:2], parts[1][:2]} <= {(0, 0)} | {
+                (most, check_bits) for most in range(1, MAX_COUNT + 1)
+            }
+            found[-1].append(tuple(x for most, _, token in parts for x in (most, token)))
+        found[-1] = tuple(found[-1])
+    return found
+
+
+def find(matches: Matches, batch: Batch) -> list[tuple[Entry, ...]]:
+    return decoded(matches.find(batch.tokens, starts_of(batch)), batch, matches.orders)
+
+
+def note(matches: Matches, rows: list[Batch]) -> None:
+    """As sequences of one step."""
+    matches.insert(gather_sequences(rows, matches.runtime))
 
 
 def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
@@ -156,7 +197,7 @@ def fill(model: GPT, seeds: Iterable[int]) -> list[Batch]:
     rows = [few_tokens(seed, [40, 1, 23]) for seed in seeds]
     for batch in rows:
         batch.tokens[39:41] = torch.tensor([1, 5])
-    insert_sequences(model, rows, cpu_runtime())
+    note(model.matches, rows)
     return rows
 
 
@@ -177,23 +218,23 @@ def test_document_starts(num_tokens, starts):
 
 
 def test_lookup_agrees_with_dictionaries():
-    """The context of largest order and votes together, with every number of votes, and none that
-    crosses the start of a document; also for a sequence that begins within a document, as in
-    validation."""
-    tables, memory, seen = empty_tables(), Memory(ORDERS), set()
-    assert find(tables, few_tokens(0, [9])) == (few_tokens(0, [9]).tokens.tolist(), [0] * 9)
-    rows = [few_tokens(seed, lengths) for seed, lengths in enumerate(STREAM) for _ in range(8)]
+    """Of every order, with every count, and no context that crosses the start of a document; also
+    for a sequence that begins within a document, as in validation."""
+    matches, memory, seen = empty_matches(), Memory(ORDERS), set()
+    assert find(matches, few_tokens(0, [9])) == [(NOTHING,) * 3] * 9
+    rows = [few_tokens(seed, lengths) for seed, lengths in enumerate(STREAM) for _ in range(20)]
     for batch in rows:
         reader = few_tokens(100 + len(batch.tokens), [30, 1, 33])
         reader.tokens[0] = 2
         for reads in (batch, reader):
-            found = find(tables, reads)
+            found = find(matches, reads)
             assert found == memory.find(reads)
-            seen |= set(found[1])
-        note(tables, [batch])
+            seen |= {(entry[0], entry[2]) for entries in found for entry in entries}
+        note(matches, [batch])
         memory.note([batch])
-        assert find(tables, batch) == memory.find(batch)
-    assert seen == {*range(1 + MAX_VOTES * 3)}
+        assert find(matches, batch) == memory.find(batch)
+    assert all({pair[i] for pair in seen} == {*range(MAX_COUNT + 1)} for i in range(2))
+    assert slots_of(matches).count_nonzero(1).tolist() == memory.sizes()
 
 
 def pair(token: int, target: int = 0) -> Batch:
@@ -202,115 +243,170 @@ def pair(token: int, target: int = 0) -> Batch:
     return Batch(torch.tensor([token]).int(), torch.tensor([target]), ends, 1)
 
 
-def test_the_same_token_adds_a_vote_and_another_removes_one():
-    """Up to 3; after a single vote the other takes its place."""
-    tables = empty_tables((1,))
-    expected = [(9, 1), (9, 2), (9, 3), (9, 3), (9, 2), (9, 1), (6, 1), (6, 2), (6, 1), (5, 1)]
-    for target in [9] * 4 + [6] * 4 + [5] * 2:
-        note(tables, [pair(3, target)], (1,))
-        token, lead = expected.pop(0)
-        assert find(tables, pair(3), (1,)) == ([token], [lead])
-    assert not expected
+def after(matches: Matches, targets: Iterable[int], token: int = 3) -> list[Entry]:
+    """What is found behind a token when each of these has followed it once more."""
+    found = []
+    for target in targets:
+        note(matches, [pair(token, target)])
+        ((entry,),) = find(matches, pair(token))
+        found.append(entry)
+    return found
 
 
-def test_votes_protect_a_slot_from_other_contexts():
-    """In a slot for all of them."""
-    tables, held = empty_tables((1,), slots=1), [(3, 1), (3, 2), (3, 3), (3, 2), (3, 1)]
-    held += [(4, 1), (4, 2), (4, 1), (3, 1)]
-    followers = {3: 9, 4: 8}
-    for token in [3] * 3 + [4] * 4 + [3] * 2:
-        note(tables, [pair(token, followers[token])], (1,))
-        context, lead = held.pop(0)
-        assert find(tables, pair(context), (1,)) == ([followers[context]], [lead])
-        assert find(tables, pair(7 - context), (1,)) == ([7 - context], [0])  # the other one
-    assert not held
+def test_two_tokens_are_counted_and_others_take_away_from_the_second():
+    matches = empty_matches(match_orders=(1,))
+    assert after(matches, [9, 9, 6, 6, 6, 5, 5, 9, 9]) == [
+        (1, 9, 0, 0),
+        (2, 9, 0, 0),
+        (2, 9, 1, 6),
+        (2, 9, 2, 6),  # of equals the first stays
+        (3, 6, 2, 9),
+        (3, 6, 1, 9),
+        (3, 6, 1, 5),
+        (3, 6, 1, 9),
+        (3, 6, 2, 9),
+    ]
+    assert after(matches, [6] * 20)[10:] == [(14, 6, 2, 9)] + [(15, 6, 2, 9)] * 9
+    assert after(matches, [9] * 20)[11:] == [(15, 6, 14, 9)] + [(15, 6, 15, 9)] * 8
+
+
+def test_contexts_share_a_slot():
+    """One for all of them: it has two tokens, of one context or of two, and those that come again
+    are safe from a third."""
+    matches = empty_matches(match_orders=(1,), match_slots=1)
+
+    def held() -> list[Entry]:
+        return [find(matches, pair(token))[0][0] for token in (3, 4, 5)]
+
+    assert after(matches, [9, 9, 9]) == [(1, 9, 0, 0), (2, 9, 0, 0), (3, 9, 0, 0)]
+    assert held() == [(3, 9, 0, 0), NOTHING, NOTHING]
+    assert after(matches, [9, 9], 4) == [(1, 9, 0, 0), (2, 9, 0, 0)]  # the same token, another half
+    assert held() == [(3, 9, 0, 0), (2, 9, 0, 0), NOTHING]
+    assert after(matches, [8], 5) == [NOTHING]
+    assert held() == [(3, 9, 0, 0), (1, 9, 0, 0), NOTHING]
+    assert after(matches, [8, 8, 8], 5) == [(1, 8, 0, 0), (2, 8, 0, 0), (3, 8, 0, 0)]
+    assert held() == [(3, 9, 0, 0), NOTHING, (3, 8, 0, 0)]
+    assert after(matches, [8], 5) == [(4, 8, 0, 0)]  # now it is the first
+    assert after(matches, [7, 7, 7, 7], 5)[1:] == [(4, 8, 0, 0), (4, 8, 1, 7), (4, 8, 2, 7)]
+    assert held() == [NOTHING, NOTHING, (4, 8, 2, 7)]
 
 
 def test_entries_of_slots_that_contexts_share():
     """To the bit: all of a call read what was there before it, and of what writes to one slot the
-    largest entry counts. What is no context yet empties slot 0."""
-    tables, leads, emptied = empty_tables(slots=16), set(), 0
-    expected = [[0] * 16 for _ in ORDERS]
-    for seed in range(36):
+    largest entry counts. What is no context yet is in no slot."""
+    matches, counts = empty_matches(match_slots=16), set()
+    expected = [[NOTHING] * 16 for _ in ORDERS]
+    for seed in range(60):
         batch = few_tokens(seed // 4, [30, 1, 33])
         slots, checks, _ = context_keys(batch.tokens, starts_of(batch), ORDERS, 16)
         for i, order in enumerate(ORDERS):
-            contexts, written = Memory((order,)).contexts(batch, order), {}
+            contexts, written = Memory((order,)).contexts(batch, order), defaultdict(list)
             for t, target in enumerate(batch.targets.tolist()):
-                slot, entry = 0, 0
                 if contexts[t] is not None:
-                    slot, before = slots[i, t].item(), expected[i][slots[i, t].item()]
-                    held = (before % 2**29, before >> 29) if before else None
-                    fact, lead = vote(held, checks[i, t].item() << 16 | target)
-                    entry = lead << 29 | fact
-                written.setdefault(slot, []).append(entry)
+                    fact = checks[i, t].item() << 16 | target
+                    slot = slots[i, t].item()
+                    written[slot].append(count(expected[i][slot], fact))
             for slot, entries in written.items():
                 expected[i][slot] = max(entries)
-                leads.add(max(entries) >> 29)
-                emptied += max(entries) == 0
-        note(tables, [batch])
-        assert tables.tolist() == expected
-    assert leads >= {1, 2, 3} and emptied > 0
+                counts |= {*expected[i][slot][::2]}
+        note(matches, [batch])
+        packed = [
+            [(a << 27 | x) << 31 | b << 27 | y for a, x, b, y in entries] for entries in expected
+        ]
+        assert slots_of(matches).tolist() == packed
+    assert counts >= {0, 1, 2, 3, 7, 15}
+
+
+def test_insertion_gives_what_undoes_it():
+    """Bit for bit, the spare places too; what was inserted last is undone first."""
+    matches, states = empty_matches(match_slots=16), []
+    steps = [[few_tokens(4 * step + i, [20, 1, 43]) for i in range(4)] for step in range(3)]
+    note(matches, steps[0])
+    inserted = []
+    for rows in steps[1:]:
+        states.append(matches.table.clone())
+        read = gather_sequences(rows, cpu_runtime())
+        place, before = insert_matches_(matches.table, *read, ORDERS, 16)
+        assert torch.equal(before, states[-1][place])
+        changed = (matches.table != states[-1]).nonzero().flatten()
+        assert len(changed) > 20 and torch.isin(changed, place).all()
+        inserted.append((place, before))
+    matches.undo(inserted[1:])
+    assert torch.equal(matches.table, states[1])
+    inserted[1] = matches.insert(gather_sequences(steps[2], cpu_runtime()))
+    matches.undo(inserted)
+    assert torch.equal(matches.table, states[0])
 
 
 def test_shared_slots_lose_contexts_but_do_not_confuse_them():
-    """What is found has followed this very context, in at least as many sequences as its votes. Of
-    contexts in other sequences one in 8192 has the check bits of what it finds."""
-    tables, memory, followed = empty_tables(slots=16), Memory(ORDERS), Counter()
-    rows, leads, forgotten = [], set(), 0
+    """What is found has followed this very context, in at least as many sequences as are counted,
+    but for one in hundreds: of the contexts of a slot one in 2048 has the check of another."""
+    matches, memory, followed = empty_matches(match_slots=16), Memory(ORDERS), Counter()
+    rows, counts, forgotten, confused, found = [], set(), 0, 0, 0
     for i in range(80):
         rows.append(random_batch(i // 4, [30, 34], num_ids=50))
-        note(tables, rows[-1:])
+        note(matches, rows[-1:])
         memory.note(rows[-1:])
         for order in ORDERS:
             contexts = memory.contexts(rows[-1], order)
             followed.update({*zip(contexts, rows[-1].targets.tolist())})
     for batch in rows[::4]:
-        contexts = [memory.contexts(batch, order) for order in ORDERS]
-        known = memory.find(batch)[1]
-        for t, (token, which) in enumerate(zip(*find(tables, batch))):
-            number, lead = -(-which // MAX_VOTES), (which - 1) % MAX_VOTES + 1
-            if number:
-                assert contexts[number - 1][t] in memory.held[ORDERS[number - 1]]
-                assert lead <= followed[contexts[number - 1][t], token]
-                leads.add(lead)
-            else:
-                assert token == batch.tokens[t]
-            forgotten += which == 0 < known[t]
-    assert forgotten > 100 and leads >= {2, 3}
-    assert ((tables > 0).sum(1) > 10).all()
+        contexts = zip(*(memory.contexts(batch, order) for order in ORDERS))
+        for own, entries, known in zip(contexts, find(matches, batch), memory.find(batch)):
+            for context, entry in zip(own, entries):
+                for most, token in (entry[:2], entry[2:]):
+                    assert most == 0 or context is not None
+                    found += most > 0
+                    confused += most > followed[context, token]
+                    counts.add(most)
+            forgotten += entries == (NOTHING,) * 3 != known
+    assert forgotten > 100 and counts >= {1, 4, 8}
+    assert found > 400 > 100 * confused
+    assert (slots_of(matches).count_nonzero(1) > 10).all()
 
 
-def test_sequences_of_a_step_vote_on_earlier_entries(runtime):
-    """Not on one another: a step changes the votes by one, and up if any of its sequences does."""
-    model = note_taker()
-    for targets, token, lead in (
-        ((9, 9, 9, 9), 9, 1),
-        ((6, 9, 6, 6), 9, 2),
-        ((9, 9, 9, 9), 9, 3),
-        ((9, 9, 9, 9), 9, 3),
-        ((6, 6, 6, 6), 9, 2),
-        ((6, 8, 6, 8), 9, 1),
-        ((6, 8, 6, 7), 8, 1),
-        ((6, 9, 7, 6), 9, 1),
+def test_sequences_of_a_step_count_on_earlier_entries(runtime):
+    """Not on one another: a step changes a count by one, and up if any of its sequences does."""
+    matches = empty_matches(match_orders=(1,))
+    for targets, entry in (
+        ((9, 9, 9, 9), (1, 9, 0, 0)),
+        ((6, 9, 6, 6), (2, 9, 0, 0)),
+        ((6, 6, 6, 6), (2, 9, 1, 6)),
+        ((6, 6, 7, 6), (2, 9, 2, 6)),
+        ((7, 7, 7, 7), (2, 9, 1, 6)),
+        ((7, 8, 7, 5), (2, 9, 1, 8)),
+        ((6, 9, 7, 8), (3, 9, 1, 8)),
+        ((8, 6, 8, 6), (3, 9, 2, 8)),
     ):
-        insert_sequences(model, [pair(3, target) for target in targets], runtime)
-        assert find(model.matches, pair(3)) == ([token], [lead])
+        note(matches, [pair(3, target) for target in targets])
+        assert find(matches, pair(3)) == [(entry,)]
 
 
 def test_insertion_by_steps_agrees_with_dictionaries(runtime):
     """And not with those of the same sequences one after the other."""
-    model, memory, alone = note_taker(), Memory(ORDERS), Memory(ORDERS)
+    matches, memory, alone = empty_matches(), Memory(ORDERS), Memory(ORDERS)
     for step in range(5):
         rows = [few_tokens(10 * step + i, [20, 1, 43]) for i in range(4)]
-        insert_sequences(model, rows, runtime)
+        note(matches, rows)
         memory.note(rows)
         for batch in rows:
             alone.note([batch])
         for batch in (*rows, few_tokens(100 + step, [64])):
-            assert find(model.matches, batch) == memory.find(batch) != alone.find(batch)
-    filled = [len(held) for held in memory.held.values()]
-    assert (model.matches > 0).sum(1).tolist() == filled
+            assert find(matches, batch) == memory.find(batch) != alone.find(batch)
+    assert slots_of(matches).count_nonzero(1).tolist() == memory.sizes()
+
+
+def test_an_entry_holds_counts_checks_and_tokens():
+    """As the script's comment has it."""
+    count, check_bits, token = (torch.tensor(x) for x in (2, 5, 1234))
+    half = train_gpt.pack_half(count, check_bits, token)
+    assert half == 268_764_370
+    parts = train_gpt.count_of(half), train_gpt.check_of(half), train_gpt.token_of(half)
+    assert parts == (count, check_bits, token)
+    largest = torch.tensor(2**31 - 1)
+    entry = train_gpt.pack_entry(largest, half)
+    assert entry > 0 and train_gpt.halves_of(entry) == (largest, half)
+    assert unpacked(largest.item()) == (MAX_COUNT, train_gpt.CHECKS - 1, 2**16 - 1)
 
 
 # What a row may see ------------------------------------------------------------------------------
@@ -322,26 +418,26 @@ def test_later_tokens_change_no_earlier_prediction(runtime):
     config = matching_config()
     model = trained_like(config, runtime)
     fill(model, range(5))
-    before, batch = model.matches.clone(), few_tokens(9, [1, 30, 2, 31])
-    log_probabilities = {}
-    for name, tables in (("empty", empty_tables()), ("filled", before)):
-        model.matches.copy_(tables)
-        with torch.no_grad():
-            logits = 23 * torch.sigmoid((model.hidden(batch, WINDOWS) @ model.head.T + 5) / 7.5)
-        log_probabilities[name] = logits.log_softmax(1)
-    assert (log_probabilities["empty"] != log_probabilities["filled"]).any(1).all()
-    assert sum(find(before, batch)[1]) > 64
+    before, batch = model.matches.table.clone(), few_tokens(9, [1, 30, 2, 31])
+
+    @torch.no_grad()
+    def probabilities(batch: Batch) -> Tensor:
+        return model.probabilities(batch, WINDOWS, slice(None))
+
+    of_filled, found = probabilities(batch), find(model.matches, batch)
+    model.matches.table.zero_()
+    assert (probabilities(batch) != of_filled).any(1).all()
+    model.matches.table.copy_(before)
+    assert all(any(entries[0]) for entries in found)
     changes = 0
     for t in range(0, 64, 3):
         tokens = batch.tokens.clone()
         tokens[t] = (tokens[t] + 1) % 4
         other = batch._replace(tokens=tokens, targets=batch.targets.flip(0))
-        with torch.no_grad():
-            logits = 23 * torch.sigmoid((model.hidden(other, WINDOWS) @ model.head.T + 5) / 7.5)
-        assert torch.equal(logits.log_softmax(1)[:t], log_probabilities["filled"][:t])
-        changes += find(before, other)[0][t + 1 :] != find(before, batch)[0][t + 1 :]
+        assert torch.equal(probabilities(other)[:t], of_filled[:t])
+        changes += find(model.matches, other)[t + 1 :] != found[t + 1 :]
     assert changes > 5
-    assert torch.equal(model.matches, before)
+    assert torch.equal(model.matches.table, before)
 
 
 def write_few_tokens(folder: Path) -> dict[str, str]:
@@ -352,17 +448,38 @@ def write_few_tokens(folder: Path) -> dict[str, str]:
     return {"train_files": str(folder / "train.bin"), "val_file": str(folder / "val.bin")}
 
 
-def test_an_entry_holds_votes_check_and_token():
-    """As the script's comment has it."""
-    votes, check, token = (torch.tensor(x) for x in (2, 5, 1234))
-    entry = train_gpt.pack_votes(votes) | train_gpt.pack_content(check, token)
-    assert entry == 1_074_070_738
-    parts = train_gpt.votes_of(entry), train_gpt.check_of(entry), train_gpt.token_of(entry)
-    assert parts == (votes, check, token)
-    assert train_gpt.content_of(entry) == train_gpt.pack_content(check, token)
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the passes of a model make use of: a list that grows with everything that they take from
+    the lookup."""
+    taken = []
+
+    def take(matched: Tensor, *more: object) -> tuple[Tensor, ...]:
+        taken.append(matched)
+        return read_matches(matched, *more)
+
+    monkeypatch.setattr(train_gpt, "read_matches", take)
+    return taken
 
 
-def test_training_looks_up_earlier_steps_only(tmp_path, runtime, monkeypatch):
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch, used: list[Tensor]) -> list[tuple[Batch, list]]:
+    """The passes of training, a list that grows: the batch and what was found for it."""
+    seen, compute = [], Trainer.micro_step
+
+    def compute_and_keep(self: Trainer, batch: Batch, *more: object) -> Tensor:
+        used.clear()
+        loss = compute(self, batch, *more)
+        assert len(used) > 1 and all(torch.equal(matched, used[0]) for matched in used)
+        seen.append((batch, decoded(used[0], batch)))
+        return loss
+
+    monkeypatch.setattr(Trainer, "micro_step", compute_and_keep)
+    monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
+    return seen
+
+
+def test_training_looks_up_earlier_steps_only(tmp_path, runtime, passes):
     """Of every row of a run what it matched is what dictionaries of the rows of earlier steps have:
     nothing of the preparation, of validations, of itself and of the rows beside it."""
     config = matching_config(
@@ -372,88 +489,96 @@ def test_training_looks_up_earlier_steps_only(tmp_path, runtime, monkeypatch):
         sequences_per_step=4,
         val_every=1,
     )
-    seen, matches, compute = [], [], Trainer.micro_step
-
-    def find_and_keep(*args: object) -> tuple[Tensor, Tensor]:
-        matches.append(find_matches(*args))
-        return matches[-1]
-
-    def compute_and_keep(self: Trainer, batch: Batch, step: int) -> Tensor:
-        loss = compute(self, batch, step)
-        seen.append((batch, *(x.tolist() for x in matches[-1])))
-        return loss
-
-    monkeypatch.setattr(train_gpt, "find_matches", find_and_keep)
-    monkeypatch.setattr(Trainer, "micro_step", compute_and_keep)
-    monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
     train(config, runtime)
     assert all(math.isfinite(row["train_loss"]) for row in runtime.log.data["steps"])
-    validated = len(runtime.log.data["validations"]) * math.ceil(200 / config.val_sequence_tokens)
-    assert len(matches) == len(seen) + validated + 1  # the preparation's row of a validation
+    assert len(runtime.log.data["validations"]) == 5
     stream = itertools.chain(*training_batches(config, cpu_runtime(), [(64, 48)] * 4 + [(64, 64)]))
     memory, others = Memory(ORDERS), 0
     for step in range(5):
-        rows = seen[len(seen) - 20 + 4 * step :][:4]
-        for batch, found, which in rows:
+        rows = passes[len(passes) - 20 + 4 * step :][:4]
+        for batch, found in rows:
             assert torch.equal(batch.tokens, next(stream).tokens)
-            assert (found, which) == memory.find(batch)
-            assert any(which) == (step > 0)
+            assert found == memory.find(batch)
+            assert any(map(any, itertools.chain(*found))) == (step > 0)
         beside = copy.deepcopy(memory)
-        beside.note([batch for batch, *_ in rows[:-1]])
-        batch, found, _ = rows[-1]
-        others += beside.find(batch)[0] != found
-        memory.note([batch for batch, *_ in rows])
+        beside.note([batch for batch, _ in rows[:-1]])
+        batch, found = rows[-1]
+        others += beside.find(batch) != found
+        memory.note([batch for batch, _ in rows])
     assert others == 5  # had rows seen those beside them, it would show
 
 
-def test_validation_looks_up_what_it_has_scored(tmp_path, runtime, monkeypatch):
+def test_validation_looks_up_what_it_has_scored(tmp_path, runtime, used):
     """And what training had read: of every sequence what dictionaries have of earlier groups."""
-    config, matches = matching_config(**write_few_tokens(tmp_path), sequences_per_step=2), []
+    config = matching_config(**write_few_tokens(tmp_path), sequences_per_step=2)
     model, memory = trained_like(config, runtime), Memory(ORDERS)
     memory.note(fill(model, range(2)))
-    monkeypatch.setattr(
-        train_gpt, "find_matches", lambda *x: matches.append(find_matches(*x)) or matches[-1]
-    )
     validate(model, config, runtime, 280, WINDOWS)
     rows, differ = list(validation_batches(config, runtime, 280)), 0
-    assert len(rows) == len(matches) == 5
-    for i, (batch, found) in enumerate(zip(rows, matches)):
-        assert tuple(x.tolist() for x in found) == memory.find(batch)
+    each = len(used) // len(rows)  # how often a pass takes what was found
+    assert len(rows) == 5 and each > 1
+    for i, batch in enumerate(rows):
+        expected = memory.find(batch)
+        for matched in used[each * i : each * (i + 1)]:
+            assert decoded(matched, batch) == expected
         if i % 2:
-            before = memory.find(batch)
             memory.note(rows[i - 1 : i + 1])
-            differ += memory.find(batch) != before
+            differ += memory.find(batch) != expected
     assert differ == 2
 
 
 def test_validation_leaves_the_tables_as_they_were(tmp_path, runtime):
-    config = matching_config(**write_few_tokens(tmp_path), sequences_per_step=1)
-    model = trained_like(config, runtime)
-    empty = validate(model, config, runtime, 200, WINDOWS)
-    assert not model.matches.any()
-    fill(model, range(3))
-    before = model.matches.clone()
-    assert validate(model, config, runtime, 200, WINDOWS) != pytest.approx(empty, abs=1e-4)
-    assert torch.equal(model.matches, before)
+    """Bit for bit, also where slots are few."""
+    for slots in SLOTS, 16:
+        files = write_few_tokens(tmp_path)
+        config = matching_config(**files, sequences_per_step=1, match_slots=slots)
+        model = trained_like(config, runtime)
+        empty = validate(model, config, runtime, 200, WINDOWS)
+        assert not model.matches.table.any()
+        fill(model, range(3))
+        before = model.matches.table.clone()
+        assert validate(model, config, runtime, 200, WINDOWS) != pytest.approx(empty, abs=1e-4)
+        assert torch.equal(model.matches.table, before)
 
 
 def test_nothing_changes_restores_the_tables(runtime):
     config = matching_config()
     model = GPT(config, runtime)
-    assert not model.matches.any()
+    assert not model.matches.table.any()
     with nothing_changes(model, Optimizer(model, config, runtime)):
-        fill(model, range(2))
-        assert model.matches.any(1).all()
-    assert not model.matches.any()
+        rows = fill(model, range(2))
+        model.matches.look_up_ahead(rows)
+        assert slots_of(model.matches).any(1).all() and model.matches.ahead is not None
+    assert not model.matches.table.any() and model.matches.ahead is None
     assert GPT(tiny_config(), runtime).matches is None
+
+
+def test_what_was_looked_up_ahead_is_for_these_batches_alone(runtime):
+    """Of others it is looked up when they come."""
+    matches = empty_matches()
+    rows = [few_tokens(seed, [20, 1, 43]) for seed in range(4)]
+    note(matches, rows)
+    ahead, others = rows[:2], rows[:2]
+    matches.look_up_ahead(ahead)
+    old, _ = matches.look_up(others)
+    note(matches, rows[2:])
+    (found, read), (new, _) = matches.look_up(ahead), matches.look_up(others)
+    assert torch.equal(read, gather_sequences(ahead, runtime))
+    for batch, of_batch, before, later in zip(rows, found, old, new):
+        assert torch.equal(of_batch.tokens, batch.tokens)
+        assert torch.equal(of_batch.matched, before.matched)
+        assert not torch.equal(of_batch.matched, later.matched)
+        assert torch.equal(later.matched, matches.find(batch.tokens, starts_of(batch)))
+    matches.look_up_ahead(None)
+    assert matches.ahead is None
 
 
 # Known shards ------------------------------------------------------------------------------------
 
 
 def write_known_shards(folder: Path) -> dict[str, object]:
-    """Two shards to train on and two to insert, all of them cut within documents, and the options
-    that name them; a step reads 256 tokens."""
+    """Two shards to train on and two that are only looked up, all of them cut within documents, and
+    the options that name them; a step reads 256 tokens."""
     lengths = np.random.default_rng(0).integers(2, 30, 170).tolist()
     tokens = random_documents(3, lengths, num_ids=4)
     files = {"train_files": write_shards(folder, tokens, [1000, 1600, 1900])}
@@ -465,104 +590,132 @@ def tokens_of(folder: Path, *shards: int) -> list[int]:
     return [token for i in shards for token in read_shard(folder / f"train_{i:02}.bin").tolist()]
 
 
-def known_row(folder: Path, i: int) -> Batch:
-    """A shard as one sequence, without its last few tokens, so that its length is a multiple of
-    16."""
-    tokens = torch.tensor(tokens_of(folder, i))
-    tokens = tokens[: (len(tokens) - 1) // 16 * 16 + 1]
-    starts = (tokens[:-1] == START_TOKEN).nonzero().flatten().tolist()
-    ends = torch.tensor(sorted({0, *starts, len(tokens) - 1}), dtype=torch.int32)
-    return Batch(tokens[:-1].int(), tokens[1:], ends, len(tokens))
+def known_rows(folder: Path, size: int) -> list[Batch]:
+    """The two shards in pieces of this many tokens, each a sequence, without their last few tokens,
+    so that all lengths are multiples of 16."""
+    rows = []
+    for shard in (2, 3):
+        tokens = torch.tensor(tokens_of(folder, shard))
+        end = (len(tokens) - 1) // 16 * 16
+        for begin in range(0, end, size):
+            piece = tokens[begin : min(begin + size, end) + 1]
+            starts = (piece[:-1] == START_TOKEN).nonzero().flatten().tolist()
+            ends = torch.tensor(sorted({0, *starts, len(piece) - 1}), dtype=torch.int32)
+            rows.append(Batch(piece[:-1].int(), piece[1:], ends, len(piece)))
+    return rows
 
 
-def test_inserted_shards_are_the_last_ones(tmp_path, runtime):
-    """Each a call of its own, whole but for less than 16 tokens; also where one begins within a
-    document, of which it does not know the begin."""
-    model, memory = note_taker(**write_known_shards(tmp_path)), Memory(ORDERS)
-    insert_shards(model, runtime)
-    rows = [known_row(tmp_path, i) for i in (2, 3)]
-    for row in rows:
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 tokens, inserted beside all steps of a run and not only beside the first ones."""
+    monkeypatch.setattr(train_gpt, "PIECE_TOKENS", 256)
+    monkeypatch.setattr(train_gpt, "INSERTION_SHARE", 1.0)
+
+
+@pytest.mark.parametrize("size", [256, 2**18])
+def test_pieces_are_those_of_the_last_shards(tmp_path, runtime, monkeypatch, size):
+    """As a step is gathered, in order, whole but for less than 16 tokens at the end of a shard;
+    where one begins within a document it does not know the begin."""
+    monkeypatch.setattr(train_gpt, "PIECE_TOKENS", size)
+    config = matching_config(**write_known_shards(tmp_path))
+    pieces, rows = list(shard_pieces(config, pin=False)), known_rows(tmp_path, size)
+    assert len(pieces) == len(rows) == (6 if size == 256 else 2)
+    matches, memory = empty_matches(), Memory(ORDERS)
+    for piece, row in zip(pieces, rows):
+        assert piece.dtype == torch.int32
+        assert torch.equal(piece, gather_sequences([row], runtime))
+        matches.insert(piece)
         memory.note([row])
-    for row in (*rows, known_row(tmp_path, 0), few_tokens(1, [64])):
-        assert find(model.matches, row) == memory.find(row)
-    assert (model.matches > 0).sum(1).tolist() == [len(held) for held in memory.held.values()]
-    before, model.config = model.matches.clone(), dataclasses.replace(model.config, match_shards=0)
-    insert_shards(model, runtime)
-    assert torch.equal(model.matches, before)
+    for row in (*rows, few_tokens(1, [64])):
+        assert find(matches, row) == memory.find(row)
+    assert slots_of(matches).count_nonzero(1).tolist() == memory.sizes()
+    assert not list(shard_pieces(dataclasses.replace(config, match_shards=0), pin=False))
 
 
-def test_long_shards_are_inserted_in_pieces(tmp_path, runtime):
-    size = 2**18
-    tokens = random_documents(0, [1000] * 300, num_ids=4)[: size + 105]
-    write_shard(tmp_path / "train_0.bin", tokens)
-    write_shard(tmp_path / "train_1.bin", tokens)
-    model = note_taker(train_files=str(tmp_path / "train_*.bin"), match_shards=1)
-    tables = empty_tables()
-    insert_shards(model, runtime)
-    tokens, begins = torch.tensor(tokens), torch.arange(0, size + 105, 1000).int()
-    for begin, end in (0, size), (size, size + 96):
-        row, targets = tokens[begin:end].int(), tokens[begin + 1 : end + 1]
-        starts = begins[(begins >= begin) & (begins < end)] - begin
-        ends = torch.cat([torch.zeros(1).int(), starts, torch.tensor([end - begin]).int()])
-        starts = document_starts(ends.unique(), len(row))
-        insert_matches_(tables, row, starts, targets, ORDERS)
-    assert torch.equal(model.matches, tables) and tables.any(1).all()
-
-
-def test_training_with_inserted_shards(tmp_path, runtime, monkeypatch):
-    """The preparation leaves the tables empty; when the clock runs, before the first step, they get
-    the inserted shards and nothing else, which this step finds; steps read the other shards."""
-    config = matching_config(
-        **write_known_shards(tmp_path), num_steps=3, extension_steps=1, val_every=0
-    )
-    memory, events, micro_step = Memory(ORDERS), [], Trainer.micro_step
-    prepared = []  # what the tables held before the known shards were entered
-    start, started = Clock.start, []
+def test_training_with_shards_that_are_only_looked_up(tmp_path, runtime, passes, small_pieces):
+    """Two pieces of six are inserted beside each step, from the first one on, behind what it reads:
+    the next step finds them. Steps read the other shards."""
+    options = write_known_shards(tmp_path) | {"match_shards": 2}
+    config = matching_config(**options, num_steps=3, extension_steps=1, val_every=0)
+    started, start = [], Clock.start
 
     def start_and_tell(self: Clock) -> None:
         start(self)
-        started.append(self)
+        started.append(len(passes))  # those of the preparation
 
-    def enter_and_look(model: GPT, runtime: Runtime) -> None:
-        prepared.append(model.matches.any().item())
-        assert events, "the preparation finds nothing"
-        assert started, "the clock stands still"
-        insert_shards(model, runtime)
-        for i in (2, 3):
-            memory.note([known_row(tmp_path, i)])
-        filled = [len(held) for held in memory.held.values()]
-        assert (model.matches > 0).sum(1).tolist() == filled
-        events.clear()
-
-    def find_and_keep(*args: Tensor) -> tuple[Tensor, Tensor]:
-        events.append(find_matches(*args))
-        return events[-1]
-
-    def compute_and_keep(self: Trainer, batch: Batch, step: int) -> Tensor:
-        loss = micro_step(self, batch, step)
-        events.append((batch, *(x.tolist() for x in events.pop())))
-        return loss
-
-    monkeypatch.setattr(Clock, "start", start_and_tell)
-    monkeypatch.setattr(Trainer, "micro_step", compute_and_keep)
-    monkeypatch.setattr(train_gpt, "find_matches", find_and_keep)
-    monkeypatch.setattr(train_gpt, "insert_shards", enter_and_look)
-    monkeypatch.setattr(train_gpt, "validate", lambda *arguments: 1.0)
-    monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
-    train(config, runtime)
-
-    assert prepared == [False]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Clock, "start", start_and_tell)
+        patch.setattr(train_gpt, "validate", lambda *arguments: 1.0)
+        train(config, runtime)
+    of_training = passes[started[0] :]
     shapes = [(64, 48)] * 12 + [(64, 64)] * 4
     expected, ignorant = reference_rows(tokens_of(tmp_path, 0, 1), shapes), Memory(ORDERS)
-    for _ in range(4):
-        found, events = events[:4], events[4:]
-        for batch, *of_batch in found:
+    memory, pieces = Memory(ORDERS), iter(known_rows(tmp_path, 256))
+    for step in range(4):
+        rows, of_training = of_training[:4], of_training[4:]
+        for batch, found in rows:
             assert row_of(batch) == next(expected)[0]
-            assert tuple(of_batch) == memory.find(batch) != ignorant.find(batch)
-            assert all(of_batch[1])  # over four ids every token alone is known
+            assert found == memory.find(batch)
+            assert (found == ignorant.find(batch)) == (step == 0)
         for notes in memory, ignorant:
-            notes.note([batch for batch, *_ in found])
-    assert not events and next(expected, None) is None
+            notes.note([batch for batch, _ in rows])
+        for piece in itertools.islice(pieces, 2):
+            memory.note([piece])
+    assert not of_training and next(expected, None) is None and next(pieces, None) is None
+
+
+def test_pieces_are_inserted_beside_the_first_steps(tmp_path, runtime, monkeypatch):
+    """A sixteenth of them, or the first one; as many beside each."""
+    monkeypatch.setattr(train_gpt, "PIECE_TOKENS", 256)
+    files = write_known_shards(tmp_path)
+    count = len(known_rows(tmp_path, 256))
+    for num_steps in 3, 15, 46, 160:
+        config = matching_config(**files, num_steps=num_steps, extension_steps=2, match_slots=64)
+        trainer = Trainer(GPT(config, runtime), runtime)
+        trainer.begin_insertion()
+        assert trainer.pieces_per_step == math.ceil(count / max(1, (num_steps + 2) // 16))
+        assert len([*trainer.pieces]) == count == 6
+
+
+@pytest.mark.parametrize("averages", [(), (0.5,)], ids=["last weights", "averages"])
+def test_all_pieces_are_inserted_in_the_end(tmp_path, runtime, monkeypatch, averages):
+    """Those that are left behind the last step, in order: validation finds them, and so do the
+    sequences that a blend of weights is chosen by. Two runs have the same tables."""
+    config = matching_config(
+        **write_known_shards(tmp_path),
+        num_steps=1,
+        extension_steps=1,
+        val_every=1,
+        val_sequence_tokens=48,
+        average_shares=averages,
+        match_slots=64,
+    )
+    tables, begin = [], Trainer.begin_insertion
+
+    def keep(model: GPT, *arguments: object) -> float:
+        tables.append(model.matches.table.clone())
+        return 1.0
+
+    def begin_with_too_few(self: Trainer) -> None:
+        begin(self)
+        self.pieces_per_step = 1
+
+    monkeypatch.setattr(train_gpt, "PIECE_TOKENS", 256)
+    monkeypatch.setattr(Trainer, "begin_insertion", begin_with_too_few)
+    monkeypatch.setattr(train_gpt, "validate", keep)
+    monkeypatch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
+    for _ in range(2):
+        train(config, runtime)
+    matches, rows = empty_matches(match_slots=64), iter(known_rows(tmp_path, 256))
+    steps, expected = training_batches(config, runtime, [(64, 48), (64, 64)]), []
+    for batches, number in zip(steps, (1, None)):
+        note(matches, batches)
+        for row in itertools.islice(rows, number):
+            note(matches, [row])
+        expected.append(slots_of(matches).clone())
+    assert len(tables) == 4
+    for found, table in zip(tables, expected * 2):
+        assert torch.equal(found[:-SPARE_PLACES], table.flatten())
 
 
 @pytest.mark.parametrize("count", [4, 5])
@@ -606,56 +759,48 @@ def test_training_ends_with_the_shards_to_train_on(tmp_path):
 STEPS = [(64, 48), (64, 48), (96, 64)]  # tokens and longest documents of the rows of a step
 
 
-def read_stream(folder: str, rank: int, world_size: int) -> Tensor:
-    """The tables after three steps of four sequences."""
-    model = note_taker(train_files=f"{folder}/train.bin", match_slots=64, tokens_per_pass=128)
-    runtime = cpu_runtime(rank, world_size)
-    for rows in training_batches(model.config, runtime, STEPS):
-        insert_sequences(model, rows, runtime)
-    return model.matches
+def read_stream(folder: str, rank: int, world_size: int) -> dict[str, object]:
+    """The slots here after three steps of four sequences, the table of one process, and what was
+    found for each sequence before its step was inserted."""
+    sizes = {"match_slots": 64, "tokens_per_pass": 128}
+    config = matching_config(train_files=f"{folder}/train.bin", **sizes)
+    runtime, found = cpu_runtime(rank, world_size), {}
+    matches = Matches(config, runtime)
+    for batches in training_batches(config, runtime, STEPS):
+        matched, read = matches.look_up(batches)
+        for batch in matched:
+            parts = (x.unflatten(0, (batch.sequences, -1)) for x in (batch.tokens, batch.matched))
+            found |= {tuple(tokens.tolist()): own.tolist() for tokens, own in zip(*parts)}
+        matches.insert(read)
+    return {"slots": slots_of(matches), "whole": matches.whole_table(), "found": found}
 
 
 def validation_loss(folder: str, rank: int, world_size: int) -> float:
     """Of five sequences of which two are scored at a time."""
     files = {"train_files": f"{folder}/train.bin", "val_file": f"{folder}/val.bin"}
     config, runtime = matching_config(**files, sequences_per_step=2), cpu_runtime(rank, world_size)
-    return validate(trained_like(config, runtime), config, runtime, 280, WINDOWS)
+    model = trained_like(config, runtime)
+    loss = validate(model, config, runtime, 280, WINDOWS)
+    assert not model.matches.table.any()
+    return loss
 
 
-def trained_tables(folder: str, rank: int, world_size: int) -> Tensor:
-    """The tables at the end of a run that inserts shards first."""
+def trained(folder: str, rank: int, world_size: int) -> list[float]:
+    """The losses of a run with shards that are only looked up, which leaves a checkpoint."""
     files = {"train_files": f"{folder}/known/train_*.bin", "val_file": f"{folder}/val.bin"}
-    steps = {"num_steps": 2, "extension_steps": 1, "val_every": 0, "match_slots": 1024}
-    config, tables = matching_config(**files, **steps, match_shards=2), []
-
-    def keep(model: GPT, *arguments: object) -> float:
-        tables.append(model.matches.clone())
-        return 1.0
-
+    steps = {"num_steps": 3, "extension_steps": 1, "val_every": 0, "match_slots": 1024}
+    files["checkpoint"] = f"{folder}/of_{world_size}.pt"
+    config = matching_config(**files, **steps, match_shards=2)
+    runtime = cpu_runtime(rank, world_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "validate", keep)
+        patch.setattr(train_gpt, "PIECE_TOKENS", 256)
+        patch.setattr(train_gpt, "INSERTION_SHARE", 0.5)
         patch.setattr(train_gpt, "draw_curve", lambda log: "not drawn")
-        train(config, cpu_runtime(rank, world_size))
-    return tables[0]
+        train(config, runtime)
+    return [row["val_loss"] for row in runtime.log.data["validations"]]
 
 
-def known_tables(folder: str, rank: int, world_size: int) -> dict[str, object]:
-    """The tables of two inserted shards, and the orders that were inserted here."""
-    files, entered = {"train_files": f"{folder}/known/train_*.bin"}, set()
-    model = note_taker(**files, match_shards=2, match_slots=64)
-
-    def note_and_keep(*arguments: object) -> None:
-        orders, own = arguments[-2:]
-        entered.update(orders[own])
-        insert_matches_(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "insert_matches_", note_and_keep)
-        insert_shards(model, cpu_runtime(rank, world_size))
-    return {"tables": model.matches, "entered": sorted(entered)}
-
-
-FUNCTIONS = read_stream, validation_loss, trained_tables, known_tables
+FUNCTIONS = read_stream, validation_loss, trained
 
 
 def seen_by(
@@ -687,112 +832,246 @@ def alone_and_ranks(rank_data: Path) -> list[dict]:
     return [seen_by(str(rank_data), 0, 1), *seen_by_ranks(rank_data, 2, *FUNCTIONS)]
 
 
-def test_ranks_have_the_tables_of_one_process(alone_and_ranks):
-    """Of the sequences in the order of the stream, in slots that many contexts share. And the same
-    loss in validation, where the last group has a sequence on one rank alone."""
-    alone, *ranks = alone_and_ranks
-    assert alone["read_stream"].count_nonzero() > 60
+def check_stream(alone: dict, ranks: list[dict]) -> None:
+    """To the bit, in slots that many contexts share. Every rank has slots of its own, and is told
+    what it finds in those of the others."""
+    slots = alone["slots"]
+    assert slots.count_nonzero() > 60 and len(alone["found"]) == 12
+    assert any(any(map(any, found)) for found in alone["found"].values())
+    assert torch.equal(torch.cat([seen["slots"] for seen in ranks], 1), slots)
+    assert all(seen["slots"].any() for seen in ranks)
+    assert torch.equal(ranks[0]["whole"], alone["whole"])
+    assert torch.equal(alone["whole"], F.pad(slots.flatten(), (0, SPARE_PLACES)))
+    assert [seen["whole"] for seen in ranks[1:]] == [None] * (len(ranks) - 1)
+    assert [len(seen["found"]) for seen in ranks] == [12 // len(ranks)] * len(ranks)
     for seen in ranks:
-        assert torch.equal(seen["read_stream"], alone["read_stream"])
-        assert seen["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-6)
+        assert seen["found"].items() <= alone["found"].items()
+    assert set().union(*(seen["found"] for seen in ranks)) == {*alone["found"]}
 
 
-def test_ranks_insert_the_shards_of_one_process(alone_and_ranks):
-    """And have read the same steps since."""
-    alone, *ranks = alone_and_ranks
-    assert alone["trained_tables"].count_nonzero() > 60
-    for seen in ranks:
-        assert torch.equal(seen["trained_tables"], alone["trained_tables"])
+def test_two_ranks_share_the_table_of_one_process(alone_and_ranks):
+    alone, *ranks = (seen["read_stream"] for seen in alone_and_ranks)
+    check_stream(alone, ranks)
 
 
-def check_known(alone: dict, ranks: list[dict]) -> None:
-    """To the bit, in slots that many contexts share; a rank has inserted into its own tables
-    alone."""
-    assert alone["tables"].any(1).all() and alone["tables"][-1].count_nonzero() > 60
-    assert alone["entered"] == list(ORDERS)
-    for rank, seen in enumerate(ranks):
-        assert torch.equal(seen["tables"], alone["tables"]), rank
-        assert seen["entered"] == list(ORDERS[rank :: len(ranks)]), rank
+def test_four_ranks_share_the_table_of_one_process(alone_and_ranks, rank_data):
+    ranks = [seen["read_stream"] for seen in seen_by_ranks(rank_data, 4, read_stream)]
+    check_stream(alone_and_ranks[0]["read_stream"], ranks)
 
 
-def test_two_ranks_divide_the_tables_of_inserted_shards(alone_and_ranks):
-    alone, *ranks = (seen["known_tables"] for seen in alone_and_ranks)
-    check_known(alone, ranks)
+def test_ranks_have_the_validation_loss_of_one_process(alone_and_ranks):
+    """The last group has a sequence on one rank alone."""
+    alone, *ranks = (seen["validation_loss"] for seen in alone_and_ranks)
+    assert ranks == [pytest.approx(alone, rel=1e-6)] * 2
 
 
-def test_more_ranks_than_tables_divide_them(alone_and_ranks, rank_data):
-    """One of four has none to insert into, and reads no shard."""
-    ranks = [seen["known_tables"] for seen in seen_by_ranks(rank_data, 4, known_tables)]
-    check_known(alone_and_ranks[0]["known_tables"], ranks)
+def test_ranks_train_as_one_process_does(alone_and_ranks, rank_data):
+    """And the checkpoint of two ranks is one of one process: its tables are the same, and it scores
+    what the run has scored."""
+    alone, *ranks = (seen["trained"] for seen in alone_and_ranks)
+    assert len(alone) == 1 and ranks == [pytest.approx(alone, rel=1e-4)] * 2
+    tables = []
+    for world_size, loss in ((1, alone), (2, ranks[0])):
+        path = str(rank_data / f"of_{world_size}.pt")
+        model, config, _ = check.load_checkpoint(train_gpt, path, "cpu")
+        tables.append(model.matches.table.clone())
+        windows = Windows(config.extension[-1].window_short, config.final_window_long)
+        scored = validate(model, config, cpu_runtime(), check_data(config, []), windows)
+        assert [scored] == pytest.approx(loss, rel=1e-5)
+        model.matches.table.zero_()
+        empty = validate(model, config, cpu_runtime(), check_data(config, []), windows)
+        assert [empty] != pytest.approx(loss, rel=1e-3)
+    assert tables[0][:-SPARE_PLACES].count_nonzero() > 100
+    assert torch.equal(*tables)
+
+
+def test_a_checkpoint_needs_room_for_the_tables_of_all_ranks(tmp_path, monkeypatch):
+    """Which the disk must have before training begins."""
+    config = matching_config(checkpoint=str(tmp_path / "model.pt"), **write_few_tokens(tmp_path))
+    model, sizes = GPT(config, cpu_runtime(0, 2)), {}
+    monkeypatch.setattr(
+        train_gpt, "check_output", lambda option, path, size: sizes.update({option: size})
+    )
+    train_gpt.check_outputs(config, Log(str(tmp_path)), 4, model)
+    whole = GPT(config, cpu_runtime()).state_dict().values()
+    assert sizes["--checkpoint"] >= sum(tensor.nbytes for tensor in whole)
 
 
 # Lookups and their gradients ---------------------------------------------------------------------
 
 
-def match_gains(model: GPT, vector: Tensor) -> Tensor:
-    return dict(zip(model.small_layout, model.cut_small(vector)))["match"]
+def test_every_kind_of_token_is_told_apart():
+    """By order, count, and what the other token of the entry counts."""
+    pairs = [(most, less) for most in range(MAX_COUNT + 1) for less in range(most + 1)]
+    entries = [(most, 7 * bool(most), less, 8 * bool(less)) for most, less in pairs]
+    packed = torch.tensor([(a << 27 | x) << 31 | b << 27 | y for a, x, b, y in entries])
+    own = torch.full((len(packed),), 9, dtype=torch.int32)
+    tokens, cells, found = read_matches(torch.stack([packed, packed.flip(0)], 1), own)
+    kinds = set()
+    for order, of_order in enumerate((entries, entries[::-1])):
+        for t, entry in enumerate(of_order):
+            for place in range(2):
+                most = entry[2 * place]
+                assert found[t, order, place] == bool(most)
+                assert tokens[t, order, place] == (7 + place if most else 9)
+                if most:
+                    assert cells[t, order, place] == cell(order, entry, place)
+                    kinds.add(cells[t, order, place].item())
+    assert cells.amin() >= 0 and cells.amax() < 2 * CELLS and CELLS == 25
+    assert len(kinds) > 40
+
+
+def lookups_of(model: GPT, batch: Batch) -> train_gpt.Lookups:
+    return model.look_up(model.with_matches(batch))
+
+
+def small_slices(model: GPT, vector: Tensor) -> dict[str, Tensor]:
+    return dict(zip(model.small_layout, model.cut_small(vector)))
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["matches", "none"])
 def test_lookup_embedding_and_its_gradients(runtime, read):
-    """The row of the last table of values for what is found, by the gain of its order and votes;
-    where nothing is, of the token itself, by the first gain."""
+    """The rows of the last table of values for the two tokens of the best order, by the gains of
+    their kinds; where nothing is found, none."""
     config = matching_config()
     model = trained_like(config, runtime)
     memory, vocab = Memory(ORDERS), config.padded_vocab_size
-    for seeds in ((0, 1, 2), (0, 1), (0,)) if read else ():
+    for seeds in ((0, 1, 2), (0, 1), (0,), *[(0, 3)] * 6) if read else ():
         memory.note(fill(model, seeds))
     batch = random_batch(7, [30, 2, 32], num_ids=7)
     batch.tokens[10:12] = torch.tensor([1, 5])  # read in two documents
     batch.tokens[29:31] = torch.tensor([1, 2])  # and the other way round
-    found, which = memory.find(batch)
-    numbers = [-(-number // MAX_VOTES) for number in which]  # of the orders, from 1
-    assert [numbers[11], numbers[30]] == [int(read)] * 2
-    assert set(numbers) == ({0, 1, 2, 3} if read else {0})
-    assert len(set(which)) > 8 or not read  # several leads of an order
+    found = memory.find(batch)
+    numbers = [best(entries) for entries in found]
+    chosen = [kinds_and_tokens(*own) for own in zip(found, numbers)]
+    assert [numbers[11], numbers[30]] == [0, 0]
+    assert {*map(len, chosen)} == ({0, 1, 2} if read else {0})
+    kinds = {kind for own in chosen for kind, _ in own}
+    assert not read or ({*numbers} == {0, 1, 2} and len(kinds) > 9)
     grad = torch.randn(64, 32, generator=torch.manual_seed(0), dtype=torch.float64)
     for param in model.parameters():
         param.grad.fill_(2.0)
-    lookups = model.look_up(batch)
+    lookups = lookups_of(model, batch)
     (lookups.ngrams * grad).sum().backward()
 
     table = model.value_embed.detach()[2 * vocab :].double().requires_grad_()
-    gains = match_gains(model, model.small).detach().double().requires_grad_()
-    assert len(table) == vocab and len(lookups.values) == 2 and gains.shape == (1 + MAX_VOTES * 3,)
+    gains = small_slices(model, model.small)["match"].detach().double().requires_grad_()
+    assert len(table) == vocab and len(lookups.values) == 2 and gains.shape == (25 * 3,)
     rows = ngram_rows(batch.tokens.tolist(), (2,), config.ngram_rows)
     ngrams = model.ngrams.table[torch.tensor(rows)[:, 0]].double().requires_grad_()
-    expected = torch.stack(
-        [
-            ngram + gains[number] * F.pad(table[token], (0, 16))  # as wide as values are
-            for ngram, token, number in zip(ngrams, found, which, strict=True)
-        ]
-    )
+    none, sums = 0 * gains[0] * table[0], []
+    for own in chosen:
+        sums.append(sum((gains[kind] * table[token] for kind, token in own), none))
+    expected = ngrams + F.pad(torch.stack(sums), (0, 16))  # as wide as values are
     torch.testing.assert_close(lookups.ngrams.double(), expected, rtol=1e-5, atol=1e-5)
     expected = torch.autograd.grad((expected * grad).sum(), (table, gains, ngrams))
-    grads = model.value_embed.grad[2 * vocab :], match_gains(model, model.small.grad)
+    grads = model.value_embed.grad[2 * vocab :], small_slices(model, model.small.grad)["match"]
     for value, reference in zip(grads, expected):
         torch.testing.assert_close(value.double() - 2, reference, rtol=1e-4, atol=1e-5)
     assert model.ngrams.pending[0].tolist() == rows
     torch.testing.assert_close(model.ngrams.pending[1].double(), expected[2], rtol=1e-4, atol=1e-5)
     assert (model.value_embed.grad[: 2 * vocab] == 2).all()
     touched = (grads[0] != 2).any(1).nonzero().flatten().tolist()
-    assert touched == sorted(set(found))
+    assert touched == sorted({token for own in chosen for _, token in own})
+    assert (grads[1] != 2).nonzero().flatten().tolist() == sorted(kinds)
 
 
-def test_gain_without_a_match_starts_at_zero(runtime):
-    """So that the model begins as one without lookups."""
+def test_start_of_what_the_lookup_has(runtime):
+    """Half a row of a predicted token is added, whatever its kind, and its keys weigh as much as
+    the sink; without a match the stream is that of a model without lookups."""
     model = GPT(matching_config(), runtime)
-    assert match_gains(model, model.small).tolist() == [0] + [1] * MAX_VOTES * 3
+    starts = small_slices(model, model.small.detach())
+    assert starts["match"].tolist() == [0.5] * 75 and starts["match_keys"].shape == (75, 128)
+    assert not starts["match_keys"].any() and starts["match_bias"].tolist() == [0.0] * 75
     assert len(model.value_embed) == 3 * model.config.padded_vocab_size
     with torch.no_grad():
         table = model.ngrams.table.normal_(generator=torch.manual_seed(0))
         batch = few_tokens(3, [64])
-        ngrams = model.look_up(batch).ngrams
+        ngrams = lookups_of(model, batch).ngrams
         rows = ngram_rows(batch.tokens.tolist(), (2,), model.config.ngram_rows)
         assert torch.equal(ngrams, table[torch.tensor(rows)[:, 0]])
         fill(model, [3])  # the same tokens
-        difference = model.look_up(batch).ngrams - ngrams
+        difference = lookups_of(model, batch).ngrams - ngrams
     assert (difference != 0).any(1).all()
+
+
+def test_losses_with_lookups_are_the_definition(runtime):
+    """In training and in validation, with the gradients of every parameter."""
+    model, memory = trained_like(matching_config(), runtime), Memory(ORDERS)
+    for seeds in ((0, 1, 2), (0, 1), *[(0, 3)] * 6):
+        memory.note(fill(model, seeds))
+    batch = random_batch(7, [30, 2, 32], num_ids=7)
+    found, gradients = memory.find(batch), []
+    hidden = transcribed_hidden(model, batch, *WINDOWS, found)
+    expected = target_losses(model, batch, hidden, found).sum(0)
+    with torch.no_grad():
+        loss = model.validation_loss(batch, WINDOWS)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    weighted, loss = model.training_loss(batch, WINDOWS, torch.tensor([1.0, 0.5]))
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    for total in (weighted, expected @ torch.tensor([1.0, 0.5]).double()):
+        for param in model.parameters():
+            param.grad.zero_()
+        total.backward()
+        gradients.append({name: param.grad.clone() for name, param in model.named_parameters()})
+    for name, reference in gradients[1].items():
+        assert reference.any()
+        assert relative_error(gradients[0][name], reference) < 1e-4, name
+    of_small, reference = (small_slices(model, own["small"]) for own in gradients)
+    for name in of_small:
+        assert relative_error(of_small[name], reference[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "canonical mask"])
+def test_keys_of_what_is_found_and_their_gradients(runtime, masked):
+    """Every token of every order is a key of the pointer, by its kind; with the mask those that can
+    follow."""
+    model, memory = trained_like(matching_config(), runtime), Memory(ORDERS)
+    for seeds in ((0, 1, 2), (0, 1), *[(0, 3)] * 6):
+        memory.note(fill(model, seeds))
+    batch, random = random_batch(7, [30, 2, 32], num_ids=7), torch.manual_seed(0)
+    vocab = model.config.padded_vocab_size
+    mask = np.random.default_rng(0).random((8, vocab)) < 0.4 * masked
+    bits = torch.from_numpy(np.packbits(mask, axis=1, bitorder="little"))
+    batch.tokens[:] %= 8
+    impossible = bits if masked else None
+    batch, found = model.with_matches(batch), memory.find(batch)
+    q = torch.randn(64, 128, generator=random, requires_grad=True)
+    extra = model.match_keys(q, batch.matched, batch.tokens, impossible)
+    names = "match_keys", "match_bias"
+    own = small_slices(model, model.small)
+    keys, bias = (own[name].detach().double().requires_grad_() for name in names)
+    query, number, scores, expected = q.detach().double().requires_grad_(), 0, [], []
+    for t, entries in enumerate(found):
+        for i, entry in enumerate(entries):
+            for place in range(2):
+                score, column = extra.scores[t, 2 * i + place], 2 * i + place
+                token = entry[2 * place + 1]
+                if not entry[2 * place] or mask[batch.tokens[t], token]:
+                    assert score == -math.inf
+                    continue
+                assert extra.tokens[t, column] == token
+                kind = cell(i, entry, place)
+                scores.append(score)
+                expected.append(query[t] @ keys[kind] / math.sqrt(128) + bias[kind])
+                number += 1
+    assert extra.scores.shape == extra.tokens.shape == (64, 6) and number > 40
+    scores, expected = torch.stack(scores), torch.stack(expected)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(number, generator=random)
+    model.small.grad.zero_()
+    (scores * grad).sum().backward()
+    grads = small_slices(model, model.small.grad)
+    wanted = torch.autograd.grad((expected * grad).sum(), (query, keys, bias))
+    for value, reference in zip((q.grad, *(grads[name] for name in names)), wanted):
+        torch.testing.assert_close(value.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+def test_several_ranks_look_up_together():
+    """A batch that comes without what matches it is a mistake there."""
+    model = trained_like(matching_config(), cpu_runtime(0, 2))
+    with pytest.raises(AssertionError, match="look up together"):
+        model.with_matches(few_tokens(0, [64]))
 
 
 # Options -----------------------------------------------------------------------------------------
@@ -819,6 +1098,17 @@ def test_check_config_names_bad_lookup_options(changes, message):
         check_config(matching_config(match_orders=orders, match_slots=1, match_shards=shards), 1)
     with pytest.raises(UserError, match=message):
         check_config(matching_config(**changes), 1)
+
+
+@pytest.mark.parametrize(("slots", "world_size"), [(64, 3), (2, 4)])
+def test_check_config_names_slots_that_the_processes_cannot_share(slots, world_size):
+    """Each has as many of them, at least one."""
+    stage = Stage(1.0, 768, 48, 8, 24, 1.0, 0.5, 0)
+    sizes = {"sequences_per_step": 12, "stages": (stage,), "extension": (stage,)}
+    check_config(matching_config(**sizes, match_orders=()), world_size)
+    check_config(matching_config(**sizes, match_slots=4), 4)
+    with pytest.raises(UserError, match=f"--match_slots {slots} "):
+        check_config(matching_config(**sizes, match_slots=slots), world_size)
 
 
 @pytest.mark.parametrize(("text", "orders"), [("3:4:6", (3, 4, 6)), ("5", (5,)), ("none", ())])
@@ -869,7 +1159,7 @@ def test_run_with_lookups(tmp_path):
     windows = Windows(config.stages[-1].window_short, config.stages[-1].window_long)
     scored = model, config, cpu_runtime(), check_data(config, []), windows
     assert validate(*scored) == pytest.approx(losses[-1], abs=1e-5)
-    model.matches.zero_()
+    model.matches.table.zero_()
     assert validate(*scored) != pytest.approx(losses[-1], abs=1e-3)
 
 
@@ -878,15 +1168,14 @@ class Filled(check.Judge):
 
     def __init__(self, script: object, folder: Path, **changes: object):
         super().__init__(script, folder, **changes)
-        vocab, orders = self.config.vocab_size, self.config.match_orders
+        vocab = self.config.vocab_size
         tokens = torch.arange(vocab, dtype=torch.int32)
-        targets = torch.randperm(vocab, generator=torch.manual_seed(0))
-        insert_matches_(self.model.matches, tokens, torch.zeros_like(tokens), targets, orders)
+        targets = torch.randperm(vocab, generator=torch.manual_seed(0)).int()
+        self.model.matches.insert(torch.stack([tokens, torch.zeros_like(tokens), targets]))
         for seed in (1, 2, 3, 4):
-            known = torch.from_numpy(check.random_tokens(script, seed, 33)) % vocab
+            known = torch.from_numpy(check.random_tokens(script, seed, 33)).int() % vocab
             starts = torch.zeros(32, dtype=torch.int32)
-            row = known[:-1].int(), starts, known[1:]
-            insert_matches_(self.model.matches, *row, orders)
+            self.model.matches.insert(torch.stack([known[:-1], starts, known[1:]]))
 
 
 @pytest.mark.parametrize("name", check.CHECKS)
@@ -896,12 +1185,12 @@ def test_model_with_lookups_passes_the_check(name, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "Judge", Filled)
     matched = []
 
-    def find_and_keep(*args: object) -> tuple[Tensor, Tensor]:
+    def find_and_keep(*args: object) -> Tensor:
         matched.append(find_matches(*args))
         return matched[-1]
 
     monkeypatch.setattr(train_gpt, "find_matches", find_and_keep)
     check.CHECKS[name](train_gpt, tmp_path)
     if name != "coverage":  # which runs no model
-        share = torch.cat([which for _, which in matched]).bool().float().mean()
-        assert share > 0.5
+        share = torch.cat([found.any(1) for found in matched]).float().mean()
+        assert share > 0.4

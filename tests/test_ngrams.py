@@ -28,6 +28,7 @@ from train_gpt import (
     check_config,
     config_as_text,
     config_from_text,
+    gather_sequences,
     ngram_hash,
     nothing_changes,
     parse_args,
@@ -123,6 +124,9 @@ def test_lookup_and_its_gradients(runtime, match_orders):
     model, empty = empty_model(config, runtime), empty_model(config, runtime)
     fill(model)
     batch, grad = few_tokens(3, [30, 2, 32]), gaussian(64, 32)
+    if match_orders:
+        empty.matches.insert(gather_sequences([batch], runtime))
+        batch = empty.with_matches(batch)
     rows = torch.tensor(ngram_rows(batch.tokens.tolist(), ORDERS, ROWS))
     looked_up = model.look_up(batch).ngrams
     expected = empty.look_up(batch).ngrams

@@ -20,6 +20,7 @@ from train_gpt import (
     POINTER_DIM,
     START_TOKEN,
     Batch,
+    ExtraKeys,
     HeadFp8,
     PointerShares,
     Windows,
@@ -42,10 +43,16 @@ def same_numbers() -> None:
 
 
 def exact_shares(
-    q: Tensor, k: Tensor, sink: Tensor, batch: Batch, reach: int, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    sink: Tensor,
+    batch: Batch,
+    reach: int,
+    mask: Tensor | None = None,
+    extra: ExtraKeys | None = None,
 ) -> Tensor:
     """(2, T): of the target and of the sink, document by document. mask: (vocab, vocab) bool, what
-    cannot follow each token."""
+    cannot follow each token, of which there are no extra keys."""
     shares = []
     for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:]):
         distance = torch.arange(end - begin, device=q.device)
@@ -57,9 +64,13 @@ def exact_shares(
             unseen |= mask[of_document][:, of_document]
         scores = (q[own] @ k[own].T).masked_fill(unseen, -math.inf)
         scores = torch.cat([scores, (q[own] @ sink)[:, None]], 1) / math.sqrt(q.size(1))
-        attention = scores.softmax(1)
         hits = batch.tokens[own][None, :] == batch.targets[own][:, None]
-        shares.append(torch.stack([(attention[:, :-1] * hits).sum(1), attention[:, -1]]))
+        hits = F.pad(hits, (0, 1))  # the sink
+        if extra is not None:
+            scores = torch.cat([scores, extra.scores[own]], 1)
+            hits = torch.cat([hits, extra.tokens[own] == batch.targets[own][:, None]], 1)
+        attention = scores.softmax(1)
+        shares.append(torch.stack([(attention * hits).sum(1), attention[:, end - begin]]))
     return torch.cat(shares, 1)
 
 
@@ -163,6 +174,54 @@ def test_shares_of_what_can_follow(monkeypatch, kernels, documents, ids, reach, 
     assert (found[1] >= without[1] - 1e-6).all() and (found[1] > without[1] + 0.01).any()
 
 
+@by_kernels
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "canonical mask"])
+@pytest.mark.parametrize(
+    ("documents", "ids", "reach", "dim"),
+    cases(
+        [("several", 3, 65, 16), ("of a token", 2, 1000, 32), ("whole tiles", 30, 1000, 16)],
+        [([2048, 1, 900, 1147] * 4, 50, 2048, POINTER_DIM)],
+    ),
+)
+def test_shares_with_extra_keys(monkeypatch, kernels, masked, documents, ids, reach, dim):
+    """And the gradients of their scores. Every third is missing, and in every fifth row all are;
+    there the shares are those without."""
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernels)
+    lengths = LENGTHS[documents] if isinstance(documents, str) else documents
+    batch = on_device(random_batch(1, lengths, num_ids=ids))
+    batch = batch._replace(tokens=batch.tokens % START_TOKEN, targets=batch.targets % START_TOKEN)
+    mask, bits = random_mask(64, 0) if masked else (None, None)
+    count, dtype = len(batch.tokens), torch.bfloat16 if GPU else torch.float32
+    q, k = (2 * rms_norm(torch.randn(count, 2, dim, device=DEVICE))).to(dtype).unbind(1)
+    sink, scores = torch.randn(dim, device=DEVICE), 2 * torch.randn(count, 6, device=DEVICE)
+    leaves = [x.requires_grad_() for x in (q, k, sink, scores)]
+    stand_for = torch.randint(0, ids, (count, 6), device=DEVICE)
+    missing = torch.rand(count, 6, device=DEVICE) < 1 / 3
+    missing[::5] = True
+
+    def extra_keys(scores: Tensor) -> ExtraKeys:
+        return ExtraKeys(scores.masked_fill(missing, -math.inf), stand_for)
+
+    bounds = document_bounds(batch.cu_seqlens, count)
+    inputs = q, k, sink, batch.tokens, batch.targets, *bounds, reach, bits
+    found = torch.stack(pointer_shares(*inputs, extra_keys(scores)))
+    without = torch.stack(pointer_shares(*inputs))
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    exact = exact_shares(*doubles[:3], batch, reach, mask, extra_keys(doubles[3]))
+    assert relative_error(found, exact) < (2e-2 if GPU else 1e-6)
+    torch.testing.assert_close(found[:, ::5], without[:, ::5], rtol=1e-5, atol=1e-6)
+    assert (found[1] <= without[1] + 1e-6).all() and (found[1] < without[1] - 0.01).any()
+    if masked:  # in validation, without gradients
+        return
+    grads = torch.randn(2, count, device=DEVICE)
+    values = torch.autograd.grad(found, leaves, grads)
+    expected = torch.autograd.grad(exact, doubles, grads.double())
+    for value, reference in zip(values, expected, strict=True):
+        assert value.isfinite().all()
+        assert relative_error(value, reference) < (2e-2 if GPU else 1e-5)
+    assert (values[3][missing] == 0).all()
+
+
 # The mixture -------------------------------------------------------------------------------------
 
 
@@ -186,13 +245,61 @@ def test_a_pointer_to_the_sink_alone_leaves_the_other_entries(monkeypatch, kerne
         assert relative_error(value, expected) < 1e-5
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["many tokens", "few tokens"])
+def test_losses_where_copying_is_all_but_certain(few):
+    """Finite, also where 1 - copy is less than fp32 tells from 0, and as in fp64; with gradients.
+    Few: all other tokens but two are left out."""
+    logits = 3 * torch.randn(12, 80, dtype=torch.float64)
+    logits[:, -1] = torch.linspace(20, 100, 12)  # of 23 when it is capped
+    logits[::2, :-1] -= 60
+    targets = F.pad(torch.randint(0, 79, (12, 1)), (0, 1), value=79)
+    targets[3, 0] = IGNORED_TARGET
+    attention = torch.rand(3, 12, dtype=torch.float64).softmax(0)
+    attention[:, ::3] = torch.tensor([0.0, 1.0, 0.0])[:, None]  # to the sink
+    attention[:, 1::3] = torch.tensor([0.0, 0.0, 1.0])[:, None]  # to other tokens
+    left_out = None
+    if few:
+        left_out = torch.ones(12, 80, dtype=torch.bool)
+        left_out[:, [5, -1]] = False
+        left_out.scatter_(1, targets.clamp_min(0), False)
+
+    def losses(logits: Tensor, to_target: Tensor, to_sink: Tensor) -> Tensor:
+        shares = PointerShares(to_target, to_sink)
+        return train_gpt.token_losses(logits, targets, None, shares, left_out)[:, 0]
+
+    exact = [x.clone().requires_grad_() for x in (logits, *attention[:2])]
+    capped = softcap(exact[0])
+    if few:
+        capped = capped.masked_fill(left_out, -math.inf)
+    copy, rest = capped.softmax(1)[:, -1], capped[:, :-1].softmax(1)
+    of_target = rest.gather(1, targets[:, :1].clamp_min(0))[:, 0]
+    mixture = of_target * (1 - copy * (1 - exact[2])) + copy * exact[1]
+    expected = -mixture.log() * (targets[:, 0] >= 0)
+    assert ((1 - copy).float() < 1e-7).any() and expected.max() > 15
+    single = [x.detach().float().requires_grad_() for x in exact]
+    found = losses(*single)
+    assert found.isfinite().all() and found[3] == 0
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    grads = (torch.autograd.grad(x.sum(), own) for x, own in ((found, single), (expected, exact)))
+    for value, reference in zip(*grads, strict=True):
+        assert relative_error(value, reference) < 1e-4
+
+
+LOOKUPS = {"match_orders": (1, 2), "match_slots": 2**12}
+
+
+@pytest.mark.parametrize("lookups", [{}, LOOKUPS], ids=["document", "lookups"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "canonical mask"])
-def test_the_mixture_of_all_tokens_sums_to_one(runtime, masked):
+def test_the_mixture_of_all_tokens_sums_to_one(runtime, masked, lookups):
     """By the loss of each of them, and as GPT.probabilities has them. With the mask they are those
     that can follow."""
-    config = tiny_config(vocab_size=127, canonical_mask=masked)
+    config = tiny_config(vocab_size=127, canonical_mask=masked, **lookups)
     model, batch = trained_like(config, runtime), random_batch(1, [9, 14], num_ids=20)
     batch = batch._replace(tokens=batch.tokens % 127, targets=batch.targets % 127)
+    for seed in range(3) if lookups else ():
+        known = random_batch(seed, [9, 14], num_ids=20)
+        known = known._replace(tokens=known.tokens % 127, targets=known.targets % 127)
+        model.matches.insert(train_gpt.gather_sequences([known], runtime))
     zero = torch.zeros(128, 128, dtype=torch.bool)
     zero[:, 127] = True
     if masked:
@@ -202,6 +309,7 @@ def test_the_mixture_of_all_tokens_sums_to_one(runtime, masked):
     for position in (0, 5, 9, 22):
         own = slice(position, position + 1)
         p = model.probabilities(batch, WINDOWS, own)[0].detach()
+        assert not lookups or model.with_matches(batch).matched[position].any()
         assert p.sum().item() == pytest.approx(1, abs=1e-5)
         assert torch.equal(p == 0, zero[batch.tokens[position]])
         for token in range(127):
@@ -309,6 +417,10 @@ PLANTED = {
     "the gradient's mean": ("pointer", "d_target, 0.0) - mean)", "d_target, 0.0) - 0 * mean)"),
     "a query left out": ("pointer", "in range(begin, tl.min", "in range(begin + 8, tl.min"),
     "impossible keys": ("pointer", "visible &= (bits & 1) == 0", "visible &= (bits & 2) == 0"),
+    "the gradient by extra keys": ("pointer", "d_sink * sink_share - d_lse", "d_sink * sink_share"),
+    "the sum over keys": ("pointer", "sink_share, lse / LOG2_E.value", "sink_share, lse"),
+    "extra keys left out": ("pointer", "* target_share + on_target", "* target_share"),
+    "the sink among extra keys": ("pointer", "of_document * sink_share", "sink_share"),
     "the copy entry": ("head and loss", "copy * to_target + p * odds", "0 * to_target + p * odds"),
     "the gradient of shares": ("head and loss", "-by_mixture * copy", "by_mixture * copy"),
 }  # fmt: skip
@@ -316,7 +428,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("fault", [None, *PLANTED])
 def test_self_check_names_a_wrong_kernel(tmp_path, monkeypatch, fault):
-    small = partial(test_self_check.small_config, canonical_mask=True)
+    small = partial(test_self_check.small_config, canonical_mask=True, **LOOKUPS)
     monkeypatch.setattr(test_self_check, "small_config", small)
     names, text = ["pointer", "head and loss"], test_self_check.SOURCE
     if fault is not None:

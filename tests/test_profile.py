@@ -340,7 +340,7 @@ def test_a_profile_of_real_steps_names_what_they_do(tmp_path):
     assert {name.split("::")[0] for name in names["backward"]} >= {"autograd"}
     assert "aten::scatter_reduce_" in names["matches"]
     assert {where for where, own in names.items() if "aten::__rshift__" in own} == {
-        "hashing", "lookups", "candidates", "matches",
+        "hashing", "lookups", "candidates", "matches", "pointer",
     }  # fmt: skip
 
 

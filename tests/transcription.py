@@ -2,7 +2,8 @@
 masks.
 
 Of the model it reads the parameters, the names of their slices and of the last layer's gates, and
-the table of n-grams, and nothing else; the tests compare GPT with it, gradients too.
+the table of n-grams, and nothing else; the tests compare GPT with it, gradients too. What the
+n-gram lookup finds is given to it, for every position an entry of each order.
 """
 
 import itertools
@@ -14,6 +15,9 @@ from torch import Tensor
 from train_gpt import GPT, LAST_LAYER_GATES, MIX_1, MIX_2, Batch, Config
 
 EPS = torch.finfo(torch.float32).eps
+LEAST = 2, 3, 5, 9  # counts of a predicted token where another kind begins
+
+Entry = tuple[int, int, int, int]  # count and token of the first, count and token of the second
 
 
 def rms(x: Tensor) -> Tensor:
@@ -107,7 +111,33 @@ def ngram_rows(tokens: list[int], orders: tuple[int, ...], num_rows: int) -> lis
     return rows
 
 
-def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tensor:
+def cell(number: int, entry: Entry, place: int) -> int:
+    """The kind of an entry's first token or second one, of the order of this number."""
+    most, _, less, _ = entry
+    relation = (3 if place else bool(less)) + (2 * less > most)
+    return 25 * number + 5 * relation + sum(entry[2 * place] >= least for least in LEAST)
+
+
+def best(entries: tuple[Entry, ...]) -> int:
+    """The number of the order to go by: the lead of its first token, up to 3, counts as much as two
+    orders each; of equals the longest."""
+    scores = [(i + 2 * min(x[0] - x[2], 3), i) for i, x in enumerate(entries) if x[0]]
+    return max(scores, default=(0, 0))[1]
+
+
+def kinds_and_tokens(entries: tuple[Entry, ...], *numbers: int) -> list[tuple[int, int]]:
+    """Of the tokens that these orders have, at most two each."""
+    own = ((number, place) for number in numbers for place in range(2))
+    return [
+        (cell(number, entries[number], place), entries[number][2 * place + 1])
+        for number, place in own
+        if entries[number][2 * place]
+    ]
+
+
+def transcribed_hidden(
+    model: GPT, batch: Batch, short: int, long: int, found: list[tuple[Entry, ...]] | None = None
+) -> Tensor:
     """The normed residual stream in front of the head, (T, dim) float64."""
     config, small, document = model.config, small_slices(model), documents_of(batch)
     head_dim, num_heads = config.head_dim, config.num_heads
@@ -119,6 +149,10 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
     for t, rows in enumerate(ngram_rows(tokens.tolist(), config.ngram_orders, config.ngram_rows)):
         e[t] = model.ngrams.table[rows].double().sum(0)
     vocab = config.padded_vocab_size
+    for t, entries in enumerate(found or ()):
+        for kind, token in kinds_and_tokens(entries, best(entries)):
+            row = model.value_embed[config.num_value_tables * vocab + token].double()
+            e[t, : len(row)] += small["match"][kind] * row
     values = [
         model.value_embed[table * vocab + tokens].double()
         for table in range(len(model.value_embed) // vocab)
@@ -168,7 +202,11 @@ def transcribed_hidden(model: GPT, batch: Batch, short: int, long: int) -> Tenso
 
 
 def pointer_attention(
-    model: GPT, batch: Batch, hidden: Tensor, reach: int = 8192
+    model: GPT,
+    batch: Batch,
+    hidden: Tensor,
+    reach: int = 8192,
+    found: list[tuple[Entry, ...]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the pointer gives every token of the vocabulary, (T, vocab), and the sink, (T,)."""
     small, document, tokens = small_slices(model), documents_of(batch), batch.tokens.long()
@@ -178,32 +216,41 @@ def pointer_attention(
     for t, query in enumerate(queries):
         seen = [s for s in range(max(0, t - reach), t) if document[s] == document[t]]
         scores = torch.stack([small["pointer_sink"], *keys[seen]]) @ query / math.sqrt(len(query))
+        stand_for = tokens[seen].tolist()
+        for kind, token in kinds_and_tokens(found[t], *range(len(found[t]))) if found else ():
+            score = small["match_keys"][kind] @ query / math.sqrt(len(query))
+            scores = torch.cat([scores, (score + small["match_bias"][kind])[None]])
+            stand_for.append(token)
         shares = scores.softmax(0)
         to_sink.append(shares[0])
         none = torch.zeros(len(model.head), dtype=torch.float64)
-        to_tokens.append(none.index_add(0, tokens[seen], shares[1:]))
+        to_tokens.append(none.index_add(0, torch.tensor(stand_for).long(), shares[1:]))
     return torch.stack(to_tokens), torch.stack(to_sink)
 
 
-def next_token_probabilities(model: GPT, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_probabilities(
+    model: GPT, batch: Batch, hidden: Tensor, found: list[tuple[Entry, ...]] | None = None
+) -> tuple[Tensor, Tensor]:
     """Of every position, (T, vocab) float64 each: the pointer's mixture, which predicts the next
     token, and the softmax of the softcapped logits, which predicts the one after it. hidden: the
     normed stream."""
     hidden, copy = hidden.double(), model.config.vocab_size
     logits = 23 / (1 + torch.exp(-(hidden @ model.head.double().T + 5) / 7.5))
     plain = logits.softmax(1)
-    to_tokens, to_sink = pointer_attention(model, batch, hidden)
+    to_tokens, to_sink = pointer_attention(model, batch, hidden, found=found)
     alpha, rest = plain[:, [copy]], plain.index_fill(1, torch.tensor(copy), 0)
     rest = rest / rest.sum(1, keepdim=True)
     return rest * (1 - alpha * (1 - to_sink[:, None])) + alpha * to_tokens, plain
 
 
-def target_losses(model: GPT, batch: Batch, hidden: Tensor) -> Tensor:
+def target_losses(
+    model: GPT, batch: Batch, hidden: Tensor, found: list[tuple[Entry, ...]] | None = None
+) -> Tensor:
     """Cross-entropies in nats at every position of a sequence, (T, 2) float64: of the next token
     and of the one after it; 0 for the target -1 and where there is none."""
     targets, losses = batch.targets.tolist(), []
     terms = targets, [*targets[1:], -1]
-    for p, term in zip(next_token_probabilities(model, batch, hidden), terms, strict=True):
+    for p, term in zip(next_token_probabilities(model, batch, hidden, found), terms, strict=True):
         of_term = [-p[t, y].log() if y >= 0 else 0 * p[t, 0] for t, y in enumerate(term)]
         losses.append(torch.stack(of_term))
     return torch.stack(losses, 1)
