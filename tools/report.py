@@ -55,9 +55,10 @@ BASELINE = "_reference"  # what the name of a session's baseline ends with
 MEMORY = {  # classes of non-parametric memory: what is looked up while a token is predicted
     "none": "nothing: embeddings and rows of hashed n-grams are weights, learned by gradients",
     "document": "the tokens before it in its document, which the pointer can copy",
-    "n-gram lookup": "tables of which token followed which n-gram, in all text that was trained on "
-    "and in the validation text scored before it (`match_orders`); near-duplicates between what is "
-    "read and what is scored count towards its loss, and `data/near_duplicates.py` counts them",
+    "n-gram lookup": "tables of which token followed which n-gram, in all text that was trained "
+    "on, in shards that are only looked up (`match_shards`), and in the validation text scored "
+    "before it; near-duplicates between what is read and what is scored count towards its loss, "
+    "and `data/near_duplicates.py` counts them",
 }
 CORPORA = {"fineweb": "FineWeb", "proxy": "proxy corpus"}
 TOY_TOKENS = 30e6  # a schedule of fewer is a toy
