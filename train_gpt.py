@@ -1868,11 +1868,12 @@ class Pointer(torch.autograd.Function):
             *ctx.sizes, row_bytes, **ctx.kinds,
             num_warps=4 if impossible is None else 8,  # with it 4 would lack registers
         )  # fmt: skip
+        outputs = target_share, sink_share, lse / LOG2_E.value
         if impossible is not None:  # the other kernels would see the keys that this one leaves out
-            ctx.mark_non_differentiable(target_share, sink_share)
+            ctx.mark_non_differentiable(*outputs)
         inputs = q, k, sink, tokens, targets, starts, ends
         ctx.save_for_backward(*inputs, target_share, sink_share, lse)
-        return target_share, sink_share, lse / LOG2_E.value
+        return outputs
 
     @staticmethod
     def backward(ctx, d_target: Tensor, d_sink: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -2840,11 +2841,15 @@ class Matches(nn.Module):
     @torch.no_grad()
     def whole_table(self) -> Tensor | None:
         """As one process has it, for rank 0 alone. All ranks call it."""
+        if self.runtime.world_size == 1:
+            return self.table
         parts = on_main(self.table[:-SPARE_PLACES], self.runtime)
         if parts is None:
             return None
-        orders = parts.unflatten(1, (len(self.orders), -1)).transpose(0, 1)
-        return F.pad(orders.flatten(), (0, SPARE_PLACES))
+        by_order = parts.unflatten(1, (len(self.orders), -1)).transpose(0, 1)
+        whole = parts.new_zeros(parts.numel() + SPARE_PLACES)
+        whole[:-SPARE_PLACES].view(by_order.shape).copy_(by_order)
+        return whole
 
 
 @torch.no_grad()
@@ -3746,8 +3751,8 @@ def nothing_changes(model: GPT, optimizer: Optimizer) -> Iterator[None]:
 GET_DATA = "data/cached_fineweb.py fetches one, data/tokenize_text.py or data/sample.py makes one"
 GPT2_TOKENS = "data/gpt2_tokens.npz"  # GPT-2's vocabulary, made by data/token_table.py
 MORE_DATA = (
-    "add shards (data/cached_fineweb.py), lower --num_steps, or pass --repeat_data true, which is "
-    "not for runs with --match_orders"
+    "add shards (data/cached_fineweb.py), lower --num_steps or --match_shards, as those are not "
+    "trained on, or pass --repeat_data true, which is not for runs with --match_orders"
 )
 
 
@@ -3799,12 +3804,19 @@ def find_val_file(config: Config) -> str:
     return files[0]
 
 
-def find_train_files(config: Config) -> tuple[list[str], list[str]]:
-    """The shards that training reads, and those that are only looked up."""
+class TrainFiles(NamedTuple):
+    """The shards of --train_files. A run asks for them once, so that files that come or go make
+    none of the one kind into the other."""
+
+    read: list[str]  # by training, in this order
+    looked_up: list[str]  # only, the last ones, as many as --match_shards says
+
+
+def find_train_files(config: Config) -> TrainFiles:
     files, count = find_files("--train_files", config.train_files), config.match_shards
     few = f"--match_shards {count}: --train_files {config.train_files} has {len(files)} shards, "
     require(count < len(files), few + "which leaves none to train on: add shards or take less")
-    return files[: len(files) - count], files[len(files) - count :]
+    return TrainFiles(files[: len(files) - count], files[len(files) - count :])
 
 
 def prefetch(items: Iterator, depth: int) -> Iterator:
@@ -3938,45 +3950,51 @@ def rank_batches(
 
 
 def training_batches(
-    config: Config, runtime: Runtime, shapes: Iterable, unread: Iterable = ()
-) -> Iterator[list[Batch]]:
+    config: Config, runtime: Runtime, shapes: Iterable, unread: Iterable = (),
+    files: TrainFiles | None = None,
+) -> Iterator[list[Batch]]:  # fmt: skip
     """This rank's sequences of every step, micro-batch by micro-batch. shapes: (T, max_seq_len) of
     a sequence, for each step; unread: of what follows the steps, where each is a micro-batch of its
-    own, as in validation."""
+    own, as in validation. files: where find_train_files was asked before."""
 
     def with_starts(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(documents), np.cumsum([0, *map(len, documents[:-1])])
 
-    files, _ = find_train_files(config)
+    files = files or find_train_files(config)
     # what is read twice could be predicted
-    stream = TokenStream(files, config.vocab_size, config.repeat_data and not config.match_orders)
+    stream = TokenStream(
+        files.read, config.vocab_size, config.repeat_data and not config.match_orders
+    )
     counts = ((shape, config.sequences_per_pass(shape[0], runtime.world_size)) for shape in shapes)
     for shape, count in itertools.chain(counts, zip(unread, itertools.repeat(1))):
         sequences = [stream.next_sequence(*shape) for _ in range(config.sequences_per_step)]
         yield rank_batches([*map(with_starts, sequences)], count, shape[1], config, runtime)
 
 
-def read_proposal(config: Config) -> Tensor:
+def read_proposal(config: Config, path: str) -> Tensor:
     """How often sample_candidates takes a token: the root of how often it comes in the first four
-    million training tokens, which halves the variance of even draws; (vocab,) fp32."""
-    path = find_train_files(config)[0][0]
+    million training tokens, which halves the variance of even draws; (vocab,) fp32. path: of the
+    first training shard."""
     tokens = read_tokens(path, 2**22, config.vocab_size)
     counts = np.bincount(tokens, minlength=config.padded_vocab_size)
     return torch.from_numpy(counts + 2).float().sqrt()
 
 
-def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
+def check_data(
+    config: Config, shapes: list[tuple[int, int]], files: TrainFiles | None = None
+) -> int:
     """See that the data lasts, and is whole wherever it will be read, before anything is compiled;
     gives the number of targets that validation scores. shapes: (T, max_seq_len) of every sequence
-    of all ranks."""
-    files, inserted = find_train_files(config)
-    sizes = [read_shard_header(path) for path in (*files, *inserted)]  # a bad one is found here
-    total = sum(sizes[: len(files)])
+    of all ranks. files: where find_train_files was asked before."""
+    files, val_file = files or find_train_files(config), find_val_file(config)
+    everything = (*files.read, *files.looked_up)
+    sizes = [read_shard_header(path) for path in everything]  # a bad one is found here
+    total = sum(sizes[: len(files.read)])
     needed = sum(num_tokens for num_tokens, _ in shapes)
     require(
         needed < total or config.repeat_data,
-        f"--train_files {config.train_files}: {total} tokens, but the schedule reads at least "
-        f"{needed}: {MORE_DATA}",
+        f"--train_files {config.train_files}: {total} tokens to train on, but the schedule reads "
+        f"at least {needed}: {MORE_DATA}",
     )
     require(
         needed < total or not config.match_orders,
@@ -3984,13 +4002,16 @@ def check_data(config: Config, shapes: list[tuple[int, int]]) -> int:
         "--train_files, which the lookup would predict when they are repeated: add shards or lower "
         "--num_steps",
     )
-    path = find_val_file(config)
-    num_targets = min(config.val_tokens, read_shard_header(path) - 1)
-    require(num_targets > 0, f"{path}: too short to validate on: make a longer one")
-    read_tokens(path, num_targets + 1, config.vocab_size)
-    for path in inserted:
+    num_targets = min(config.val_tokens, read_shard_header(val_file) - 1)
+    require(num_targets > 0, f"{val_file}: too short to validate on: make a longer one")
+    for path in everything:
+        require(not os.path.samefile(path, val_file),
+                f"--train_files {config.train_files} has the validation file {path} too: give a "
+                "pattern without it")  # fmt: skip
+    read_tokens(val_file, num_targets + 1, config.vocab_size)
+    for path in files.looked_up:
         load_shard(path, config.vocab_size)
-    stream = TokenStream(files, config.vocab_size, repeat=False)
+    stream = TokenStream(files.read, config.vocab_size, repeat=False)
     try:
         for shape in shapes:  # five seconds for all of the speedrun
             stream.next_sequence(*shape)
@@ -4787,15 +4808,15 @@ class Trainer:
         self.pieces: Iterator[Tensor] = iter(())
         self.pieces_per_step = 0
 
-    def begin_insertion(self) -> None:
-        """Begin to read the shards of --match_shards. All ranks insert each piece of them, beside
-        the same step."""
-        sizes = map(read_shard_header, find_train_files(self.config)[1])
-        count = sum(-(-size // PIECE_TOKENS) for size in sizes)
-        steps = max(1, int(INSERTION_SHARE * self.schedule.end_step))
+    def begin_insertion(self, paths: list[str]) -> None:
+        """Begin to read shards that are only looked up. All ranks insert each piece of them, beside
+        the same step, which --stop_step does not change."""
+        count = sum(-(-read_shard_header(path) // PIECE_TOKENS) for path in paths)
+        steps = max(1, int(INSERTION_SHARE * self.schedule.total_steps))
         self.pieces_per_step = -(-count // steps)
-        pieces = shard_pieces(self.config, pin=self.runtime.device.type == "cuda")
-        self.pieces = prefetch(pieces, depth=2 * self.pieces_per_step)
+        pin, vocab_size = self.runtime.device.type == "cuda", self.config.vocab_size
+        pieces = shard_pieces(paths, vocab_size, pin)
+        self.pieces = prefetch(pieces, depth=min(2 * self.pieces_per_step, MOST_PIECES))
 
     def insert_pieces(self, is_last: bool) -> None:
         """Insert the next pieces of these shards, in the last step all that are left."""
@@ -5032,12 +5053,13 @@ def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
 
 PIECE_TOKENS = 2**18  # of shards that are only looked up, inserted at once
 INSERTION_SHARE = 1 / 16  # of all steps, the first ones, beside which they are inserted
+MOST_PIECES = 32  # that wait in memory, 3 MiB each
 
 
-def shard_pieces(config: Config, pin: bool) -> Iterator[Tensor]:
-    """The shards of --match_shards in pieces as gather_sequences gives a step, on the host."""
-    for path in find_train_files(config)[1]:
-        tokens, _ = load_shard(path, config.vocab_size)
+def shard_pieces(paths: list[str], vocab_size: int, pin: bool) -> Iterator[Tensor]:
+    """Shards in pieces as gather_sequences gives a step, on the host."""
+    for path in paths:
+        tokens, _ = load_shard(path, vocab_size)
         end = (len(tokens) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
         for begin in range(0, end, PIECE_TOKENS):
             size = min(PIECE_TOKENS, end - begin)
@@ -5300,7 +5322,8 @@ def train(config: Config, runtime: Runtime) -> None:
     if config.average_shares and schedule.end_step == schedule.total_steps:
         unread = [(config.val_sequence_tokens, config.val_sequence_tokens)]
     all_shapes = [shape for shape in shapes for _ in range(config.sequences_per_step)]
-    num_targets = check_data(config, all_shapes + unread * config.sequences_per_step)
+    files = find_train_files(config)
+    num_targets = check_data(config, all_shapes + unread * config.sequences_per_step, files)
     finder = None
     if config.canonical_mask:
         finder = PairFinder(read_token_table(), config, num_targets)
@@ -5331,15 +5354,15 @@ def train(config: Config, runtime: Runtime) -> None:
     trainer.prepare()
     preparation = time.perf_counter() - begin
 
-    batches = prefetch(training_batches(config, runtime, shapes, unread), depth=2)
+    batches = prefetch(training_batches(config, runtime, shapes, unread, files), depth=2)
     clock = Clock(runtime)
     progress = Progress(model, runtime, clock, schedule.end_step)
     clock.start()
     if finder is not None:
         finder.start()
-    model.proposal.copy_(read_proposal(config))
-    if config.match_shards:
-        trainer.begin_insertion()
+    model.proposal.copy_(read_proposal(config, files.read[0]))
+    if files.looked_up:
+        trainer.begin_insertion(files.looked_up)
     following = next(batches)
     for step in range(schedule.end_step):
         step_batches, following = following, next(batches, None)
@@ -5407,7 +5430,8 @@ def train(config: Config, runtime: Runtime) -> None:
         f"after {preparation:.0f} s of preparation; peak memory {peak:.1f} GiB a process"
     )
     if config.checkpoint:  # first of all: the rest is of no use without
-        save_checkpoint(model, config, runtime)
+        with memory_for("the checkpoint", tables_remedy(config, runtime.world_size)):
+            save_checkpoint(model, config, runtime)
     log.write_json()
     if runtime.is_main:
         try:

@@ -33,7 +33,7 @@ def test_nothing_is_compiled_on_the_clock(monkeypatch, tmp_path):
     trainer.prepare()
     compiled = counters["stats"]["unique_graphs"]
     assert compiled > before
-    trainer.begin_insertion()
+    trainer.begin_insertion([str(tmp_path / "train_1.bin")])
     steps = [[random_batch(4 * step + i, [20, 44]) for i in range(4)] for step in range(2)]
     for step, batches in enumerate(steps):
         trainer.run_step(step, batches, following=steps[1] if step == 0 else None)

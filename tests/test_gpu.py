@@ -302,7 +302,7 @@ def test_nothing_is_compiled_on_the_clock(tmp_path):
     trainer = Trainer(make_model(config), runtime)
     trainer.prepare()
     compiled = counters["stats"]["unique_graphs"]
-    trainer.begin_insertion()
+    trainer.begin_insertion([str(tmp_path / "train_1.bin")])
     steps = [[make_row(8 * step + i, [0, 17, 400, 900]) for i in range(8)] for step in range(2)]
     for step, rows in enumerate(steps):
         trainer.run_step(step, rows, following=steps[step + 1] if step == 0 else None)

@@ -69,6 +69,7 @@ from train_gpt import (
     nothing_changes,
     parse_args,
     read_matches,
+    read_proposal,
     shard_pieces,
     train,
     training_batches,
@@ -618,7 +619,8 @@ def test_pieces_are_those_of_the_last_shards(tmp_path, runtime, monkeypatch, siz
     where one begins within a document it does not know the begin."""
     monkeypatch.setattr(train_gpt, "PIECE_TOKENS", size)
     config = matching_config(**write_known_shards(tmp_path))
-    pieces, rows = list(shard_pieces(config, pin=False)), known_rows(tmp_path, size)
+    paths, rows = find_train_files(config).looked_up, known_rows(tmp_path, size)
+    pieces = list(shard_pieces(paths, config.vocab_size, pin=False))
     assert len(pieces) == len(rows) == (6 if size == 256 else 2)
     matches, memory = empty_matches(), Memory(ORDERS)
     for piece, row in zip(pieces, rows):
@@ -629,7 +631,6 @@ def test_pieces_are_those_of_the_last_shards(tmp_path, runtime, monkeypatch, siz
     for row in (*rows, few_tokens(1, [64])):
         assert find(matches, row) == memory.find(row)
     assert slots_of(matches).count_nonzero(1).tolist() == memory.sizes()
-    assert not list(shard_pieces(dataclasses.replace(config, match_shards=0), pin=False))
 
 
 def test_training_with_shards_that_are_only_looked_up(tmp_path, runtime, passes, small_pieces):
@@ -665,14 +666,15 @@ def test_training_with_shards_that_are_only_looked_up(tmp_path, runtime, passes,
 
 
 def test_pieces_are_inserted_beside_the_first_steps(tmp_path, runtime, monkeypatch):
-    """A sixteenth of them, or the first one; as many beside each."""
+    """A sixteenth of them, or the first one; as many beside each, wherever the run stops."""
     monkeypatch.setattr(train_gpt, "PIECE_TOKENS", 256)
     files = write_known_shards(tmp_path)
     count = len(known_rows(tmp_path, 256))
-    for num_steps in 3, 15, 46, 160:
-        config = matching_config(**files, num_steps=num_steps, extension_steps=2, match_slots=64)
+    for num_steps, stop_step in (3, 0), (15, 0), (46, 0), (46, 2), (160, 0):
+        steps = {"num_steps": num_steps, "extension_steps": 2, "stop_step": stop_step}
+        config = matching_config(**files, **steps, match_slots=64)
         trainer = Trainer(GPT(config, runtime), runtime)
-        trainer.begin_insertion()
+        trainer.begin_insertion(find_train_files(config).looked_up)
         assert trainer.pieces_per_step == math.ceil(count / max(1, (num_steps + 2) // 16))
         assert len([*trainer.pieces]) == count == 6
 
@@ -696,8 +698,8 @@ def test_all_pieces_are_inserted_in_the_end(tmp_path, runtime, monkeypatch, aver
         tables.append(model.matches.table.clone())
         return 1.0
 
-    def begin_with_too_few(self: Trainer) -> None:
-        begin(self)
+    def begin_with_too_few(self: Trainer, paths: list[str]) -> None:
+        begin(self, paths)
         self.pieces_per_step = 1
 
     monkeypatch.setattr(train_gpt, "PIECE_TOKENS", 256)
@@ -741,6 +743,43 @@ def test_check_data_reads_the_headers_of_inserted_shards(tmp_path):
         check_data(config, [])
 
 
+def test_the_validation_file_is_no_shard_to_train_on_or_look_up(tmp_path):
+    """Under whatever name: of a pattern for both it would be the last one."""
+    files = write_known_shards(tmp_path)
+    (tmp_path / "val_link.bin").symlink_to(files["val_file"])
+    for val_file in files["val_file"], str(tmp_path / "val_link.bin"):
+        for known in range(2):
+            both = files | {"train_files": str(tmp_path / "*[0-9l].bin"), "val_file": val_file}
+            config = matching_config(**both | {"match_shards": known})
+            with pytest.raises(UserError, match=r"--train_files .* the validation file .*val\.bin"):
+                check_data(config, [])
+
+
+def test_a_shard_that_goes_away_makes_no_other_one_looked_up(tmp_path, runtime, monkeypatch):
+    """The run ends, and names it."""
+    config = matching_config(**write_known_shards(tmp_path), num_steps=2, extension_steps=0)
+
+    def read_and_lose(config: Config, path: str) -> Tensor:
+        (tmp_path / "train_03.bin").unlink()
+        return read_proposal(config, path)
+
+    monkeypatch.setattr(train_gpt, "read_proposal", read_and_lose)
+    with pytest.raises(UserError, match=r"train_03\.bin: cannot be read .No such file"):
+        train(config, runtime)
+
+
+def test_memory_for_saving_is_said_to_lack_there(tmp_path, runtime, monkeypatch):
+    files = write_few_tokens(tmp_path)
+    steps = {"num_steps": 1, "extension_steps": 0, "checkpoint": str(tmp_path / "model.pt")}
+
+    def fail(self: Matches) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(Matches, "whole_table", fail)
+    with pytest.raises(UserError, match=r"^CUDA out of memory, for the checkpoint: lower"):
+        train(matching_config(**files, **steps), runtime)
+
+
 def test_training_ends_with_the_shards_to_train_on(tmp_path):
     config = matching_config(**write_known_shards(tmp_path) | {"sequences_per_step": 1})
     expected = list(reference_rows(tokens_of(tmp_path, 0, 1), [(64, 48)] * 25))
@@ -750,7 +789,7 @@ def test_training_ends_with_the_shards_to_train_on(tmp_path):
     with pytest.raises(UserError, match=f"ran out after {len(expected)} sequences"):
         next(rows)
     assert check_data(config, [(64, 48)] * 16) == 200
-    with pytest.raises(UserError, match="--train_files .*: 1600 tokens, but the schedule reads at"):
+    with pytest.raises(UserError, match="--train_files .*: 1600 tokens to train on, but the sche"):
         check_data(config, [(64, 48)] * 25)
 
 

@@ -551,7 +551,7 @@ def test_all_candidates_are_the_whole_vocabulary(vocab):
 def test_proposal_is_the_root_of_what_training_reads_first(tmp_path):
     write_shard(tmp_path / "t_1.bin", [START_TOKEN, 7, 7, 7, 7, 7, 7, 7, 9])
     write_shard(tmp_path / "t_2.bin", [START_TOKEN, 8])
-    proposal = read_proposal(tiny_config(train_files=str(tmp_path / "t_*.bin")))
+    proposal = read_proposal(tiny_config(), str(tmp_path / "t_1.bin"))
     assert proposal.dtype == torch.float32 and proposal.shape == (50_304,)
     assert [proposal[i].item() ** 2 for i in (7, 9, START_TOKEN, 8, 50_303)] == pytest.approx(
         [9, 3, 3, 2, 2]
@@ -576,7 +576,7 @@ def test_training_samples_by_the_proposal(tmp_path, runtime, monkeypatch):
     count = config.sequences_per_step
     assert len(seen) > count
     for proposal in seen[-count:]:
-        assert torch.equal(proposal, read_proposal(config))
+        assert torch.equal(proposal, read_proposal(config, config.train_files))
     for proposal in seen[:-count]:
         assert (proposal == 1).all()
 

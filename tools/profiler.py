@@ -470,7 +470,7 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     for begin in begins:
         shape = schedule.sequence_shape(begin)
         at_once = config.sequences_per_pass(shape[0], runtime.world_size)
-        batch = random_batch(random, *shape, at_once, config, runtime)
+        batch = trainer.with_matches(random_batch(random, *shape, at_once, config, runtime))
         eager.append(eager_trace(trainer, batch, schedule.stage(begin)))
     trainer.prepare()
 
@@ -478,10 +478,12 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
     steps = warm_up + count + count + 2
     shapes = (schedule.sequence_shape(begin) for begin in begins for _ in range(steps))
     batches = train_gpt.prefetch(batches_like(config, runtime, shapes), depth=2)
-    updates = itertools.count()
+    updates, ahead = itertools.count(), next(batches)
 
     def run(begin: int) -> None:
-        trainer.run_step(begin, next(batches), next(updates))
+        nonlocal ahead
+        of_step, ahead = ahead, next(batches, None)
+        trainer.run_step(begin, of_step, next(updates), ahead)
 
     for number, begin in enumerate(begins, 1):
         for _ in range(warm_up):
