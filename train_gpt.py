@@ -227,7 +227,7 @@ class Config:
     ngram_orders: tuple[int, ...] = (2, 3, 4)  # lengths of n-grams with hashed rows, as 2:3:4
     ngram_rows: int = 2**24  # table rows of each length, 24.1 GiB, which the GPUs share out
     match_orders: tuple[int, ...] = ()  # n-gram lookup: lengths of context, as 3:4:6; none: off
-    match_slots: int = 2**27  # of the lookup table of a length, 8 bytes each, a power of two
+    match_slots: int = 2**27  # of each length, a power of two; 8 bytes each, shared out by GPUs
     match_shards: int = 0  # of train_files, the last ones: only looked up, from the first steps on
     attention_scale: float = 0.1  # factor on q.k before the softmax
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
@@ -2789,6 +2789,7 @@ class Matches(nn.Module):
         size = len(self.orders) * self.slots // runtime.world_size + SPARE_PLACES
         table = torch.zeros(size, dtype=torch.int64, device=runtime.device)
         self.register_buffer("table", table)
+        # the next step's batches, and what look_up gives for them
         self.ahead: tuple[list[Batch], list[Batch], Tensor] | None = None
 
     # Whatever compiled functions are given is no view: for views they would be compiled anew.
@@ -2841,6 +2842,7 @@ class Matches(nn.Module):
     @torch.no_grad()
     def whole_table(self) -> Tensor | None:
         """As one process has it, for rank 0 alone. All ranks call it."""
+        self.table[-SPARE_PLACES:] = 0
         if self.runtime.world_size == 1:
             return self.table
         parts = on_main(self.table[:-SPARE_PLACES], self.runtime)

@@ -246,8 +246,8 @@ def validate(model, config, runtime, num_targets, windows):
         "training",
         """
 honest = training_batches
-def training_batches(config, *more):
-    return honest(dataclasses.replace(config, train_files=config.val_file), *more)
+def training_batches(config, runtime, shapes, unread, files):
+    return honest(config, runtime, shapes, unread, files._replace(read=[config.val_file]))
 """,
     ),
     "a pointer whose keys stand for the tokens two further on": (

@@ -588,7 +588,11 @@ def check_message(result: subprocess.CompletedProcess, folder: Path, message: st
         (spoil_magic, {}, r"train_0\.bin: not a token shard"),
         (spoil_token, {}, r"train_1\.bin: token 60000 at position 4498"),
         (spoil_val_token, {}, r"val\.bin: token 60000 at position 900"),
-        (None, {"num_steps": 400}, r"--train_files .*8000 tokens, but .* reads at least 77440"),
+        (
+            None,
+            {"num_steps": 400},
+            r"--train_files .*8000 tokens to train on, but .* reads at least 77440",
+        ),
         (None, {"sequences_per_step": 5}, r"--stages: 128 tokens a step do not make 5 sequences"),
         (None, {"checkpoint": "none/w.pt"}, r"--checkpoint none/w\.pt: cannot be written"),
     ],
