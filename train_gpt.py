@@ -2347,7 +2347,8 @@ class TableRows(torch.autograd.Function):
 # tokens that followed contexts, with counts up to 15. Both may have followed one context, or each
 # another one of those that share the slot. A token that comes again is counted. Another one takes
 # away from the second one's count or, when that is used up, its place (Boyer & Moore's majority
-# vote), and changes places with the first one when it has come more often.
+# vote), and changes places with the first one when it has come more often. What is inserted at once
+# counts once for a slot: for the token whose entry is then the largest.
 #
 # An entry is one int64, first << 31 | second, each half count << 27 | check << 16 | token, and 0 if
 # there is none. The check is more of the context's hash: token 1,234 that came twice behind a
