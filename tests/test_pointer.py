@@ -222,6 +222,19 @@ def test_shares_with_extra_keys(monkeypatch, kernels, masked, documents, ids, re
     assert (values[3][missing] == 0).all()
 
 
+@interpreted
+def test_shares_of_what_can_follow_have_no_gradient(monkeypatch):
+    """By kernels, whose backward pass does not know the mask."""
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: True)
+    batch = random_batch(1, [30], num_ids=3)
+    inputs = [torch.randn(30, 16).requires_grad_() for _ in range(2)]
+    inputs += [torch.randn(16).requires_grad_(), batch.tokens % 64, batch.targets % 64]
+    inputs += [*document_bounds(batch.cu_seqlens, 30), 30]
+    _, bits = random_mask(64, 0)
+    assert not any(x.requires_grad for x in train_gpt.Pointer.apply(*inputs, bits))
+    assert all(x.requires_grad for x in train_gpt.Pointer.apply(*inputs, None))
+
+
 # The mixture -------------------------------------------------------------------------------------
 
 
