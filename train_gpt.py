@@ -2491,16 +2491,15 @@ def read_matches(matched: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     taken where there is no token.
     """
     halves = halves_of(matched)
-    counts = [count_of(half) for half in halves]
+    both, counts = torch.stack(halves, 2), [count_of(half) for half in halves]
     close = 2 * counts[1] > counts[0]
     relations = torch.where(counts[1] > 0, 1 + close.long(), 0), 3 + close.long()
     number, cells = torch.arange(matched.size(1), device=matched.device), []
     for count, relation in zip(counts, relations):
         kind = sum((count >= least).long() for least in COUNTS[1:])
         cells.append((number * 5 + relation) * len(COUNTS) + kind)
-    found = torch.stack(halves, 2) > 0
-    tokens = torch.where(found, token_of(torch.stack(halves, 2)), own[:, None, None].long())
-    return tokens, torch.stack(cells, 2), found
+    tokens = torch.where(both > 0, token_of(both), own[:, None, None].long())
+    return tokens, torch.stack(cells, 2), both > 0
 
 
 @torch.no_grad()
@@ -3253,15 +3252,15 @@ class GPT(nn.Module):
         starts = document_starts(batch.cu_seqlens, len(batch.tokens))
         return batch._replace(matched=self.matches.find(batch.tokens, starts))
 
-    def match_keys(
-        self, q: Tensor, matched: Tensor, tokens: Tensor, impossible: Tensor | None
-    ) -> ExtraKeys:
+    def match_keys(self, q: Tensor, batch: Batch, impossible: Tensor | None) -> ExtraKeys | None:
         """What the n-gram lookup predicts, as keys of the pointer. The key of a token, and what is
         added to its score, are learned for each kind of it."""
+        if batch.matched is None:
+            return None
         keys, bias = self.small_weights["match_keys"], self.small_weights["match_bias"]
-        predicted, cells, found = (x.flatten(1) for x in read_matches(matched, tokens))
+        predicted, cells, found = (x.flatten(1) for x in read_matches(batch.matched, batch.tokens))
         if impossible is not None:
-            found = found & ~cannot_follow(impossible, tokens[:, None], predicted)
+            found = found & ~cannot_follow(impossible, batch.tokens[:, None], predicted)
         scores = widen(q @ keys.type_as(q).mT) / math.sqrt(q.size(1)) + bias  # (T, cells)
         return ExtraKeys(scores.gather(1, cells).masked_fill(~found, -math.inf), predicted)
 
@@ -3269,9 +3268,8 @@ class GPT(nn.Module):
     def point(self, x: Tensor, batch: Batch, impossible: Tensor | None = None) -> PointerShares:
         """At the targets, from the normed stream (T, dim)."""
         sink, bounds = self.small_weights["pointer_sink"], document_bounds(batch.cu_seqlens, len(x))
-        reach, (q, k), extra = min(batch.max_seq_len, POINTER_REACH), self.pointer_keys(x), None
-        if batch.matched is not None:
-            extra = self.match_keys(q, batch.matched, batch.tokens, impossible)
+        reach, (q, k) = min(batch.max_seq_len, POINTER_REACH), self.pointer_keys(x)
+        extra = self.match_keys(q, batch, impossible)
         inputs = q, k, sink, batch.tokens, batch.targets
         return pointer_shares(*inputs, *bounds, reach, impossible, extra)
 
@@ -3330,9 +3328,8 @@ class GPT(nn.Module):
         entry, starts = self.config.vocab_size, document_starts(batch.cu_seqlens, len(x))
         copy, rest = logits.softmax(1)[:, entry, None], logits.clone()
         rest[:, entry] = -math.inf
-        (q, k), sink, extra = self.pointer_keys(x), self.small_weights["pointer_sink"], None
-        if batch.matched is not None:
-            extra = self.match_keys(q, batch.matched, tokens, self.impossible)
+        (q, k), sink = self.pointer_keys(x), self.small_weights["pointer_sink"]
+        extra = self.match_keys(q, batch, self.impossible)
         own = POINTER_REACH, positions, slice(None), self.impossible, extra
         attention = pointer_attention(q, k, sink, tokens, starts, *own)
         copied = torch.zeros_like(rest).index_add(1, tokens, attention[:, 1 : 1 + len(tokens)])

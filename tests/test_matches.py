@@ -1076,7 +1076,7 @@ def test_keys_of_what_is_found_and_their_gradients(runtime, masked):
     impossible = bits if masked else None
     batch, found = model.with_matches(batch), memory.find(batch)
     q = torch.randn(64, 128, generator=random, requires_grad=True)
-    extra = model.match_keys(q, batch.matched, batch.tokens, impossible)
+    extra = model.match_keys(q, batch, impossible)
     names = "match_keys", "match_bias"
     own = small_slices(model, model.small)
     keys, bias = (own[name].detach().double().requires_grad_() for name in names)
