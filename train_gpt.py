@@ -2438,7 +2438,6 @@ def match_places(
     return place, check, ours
 
 
-@functools.partial(compiled, dynamic=True)
 def count_followers(entry: Tensor, check: Tensor, targets: Tensor) -> Tensor:
     """Entries, (orders, T), when each of these tokens has followed once more."""
     first, second = halves_of(entry)
@@ -2456,6 +2455,19 @@ def count_followers(entry: Tensor, check: Tensor, targets: Tensor) -> Tensor:
     return pack_entry(torch.where(swap, second, first), torch.where(swap, first, second))
 
 
+@functools.partial(compiled, dynamic=True)
+def counted_entries(
+    tokens: Tensor, starts: Tensor, targets: Tensor, table: Tensor, orders: tuple[int, ...],
+    slots: int, rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of the contexts of all orders, (orders · T,) each: their places in the table, what is there,
+    and what is to be there for each of them alone."""
+    place, check, _ = match_places(tokens, starts, table, orders, slots, rank)
+    before = table[place]
+    after = count_followers(before, check, targets)
+    return place.flatten(), before.flatten(), after.flatten()
+
+
 @recorded("matches")
 @torch.no_grad()
 def insert_matches_(
@@ -2465,13 +2477,11 @@ def insert_matches_(
     """Count what followed each context of sequences that were read together. Of what is written to
     one slot the largest entry counts, in whichever order threads write. Gives the places that were
     written to and what they had before."""
-    place, check, _ = match_places(tokens, starts, table, orders, slots, rank)
-    before = table[place]
-    entry = count_followers(before, check, targets)
-    place, entry = place.flatten(), entry.flatten()
+    read = tokens, starts, targets
+    place, before, after = counted_entries(*read, table, orders, slots, rank)
     table.index_fill_(0, place, 0)
-    table.scatter_reduce_(0, place, entry, "amax")
-    return place, before.flatten()
+    table.scatter_reduce_(0, place, after, "amax")
+    return place, before
 
 
 COUNTS = 1, 2, 3, 5, 9  # the least of each class of counts
@@ -4821,7 +4831,8 @@ class Trainer:
     def insert_pieces(self, is_last: bool) -> None:
         """Insert the next pieces of these shards, in the last step all that are left."""
         for piece in itertools.islice(self.pieces, None if is_last else self.pieces_per_step):
-            self.model.matches.insert(piece.to(self.runtime.device, non_blocking=True))
+            piece = piece.to(self.runtime.device, non_blocking=True)
+            self.model.matches.insert(read_piece(piece))
 
     def compute(self, batch: Batch, stage: Stage) -> Tensor:
         """Forward and backward pass, added to the gradients; gives the next-token loss."""
@@ -5053,21 +5064,32 @@ def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
 
 PIECE_TOKENS = 2**18  # of shards that are only looked up, inserted at once
 INSERTION_SHARE = 1 / 16  # of all steps, the first ones, beside which they are inserted
-MOST_PIECES = 32  # that wait in memory, 3 MiB each
+MOST_PIECES = 32  # that wait in memory, half a MiB each
 
 
 def shard_pieces(paths: list[str], vocab_size: int, pin: bool) -> Iterator[Tensor]:
-    """Shards in pieces as gather_sequences gives a step, on the host."""
+    """Shards in pieces, (T + 1,) uint16 on the host: each begins with the last token of the one
+    before."""
     for path in paths:
         tokens, _ = load_shard(path, vocab_size)
         end = (len(tokens) - 1) // 16 * 16  # of other lengths kernels would be compiled anew
         for begin in range(0, end, PIECE_TOKENS):
-            size = min(PIECE_TOKENS, end - begin)
-            piece = tokens[begin : begin + size + 1].astype(np.int32)
-            starts = np.where(piece[:-1] == START_TOKEN, np.arange(size, dtype=np.int32), 0)
-            rows = np.stack([piece[:-1], np.maximum.accumulate(starts), piece[1:]])
-            piece = torch.from_numpy(rows)
+            piece = torch.from_numpy(tokens[begin : min(begin + PIECE_TOKENS, end) + 1])
             yield piece.pin_memory() if pin else piece
+
+
+@recorded("matches")
+@torch.no_grad()
+def read_piece(piece: Tensor) -> Tensor:
+    """As gather_sequences gives a step: tokens, document starts and targets, (3, T) int32."""
+    piece = piece.int()
+    begins = piece[:-1] == START_TOKEN
+    position = torch.arange(len(begins), dtype=torch.int32, device=piece.device)
+    document = begins.cumsum(0)  # 0 if it began in an earlier piece
+    # where each begins; behind them all, one place for whatever begins none
+    places = torch.where(begins, document, len(begins) + 1)
+    start_of = position.new_zeros(len(begins) + 2).scatter_(0, places, position)
+    return torch.stack([piece[:-1], start_of[document], piece[1:]])
 
 
 @torch.no_grad()

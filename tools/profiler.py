@@ -473,6 +473,8 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         batch = trainer.with_matches(random_batch(random, *shape, at_once, config, runtime))
         eager.append(eager_trace(trainer, batch, schedule.stage(begin)))
     trainer.prepare()
+    if config.match_shards:  # as in training, beside the first steps of stage 1
+        trainer.begin_insertion(train_gpt.find_train_files(config).looked_up)
 
     warm_up = 2
     steps = warm_up + count + count + 2
