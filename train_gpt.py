@@ -2809,6 +2809,7 @@ class Matches(nn.Module):
         kinds = self.table, self.orders, self.slots, self.runtime.rank
         return find_matches(tokens.clone(), starts.clone(), *kinds)
 
+    @recorded("matches")
     def insert(self, read: Tensor) -> tuple[Tensor, Tensor]:
         """insert_matches_ of what gather_sequences gives, in the slots of this rank."""
         kinds = self.orders, self.slots, self.runtime.rank
@@ -4828,6 +4829,7 @@ class Trainer:
         pieces = shard_pieces(paths, vocab_size, pin)
         self.pieces = prefetch(pieces, depth=min(2 * self.pieces_per_step, MOST_PIECES))
 
+    @recorded("matches")
     def insert_pieces(self, is_last: bool) -> None:
         """Insert the next pieces of these shards, in the last step all that are left."""
         for piece in itertools.islice(self.pieces, None if is_last else self.pieces_per_step):
@@ -4977,10 +4979,10 @@ class Trainer:
             model.ngrams.hash(tokens, 2)
 
         def lookups() -> None:
-            tokens = torch.zeros(2 * self.schedule.sequence_shape(0)[0], device=device).int()
-            read = torch.stack([tokens] * 3)
+            tokens = torch.zeros(2 * self.schedule.sequence_shape(0)[0] + 1, device=device).int()
+            read = read_piece(tokens.to(torch.uint16))
             matched = model.matches.find(*read[:2])
-            read_matches(matched, tokens)
+            read_matches(matched, read[0].clone())
             best_match(matched)
             model.matches.insert(read)
 
@@ -5064,7 +5066,7 @@ def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
 
 PIECE_TOKENS = 2**18  # of shards that are only looked up, inserted at once
 INSERTION_SHARE = 1 / 16  # of all steps, the first ones, beside which they are inserted
-MOST_PIECES = 32  # that wait in memory, half a MiB each
+MOST_PIECES = 32  # that wait in memory, pinned: 1 MiB each
 
 
 def shard_pieces(paths: list[str], vocab_size: int, pin: bool) -> Iterator[Tensor]:

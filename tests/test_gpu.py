@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,6 +311,25 @@ def test_nothing_is_compiled_on_the_clock(tmp_path):
     with torch.no_grad():
         trainer.model.validation_loss(to_device(ROW, runtime.device), WINDOWS)
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_pieces_of_shards_on_the_gpu(tmp_path, monkeypatch):
+    """Read from memory that later pieces take over, they make the tables that a CPU makes of the
+    whole shard."""
+    monkeypatch.setattr(train_gpt, "PIECE_TOKENS", 4096)
+    lengths = np.random.default_rng(0).integers(2, 400, 2000).tolist()
+    path = str(write_shard(tmp_path / "train.bin", random_documents(0, lengths, num_ids=50)))
+    config = make_config(match_orders=(2, 3), match_slots=2**16, num_steps=16)
+    trainer = Trainer(make_model(config), Runtime(0, 1, torch.device("cuda"), Log(None)))
+    trainer.begin_insertion([path])
+    trainer.insert_pieces(is_last=True)
+    cpu, count = Matches(config, Runtime(0, 1, torch.device("cpu"), Log(None))), 0
+    for piece in train_gpt.shard_pieces([path], config.vocab_size, pin=False):
+        cpu.insert(train_gpt.read_piece(piece))
+        count += 1
+    assert count > 2 * train_gpt.MOST_PIECES
+    slots = slice(None, -train_gpt.SPARE_PLACES)
+    assert torch.equal(trainer.model.matches.table[slots].cpu(), cpu.table[slots])
 
 
 def test_no_step_waits_for_its_ngrams():

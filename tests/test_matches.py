@@ -627,12 +627,31 @@ def test_pieces_are_those_of_the_last_shards(tmp_path, runtime, monkeypatch, siz
     for piece, row in zip(pieces, rows):
         assert piece.dtype == torch.uint16
         read = read_piece(piece)
+        assert read.dtype == torch.int32  # of another kind functions would be compiled anew
         assert torch.equal(read, gather_sequences([row], runtime))
         matches.insert(read)
         memory.note([row])
     for row in (*rows, few_tokens(1, [64])):
         assert find(matches, row) == memory.find(row)
     assert slots_of(matches).count_nonzero(1).tolist() == memory.sizes()
+
+
+@pytest.mark.parametrize("length", [16, 17, 32, 33, 272, 273, 288, 289])
+def test_last_piece_of_a_shard(tmp_path, monkeypatch, length):
+    """Sixteen tokens that have targets are read, fewer are not; ids take all of 16 bits."""
+    monkeypatch.setattr(train_gpt, "PIECE_TOKENS", 256)
+    tokens = random_documents(length, [length])
+    tokens[-1] = START_TOKEN - 1
+    pieces = shard_pieces([str(write_shard(tmp_path / "shard.bin", tokens))], 50_257, pin=False)
+    read = [read_piece(piece) for piece in pieces]
+    count = (length - 1) // 16 * 16
+    assert [part.size(1) for part in read] == [256] * (count // 256) + [count % 256] * (
+        count % 256 > 0
+    )
+    expected = torch.from_numpy(tokens[: count + 1].astype(np.int32))
+    if read:
+        assert torch.equal(torch.cat([part[0] for part in read]), expected[:-1])
+        assert torch.equal(torch.cat([part[2] for part in read]), expected[1:])
 
 
 def test_training_with_shards_that_are_only_looked_up(tmp_path, runtime, passes, small_pieces):

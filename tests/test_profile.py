@@ -3,6 +3,7 @@ and in a profile of real steps on the CPU."""
 
 import ast
 import contextlib
+import dataclasses
 import gzip
 import itertools
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cpu_runtime, tiny_config
+from conftest import ROOT, cpu_runtime, random_documents, tiny_config, write_shard
 
 from train_gpt import (
     GPT,
@@ -342,6 +343,47 @@ def test_a_profile_of_real_steps_names_what_they_do(tmp_path):
     assert {where for where, own in names.items() if "aten::__rshift__" in own} == {
         "hashing", "lookups", "candidates", "matches", "pointer",
     }  # fmt: skip
+
+
+def test_shards_are_inserted_beside_stage_1_alone(tmp_path, monkeypatch):
+    """As many pieces a step as in training, which inserts all of them before the second stage."""
+    for i, count in enumerate((200, 300)):
+        write_shard(tmp_path / f"train_{i}.bin", random_documents(i, [40] * count))
+    config = tiny_config(
+        train_files=str(tmp_path / "train_*.bin"), match_orders=(2, 3), match_slots=2**10,
+        match_shards=1, num_steps=160, tokens_per_pass=256, log_dir=str(tmp_path),
+    )  # fmt: skip
+    monkeypatch.setattr(profiler.train_gpt, "PIECE_TOKENS", 256)
+    inserted, read, run = Counter(), profiler.train_gpt.read_piece, Trainer.run_step
+    steps, at_once = [], 5  # 47 pieces beside 10 steps
+
+    def read_and_count(piece: torch.Tensor) -> torch.Tensor:
+        inserted[steps[-1]] += 1
+        return read(piece)
+
+    def run_and_note(self: Trainer, step: int, *arguments: object) -> torch.Tensor:
+        steps.append(step)
+        return run(self, step, *arguments)
+
+    monkeypatch.setattr(profiler.train_gpt, "read_piece", read_and_count)
+    monkeypatch.setattr(Trainer, "run_step", run_and_note)
+    log = Log(str(tmp_path), "run")
+    profiler.profile_stages(config, dataclasses.replace(cpu_runtime(), log=log), 1)
+    assert steps.count(0) == steps.count(160) == 6
+    assert inserted == {0: 6 * at_once}
+    text = f"pieces inserted beside a step, while there are any: {at_once} of 256 tokens"
+    assert log.path.read_text().count(text) == 1
+
+
+def test_without_files_nothing_is_looked_up(tmp_path):
+    """A profile goes on with random text."""
+    options = {"match_orders": (2, 3), "match_slots": 2**10, "match_shards": 1}
+    config, log = tiny_config(train_files=str(tmp_path / "*.bin"), **options), Log(str(tmp_path))
+    assert profiler.find_train_files(config, log) is None
+    assert "the text is random, and none is looked up" in log.path.read_text()
+    shape = (64, 48)
+    (batches,) = profiler.batches_like(config, cpu_runtime(), [shape], None)
+    assert [len(batch.tokens) for batch in batches] == [64] * 4
 
 
 @pytest.mark.gpu

@@ -45,7 +45,16 @@ from torch._subclasses import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt
-from train_gpt import PARAM_GROUPS, START_TOKEN, Batch, Config, Log, ParamGroup, Runtime
+from train_gpt import (
+    PARAM_GROUPS,
+    START_TOKEN,
+    Batch,
+    Config,
+    Log,
+    ParamGroup,
+    Runtime,
+    TrainFiles,
+)
 
 # The ranges that train_gpt.py records: the two of a pass, those of what an update does, and others,
 # which are a group each.
@@ -444,14 +453,25 @@ def random_batch(
     return train_gpt.rank_batches(sequences, count, max_seq_len, config, runtime)[0]
 
 
-def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> Iterator:
-    """Batches of steps from the training files or, where there are none, random ones."""
-    random = np.random.default_rng(0)
+def find_train_files(config: Config, log: Log) -> TrainFiles | None:
+    """The shards to profile with; None if no file matches, which the log then says."""
     try:
         train_gpt.find_files("--train_files", config.train_files)
-        return train_gpt.training_batches(config, runtime, shapes)
     except train_gpt.UserError:
-        runtime.log.line(f"no file matches --train_files {config.train_files}: the text is random")
+        looked_up = ", and none is looked up" if config.match_shards else ""
+        random = f"the text is random{looked_up}"
+        log.line(f"no file matches --train_files {config.train_files}: {random}")
+        return None
+    return train_gpt.find_train_files(config)
+
+
+def batches_like(
+    config: Config, runtime: Runtime, shapes: Iterable[tuple[int, int]], files: TrainFiles | None
+) -> Iterator[list[Batch]]:
+    """Batches of steps from the training files or, where there are none, random ones."""
+    if files is not None:
+        return train_gpt.training_batches(config, runtime, shapes, files=files)
+    random = np.random.default_rng(0)
 
     def step(shape: tuple[int, int]) -> list[Batch]:
         count = config.sequences_per_pass(shape[0], runtime.world_size)
@@ -462,7 +482,10 @@ def batches_like(config: Config, runtime: Runtime, shapes: Iterable[tuple[int, i
 
 
 def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
-    """Build what train() builds and profile `count` steps at the beginning of every stage."""
+    """Build what train() builds and profile `count` steps at the beginning of every stage. Beside
+    those of stage 1 shards that are only looked up are inserted, as in training, while there are
+    any."""
+    files = find_train_files(config, runtime.log)
     trainer = train_gpt.Trainer(train_gpt.GPT(config, runtime), runtime)
     log, schedule, random = runtime.log, trainer.schedule, np.random.default_rng(0)
     begins = [step for step in sorted({0, *schedule.stage_ends}) if step < schedule.end_step]
@@ -473,13 +496,13 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         batch = trainer.with_matches(random_batch(random, *shape, at_once, config, runtime))
         eager.append(eager_trace(trainer, batch, schedule.stage(begin)))
     trainer.prepare()
-    if config.match_shards:  # as in training, beside the first steps of stage 1
-        trainer.begin_insertion(train_gpt.find_train_files(config).looked_up)
+    if files is not None and files.looked_up:
+        trainer.begin_insertion(files.looked_up)
 
     warm_up = 2
     steps = warm_up + count + count + 2
     shapes = (schedule.sequence_shape(begin) for begin in begins for _ in range(steps))
-    batches = train_gpt.prefetch(batches_like(config, runtime, shapes), depth=2)
+    batches = train_gpt.prefetch(batches_like(config, runtime, shapes, files), depth=2)
     updates, ahead = itertools.count(), next(batches)
 
     def run(begin: int) -> None:
@@ -505,6 +528,10 @@ def profile_stages(config: Config, runtime: Runtime, count: int) -> None:
         at_once = config.sequences_per_pass(length, runtime.world_size)
         sequences = f"sequences of {length:,} tokens, {own} a process and {at_once} a pass"
         sequences += f", {schedule.describe(begin)}"
+        if trainer.pieces_per_step:
+            pieces = f"{trainer.pieces_per_step} of {train_gpt.PIECE_TOKENS:,} tokens"
+            sequences += f", pieces inserted beside a step, while there are any: {pieces}"
+            trainer.pieces, trainer.pieces_per_step = iter(()), 0  # in stage 1 alone
         log.line(f"\nstage {number} of {len(begins)}: {sequences}; {path}")
         log.line(stage_table(times, bare_ms, runtime))
         log.line(ranges_line(times))
