@@ -2468,7 +2468,6 @@ def counted_entries(
     return place.flatten(), before.flatten(), after.flatten()
 
 
-@recorded("matches")
 @torch.no_grad()
 def insert_matches_(
     table: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
@@ -5047,7 +5046,6 @@ class Trainer:
         return total / sum(len(batch.tokens) for batch in batches)
 
 
-@recorded("matches")
 @torch.no_grad()
 def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
     """Tokens, document starts and targets, (3, T) int32, of what all ranks read in a step, as many
@@ -5080,7 +5078,6 @@ def shard_pieces(paths: list[str], vocab_size: int, pin: bool) -> Iterator[Tenso
             yield piece.pin_memory() if pin else piece
 
 
-@recorded("matches")
 @torch.no_grad()
 def read_piece(piece: Tensor) -> Tensor:
     """As gather_sequences gives a step: tokens, document starts and targets, (3, T) int32."""

@@ -323,7 +323,7 @@ def test_pieces_of_shards_on_the_gpu(tmp_path, monkeypatch):
     trainer = Trainer(make_model(config), Runtime(0, 1, torch.device("cuda"), Log(None)))
     trainer.begin_insertion([path])
     trainer.insert_pieces(is_last=True)
-    cpu, count = Matches(config, Runtime(0, 1, torch.device("cpu"), Log(None))), 0
+    cpu, count = Matches(config, cpu_runtime()), 0
     for piece in train_gpt.shard_pieces([path], config.vocab_size, pin=False):
         cpu.insert(train_gpt.read_piece(piece))
         count += 1

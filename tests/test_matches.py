@@ -645,9 +645,8 @@ def test_last_piece_of_a_shard(tmp_path, monkeypatch, length):
     pieces = shard_pieces([str(write_shard(tmp_path / "shard.bin", tokens))], 50_257, pin=False)
     read = [read_piece(piece) for piece in pieces]
     count = (length - 1) // 16 * 16
-    assert [part.size(1) for part in read] == [256] * (count // 256) + [count % 256] * (
-        count % 256 > 0
-    )
+    sizes = [min(256, count - begin) for begin in range(0, count, 256)]
+    assert [part.size(1) for part in read] == sizes
     expected = torch.from_numpy(tokens[: count + 1].astype(np.int32))
     if read:
         assert torch.equal(torch.cat([part[0] for part in read]), expected[:-1])
