@@ -1939,13 +1939,14 @@ def token_losses(
     if left_out is not None:
         logits = logits.masked_fill(left_out, -math.inf)
     of_entries = logits if offsets is None else logits + offsets
+    # The copy entry is added to a sum of the others: of few tokens that are not left out it may be
+    # all but 1, and 1 - copy nothing.
     is_copy = torch.arange(logits.size(1), device=logits.device) == targets[:, -1:]
-    lse, chosen = of_entries.logsumexp(1, keepdim=True), logits.gather(1, targets.clamp_min(0))
-    losses = (lse - chosen).masked_fill(~scored, 0.0)
-    # 1 - copy, and the probability without the copy entry. Of few tokens that are not left out copy
-    # may be all but 1, so they come from a sum of their own.
     lse_rest = of_entries.masked_fill(is_copy, -math.inf).logsumexp(1)
-    copy, rest = (-losses[:, -1]).exp(), (lse_rest - lse[:, 0]).exp()
+    lse = torch.logaddexp(lse_rest, of_entries.gather(1, targets[:, -1:])[:, 0])
+    chosen = logits.gather(1, targets.clamp_min(0))
+    losses = (lse[:, None] - chosen).masked_fill(~scored, 0.0)
+    copy, rest = (-losses[:, -1]).exp(), (lse_rest - lse).exp()
     p_rest = (chosen[:, 0] - lse_rest).exp()
     mixture = p_rest * (rest + copy * shares.sink) + copy * shares.target
     mixture = mixture.masked_fill(~scored[:, 0], 1.0)
@@ -2355,7 +2356,7 @@ class TableRows(torch.autograd.Function):
 # context of check 5 is 268,764,370.
 
 MAX_COUNT, CHECKS = 2**4 - 1, 2**11
-SPARE_PLACES = 4096  # behind the slots of a table, written to in place of what is no context
+SPARE_PLACES = 4096  # behind the slots of a table, always 0: read in place of what is no context
 HALF_BITS, COUNT_BIT, CHECK_BIT = 31, 27, 16
 
 
@@ -2468,18 +2469,45 @@ def counted_entries(
     return place.flatten(), before.flatten(), after.flatten()
 
 
+@triton.jit
+def _write_largest_kernel(
+    table, places, entries, slots, count, EMPTY: tl.constexpr, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(places + i, mask=i < count, other=slots)
+    written = place < slots
+    if EMPTY:
+        tl.store(table + place, tl.zeros_like(place), mask=written)
+    else:
+        entry = tl.load(entries + i, mask=written, other=0)
+        tl.atomic_max(table + place, entry, mask=written, sem="relaxed")
+
+
+def write_largest_(table: Tensor, places: Tensor, entries: Tensor) -> None:
+    """Write to each of these places in the table the largest of its entries, but nothing to spare
+    places. places, entries: (n,) int64."""
+    slots = len(table) - SPARE_PLACES
+    if not takes_kernel(table):
+        written = places < slots
+        table.index_fill_(0, places[written], 0)
+        table.scatter_reduce_(0, places[written], entries[written], "amax")
+        return
+    grid = (triton.cdiv(len(places), 1024),)
+    for empty in True, False:
+        _write_largest_kernel[grid](table, places, entries, slots, len(places), empty, BLOCK=1024)
+
+
 @torch.no_grad()
 def insert_matches_(
     table: Tensor, tokens: Tensor, starts: Tensor, targets: Tensor, orders: tuple[int, ...],
     slots: int, rank: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Count what followed each context of sequences that were read together. Of what is written to
-    one slot the largest entry counts, in whichever order threads write. Gives the places that were
-    written to and what they had before."""
+    one slot the largest entry counts, in whichever order threads write. Gives the places of all
+    contexts and what they had before."""
     read = tokens, starts, targets
     place, before, after = counted_entries(*read, table, orders, slots, rank)
-    table.index_fill_(0, place, 0)
-    table.scatter_reduce_(0, place, after, "amax")
+    write_largest_(table, place, after)
     return place, before
 
 
@@ -2852,7 +2880,6 @@ class Matches(nn.Module):
     @torch.no_grad()
     def whole_table(self) -> Tensor | None:
         """As one process has it, for rank 0 alone. All ranks call it."""
-        self.table[-SPARE_PLACES:] = 0
         if self.runtime.world_size == 1:
             return self.table
         parts = on_main(self.table[:-SPARE_PLACES], self.runtime)
@@ -3271,8 +3298,10 @@ class GPT(nn.Module):
         predicted, cells, found = (x.flatten(1) for x in read_matches(batch.matched, batch.tokens))
         if impossible is not None:
             found = found & ~cannot_follow(impossible, batch.tokens[:, None], predicted)
-        scores = widen(q @ keys.type_as(q).mT) / math.sqrt(q.size(1)) + bias  # (T, cells)
-        return ExtraKeys(scores.gather(1, cells).masked_fill(~found, -math.inf), predicted)
+        root = math.sqrt(q.size(1))
+        scores = torch.addmm((root * bias).type_as(q), q, keys.type_as(q).mT)  # (T, cells)
+        scores = widen(scores.gather(1, cells)) / root
+        return ExtraKeys(scores.masked_fill(~found, -math.inf), predicted)
 
     @recorded("pointer")
     def point(self, x: Tensor, batch: Batch, impossible: Tensor | None = None) -> PointerShares:
@@ -4465,6 +4494,7 @@ class SelfCheck:
             "sums of streams": self.sums,
             "rows of tables": self.table_rows,
             "updates of n-grams": self.ngram_updates,
+            **({"n-gram lookup": self.matches} if self.config.match_orders else {}),
         }
 
     def random(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -4741,6 +4771,16 @@ class SelfCheck:
         update_ngrams_(table, sums, order, grads, 1.0, config.adam_eps)
         update_ngrams_(*doubles, order, grads.double(), 1.0, config.adam_eps)
         return [*map(Result, ("table", "sums of squares"), (table, sums), doubles)]
+
+    def matches(self) -> list[Result]:
+        """Entries that fp64 has exactly, several for most places; half of the places are spare."""
+        table = self.integers(2**52, CHECK_ROWS + SPARE_PLACES) << 10
+        table[CHECK_ROWS:] = 0
+        places = self.integers(2 * CHECK_ROWS, 4 * CHECK_ROWS)
+        entries, reference = self.integers(2**52, len(places)) << 10, table.double()
+        write_largest_(table, places, entries)
+        write_largest_(reference, places, entries.double())
+        return [Result("table", table, reference, 0.0)]
 
 
 def self_check(model: "GPT", name: str) -> list[str]:
@@ -5062,9 +5102,9 @@ def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
     return stream.transpose(0, 1).flatten(1)
 
 
-PIECE_TOKENS = 2**18  # of shards that are only looked up, inserted at once
+PIECE_TOKENS = 2**20  # of shards that are only looked up, inserted at once
 INSERTION_SHARE = 1 / 16  # of all steps, the first ones, beside which they are inserted
-MOST_PIECES = 32  # that wait in memory, pinned: 1 MiB each
+MOST_PIECES = 16  # that wait in memory, pinned: 2 MiB each
 
 
 def shard_pieces(paths: list[str], vocab_size: int, pin: bool) -> Iterator[Tensor]:

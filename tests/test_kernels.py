@@ -697,6 +697,24 @@ def match_row(tokens: int, seed: int = 0) -> list[Tensor]:
     return [x.to(DEVICE) for x in (batch.tokens, starts, batch.targets)]
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_largest_entry_of_a_place(monkeypatch, kernel):
+    """It is written whatever was there; spare places stay as they are."""
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda device: kernel)
+    slots, spare = 500, train_gpt.SPARE_PLACES
+    table, entries = (torch.randint(1, 2**61, (n,), device=DEVICE) for n in (slots + spare, 3000))
+    places = torch.randint(slots // 2, 2 * slots, (len(entries),), device=DEVICE)
+    expected = table.tolist()
+    largest = {place: 0 for place in places.tolist() if place < slots}
+    for place, entry in zip(places.tolist(), entries.tolist()):
+        if place < slots:
+            largest[place] = max(largest[place], entry)
+    for place, entry in largest.items():
+        expected[place] = entry
+    train_gpt.write_largest_(table, places, entries)
+    assert table.tolist() == expected
+
+
 @gpu
 @pytest.mark.parametrize(
     ("lengths", "slots", "orders"),

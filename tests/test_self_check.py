@@ -18,7 +18,7 @@ ZEROS, TILE_ZEROS = (f"_transposed(({x}.to(tl.float32) * 0.0)" for x in ("values
 
 # A fault: what the self-check calls the kernel, a line of it, and what stands there instead.
 COPIES, HEAD, SUMS, TABLES = "fp8 copies", "head and loss", "sums of streams", "rows of tables"
-NGRAMS = "updates of n-grams"
+NGRAMS, LOOKUP = "updates of n-grams", "n-gram lookup"
 PLANTED = {
     "copies zeroed": (COPIES, "out_t + at_t, _transposed(values)", f"out_t + at_t, {ZEROS})"),
     "copies scaled": (COPIES, "values *= 1 / tl.load(scale", "values *= 2 / tl.load(scale"),
@@ -47,16 +47,20 @@ PLANTED = {
     "end of a run": (TABLES, "while at < end:", "while at + 1 < end:"),
     "short runs": (TABLES, "if end - at < LONG:", "if end - at < LONG - 31:"),
     "squares not kept": (NGRAMS, "tl.store(sum_squares + row, total)", "pass"),
+    "smallest entry": (LOOKUP, "tl.atomic_max(", "tl.atomic_min("),
+    "not emptied": (LOOKUP, "tl.store(table + place, tl.zeros_like(place), mask=written)", "pass"),
+    "spare places written": (LOOKUP, "written = place < slots", "written = i < count"),
     "step doubled": (NGRAMS, "value - lr * grad", "value - 2 * lr * grad"),
 }  # fmt: skip
 
 
 def small_config(**changes: object) -> Config:
     """Sizes of the speedrun on a GPU, and of a few numbers in the interpreter."""
+    lookup = {"match_orders": (2,), "match_slots": 2**10}
     if GPU:
-        return Config(ngram_rows=4096, **changes)
+        return Config(ngram_rows=4096, **lookup, **changes)
     stage = Stage(1.0, 256, 48, 8, 24, 1.0, 0.5, 64)
-    return tiny_config(vocab_size=150, layers=TINY_LAYERS, stages=(stage,), **changes)
+    return tiny_config(vocab_size=150, layers=TINY_LAYERS, stages=(stage,), **lookup, **changes)
 
 
 def load(path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
