@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Both a good deal faster: threads that share a core with another process wait for each other.
     torch.set_num_threads(1)
     keep_freed_memory()
+    # One process compiles functions for the sizes of many tests, which each change a few of them.
+    torch._dynamo.config.recompile_limit = 256
     spare_forks_our_garbage()
 
 
