@@ -1943,8 +1943,9 @@ def token_losses(
     # all but 1, and 1 - copy nothing.
     is_copy = torch.arange(logits.size(1), device=logits.device) == targets[:, -1:]
     lse_rest = of_entries.masked_fill(is_copy, -math.inf).logsumexp(1)
-    lse = torch.logaddexp(lse_rest, of_entries.gather(1, targets[:, -1:])[:, 0])
-    chosen = logits.gather(1, targets.clamp_min(0))
+    columns = targets.clamp_min(0)
+    lse = torch.logaddexp(lse_rest, of_entries.gather(1, columns[:, -1:])[:, 0])
+    chosen = logits.gather(1, columns)
     losses = (lse[:, None] - chosen).masked_fill(~scored, 0.0)
     copy, rest = (-losses[:, -1]).exp(), (lse_rest - lse).exp()
     p_rest = (chosen[:, 0] - lse_rest).exp()
