@@ -1944,7 +1944,8 @@ def token_losses(
     is_copy = torch.arange(logits.size(1), device=logits.device) == targets[:, -1:]
     lse_rest = of_entries.masked_fill(is_copy, -math.inf).logsumexp(1)
     columns = targets.clamp_min(0)
-    lse = torch.logaddexp(lse_rest, of_entries.gather(1, columns[:, -1:])[:, 0])
+    of_copy = of_entries.gather(1, columns[:, -1:]).masked_fill(~scored[:, -1:], -math.inf)
+    lse = torch.logaddexp(lse_rest, of_copy[:, 0])
     chosen = logits.gather(1, columns)
     losses = (lse[:, None] - chosen).masked_fill(~scored, 0.0)
     copy, rest = (-losses[:, -1]).exp(), (lse_rest - lse).exp()
@@ -2485,13 +2486,12 @@ def _write_largest_kernel(
 
 
 def write_largest_(table: Tensor, places: Tensor, entries: Tensor) -> None:
-    """Write to each of these places in the table the largest of its entries, but nothing to spare
-    places. places, entries: (n,) int64."""
+    """Write to each of these places in the table the largest of its entries, and leave spare places
+    0. places, entries: (n,) int64."""
     slots = len(table) - SPARE_PLACES
     if not takes_kernel(table):
-        written = places < slots
-        table.index_fill_(0, places[written], 0)
-        table.scatter_reduce_(0, places[written], entries[written], "amax")
+        table.index_fill_(0, places, 0)
+        table.scatter_reduce_(0, places, entries.masked_fill(places >= slots, 0), "amax")
         return
     grid = (triton.cdiv(len(places), 1024),)
     for empty in True, False:
@@ -4777,7 +4777,8 @@ class SelfCheck:
         """Entries that fp64 has exactly, several for most places; half of the places are spare."""
         table = self.integers(2**52, CHECK_ROWS + SPARE_PLACES) << 10
         table[CHECK_ROWS:] = 0
-        places = self.integers(2 * CHECK_ROWS, 4 * CHECK_ROWS)
+        places = self.integers(2 * CHECK_ROWS, 4 * CHECK_ROWS + 5)
+        places[:2] = torch.arange(CHECK_ROWS - 1, CHECK_ROWS + 1)
         entries, reference = self.integers(2**52, len(places)) << 10, table.double()
         write_largest_(table, places, entries)
         write_largest_(reference, places, entries.double())
@@ -5105,7 +5106,7 @@ def gather_sequences(batches: list[Batch], runtime: Runtime) -> Tensor:
 
 PIECE_TOKENS = 2**20  # of shards that are only looked up, inserted at once
 INSERTION_SHARE = 1 / 16  # of all steps, the first ones, beside which they are inserted
-MOST_PIECES = 16  # that wait in memory, pinned: 2 MiB each
+MOST_PIECES = 16  # that wait in memory, pinned: 4 MiB each
 
 
 def shard_pieces(paths: list[str], vocab_size: int, pin: bool) -> Iterator[Tensor]:

@@ -614,7 +614,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_gpt, "INSERTION_SHARE", 1.0)
 
 
-@pytest.mark.parametrize("size", [256, 2**18])
+@pytest.mark.parametrize("size", [256, 2**20])
 def test_pieces_are_those_of_the_last_shards(tmp_path, runtime, monkeypatch, size):
     """As a step is gathered, in order, whole but for less than 16 tokens at the end of a shard;
     where one begins within a document it does not know the begin."""
@@ -1253,3 +1253,46 @@ def test_model_with_lookups_passes_the_check(name, tmp_path, monkeypatch):
     if name != "coverage":  # which runs no model
         share = torch.cat([found.any(1) for found in matched]).float().mean()
         assert share > 0.4
+
+
+@pytest.mark.parametrize("largest_bias", [1.0, 10.0])
+def test_keys_of_what_is_found_in_bfloat16(runtime, largest_bias):
+    """Scores come in fp32, each rounded once to bf16 with its bias; gradients are near."""
+    model = trained_like(matching_config(), runtime)
+    for seeds in ((0, 1, 2), (0, 1), *[(0, 3)] * 6):
+        fill(model, seeds)
+    own = small_slices(model, model.small.detach())
+    own["match_bias"].uniform_(-largest_bias, largest_bias)
+    own["match_keys"].normal_(0, 0.5)
+    batch = model.with_matches(random_batch(7, [30, 2, 32], num_ids=7))
+    q, grad, found = torch.randn(64, 128).bfloat16(), torch.randn(64, 6), []
+    for dtype in torch.bfloat16, torch.float64:
+        query = q.detach().to(dtype).requires_grad_()
+        model.small.grad.zero_()
+        scores = model.match_keys(query, batch, None).scores
+        assert scores.dtype == torch.promote_types(dtype, torch.float32)
+        scores.masked_fill(scores == -math.inf, 0.0).backward(grad.to(scores.dtype))
+        grads = small_slices(model, model.small.grad.clone())
+        found.append((scores.detach(), query.grad, grads["match_keys"], grads["match_bias"]))
+    (value, *gradients), (expected, *references) = found
+    known = expected.isfinite()
+    assert torch.equal(value.isfinite(), known) and known.sum() > 40
+    # half a unit in the last place of bias and sum, and the keys' own rounding
+    most = (expected[known].abs().max() + largest_bias) * 2**-8 + 0.02
+    assert (value.double() - expected)[known].abs().max() < most
+    for gradient, reference in zip(gradients, references):
+        assert relative_error(gradient, reference) < 0.01
+    unscaled = value[known] * math.sqrt(128)  # as it was in bf16, and not rounded once more
+    torch.testing.assert_close(unscaled.bfloat16().float(), unscaled, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("shards", "tokens", "depth"), [(2, 64, 4), (1, 4096, 2)])
+def test_pieces_are_read_ahead(tmp_path, runtime, monkeypatch, shards, tokens, depth):
+    """Those of two steps, but no more than MOST_PIECES."""
+    monkeypatch.setattr(train_gpt, "PIECE_TOKENS", tokens)
+    monkeypatch.setattr(train_gpt, "MOST_PIECES", 4)
+    options = write_known_shards(tmp_path) | {"match_shards": shards, "match_slots": 64}
+    config, depths = matching_config(**options), []
+    monkeypatch.setattr(train_gpt, "prefetch", lambda items, depth: depths.append(depth))
+    Trainer(GPT(config, runtime), runtime).begin_insertion(find_train_files(config).looked_up)
+    assert depths == [depth]

@@ -696,3 +696,23 @@ def test_gradients_of_tables_are_added_row_by_row(runtime):
     assert len({row for (row,) in rows}) < 64
     assert model.ngrams.pending[0].tolist() == rows
     assert torch.equal(model.ngrams.pending[1], grad)
+
+
+def test_offsets_are_in_the_denominator_alone():
+    """Of every entry, the copy entry too; also where a row lacks a target."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (12, 9), (9,), (3, 12)
+    logits, offsets, shares = (torch.randn(x, generator=generator).double() for x in shapes)
+    shares = shares.softmax(0)
+    targets = torch.randint(0, 8, (12, 3), generator=generator)
+    targets[:, 2], targets[3, 0], targets[4, 1], targets[5, :2] = 8, -1, -1, -1
+    found = train_gpt.token_losses(logits, targets, offsets, PointerShares(*shares[:2]))
+    capped = train_gpt.softcap(logits)
+    for t in range(12):
+        total, (first, second, copy) = (capped[t] + offsets).exp().sum(), targets[t]
+        alpha = capped[t, copy].exp() / total
+        rest = total - (capped[t, copy] + offsets[copy]).exp()
+        p = capped[t, first].exp() / rest * (rest / total + alpha * shares[1, t])
+        losses = -(p + alpha * shares[0, t]).log(), total.log() - capped[t, second]
+        expected = [float(x) * bool(target >= 0) for x, target in zip(losses, targets[t])]
+        assert found[t].tolist() == pytest.approx(expected, rel=1e-9)

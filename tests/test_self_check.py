@@ -49,6 +49,7 @@ PLANTED = {
     "squares not kept": (NGRAMS, "tl.store(sum_squares + row, total)", "pass"),
     "smallest entry": (LOOKUP, "tl.atomic_max(", "tl.atomic_min("),
     "not emptied": (LOOKUP, "tl.store(table + place, tl.zeros_like(place), mask=written)", "pass"),
+    "entries rounded": (LOOKUP, "table + place, entry, mask", "table + place, entry & -2048, mask"),
     "spare places written": (LOOKUP, "written = place < slots", "written = i < count"),
     "step doubled": (NGRAMS, "value - lr * grad", "value - 2 * lr * grad"),
 }  # fmt: skip
@@ -111,7 +112,7 @@ def test_a_wrong_kernel_is_named(check, fault):
     if fault == "copies not counted" and not GPU:
         pytest.skip("every number fits in fp32, which stands for fp8 in the interpreter")
     problems = check(SOURCE.replace(line, planted), name)
-    assert problems and all(problem.startswith(name) for problem in problems)
+    assert problems and all(problem.startswith(f"{name}, ") for problem in problems)
 
 
 def test_a_kernel_that_does_not_run_is_named(check):
