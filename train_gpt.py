@@ -4778,7 +4778,7 @@ class SelfCheck:
         table = self.integers(2**52, CHECK_ROWS + SPARE_PLACES) << 10
         table[CHECK_ROWS:] = 0
         places = self.integers(2 * CHECK_ROWS, 4 * CHECK_ROWS + 5)
-        places[:2] = torch.arange(CHECK_ROWS - 1, CHECK_ROWS + 1)
+        places[0], places[1] = CHECK_ROWS - 1, CHECK_ROWS  # the last slot, the first spare place
         entries, reference = self.integers(2**52, len(places)) << 10, table.double()
         write_largest_(table, places, entries)
         write_largest_(reference, places, entries.double())
