@@ -48,8 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     # One process compiles functions for the sizes of many tests, which each change a few of them.
-    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.recompile_limit = 256  # of this thread; others have compile_anew
     spare_forks_our_garbage()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_anew() -> None:
+    """The compiled functions of a file do not count toward torch's limit for the next one, which
+    is 8 in the threads that a Trainer compiles in."""
+    torch._dynamo.reset()
 
 
 def spare_forks_our_garbage() -> None:
