@@ -48,14 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     # One process compiles functions for the sizes of many tests, which each change a few of them.
-    torch._dynamo.config.recompile_limit = 256  # of this thread; others have compile_anew
+    torch._dynamo.config.recompile_limit = 256  # of this thread alone; see compile_anew
     spare_forks_our_garbage()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_anew() -> None:
-    """The compiled functions of a file do not count toward torch's limit for the next one, which
-    is 8 in the threads that a Trainer compiles in."""
+    """The compiled functions of a file do not count toward torch's limit for the next one. In the
+    threads that a Trainer compiles in that is 8, also within a file."""
     torch._dynamo.reset()
 
 
