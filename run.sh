@@ -17,7 +17,7 @@ usage='./run.sh [--option value ...]   train; the options are those of train_gpt
 ./run.sh check SCRIPT           does it predict from earlier tokens only, and score honestly?
 ./run.sh eval CHECKPOINT        HellaSwag accuracy of saved weights
 ./run.sh generate CHECKPOINT TEXT [--tokens N]            the text continued with saved weights
-./run.sh bench                  kernels beside ceilings and plain PyTorch, one GPU
+./run.sh bench                  kernels beside their peaks and plain PyTorch, one GPU
 ./run.sh profile                where the time of a few steps of each stage goes; --help on each says more
 
 On first use it makes .venv and installs requirements.txt (PYTHON=python3 uses that interpreter as it is).

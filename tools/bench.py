@@ -1,7 +1,7 @@
 """Operations of train_gpt.py beside what this GPU can do: `./run.sh bench [--tokens LIST]`.
 
-All but those of the pointer and of n-gram lookup. Operations get what training gives them on one
-GPU, at every stage: a pass of as many sequences as --tokens_per_pass allows and, for the loss,
+Those of the pointer and of n-gram lookup are left out. The others get what training gives them on
+one GPU, at every stage: a pass of as many sequences as --tokens_per_pass allows and, for the loss,
 parts of --tokens_per_sampling tokens with candidates sampled for them and both loss terms. A time
 is the median of some runs on random data, each behind a read of more than the L2 holds. Operations
 replay from a CUDA graph; their reference implementations run eagerly. Rates count what must be
